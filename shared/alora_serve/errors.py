@@ -1,0 +1,205 @@
+"""Every failure this project raises on purpose, and the one gRPC status each maps to.
+
+The list is closed: a service turns an :class:`AloraServeError` into a ``google.rpc.Status`` by the attributes below, and
+anything else is a bug that becomes ``INTERNAL``. This module imports nothing of the project and nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+StatusName = Literal[
+    "CANCELLED",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "UNAUTHENTICATED",
+]
+"""Names of the canonical gRPC statuses that our errors use."""
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One bad request field: ``field`` is its path as in the proto (``sampling.top_p``)."""
+
+    field: str
+    description: str
+
+
+class AloraServeError(Exception):
+    """Base of all errors. ``str(error)`` says what failed, which thing, and what to do.
+
+    Attributes:
+        status: gRPC status name.
+        reason: stable UPPER_SNAKE_CASE identifier for ``google.rpc.ErrorInfo``; clients may switch on it.
+        violations: request fields at fault, for ``google.rpc.BadRequest``.
+        retry_after_seconds: when set, becomes ``google.rpc.RetryInfo``.
+        metadata: further facts for ``ErrorInfo.metadata``; never prompts or keys.
+    """
+
+    status: ClassVar[StatusName] = "INTERNAL"
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        violations: Sequence[FieldViolation] = (),
+        retry_after_seconds: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.violations = tuple(violations)
+        self.retry_after_seconds = retry_after_seconds
+        self.metadata = dict(metadata or {})
+
+
+# --- start-up: the process does not start -----------------------------------------------------------------------------
+
+
+class ConfigError(AloraServeError):
+    """A setting is unknown, malformed or contradictory. Names the setting and its value."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "CONFIG_INVALID"
+
+
+class ModelUnsupportedError(AloraServeError):
+    """The base model keeps state or uses attention that the engine cannot serve. Names the layer type or field."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "MODEL_UNSUPPORTED"
+
+
+# --- the request ------------------------------------------------------------------------------------------------------
+
+
+class InvalidRequestError(AloraServeError):
+    """A request field is out of range, malformed or contradictory."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "REQUEST_INVALID"
+
+    @classmethod
+    def of(cls, field: str, description: str) -> InvalidRequestError:
+        """The error for a single bad field."""
+        return cls(f"{field}: {description}", violations=[FieldViolation(field, description)])
+
+
+class HandleInvalidError(InvalidRequestError):
+    """A prefix handle whose MAC does not verify here: forged, damaged, or issued under another secret or tenant salt."""
+
+    reason = "HANDLE_INVALID"
+
+
+class HandleExpiredError(InvalidRequestError):
+    """A prefix handle past its expiry. Send the messages again, or ``Prefill`` for a new one."""
+
+    reason = "HANDLE_EXPIRED"
+
+
+class ModelMismatchError(AloraServeError):
+    """A prefix handle of another base model, tokenizer or chat template than any reachable endpoint serves."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "MODEL_MISMATCH"
+
+
+class InvocationUnplaceableError(InvalidRequestError):
+    """The adapter's invocation tokens can neither be found in nor appended to this prompt."""
+
+    reason = "INVOCATION_UNPLACEABLE"
+
+
+class UnimplementedFeatureError(AloraServeError):
+    """A field of the API that this release accepts by name but does not serve yet."""
+
+    status = "UNIMPLEMENTED"
+    reason = "FEATURE_UNIMPLEMENTED"
+
+    @classmethod
+    def of(cls, field: str) -> UnimplementedFeatureError:
+        """The error for one field that is set and not served yet."""
+        description = f"{field} is not served by this release; leave it unset"
+        return cls(description, violations=[FieldViolation(field, description)])
+
+
+class AdapterNotFoundError(AloraServeError):
+    """No adapter of that name. The message lists the nearest names."""
+
+    status = "NOT_FOUND"
+    reason = "ADAPTER_NOT_FOUND"
+
+
+class AdapterRefusedError(AloraServeError):
+    """An adapter directory that cannot be served exactly as PEFT would. Names the field or tensor at fault."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "ADAPTER_REFUSED"
+
+
+# --- load, time, peers ------------------------------------------------------------------------------------------------
+
+
+class OverloadedError(AloraServeError):
+    """A bounded queue is full. Carries ``retry_after_seconds``."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "OVERLOADED"
+
+
+class DeadlinePassedError(AloraServeError):
+    """The caller's deadline passed before or while the request ran."""
+
+    status = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_PASSED"
+
+
+class RequestCancelledError(AloraServeError):
+    """The caller went away or cancelled."""
+
+    status = "CANCELLED"
+    reason = "CANCELLED"
+
+
+class UnavailableError(AloraServeError):
+    """No endpoint can take the request now, or the one that had it died. Safe to retry."""
+
+    status = "UNAVAILABLE"
+    reason = "UNAVAILABLE"
+
+
+# --- the store: never reaches a client, every one of them is a miss ---------------------------------------------------
+
+
+class StoreError(AloraServeError):
+    """The KV store could not do what was asked. Callers recompute."""
+
+    status = "UNAVAILABLE"
+    reason = "STORE_ERROR"
+
+
+class StoreUnavailableError(StoreError):
+    """The store cannot be reached: refused, reset, name not resolved, circuit open. Counts against the breaker."""
+
+    reason = "STORE_UNAVAILABLE"
+
+
+class StoreTimeoutError(StoreError):
+    """The store did not answer within the time given. Counts against the breaker."""
+
+    reason = "STORE_TIMEOUT"
+
+
+class StoreFullError(StoreError):
+    """The store refused a write for lack of space. Does not count against the breaker."""
+
+    reason = "STORE_FULL"
