@@ -1,0 +1,1 @@
+"""Adapters: reading PEFT directories, where each turns on, their weights, and which of them are in memory."""

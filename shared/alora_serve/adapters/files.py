@@ -1,0 +1,102 @@
+"""An adapter's two files on disk: found without leaving the adapter root, read once, and named by their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from typing_extensions import Buffer
+
+from alora_serve.errors import AdapterRefusedError
+from alora_serve.types import AdapterDigest
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_WEIGHTS_NAME = "adapter_model.bin"
+
+MAX_CONFIG_BYTES = 1 << 20
+DEFAULT_MAX_WEIGHTS_BYTES = 4 << 30
+"""4 GiB: well above rank 256 on every linear of an 8B model; a bound against pointing a root at whole models."""
+
+_CHUNK_BYTES = 1 << 20
+
+Signature = tuple[int, ...]
+"""Changes when either file is replaced or rewritten: inode, size and modification time of both."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """Real paths (symbolic links followed) of an adapter's config and weights."""
+
+    config: Path
+    weights: Path
+
+    def signature(self) -> Signature:
+        """What the files look like now, without reading them. Raises OSError when one is gone."""
+        stats = (self.config.stat(), self.weights.stat())
+        return tuple(part for stat in stats for part in (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+    def read_config(self) -> bytes:
+        """The config file, whole."""
+        return self.config.read_bytes()
+
+    def weights_chunks(self) -> Iterator[bytes]:
+        """The weights file in order, a megabyte at a time."""
+        with self.weights.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+
+
+def find_files(
+    directory: Path, *, root: Path, adapter_name: str, max_weights_bytes: int = DEFAULT_MAX_WEIGHTS_BYTES
+) -> AdapterFiles:
+    """Locate the files of the adapter in ``directory``, which lies in ``root``.
+
+    Links are followed as long as they end inside ``root`` (a Kubernetes volume links each file to ``..data/``).
+
+    Raises:
+        AdapterRefusedError: a file is missing, too large, not a regular file, unreadable or outside ``root``, or the
+            weights are pickled only.
+    """
+    weights = directory / WEIGHTS_NAME
+    if not weights.exists() and (directory / PICKLED_WEIGHTS_NAME).exists():
+        raise AdapterRefusedError(
+            f"adapter {adapter_name!r}: {PICKLED_WEIGHTS_NAME} is a pickle and is never read; "
+            f"save the adapter again with safetensors, as {WEIGHTS_NAME}"
+        )
+    return AdapterFiles(
+        config=_real_file(directory / CONFIG_NAME, root, adapter_name, MAX_CONFIG_BYTES),
+        weights=_real_file(weights, root, adapter_name, max_weights_bytes),
+    )
+
+
+def _real_file(path: Path, root: Path, adapter_name: str, max_bytes: int) -> Path:
+    try:
+        real = path.resolve(strict=True)
+        inside, regular, size = real.is_relative_to(root.resolve()), real.is_file(), real.stat().st_size
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise AdapterRefusedError(f"adapter {adapter_name!r}: cannot read {path.name}: {error}") from error
+    if not inside:
+        raise AdapterRefusedError(f"adapter {adapter_name!r}: {path.name} leads out of the adapter root to {real}")
+    if not regular:
+        raise AdapterRefusedError(f"adapter {adapter_name!r}: {path.name} is not a regular file")
+    if size > max_bytes:
+        raise AdapterRefusedError(f"adapter {adapter_name!r}: {path.name} has {size} bytes, more than {max_bytes}")
+    return real
+
+
+def digest_of(config: bytes, weights: Iterable[Buffer], *, weights_bytes: int) -> AdapterDigest:
+    """SHA-256 over the canonical config and the weights file, each preceded by its length.
+
+    Canonical is JSON with sorted keys and no spaces, so that formatting a config anew does not make another adapter.
+    ``config`` must be JSON.
+    """
+    canonical = json.dumps(json.loads(config), sort_keys=True, separators=(",", ":")).encode()
+    hasher = hashlib.sha256()
+    hasher.update(len(canonical).to_bytes(8, "little") + canonical + weights_bytes.to_bytes(8, "little"))
+    for chunk in weights:
+        hasher.update(chunk)
+    return AdapterDigest(hasher.hexdigest())

@@ -1,0 +1,95 @@
+"""An adapter's weights: loading them as PEFT would hold them, and the delta they add, rounded as PEFT rounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from alora_serve.adapters.config import AdapterConfig, parse_adapter_config
+from alora_serve.adapters.files import DEFAULT_MAX_WEIGHTS_BYTES, AdapterFiles, digest_of, find_files
+from alora_serve.adapters.targets import ModuleShape, ResolvedTarget, resolve_targets
+from alora_serve.errors import AdapterRefusedError
+from alora_serve.types import AdapterDigest, AdapterInfo, TokenIds
+
+Decode = Callable[[TokenIds], str]
+"""The tokenizer's decode, for showing the invocation to people."""
+
+_SERVED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""safetensors' names of the dtypes that a weights file may have."""
+
+_FOREIGN_TENSORS: Mapping[str, str] = {
+    "lora_magnitude_vector": "DoRA is not served",
+    "lora_embedding_": "LoRA on embeddings is not served",
+    "lora_B.bias": "a bias on B is not served",
+    "modules_to_save": "fully trained modules are not served",
+}
+"""Parts of tensor names that say why a tensor has no place here."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraPair:
+    """The adaptation of one linear module: ``y + scaling * B(A(x))``.
+
+    Attributes:
+        a: ``[rank, in_features]`` float32.
+        b: ``[out_features, rank]`` float32.
+        scaling: applied after B.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedAdapter:
+    """An adapter in memory. Immutable and shared: whoever holds it may go on using it after it left the registry.
+
+    Attributes:
+        info: as listed; ``resident`` is True.
+        pairs: by full module name, as in ``module_shapes``.
+    """
+
+    info: AdapterInfo
+    pairs: Mapping[str, LoraPair]
+
+    @property
+    def invocation_tokens(self) -> TokenIds:
+        """Empty for plain LoRA."""
+        return self.info.invocation_tokens
+
+    @property
+    def digest(self) -> AdapterDigest:
+        """The adapter's identity."""
+        return self.info.digest
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that ``pairs`` takes."""
+        return self.info.size_bytes
+
+
+def lora_delta(x: Tensor, pair: LoraPair) -> Tensor:
+    """``scaling * B(A(x))`` in the adapter's dtype: ``[rows, in_features]`` of any float dtype → ``[rows, out_features]``.
+
+    As PEFT: the input is cast up to float32, and the scaling multiplies B's output (not A's, nor the weights), which
+    rounds differently.
+    """
+    return linear(linear(x.to(pair.a.dtype), pair.a), pair.b) * pair.scaling
+
+
+def add_delta_(output_rows: Tensor, x_rows: Tensor, pair: LoraPair) -> None:
+    """Add the delta of ``x_rows`` ``[rows, in_features]`` to ``output_rows`` ``[rows, out_features]``, in place.
+
+    Bit-equal to both of PEFT's ways. Plain LoRA adds out of place in float32 and casts the sum back; aLoRA adds in place
+    into the base dtype, where torch also computes the sum in float32 and rounds it once. Casting the delta to bfloat16
+    before adding would round twice. ``output_rows`` must be a view of the result (a slice), not a copy (an index list).
+    """
+    output_rows += lora_delta(x_rows, pair)

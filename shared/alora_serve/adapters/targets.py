@@ -1,0 +1,109 @@
+"""Which modules of the base model an adapter changes, by which rank and scaling: PEFT's matching rules, exactly."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from alora_serve.adapters.config import ALL_LINEAR, AdapterConfig, Names
+from alora_serve.errors import AdapterRefusedError
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """A linear module of the base model.
+
+    Attributes:
+        in_features: width of its input.
+        out_features: width of its output.
+        is_conv1d: GPT-2's ``Conv1D``, whose weight lies transposed. An adapter's A and B do not.
+        is_output_layer: makes the logits.
+    """
+
+    in_features: int
+    out_features: int
+    is_conv1d: bool = False
+    is_output_layer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTarget:
+    """How one module is adapted. ``scaling`` multiplies ``B(A(x))``."""
+
+    rank: int
+    scaling: float
+
+
+def resolve_targets(
+    config: AdapterConfig, module_shapes: Mapping[str, ModuleShape], *, adapter_name: str
+) -> dict[str, ResolvedTarget]:
+    """The modules that PEFT would adapt, by full name, in the order of ``module_shapes``.
+
+    ``module_shapes`` holds every Linear and Conv1D of the base model, the output layer included.
+
+    Raises:
+        AdapterRefusedError: nothing matches, the output layer does, or a pattern is not a regular expression.
+    """
+    try:
+        names = _matching_names(config, module_shapes)
+        targets = {name: _resolve(config, name) for name in names}
+    except re.error as error:
+        raise AdapterRefusedError(
+            f"adapter {adapter_name!r}: {error.pattern!r} is not a regular expression: {error}"
+        ) from error
+    for name in names:
+        if module_shapes[name].is_output_layer:
+            raise AdapterRefusedError(
+                f"adapter {adapter_name!r} adapts the output layer {name!r}; logits of a step are made for all its "
+                "sequences at once by the base model's, so this cannot be served"
+            )
+    if not targets:
+        raise AdapterRefusedError(
+            f"adapter {adapter_name!r}: target_modules = {config.target_modules!r} (exclude_modules = "
+            f"{config.exclude_modules!r}, layers_to_transform = {config.layers_to_transform!r}) matches no linear "
+            "module of the base model"
+        )
+    return targets
+
+
+def _matching_names(config: AdapterConfig, module_shapes: Mapping[str, ModuleShape]) -> list[str]:
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = tuple(name for name, shape in module_shapes.items() if not shape.is_output_layer)
+    return [
+        name
+        for name in module_shapes
+        if not _matches(config.exclude_modules, name) and _matches(targets, name) and _in_layers(config, targets, name)
+    ]
+
+
+def _matches(names: Names, module_name: str) -> bool:
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, module_name) is not None
+    return any(module_name == name or module_name.endswith(f".{name}") for name in names)
+
+
+def _in_layers(config: AdapterConfig, targets: Names, module_name: str) -> bool:
+    # A module named in full is adapted whatever layers_to_transform says. PEFT shortens lists of 20 names and more to
+    # suffixes first, which can undo that; then the weights file lacks a tensor that we expect, and loading refuses it.
+    if config.layers_to_transform is None or module_name in targets:
+        return True
+    # The lazy quantifier takes the first number in the name: of `layers.1.experts.0`, the layer and not the expert.
+    patterns = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in config.layers_pattern]
+    for pattern in patterns or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+        if found := re.match(pattern, module_name):
+            return int(found["index"]) in config.layers_to_transform
+    return False
+
+
+def _resolve(config: AdapterConfig, module_name: str) -> ResolvedTarget:
+    rank = config.rank_pattern.get(_pattern_key(config.rank_pattern, module_name), config.rank)
+    alpha = config.alpha_pattern.get(_pattern_key(config.alpha_pattern, module_name), config.alpha)
+    return ResolvedTarget(rank=rank, scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+
+def _pattern_key(patterns: Mapping[str, object], module_name: str) -> str:
+    # `{key}$` inside the group and `re.match`, as PEFT does: a key matches at any dot, and `a|b` stays one alternative.
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module_name)), module_name)
