@@ -1,0 +1,107 @@
+# One command for each thing a contributor does; `make` alone lists them. CI runs the same targets (.ci/run).
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# pip chooses the build of torch: on Linux x86-64 the default is the CUDA one, several GB. For the CPU build, pass the index
+# that PyTorch's install page names: make demo TORCH_PIP_ARGS="--index-url ...". It is read when torch is installed.
+TORCH := torch==2.13.0
+TORCH_PIP_ARGS ?=
+
+# Tests run beside each other on few cores, so each process computes on one thread: two processes whose torch pools are as
+# wide as the machine spin on one another. The allocator keeps large buffers instead of returning them after every message.
+TEST_WORKERS ?= 2
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
+COVERAGE := build/coverage
+
+# The package buf-bin carries buf for Linux alone; elsewhere the machine's own is used.
+BUF = $(firstword $(wildcard $(BIN)/buf) buf)
+
+PROTOS := $(wildcard proto/alora_serve/v1/*.proto)
+STUBS := shared/alora_serve/v1/__init__.py
+LAST_TAG := $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(VENV)/.ready ## create .venv with what running needs (demo, bench and up do it by themselves)
+
+$(VENV)/.ready: requirements.lock pyproject.toml hatch_build.py scripts/setup_venv.py
+	@$(PYTHON) scripts/setup_venv.py --venv $(VENV) --lock $< --torch $(TORCH) --torch-pip-args='$(TORCH_PIP_ARGS)'
+	@touch $@
+
+$(VENV)/.ready-dev: requirements-dev.lock $(VENV)/.ready
+	@$(PYTHON) scripts/setup_venv.py --venv $(VENV) --lock $< --torch $(TORCH) --torch-pip-args='$(TORCH_PIP_ARGS)'
+	@touch $@
+
+.PHONY: proto
+proto: $(VENV)/.ready ## generate the Python stubs from proto/
+	@$(BIN)/python hatch_build.py
+
+$(STUBS): $(PROTOS) hatch_build.py $(VENV)/.ready
+	@$(BIN)/python hatch_build.py >/dev/null
+	@touch $@
+
+.PHONY: demo
+demo: $(STUBS) ## one conversation, base model and adapter, through three real processes
+	@$(BIN)/alora-serve demo $(ARGS)
+
+.PHONY: up
+up: $(STUBS) ## every service on this machine until Ctrl-C: make up ARGS="--workers 2"
+	@$(BIN)/alora-serve up $(ARGS)
+
+.PHONY: bench
+bench: $(STUBS) ## the main benchmark, into build/bench/main.json
+	@$(BIN)/python benchmarks/main.py $(ARGS)
+
+.PHONY: format
+format: $(VENV)/.ready-dev ## rewrite Python and proto files in the house format
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+	@$(BUF) format -w proto
+
+.PHONY: lint
+lint: $(VENV)/.ready-dev $(STUBS) ## ruff, mypy, import-linter, buf: what must hold before a commit
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+	@$(BUF) lint proto
+	@$(BUF) format -d --exit-code proto
+ifeq ($(LAST_TAG),)
+	@echo "buf breaking: skipped, this repository has no tag v* to compare with"
+else
+	@$(BUF) breaking proto --against '.git#tag=$(LAST_TAG),subdir=proto'
+endif
+
+.PHONY: test
+test: $(VENV)/.ready-dev $(STUBS) ## every test, on real servers, with branch coverage: make test ARGS="-k router"
+	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
+	@$(TEST_ENV) $(BIN)/coverage run -m pytest -n $(TEST_WORKERS) --durations=15 $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage html --quiet --directory $(COVERAGE)/html
+	@$(BIN)/coverage json --quiet -o $(COVERAGE)/coverage.json
+	@$(BIN)/python scripts/check_coverage.py $(COVERAGE)/coverage.json --total 85 --file 70
+
+# Torch is overridden away because its build depends on the machine (scripts/setup_venv.py installs it), and with it the
+# packages that only torch needs. The second lock is the first plus the tools, at the same versions.
+UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" --overrides <(echo 'torch ; sys_platform == "never"') \
+	$(foreach package,torch mpmath networkx sympy,--no-emit-package $(package)) pyproject.toml --extra model --group build
+
+.PHONY: lock
+lock: ## resolve the dependencies anew into requirements*.lock (with the uv of .venv)
+	@$(UV_COMPILE) --upgrade -o requirements.lock >/dev/null
+	@$(UV_COMPILE) --group dev --constraints requirements.lock -o requirements-dev.lock >/dev/null
+
+.PHONY: clean
+clean: ## remove what builds, tests and linters leave (.venv stays)
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage .coverage.* $(dir $(STUBS))
