@@ -1,0 +1,1 @@
+"""The base model and its tokenizer: loading, attention, sampling, chat template."""

@@ -1,0 +1,139 @@
+"""Generated tokens as text, piece by piece: whole characters only, and nothing at or after a stop string.
+
+The text of an answer is a pure function of its tokens, taken one at a time in order, and of the stop strings. It does
+not depend on how the tokens were grouped on their way here, so a stream that another worker takes over goes on exactly
+where the first one stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from alora_serve.errors import InvalidRequestError
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens left out, an incomplete character shown as U+FFFD."""
+
+_INCOMPLETE = "\ufffd"
+_MAX_HELD_TOKENS = 8
+"""A UTF-8 character has at most four bytes, so a text that has not come to an end after twice as many tokens is not
+incomplete but broken, and goes out as it is."""
+_RESYNCHRONISE_TOKENS = 4
+"""After a cut anywhere in a byte sequence, UTF-8 finds its character borders again within three bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What some tokens added. ``stop_string`` is the stop string that ended the text, if one did."""
+
+    text: str
+    stop_string: str | None = None
+
+
+class TextStream:
+    """Text of one growing answer. Each token costs constant time; not thread-safe.
+
+    A stop string ends the text at the first token after which one occurs. When that token completes several, the one
+    that begins earliest counts, the longest of those that begin together; the text ends before it.
+    """
+
+    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
+        """``stop`` holds no empty strings (:class:`~alora_serve.errors.InvalidRequestError`)."""
+        if not all(stop):
+            raise InvalidRequestError.of("sampling.stop", "a stop string is empty")
+        self._decode = decode
+        self._stop = tuple(sorted(set(stop), key=len, reverse=True))
+        self._stop_prefixes = frozenset(string[:end] for string in self._stop for end in range(1, len(string)))
+        self._longest_prefix = max(map(len, self._stop_prefixes), default=0)
+        # The window: tokens [0, read) are already in the text and stand here only as context, because what a token
+        # adds depends on its neighbours (leading spaces, characters of several tokens); [read, ...) are held.
+        self._window: list[int] = []
+        self._read = 0
+        self._read_text = ""
+        self._window_text = ""
+        self._pending = ""
+        self._ended = False
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """Add tokens and return the text that is now certain.
+
+        Tokens after one that completes a stop string are ignored, in this call and in later ones.
+        """
+        text = ""
+        for token_id in token_ids:
+            if self._ended:
+                break
+            self._pending += self._advance(token_id)
+            found = self._first_stop()
+            if found is not None:
+                position, stop_string = found
+                text += self._pending[:position]
+                self._pending, self._ended = "", True
+                return TextDelta(text, stop_string)
+            released = len(self._pending) - self._possible_stop_length()
+            text += self._pending[:released]
+            self._pending = self._pending[released:]
+        return TextDelta(text)
+
+    def finish(self) -> str:
+        """The text still held back, now that no token follows: the beginning of a stop string, a broken character."""
+        if self._ended:
+            return ""
+        self._ended = True
+        return self._pending + self._new_text(self._window_text)
+
+    def restore(self, token_ids: Sequence[int]) -> TextDelta:
+        """Bring a fresh stream to where it stood after these tokens; returns all the text it had given out by then."""
+        return self.push(token_ids)
+
+    def _advance(self, token_id: int) -> str:
+        """Take one token into the window and return the text that is certain to be whole."""
+        text = self._decode([*self._window, token_id])
+        # Skipped tokens (special ones) must not push real ones out of the window. A token that only adds nothing
+        # *here*, such as the space that some decoders strip from the front, gives text when it is doubled.
+        if text == self._window_text and not self._decode([token_id, token_id]):
+            return ""
+        self._window.append(token_id)
+        self._window_text = text
+        if not text.endswith(_INCOMPLETE):
+            new_text = self._new_text(text)
+            self._slide(self._read)
+            self._read_text = self._window_text
+            return new_text
+        if len(self._window) - self._read < _MAX_HELD_TOKENS:
+            return ""
+        # Broken bytes. All is final but the last replacement character, which the next token may still complete.
+        new_text = self._new_text(text).removesuffix(_INCOMPLETE)
+        self._slide(len(self._window) - _RESYNCHRONISE_TOKENS)
+        self._read_text = self._window_text.removesuffix(_INCOMPLETE)
+        return new_text
+
+    def _new_text(self, window_text: str) -> str:
+        if window_text.startswith(self._read_text):
+            return window_text[len(self._read_text) :]
+        # A byte-fallback decoder spoils a whole run of bytes when one of them is bad, those already given out too.
+        return self._decode(self._window[self._read :])
+
+    def _slide(self, first: int) -> None:
+        self._window = self._window[first:]
+        self._read = len(self._window)
+        self._window_text = self._decode(self._window)
+
+    def _first_stop(self) -> tuple[int, str] | None:
+        found = [(position, string) for string in self._stop if (position := self._pending.find(string)) >= 0]
+        return min(found, key=lambda match: match[0], default=None)
+
+    def _possible_stop_length(self) -> int:
+        """Length of the longest end of the pending text with which a stop string begins."""
+        for length in range(min(self._longest_prefix, len(self._pending)), 0, -1):
+            if self._pending[-length:] in self._stop_prefixes:
+                return length
+        return 0
+
+
+def final_text(decode: Decode, token_ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[str, str | None]:
+    """The whole text of an answer and the stop string that ended it, as :class:`TextStream` would have given it."""
+    stream = TextStream(decode, stop)
+    delta = stream.push(token_ids)
+    return delta.text + stream.finish(), delta.stop_string
