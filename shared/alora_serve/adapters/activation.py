@@ -1,7 +1,7 @@
-"""The boundary rule: which tokens follow a prefix, and from which position on an adapter is on. Nothing else decides this.
+"""The boundary rule: which tokens follow a prefix, and from which position on an adapter is on. Nothing else decides it.
 
-A prompt is ``prefix_tokens + suffix_tokens``. PEFT turns an aLoRA on at the first token of the **last** occurrence of its
-invocation, inclusive, through the prompt's end and every generated token. Positions are owned like this::
+A prompt is ``prefix_tokens + suffix_tokens``. PEFT turns an aLoRA on at the first token of the **last** occurrence of
+its invocation, inclusive, through the prompt's end and every generated token. Positions are owned like this::
 
     [0, cached)                      base KV from the store or the process; the caller keeps cached <= invocation_start
     [cached, invocation_start)       base KV computed here, adapter off, written back
@@ -38,8 +38,8 @@ class Activation:
 def find_last(tokens: Sequence[int], pattern: Sequence[int]) -> int | None:
     """Start of the last occurrence of ``pattern`` in ``tokens``, or None; occurrences may overlap.
 
-    Equal to PEFT's ``calculate_alora_offsets`` (``len(tokens) - offset``). It compares every start, from the end: a scan
-    that skips past a partial match misses ``[a, b]`` in ``a a b``, one that looks for the last ``a`` only misses it in
+    Equal to PEFT's ``calculate_alora_offsets`` (``len(tokens) - offset``). It compares every start, from the end: a
+    scan that skips past a partial match misses ``[a, b]`` in ``a a b``, one that tries only the last ``a`` misses it in
     ``a b a``, and one that anchors at the end misses it in ``a b b``. An empty pattern occurs nowhere.
     """
     length = len(pattern)
@@ -101,7 +101,7 @@ def _append(prefix_tokens: TokenIds, invocation_tokens: TokenIds) -> Activation:
 
 def _check_placeable(invocation_tokens: TokenIds, adapter_name: str, vocabulary_size: int) -> None:
     if not invocation_tokens:
-        raise InvocationUnplaceableError(f"adapter {adapter_name!r} has no invocation tokens (()): it can never turn on")
+        raise InvocationUnplaceableError(f"adapter {adapter_name!r} is invoked by no tokens ([]), so it never turns on")
     foreign = [token for token in invocation_tokens if not 0 <= token < vocabulary_size]
     if foreign:
         raise InvocationUnplaceableError(

@@ -85,8 +85,7 @@ ALLOWED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "task_type": (("CAUSAL_LM", None), "only causal language models are served"),
     "init_lora_weights": (
         (True, False, "gaussian", "eva", "orthogonal"),
-        "this initialisation changes the base weights when PEFT loads the adapter, so base KV would not be the base "
-        "model's; save it with `path_initial_model_for_weight_conversion` to turn it into a LoRA",
+        "PEFT changes base weights when it loads this; `path_initial_model_for_weight_conversion` saves it as a LoRA",
     ),
     "bias": (("none",), "trained biases of the base model are not served"),
     "lora_bias": ((False, None), "a bias on B is not served"),

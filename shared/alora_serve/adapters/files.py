@@ -39,10 +39,6 @@ class AdapterFiles:
         stats = (self.config.stat(), self.weights.stat())
         return tuple(part for stat in stats for part in (stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
-    def read_config(self) -> bytes:
-        """The config file, whole."""
-        return self.config.read_bytes()
-
     def weights_chunks(self) -> Iterator[bytes]:
         """The weights file in order, a megabyte at a time."""
         with self.weights.open("rb") as file:

@@ -1,36 +1,14 @@
-"""An adapter's weights: loading them as PEFT would hold them, and the delta they add, rounded as PEFT rounds it."""
+"""An adapter in memory, and the delta it adds to a linear module's output, rounded as PEFT rounds it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from alora_serve.adapters.config import AdapterConfig, parse_adapter_config
-from alora_serve.adapters.files import DEFAULT_MAX_WEIGHTS_BYTES, AdapterFiles, digest_of, find_files
-from alora_serve.adapters.targets import ModuleShape, ResolvedTarget, resolve_targets
-from alora_serve.errors import AdapterRefusedError
 from alora_serve.types import AdapterDigest, AdapterInfo, TokenIds
-
-Decode = Callable[[TokenIds], str]
-"""The tokenizer's decode, for showing the invocation to people."""
-
-_SERVED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""safetensors' names of the dtypes that a weights file may have."""
-
-_FOREIGN_TENSORS: Mapping[str, str] = {
-    "lora_magnitude_vector": "DoRA is not served",
-    "lora_embedding_": "LoRA on embeddings is not served",
-    "lora_B.bias": "a bias on B is not served",
-    "modules_to_save": "fully trained modules are not served",
-}
-"""Parts of tensor names that say why a tensor has no place here."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +31,7 @@ class LoadedAdapter:
     """An adapter in memory. Immutable and shared: whoever holds it may go on using it after it left the registry.
 
     Attributes:
-        info: as listed; ``resident`` is True.
+        info: as listed.
         pairs: by full module name, as in ``module_shapes``.
     """
 
@@ -77,7 +55,7 @@ class LoadedAdapter:
 
 
 def lora_delta(x: Tensor, pair: LoraPair) -> Tensor:
-    """``scaling * B(A(x))`` in the adapter's dtype: ``[rows, in_features]`` of any float dtype → ``[rows, out_features]``.
+    """``scaling * B(A(x))`` in float32, for ``x`` ``[rows, in_features]`` of any float dtype: ``[rows, out_features]``.
 
     As PEFT: the input is cast up to float32, and the scaling multiplies B's output (not A's, nor the weights), which
     rounds differently.
@@ -88,8 +66,9 @@ def lora_delta(x: Tensor, pair: LoraPair) -> Tensor:
 def add_delta_(output_rows: Tensor, x_rows: Tensor, pair: LoraPair) -> None:
     """Add the delta of ``x_rows`` ``[rows, in_features]`` to ``output_rows`` ``[rows, out_features]``, in place.
 
-    Bit-equal to both of PEFT's ways. Plain LoRA adds out of place in float32 and casts the sum back; aLoRA adds in place
-    into the base dtype, where torch also computes the sum in float32 and rounds it once. Casting the delta to bfloat16
-    before adding would round twice. ``output_rows`` must be a view of the result (a slice), not a copy (an index list).
+    Bit-equal to both of PEFT's ways. Plain LoRA adds out of place in float32 and casts the sum back; aLoRA adds in
+    place into the base dtype, where torch also computes the sum in float32 and rounds it once. Casting the delta to
+    bfloat16 before adding would round twice. ``output_rows`` must be a view of the result (a slice): indexing by a list
+    of rows makes a copy, and the delta would be lost.
     """
     output_rows += lora_delta(x_rows, pair)

@@ -1,0 +1,180 @@
+"""Reading an adapter for a base model: every config field understood, every tensor consumed, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from alora_serve.adapters.config import AdapterConfig, parse_adapter_config
+from alora_serve.adapters.files import AdapterFiles, digest_of
+from alora_serve.adapters.lora import LoadedAdapter, LoraPair
+from alora_serve.adapters.targets import ModuleShape, ResolvedTarget, resolve_targets
+from alora_serve.errors import AdapterRefusedError
+from alora_serve.types import AdapterDigest, AdapterInfo, TokenIds
+
+_SERVED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What a weights file may hold, by safetensors' names."""
+
+_FOREIGN_TENSORS: Mapping[str, str] = {
+    "lora_magnitude_vector": "DoRA is not served",
+    "lora_embedding_": "LoRA on embeddings is not served",
+    "lora_B.bias": "a bias on B is not served",
+    "embed_tokens": "trained or resized embeddings are not served",
+}
+"""Parts of tensor names that say why a tensor has no place here."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """What adapters are checked against.
+
+    Attributes:
+        module_shapes: every Linear and Conv1D by full name, the output layer included.
+        vocabulary_size: exclusive bound of token ids.
+        decode: the tokenizer's, for showing an invocation to people.
+    """
+
+    module_shapes: Mapping[str, ModuleShape]
+    vocabulary_size: int
+    decode: Callable[[TokenIds], str]
+
+
+def inspect_adapter(files: AdapterFiles, *, name: str, base: BaseModel) -> AdapterInfo:
+    """Everything about an adapter but its numbers: of the weights, only the header is parsed. Not resident.
+
+    Raises:
+        AdapterRefusedError: PEFT would compute something else than this release can, or the adapter does not fit.
+        OSError: a file cannot be read.
+    """
+    plan = _Plan.read(files, name, base)
+    try:
+        with safetensors.safe_open(str(files.weights), framework="pt") as weights:
+            slices = {key: weights.get_slice(key) for key in weights.offset_keys()}
+            specs = {key: _TensorSpec(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+    except safetensors.SafetensorError as error:
+        raise _damaged(name, error) from error
+    plan.check_tensors(specs)
+    size = files.weights.stat().st_size
+    return plan.info(digest_of(plan.raw_config, files.weights_chunks(), weights_bytes=size))
+
+
+def load_adapter(files: AdapterFiles, *, name: str, base: BaseModel) -> LoadedAdapter:
+    """Read an adapter into memory. The bytes loaded are the bytes that the digest names.
+
+    Weights become float32 whatever the file and the base model hold: so ``PeftModel.from_pretrained`` makes them
+    (``autocast_adapter_dtype``).
+
+    Raises:
+        AdapterRefusedError: as :func:`inspect_adapter`, or a weight is not finite.
+        OSError: a file cannot be read.
+    """
+    plan = _Plan.read(files, name, base)
+    content = files.weights.read_bytes()
+    info = plan.info(digest_of(plan.raw_config, [content], weights_bytes=len(content)))
+    try:
+        tensors = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise _damaged(name, error) from error
+    labels = {dtype: label for label, dtype in _SERVED_DTYPES.items()}
+    plan.check_tensors(
+        {key: _TensorSpec(labels.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}
+    )
+    pairs = {
+        module: LoraPair(
+            a=_finite_float32(tensors, _tensor_name(module, "A"), name),
+            b=_finite_float32(tensors, _tensor_name(module, "B"), name),
+            scaling=target.scaling,
+        )
+        for module, target in plan.targets.items()
+    }
+    return LoadedAdapter(info=info, pairs=pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorSpec:
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What an adapter's config asks of the base model and of the weights file."""
+
+    name: str
+    base: BaseModel
+    raw_config: bytes
+    config: AdapterConfig
+    targets: Mapping[str, ResolvedTarget]
+
+    @classmethod
+    def read(cls, files: AdapterFiles, name: str, base: BaseModel) -> _Plan:
+        raw = files.config.read_bytes()
+        config = parse_adapter_config(raw, adapter_name=name)
+        if any(token >= base.vocabulary_size for token in config.invocation_tokens):
+            raise AdapterRefusedError(
+                f"adapter {name!r}: alora_invocation_tokens = {list(config.invocation_tokens)} leave the base model's "
+                f"vocabulary of {base.vocabulary_size}, so it could never be invoked"
+            )
+        return cls(name, base, raw, config, resolve_targets(config, base.module_shapes, adapter_name=name))
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that the weights file must hold: A ``[rank, in_features]`` and B ``[out_features, rank]``."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for module, target in self.targets.items():
+            shapes[_tensor_name(module, "A")] = (target.rank, self.base.module_shapes[module].in_features)
+            shapes[_tensor_name(module, "B")] = (self.base.module_shapes[module].out_features, target.rank)
+        return shapes
+
+    def check_tensors(self, specs: Mapping[str, _TensorSpec]) -> None:
+        """Refuse the first tensor that is not expected, missing, of another shape, or of a dtype that is not served."""
+        expected = self.tensor_shapes()
+        for key in sorted(specs.keys() - expected.keys()):
+            why = next((why for part, why in _FOREIGN_TENSORS.items() if part in key), "no adapted module takes it")
+            raise AdapterRefusedError(f"adapter {self.name!r}: tensor {key} cannot be used: {why}")
+        for key, shape in expected.items():
+            spec = specs.get(key)
+            if spec is None:
+                raise AdapterRefusedError(f"adapter {self.name!r}: tensor {key} is missing from the weights file")
+            if spec.shape != shape:
+                raise AdapterRefusedError(
+                    f"adapter {self.name!r}: tensor {key} has shape {list(spec.shape)}, but its rank and this base "
+                    f"model need {list(shape)}; was it trained on another base model?"
+                )
+            if spec.dtype not in _SERVED_DTYPES:
+                raise AdapterRefusedError(
+                    f"adapter {self.name!r}: tensor {key} has dtype {spec.dtype}, not one of {list(_SERVED_DTYPES)}"
+                )
+
+    def info(self, digest: AdapterDigest) -> AdapterInfo:
+        tokens = self.config.invocation_tokens
+        return AdapterInfo(
+            name=self.name,
+            digest=digest,
+            kind=self.config.kind,
+            rank=max(target.rank for target in self.targets.values()),
+            target_modules=tuple(sorted({module.rpartition(".")[2] for module in self.targets})),
+            invocation_tokens=tokens,
+            invocation_text=self.base.decode(tokens) if tokens else "",
+            size_bytes=sum(rows * columns for rows, columns in self.tensor_shapes().values()) * torch.float32.itemsize,
+            resident=False,
+        )
+
+
+def _tensor_name(module: str, factor: str) -> str:
+    return f"base_model.model.{module}.lora_{factor}.weight"
+
+
+def _finite_float32(tensors: Mapping[str, Tensor], key: str, adapter_name: str) -> Tensor:
+    tensor = tensors[key].to(torch.float32)
+    if not torch.isfinite(tensor).all():
+        raise AdapterRefusedError(f"adapter {adapter_name!r}: tensor {key} holds infinities or NaNs")
+    return tensor
+
+
+def _damaged(adapter_name: str, error: Exception) -> AdapterRefusedError:
+    return AdapterRefusedError(f"adapter {adapter_name!r}: the weights file is not valid safetensors: {error}")
