@@ -47,7 +47,8 @@ class KVStore(Protocol):
     def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
         """Call ``sink(index, value)`` once for each key that is present, in any order, from any thread, never twice.
 
-        Calls to the sink may run concurrently when the store reads over several connections. On an error, values
+        Calls to the sink may run concurrently when the store reads over several connections, but none begins or still
+        runs after this method has returned or raised: the sink's target may be in use by then. On an error, values
         already handed out stay handed out. Reading refreshes a key's recency.
         """
 

@@ -1,0 +1,74 @@
+"""From the engine's thread to an event loop and back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from alora_serve.engine.engine import Engine
+from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceEvent, SequenceFailed, SequenceRequest
+
+
+class RunningSequence:
+    """The events of one sequence on an event loop, up to and including ``SequenceDone``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[SequenceEvent] = asyncio.Queue()
+        self._left = False
+        self.ended = False
+
+    def sink(self, event: SequenceEvent) -> None:
+        """Take an event on the engine's thread."""
+        self._loop.call_soon_threadsafe(self._arrive, event)
+
+    def _arrive(self, event: SequenceEvent) -> None:
+        if not self._left:
+            self._events.put_nowait(event)
+        else:
+            self._discard(event)
+
+    def _discard(self, event: SequenceEvent) -> None:
+        if isinstance(event, BaseComputed):  # nobody is left to take over its pin
+            self._engine.cache.release(event.prefix)
+
+    def leave(self) -> None:
+        """Nobody will read further events."""
+        self._left = True
+        while not self._events.empty():
+            self._discard(self._events.get_nowait())
+
+    async def __aiter__(self) -> AsyncIterator[SequenceEvent]:
+        """Yield events.
+
+        Raises:
+            AloraServeError: what the sequence failed with.
+        """
+        while not self.ended:
+            event = await self._events.get()
+            self.ended = isinstance(event, SequenceDone | SequenceFailed)
+            if isinstance(event, SequenceFailed):
+                raise event.error
+            yield event
+
+
+@asynccontextmanager
+async def run_sequence(engine: Engine, request: SequenceRequest) -> AsyncIterator[RunningSequence]:
+    """Submit a sequence; iterate the result inside the ``async with`` block.
+
+    Leaving the block early, for whatever reason, cancels the sequence: its place is free at the next step.
+
+    Raises:
+        OverloadedError: queue full.
+        UnavailableError: the engine is closed.
+    """
+    running = RunningSequence(engine)
+    sequence_id = engine.submit(request, running.sink)
+    try:
+        yield running
+    finally:
+        running.leave()
+        if not running.ended:
+            engine.cancel(sequence_id)

@@ -1,0 +1,254 @@
+"""What a decode worker does with a request: check, place the invocation, load what it lacks, run, report."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from time import monotonic
+
+from alora_serve.adapters.activation import Activation, no_activation, place_invocation
+from alora_serve.adapters.lora import LoadedAdapter
+from alora_serve.adapters.registry import AdapterRegistry
+from alora_serve.engine.block_writer import BlockWriter
+from alora_serve.engine.bridge import run_sequence
+from alora_serve.engine.engine import Engine
+from alora_serve.engine.prefix_loader import LoadedPrefix, PrefixLoader
+from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceRequest
+from alora_serve.errors import AdapterRefusedError, FieldViolation, InvalidRequestError
+from alora_serve.handles import HandleSigner, check_model
+from alora_serve.kv.blocks import BlockStore, StoreResult
+from alora_serve.model.kv_memory import Prefix
+from alora_serve.model.loader import BaseModel
+from alora_serve.model.text import TextStream
+from alora_serve.types import (
+    AdapterDigest,
+    Finished,
+    GenerateRequest,
+    Heartbeat,
+    PrefixHandle,
+    PromptKind,
+    SamplingParams,
+    Started,
+    StreamEvent,
+    Timings,
+    TokenChunk,
+    TokenIds,
+    Usage,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A request turned into tokens and a boundary.
+
+    Attributes:
+        prompt: prefix and suffix.
+        base_tokens: positions before it may be base KV from the store; 0 for plain LoRA.
+    """
+
+    prompt: TokenIds
+    activation: Activation
+    base_tokens: int
+
+
+class Decoder:
+    """Generates on one base model with the adapters of one registry. Keeps no session; one event loop."""
+
+    def __init__(
+        self,
+        *,
+        model: BaseModel,
+        engine: Engine,
+        loader: PrefixLoader,
+        writer: BlockWriter,
+        blocks: BlockStore,
+        adapters: AdapterRegistry,
+        signer: HandleSigner,
+        storage_digest: bytes,
+    ) -> None:
+        self._model = model
+        self._model_digest = model.model_digest
+        self._engine = engine
+        self._loader = loader
+        self._writer = writer
+        self._blocks = blocks
+        self._adapters = adapters
+        self._signer = signer
+        self._storage_digest = storage_digest
+
+    async def decode(self, request: GenerateRequest) -> AsyncIterator[StreamEvent]:
+        """Run one request: ``Started``, then tokens, then ``Finished``. Close the iterator to cancel.
+
+        Raises:
+            HandleInvalidError, HandleExpiredError, ModelMismatchError: the handle is not for this worker.
+            AdapterNotFoundError, AdapterRefusedError: the adapter cannot be used.
+            InvalidRequestError: prompt and ``max_tokens`` exceed the context, or a token id the vocabulary.
+            InvocationUnplaceableError: the adapter's invocation has no place in the prompt.
+            OverloadedError: the queue is full.
+        """
+        started = monotonic()
+        self._signer.verify(request.handle, field="handle")
+        check_model(request.handle, self._model_digest)
+        with ExitStack() as held:
+            adapter = None
+            if request.adapter:
+                digest = request.resume.adapter_digest if request.resume else None
+                lease = await asyncio.to_thread(self._adapters.acquire, request.adapter, digest=digest)
+                adapter = held.enter_context(lease).adapter
+            adapter_load_seconds = monotonic() - started
+            plan = self._plan(request, adapter)
+            yield Started(
+                adapter_digest=adapter.digest if adapter else AdapterDigest(""),
+                invocation_start=plan.activation.invocation_start,
+                seed=request.sampling.seed or 0,
+                prompt_tokens=len(plan.prompt),
+            )
+            # The last prompt token is always run: its logits choose the first generated token.
+            limit = min(plan.base_tokens, len(plan.prompt) - 1)
+            chain = self._blocks.chain(plan.prompt if adapter is None else request.handle.prefix_tokens)
+            loaded = await self._loader.load(chain, limit) if limit else LoadedPrefix(Prefix())
+            text = TextStream(self._model.tokenizer.decode, request.sampling.stop)
+            generated = request.resume.generated_tokens if request.resume else ()
+            if generated:
+                text.restore(generated)
+            sequence = SequenceRequest(
+                prompt=plan.prompt,
+                prefix=loaded.prefix,
+                chain=chain,
+                base_until=plan.base_tokens if adapter else None,
+                adapter=adapter,
+                sampling=request.sampling,
+                generated=generated,
+                end_ids=self._end_ids(request.sampling),
+                text=text,
+            )
+            stored = StoreResult()
+            async with run_sequence(self._engine, sequence) as running:
+                async for event in running:
+                    match event:
+                        case TokenChunk() | Heartbeat():
+                            yield event
+                        case BaseComputed(computed, prefix, start, _):
+                            if adapter is None:
+                                # Stored before the stream ends, so that the next turn's prefill finds it.
+                                stored = await self._writer.write(computed, prefix, start)
+                            else:
+                                self._writer.write_in_background(computed, prefix, start)
+                        case SequenceDone():
+                            timings = _timings(event, loaded, adapter_load_seconds, monotonic() - started)
+                            yield self._finished(request, plan, event, loaded, stored, timings)
+
+    def _plan(self, request: GenerateRequest, adapter: LoadedAdapter | None) -> _Plan:
+        handle, sampling = request.handle, request.sampling
+        if adapter is None or not adapter.invocation_tokens:
+            activation = no_activation(handle.generation_prompt_tokens)
+        else:
+            activation = place_invocation(
+                kind=handle.kind,
+                prefix_tokens=handle.prefix_tokens,
+                generation_prompt_tokens=handle.generation_prompt_tokens,
+                invocation_tokens=adapter.invocation_tokens,
+                adapter_name=request.adapter,
+                vocabulary_size=self._model.vocabulary_size,
+            )
+        prompt = handle.prefix_tokens + activation.suffix_tokens
+        if adapter is None:
+            base_tokens = len(prompt)
+        else:
+            base_tokens = activation.invocation_start or 0
+        self._check(request, prompt, activation)
+        if len(prompt) + sampling.max_tokens > self._model.context_tokens:
+            raise InvalidRequestError.of(
+                "sampling.max_tokens",
+                f"prompt of {len(prompt)} tokens plus max_tokens {sampling.max_tokens} exceeds the context of "
+                f"{self._model.context_tokens}",
+            )
+        return _Plan(prompt, activation, base_tokens)
+
+    def _check(self, request: GenerateRequest, prompt: TokenIds, activation: Activation) -> None:
+        if not prompt:
+            raise InvalidRequestError.of("handle", "the prompt is empty")
+        vocabulary = self._model.vocabulary_size
+        bad = [
+            FieldViolation(f"sampling.{field}", f"token id {token} is outside the vocabulary of {vocabulary}")
+            for field, tokens in (
+                ("logit_bias", request.sampling.logit_bias),
+                ("stop_token_ids", request.sampling.stop_token_ids),
+            )
+            for token in tokens
+            if token >= vocabulary
+        ]
+        if bad:
+            raise InvalidRequestError(bad[0].description, violations=bad)
+        resume = request.resume
+        if resume is not None and resume.invocation_start != activation.invocation_start:
+            raise AdapterRefusedError(
+                f"the interrupted stream turned adapter {request.adapter!r} on at {resume.invocation_start}, "
+                f"this worker would at {activation.invocation_start}; start anew"
+            )
+
+    def _end_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        own = frozenset() if sampling.ignore_eos else self._model.tokenizer.end_of_sequence_ids
+        return own | frozenset(sampling.stop_token_ids)
+
+    def _finished(
+        self,
+        request: GenerateRequest,
+        plan: _Plan,
+        done: SequenceDone,
+        loaded: LoadedPrefix,
+        stored: StoreResult,
+        timings: Timings,
+    ) -> Finished:
+        if done.finish_reason is None:
+            raise RuntimeError("a generation ended without a reason")
+        usage = Usage(
+            prompt_tokens=len(plan.prompt),
+            cached_tokens=loaded.prefix.tokens,
+            fetched_tokens=loaded.fetched_tokens,
+            computed_tokens=len(plan.prompt) - loaded.prefix.tokens,
+            generated_tokens=len(done.generated),
+            fetched_bytes=loaded.fetched_bytes,
+            stored_bytes=stored.stored_bytes,
+            invocation_start=plan.activation.invocation_start,
+            store_misses=dict(loaded.misses),
+            store_drops=dict(stored.drops),
+        )
+        return Finished(
+            finish_reason=done.finish_reason,
+            usage=usage,
+            timings=timings,
+            text=done.text,
+            stop_string=done.stop_string,
+            handle=None if request.adapter else self._turn_handle(plan.prompt + done.generated),
+        )
+
+    def _turn_handle(self, tokens: TokenIds) -> PrefixHandle:
+        """Names a base turn's prompt and answer, token for token; the assistant's turn is still open."""
+        return self._signer.sign(
+            PrefixHandle(
+                model_digest=self._model_digest,
+                storage_digest=self._storage_digest,
+                prefix_tokens=tokens,
+                generation_prompt_tokens=(),
+                kind=PromptKind.CONVERSATION,
+                last_role="assistant",
+                open_turn=True,
+                expires_unix_seconds=0,  # the signer sets it
+            )
+        )
+
+
+def _timings(done: SequenceDone, loaded: LoadedPrefix, adapter_load_seconds: float, total_seconds: float) -> Timings:
+    stats = done.stats
+    return Timings(
+        queue_seconds=stats.queue_seconds,
+        fetch_seconds=loaded.seconds,
+        prefill_seconds=stats.prefill_seconds,
+        adapter_load_seconds=adapter_load_seconds,
+        first_token_seconds=adapter_load_seconds + loaded.seconds + stats.first_token_seconds,
+        decode_seconds=stats.decode_seconds,
+        total_seconds=total_seconds,
+    )

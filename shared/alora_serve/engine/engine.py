@@ -1,0 +1,364 @@
+"""The engine: one thread that runs schedule, forward, sample, emit, over a batch in which every sequence may use another
+adapter, or none. Sequences join and leave at every step."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Protocol
+
+import structlog
+
+from alora_serve.engine.lora_rows import LoraRows
+from alora_serve.engine.prefix_cache import PrefixCache
+from alora_serve.engine.sampling import choose_tokens
+from alora_serve.engine.scheduler import share_step
+from alora_serve.engine.sequence import (
+    Sequence,
+    SequenceDone,
+    SequenceEvent,
+    SequenceFailed,
+    SequenceId,
+    SequenceRequest,
+    SequenceStats,
+    Sink,
+)
+from alora_serve.errors import AloraServeError, OverloadedError, UnavailableError
+from alora_serve.model.attention import Span
+from alora_serve.model.loader import BaseModel
+from alora_serve.model.runner import ModelRunner
+from alora_serve.types import FinishReason, Heartbeat, SamplingParams, TokenChunk
+
+_log = structlog.get_logger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+"""Longest silence on a stream whose sequence is alive, but for the step in progress."""
+
+
+class EngineMetrics(Protocol):
+    """What the engine counts; implemented by ``metrics.py``."""
+
+    def step(self, sequences: int, tokens: int, seconds: float) -> None:
+        """One forward pass over so many sequences and tokens."""
+
+    def load(self, running: int, waiting: int) -> None:
+        """Sequences in the batch and waiting for a place."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Bounds of one engine.
+
+    Attributes:
+        max_sequences: places in the batch.
+        max_step_tokens: prompt tokens of one step, the chunk of a prefill.
+        max_queue: sequences that may wait for a place.
+    """
+
+    max_sequences: int = 32
+    max_step_tokens: int = 256
+    max_queue: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """A snapshot for routers: ``step_seconds`` is a running mean of steps that only decode, 0 before the first."""
+
+    running: int
+    waiting: int
+    step_seconds: float
+    prefill_tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    id: SequenceId
+
+
+class _Close:
+    pass
+
+
+class Engine:
+    """Runs sequences on one base model.
+
+    :meth:`submit` and :meth:`cancel` may be called from any thread; sinks are called on the engine's thread. A sequence
+    ends with exactly one ``SequenceDone`` or ``SequenceFailed``, or silently when cancelled; its memory and adapter are
+    let go of first. An exception in a step fails the sequences of that step and no others.
+    """
+
+    def __init__(
+        self, model: BaseModel, cache: PrefixCache, *, limits: EngineLimits, metrics: EngineMetrics
+    ) -> None:
+        self._model = model
+        self._runner = ModelRunner(model)
+        self._lora = LoraRows(model.linears())
+        self._cache = cache
+        self._limits = limits
+        self._metrics = metrics
+        self._inbox: queue.SimpleQueue[Sequence | _Cancel | _Close] = queue.SimpleQueue()
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._ids = itertools.count()
+        self._live = 0
+        self._live_lock = threading.Lock()
+        self._closed = False
+        self._step_seconds = 0.0
+        self._prefill_rate = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def cache(self) -> PrefixCache:
+        """Where its base KV lives."""
+        return self._cache
+
+    @property
+    def load(self) -> EngineLoad:
+        """How busy the engine is; approximate while it runs."""
+        return EngineLoad(len(self._running), len(self._waiting), self._step_seconds, self._prefill_rate)
+
+    def submit(self, request: SequenceRequest, sink: Sink) -> SequenceId:
+        """Queue a sequence. The pin on ``request.prefix`` passes to the engine, also when this raises.
+
+        Raises:
+            OverloadedError: batch and queue are full; says when to retry.
+            UnavailableError: the engine is closed.
+        """
+        sequence = Sequence(
+            id=SequenceId(next(self._ids)),
+            request=request,
+            sink=sink,
+            cache=self._cache,
+            layout=self._model.layout,
+            device=self._model.device,
+            submitted_at=monotonic(),
+        )
+        with self._live_lock:
+            if self._closed:
+                error: AloraServeError | None = UnavailableError("the engine is shutting down; ask another endpoint")
+            elif self._live >= self._limits.max_sequences + self._limits.max_queue:
+                error = OverloadedError(
+                    f"{self._limits.max_queue} sequences wait already; retry later or on another endpoint",
+                    retry_after_seconds=1.0,
+                )
+            else:
+                error = None
+                self._live += 1
+        if error is not None:
+            sequence.release()
+            raise error
+        self._inbox.put(sequence)
+        return sequence.id
+
+    def cancel(self, sequence_id: SequenceId) -> None:
+        """Take a sequence out at the next step. Unknown and finished ones are ignored."""
+        self._inbox.put(_Cancel(sequence_id))
+
+    def close(self) -> None:
+        """Fail what is left with ``UnavailableError`` and end the thread. Idempotent."""
+        with self._live_lock:
+            self._closed = True
+        self._inbox.put(_Close())
+        self._thread.join()
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._receive():
+            self._admit()
+            if self._running:
+                self._step()
+            self._beat()
+            self._metrics.load(len(self._running), len(self._waiting))
+        for sequence in [*self._running, *self._waiting]:
+            self._fail(sequence, UnavailableError("the engine is shutting down; ask another endpoint"))
+
+    def _receive(self) -> bool:
+        """Take what arrived; waits when there is nothing to run. False when closed."""
+        idle = not self._running and not self._waiting
+        while True:
+            try:
+                message = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            match message:
+                case Sequence():
+                    self._waiting.append(message)
+                case _Cancel(sequence_id):
+                    self._cancel(sequence_id)
+                case _Close():
+                    return False
+
+    def _cancel(self, sequence_id: SequenceId) -> None:
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.id == sequence_id:
+                # What it computed of base KV is kept for others: nothing is computed twice.
+                kept = sequence.publish()
+                if kept is not None:
+                    self._cache.release(kept.prefix)
+                self._leave(sequence)
+
+    def _admit(self) -> None:
+        free = self._limits.max_sequences - len(self._running)
+        now = monotonic()
+        for sequence in self._waiting[:free]:
+            sequence.started_at = now
+            self._running.append(sequence)
+        del self._waiting[:free]
+
+    def _step(self) -> None:
+        planned = [sequence for sequence in self._running if sequence.pending_tokens > 0]
+        for finished in [sequence for sequence in self._running if sequence.pending_tokens <= 0]:
+            self._finish(finished, None)
+        shares = share_step([sequence.pending_tokens for sequence in planned], self._limits.max_step_tokens)
+        batch = self._arrange([sequence for sequence, share in zip(planned, shares, strict=True) if share], dict(
+            zip((sequence.id for sequence in planned), shares, strict=True)
+        ))
+        if not batch:
+            return
+        started = monotonic()
+        try:
+            self._advance(batch)
+        except Exception as error:
+            # The engine must outlive any one batch: its sequences fail with what happened, the rest go on.
+            _log.exception("step failed", sequences=len(batch))
+            failure = error if isinstance(error, AloraServeError) else AloraServeError(f"engine step failed: {error!r}")
+            for sequence, _ in batch:
+                if sequence in self._running:
+                    self._fail(sequence, failure)
+            return
+        self._measure(batch, monotonic() - started)
+
+    def _arrange(self, sequences: list[Sequence], shares: dict[SequenceId, int]) -> list[tuple[Sequence, Span]]:
+        """Spans in row order: sequences on one prefix side by side, and within them those of one adapter, so that
+        shared reads and adapter deltas cover runs of rows."""
+        first_of: dict[int, int] = {}
+        keyed = []
+        for order, sequence in enumerate(sequences):
+            span = sequence.span(shares[sequence.id])
+            root = id(span.shared[0].segment) if span.shared else id(sequence)
+            digest = sequence.request.adapter.digest if sequence.request.adapter else ""
+            keyed.append((first_of.setdefault(root, order), digest, order, sequence, span))
+        keyed.sort(key=lambda item: item[:3])
+        return [(sequence, span) for *_, sequence, span in keyed]
+
+    def _advance(self, batch: list[tuple[Sequence, Span]]) -> None:
+        output = [
+            sequence.request.sampling is not None and span.start + len(span.tokens) == sequence.known_tokens
+            for sequence, span in batch
+        ]
+        self._lora.set_rows(_adapter_rows(batch))
+        try:
+            logits = self._runner.forward([span for _, span in batch], output)
+        finally:
+            self._lora.clear()
+        for sequence, span in batch:
+            was_base = sequence.in_base_phase
+            sequence.commit(span)
+            if was_base and not sequence.in_base_phase and sequence.request.sampling is not None:
+                self._publish(sequence)
+        ready = [sequence for (sequence, _), wanted in zip(batch, output, strict=True) if wanted]
+        if logits is not None:
+            params = [sequence.request.sampling or SamplingParams() for sequence in ready]
+            tokens, logprobs = choose_tokens(
+                logits, params, [s.request.prompt for s in ready], [s.generated for s in ready]
+            )
+            for sequence, token, logprob in zip(ready, tokens, logprobs, strict=True):
+                self._deliver(sequence, token, logprob)
+        for sequence, _ in batch:
+            if sequence.request.sampling is None and sequence.pending_tokens == 0:
+                self._finish(sequence, None)
+
+    def _deliver(self, sequence: Sequence, token: int, logprob: float | None) -> None:
+        sampling, text = sequence.request.sampling, sequence.request.text
+        if sampling is None or text is None:
+            raise RuntimeError("a prefill has no tokens to deliver")
+        now = monotonic()
+        sequence.first_token_at = sequence.first_token_at or now
+        sequence.last_event_at = now
+        sequence.generated.append(token)
+        ended = token in sequence.request.end_ids
+        delta = text.push((token,))
+        sequence.sink(TokenChunk((token,), delta.text, () if logprob is None else (logprob,)))
+        if ended or delta.stop_string is not None:
+            self._finish(sequence, FinishReason.STOP, delta.stop_string or "")
+        elif len(sequence.generated) >= sampling.max_tokens:
+            self._finish(sequence, FinishReason.LENGTH)
+
+    def _publish(self, sequence: Sequence) -> None:
+        computed = sequence.publish()
+        if computed is not None:
+            sequence.sink(computed)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason | None, stop_string: str = "") -> None:
+        if sequence.in_base_phase or sequence.request.sampling is None:
+            self._publish(sequence)
+        now = monotonic()
+        text = sequence.request.text
+        held_back = text.finish() if text is not None and not stop_string else ""
+        first = sequence.first_token_at or now
+        stats = SequenceStats(
+            queue_seconds=sequence.started_at - sequence.submitted_at,
+            prefill_seconds=first - sequence.started_at,
+            first_token_seconds=first - sequence.submitted_at,
+            decode_seconds=now - first,
+            computed_tokens=min(sequence.computed_tokens, len(sequence.request.prompt)),
+            generated_tokens=len(sequence.generated),
+        )
+        self._leave(sequence)
+        sequence.sink(SequenceDone(reason, held_back, stop_string, tuple(sequence.generated), stats))
+
+    def _fail(self, sequence: Sequence, error: AloraServeError) -> None:
+        self._leave(sequence)
+        sequence.sink(SequenceFailed(error))
+
+    def _leave(self, sequence: Sequence) -> None:
+        sequence.release()
+        for group in (self._running, self._waiting):
+            if sequence in group:
+                group.remove(sequence)
+        with self._live_lock:
+            self._live -= 1
+
+    def _beat(self) -> None:
+        now = monotonic()
+        for sequence in [*self._running, *self._waiting]:
+            if now - max(sequence.last_event_at, sequence.submitted_at) >= HEARTBEAT_SECONDS:
+                sequence.last_event_at = now
+                sequence.sink(Heartbeat())
+
+    def _measure(self, batch: list[tuple[Sequence, Span]], seconds: float) -> None:
+        tokens = sum(len(span.tokens) for _, span in batch)
+        self._metrics.step(len(batch), tokens, seconds)
+        if tokens == len(batch):
+            self._step_seconds = _mean(self._step_seconds, seconds)
+        elif tokens >= self._limits.max_step_tokens // 2:
+            self._prefill_rate = _mean(self._prefill_rate, tokens / seconds)
+
+
+def _mean(old: float, new: float) -> float:
+    return new if not old else 0.9 * old + 0.1 * new
+
+
+def _adapter_rows(batch: list[tuple[Sequence, Span]]) -> list[tuple]:  # type: ignore[type-arg]
+    """Runs of rows each adapter is on for: those of spans past their boundary."""
+    rows = []
+    first = 0
+    for sequence, span in batch:
+        last = first + len(span.tokens)
+        adapter = sequence.request.adapter
+        if adapter is not None and not sequence.in_base_phase:
+            if rows and rows[-1][0] is adapter and rows[-1][1].stop == first:
+                rows[-1] = (adapter, slice(rows[-1][1].start, last))
+            else:
+                rows.append((adapter, slice(first, last)))
+        first = last
+    return rows
+
+

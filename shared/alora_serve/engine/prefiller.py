@@ -1,0 +1,149 @@
+"""What the base-prefill service does with a prompt: render, find, load, compute the rest, store, sign."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from time import monotonic
+
+from alora_serve.engine.block_writer import BlockWriter
+from alora_serve.engine.bridge import run_sequence
+from alora_serve.engine.engine import Engine
+from alora_serve.engine.prefix_loader import LoadedPrefix, PrefixLoader
+from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceRequest, SequenceStats
+from alora_serve.errors import FieldViolation, InvalidRequestError
+from alora_serve.handles import HandleSigner, check_model
+from alora_serve.kv.blocks import BlockStore, StoreResult
+from alora_serve.kv.keys import BlockChain
+from alora_serve.model.chat import RenderedPrompt
+from alora_serve.model.loader import BaseModel
+from alora_serve.types import PrefillResult, PrefixHandle, Prompt, PromptKind, Timings, TokenIds, Usage
+
+
+class Prefiller:
+    """Prefills prompts on one base model; one event loop.
+
+    Args:
+        storage_digest: what handles carry of the key root.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: BaseModel,
+        engine: Engine,
+        loader: PrefixLoader,
+        writer: BlockWriter,
+        blocks: BlockStore,
+        signer: HandleSigner,
+        storage_digest: bytes,
+    ) -> None:
+        self._model = model
+        self._model_digest = model.model_digest
+        self._engine = engine
+        self._loader = loader
+        self._writer = writer
+        self._blocks = blocks
+        self._signer = signer
+        self._storage_digest = storage_digest
+
+    async def prefill(self, prompt: Prompt, *, tokenize_only: bool = False) -> PrefillResult:
+        """Make a prompt's KV fetchable and name it. Blocks first, answer last.
+
+        Args:
+            tokenize_only: sign the tokens, compute and store nothing.
+
+        Raises:
+            InvalidRequestError: bad prompt or handle, or a prompt longer than the context.
+            ModelMismatchError: the handle is of another model.
+            OverloadedError: the engine's queue is full.
+        """
+        started = monotonic()
+        unsigned = await asyncio.to_thread(self._tokens, prompt)
+        tokens = unsigned.prefix_tokens
+        self._check_length(tokens)
+        if tokenize_only:
+            usage = Usage(prompt_tokens=len(tokens), computed_tokens=0)
+            return PrefillResult(self._signer.sign(unsigned), usage, Timings(total_seconds=monotonic() - started))
+        chain = self._blocks.chain(tokens)
+        loaded = await self._loader.load(chain, len(tokens))
+        computed, stored, stats = await self._compute_and_store(chain, loaded)
+        usage = Usage(
+            prompt_tokens=len(tokens),
+            cached_tokens=len(tokens) - computed,
+            fetched_tokens=loaded.fetched_tokens,
+            computed_tokens=computed,
+            fetched_bytes=loaded.fetched_bytes,
+            stored_bytes=stored.stored_bytes,
+            store_misses=dict(loaded.misses),
+            store_drops=dict(stored.drops),
+        )
+        timings = Timings(
+            queue_seconds=stats.queue_seconds if stats else 0.0,
+            fetch_seconds=loaded.seconds,
+            prefill_seconds=stats.prefill_seconds if stats else 0.0,
+            total_seconds=monotonic() - started,
+        )
+        return PrefillResult(self._signer.sign(unsigned), usage, timings)
+
+    async def _compute_and_store(
+        self, chain: BlockChain, loaded: LoadedPrefix
+    ) -> tuple[int, StoreResult, SequenceStats | None]:
+        if loaded.prefix.tokens == len(chain):
+            return 0, await self._writer.write(chain, loaded.prefix, len(chain), known=loaded.present), None
+        request = SequenceRequest(prompt=chain.tokens, prefix=loaded.prefix, chain=chain)
+        stored, stats = StoreResult(), None
+        async with run_sequence(self._engine, request) as running:
+            async for event in running:
+                match event:
+                    case BaseComputed(computed_chain, prefix, start, _):
+                        stored = await self._writer.write(computed_chain, prefix, start, known=loaded.present)
+                    case SequenceDone():
+                        stats = event.stats
+        return stats.computed_tokens if stats else 0, stored, stats
+
+    def _check_length(self, tokens: TokenIds) -> None:
+        limit = self._model.context_tokens
+        if len(tokens) >= limit:
+            raise InvalidRequestError.of(
+                "prompt", f"{len(tokens)} tokens leave no room for an answer in a context of {limit}; shorten it"
+            )
+
+    def _tokens(self, prompt: Prompt) -> PrefixHandle:
+        """The prompt as an unsigned handle."""
+        if prompt.handle is not None:
+            self._signer.verify(prompt.handle)
+            check_model(prompt.handle, self._model_digest)
+        template: Mapping[str, object] = {
+            "documents": prompt.documents,
+            "tools": prompt.tools,
+            "template_arguments": prompt.template_arguments,
+        }
+        if prompt.token_ids:
+            self._check_ids(prompt.token_ids)
+            return self._handle(RenderedPrompt(prompt.token_ids, (), ""), PromptKind.TOKENS)
+        if prompt.handle is None:
+            return self._handle(self._model.tokenizer.render(prompt.messages, **template), PromptKind.CONVERSATION)  # type: ignore[arg-type]
+        if not prompt.messages and not prompt.handle.open_turn:
+            return replace(prompt.handle, storage_digest=self._storage_digest, mac=b"")
+        rendered = self._model.tokenizer.continue_from(prompt.handle, prompt.messages, **template)  # type: ignore[arg-type]
+        return self._handle(rendered, PromptKind.CONVERSATION)
+
+    def _check_ids(self, tokens: TokenIds) -> None:
+        largest = max(tokens)
+        if largest >= self._model.vocabulary_size:
+            text = f"token id {largest} is outside the vocabulary of {self._model.vocabulary_size}"
+            raise InvalidRequestError(text, violations=[FieldViolation("prompt.token_ids", text)])
+
+    def _handle(self, rendered: RenderedPrompt, kind: PromptKind) -> PrefixHandle:
+        return PrefixHandle(
+            model_digest=self._model_digest,
+            storage_digest=self._storage_digest,
+            prefix_tokens=rendered.prefix_tokens,
+            generation_prompt_tokens=rendered.generation_prompt_tokens,
+            kind=kind,
+            last_role=rendered.last_role,
+            open_turn=False,
+            expires_unix_seconds=0,  # the signer sets it
+        )

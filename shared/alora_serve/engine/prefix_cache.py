@@ -1,0 +1,197 @@
+"""The base KV resident in this process: who may read which segment, what is shared, and what goes first when it is full.
+
+Ownership of a segment's positions::
+
+    [0, published)        named by block hashes in the index; any sequence with those tokens may read them
+    [published, used)     promised to one writer; nobody else reads or writes them
+    [used, capacity)      free: the next extension of the prefix that ends at ``used`` is appended here
+
+Adapter KV never gets here: it lives in private segments (``sequence.py``).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+import torch
+
+from alora_serve.kv.keys import BlockChain, BlockHash
+from alora_serve.kv.layout import KVLayout
+from alora_serve.model.kv_memory import KVSegment, KVSlice, Prefix
+
+MIN_SLACK_TOKENS = 128
+"""Room a new segment keeps for the conversation to go on in place, as one slice (besides a quarter of its size)."""
+
+
+class PrefixCacheMetrics(Protocol):
+    """Counts hits and evictions; implemented by ``metrics.py``."""
+
+    def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
+        """One look-up: tokens found resident and tokens not."""
+
+    def prefix_evicted(self, segments: int) -> None:
+        """Segments dropped for space."""
+
+    def prefix_bytes(self, size_bytes: int) -> None:
+        """Bytes of all resident segments."""
+
+
+class PrefixCache:
+    """Index and owner of shared segments. Thread-safe.
+
+    Holders pin a prefix (:meth:`acquire`, :meth:`reserve`) and release it; segments without pins leave in least
+    recently used order when the budget is exceeded. Pinned segments never leave, so the budget can be overrun while
+    more is in use than fits.
+    """
+
+    def __init__(
+        self, layout: KVLayout, *, budget_bytes: int, device: torch.device, metrics: PrefixCacheMetrics
+    ) -> None:
+        self._layout = layout
+        self._budget_bytes = budget_bytes
+        self._device = device
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._index: dict[BlockHash, Prefix] = {}
+        self._names: dict[KVSegment, list[BlockHash]] = {}
+        self._size_bytes = 0
+        self._clock = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all segments owned here."""
+        with self._lock:
+            return self._size_bytes
+
+    def acquire(self, chain: BlockChain, limit: int) -> Prefix:
+        """The longest resident prefix of the chain, cut to ``limit`` positions, pinned until :meth:`release`."""
+        with self._lock:
+            prefix = self._longest(chain).take(limit)
+            self._pin(prefix)
+        self._metrics.prefix_lookup(prefix.tokens, limit - prefix.tokens)
+        return prefix
+
+    def _longest(self, chain: BlockChain) -> Prefix:
+        for block in range(len(chain.full), -1, -1):
+            if block and chain.full[block - 1] not in self._index:
+                continue
+            remaining = len(chain) - block * chain.block_tokens
+            for count in range(min(chain.block_tokens - 1, remaining), 0, -1):
+                tail = self._index.get(chain.tail(block, count))
+                if tail is not None:
+                    return tail
+            return self._index[chain.full[block - 1]] if block else Prefix()
+        return Prefix()
+
+    def _pin(self, prefix: Prefix) -> None:
+        self._clock += 1
+        for part in prefix.slices:
+            part.segment.pins += 1
+            part.segment.last_use = self._clock
+
+    def pin(self, prefix: Prefix) -> None:
+        """One more holder of an already pinned prefix."""
+        with self._lock:
+            self._pin(prefix)
+
+    def release(self, prefix: Prefix) -> None:
+        """Give a pinned prefix back."""
+        with self._lock:
+            for part in prefix.slices:
+                part.segment.pins -= 1
+            self._evict(0)
+
+    def reserve(self, prefix: Prefix, tokens: int) -> KVSlice:
+        """Room for ``tokens`` more positions after ``prefix``, pinned, for the caller alone to write.
+
+        Appended in place where the prefix's last segment has room and nobody has extended it yet; else a new segment.
+        """
+        with self._lock:
+            last = prefix.slices[-1] if prefix.slices else None
+            if last is not None and last.segment in self._names:
+                segment = last.segment
+                if last.offset + last.tokens == segment.used and segment.capacity - segment.used >= tokens:
+                    return self._promise(segment, tokens)
+            capacity = tokens + max(MIN_SLACK_TOKENS, tokens // 4)
+            size_bytes = capacity * self._layout.bytes_per_token
+            self._evict(size_bytes)
+            segment = KVSegment.allocate(self._layout, capacity, prefix.tokens, self._device)
+            self._names[segment] = []
+            self._size_bytes += segment.size_bytes
+            self._metrics.prefix_bytes(self._size_bytes)
+            return self._promise(segment, tokens)
+
+    def _promise(self, segment: KVSegment, tokens: int) -> KVSlice:
+        promised = KVSlice(segment, segment.used, tokens)
+        segment.used += tokens
+        segment.pins += 1
+        self._clock += 1
+        segment.last_use = self._clock
+        return promised
+
+    def settle(self, promised: KVSlice, written_tokens: int) -> None:
+        """End a reservation: keep its first ``written_tokens`` positions, free the rest, drop its pin.
+
+        A segment of which nothing was ever published or kept is dropped.
+        """
+        with self._lock:
+            segment = promised.segment
+            if segment.used == promised.offset + promised.tokens:
+                segment.used = promised.offset + written_tokens
+            segment.pins -= 1
+            if not segment.used:
+                self._drop(segment)
+            self._evict(0)
+
+    def publish(self, chain: BlockChain, prefix: Prefix, start: int, end: int) -> None:
+        """Let others find the blocks of ``chain`` that end in ``(start, end]``, held by ``prefix`` (which covers them).
+
+        Full blocks are named one by one; when ``end`` falls inside a block, so is that partial tail.
+        """
+        size = chain.block_tokens
+        ends = list(range((start // size + 1) * size, end + 1, size))
+        if end % size:
+            ends.append(end)
+        with self._lock:
+            for block_end in ends:
+                name = chain.name_of(block_end)
+                if name not in self._index:
+                    held = prefix.take(block_end)
+                    self._index[name] = held
+                    for part in held.slices:
+                        self._names[part.segment].append(name)
+
+    def _evict(self, incoming_bytes: int) -> None:
+        """Drop unpinned segments, least recently used first, until the budget holds with ``incoming_bytes`` more."""
+        if self._size_bytes + incoming_bytes <= self._budget_bytes:
+            return
+        # Whoever uses a descendant uses its ancestors at the same tick, so on a tie the deeper segment goes first.
+        idle = sorted((s for s in self._names if not s.pins), key=lambda s: (s.last_use, -s.start))
+        dropped = 0
+        for segment in idle:
+            if self._size_bytes + incoming_bytes <= self._budget_bytes:
+                break
+            self._drop(segment)
+            dropped += 1
+        if dropped:
+            self._metrics.prefix_evicted(dropped)
+            self._metrics.prefix_bytes(self._size_bytes)
+
+    def _drop(self, segment: KVSegment) -> None:
+        for name in self._names.pop(segment):
+            self._index.pop(name, None)
+        self._size_bytes -= segment.size_bytes
+
+    def check_integrity(self) -> None:
+        """Raise ``RuntimeError`` if the books do not balance; for tests and idle moments."""
+        with self._lock:
+            total = sum(segment.size_bytes for segment in self._names)
+            if total != self._size_bytes:
+                raise RuntimeError(f"prefix cache counts {self._size_bytes} bytes, segments have {total}")
+            for name, prefix in self._index.items():
+                for part in prefix.slices:
+                    if part.segment not in self._names or name not in self._names[part.segment]:
+                        raise RuntimeError(f"block {name.hex()[:12]} is named in a segment that is gone")
+                    if part.offset + part.tokens > part.segment.used:
+                        raise RuntimeError(f"block {name.hex()[:12]} reads beyond what was written")

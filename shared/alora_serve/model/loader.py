@@ -1,0 +1,262 @@
+"""Load a base model unmodified, refuse what the engine cannot serve exactly, and take the digests that name its KV.
+
+What is refused, by name: layers that keep state other than keys and values, attention that does not pass through
+transformers' attention interface, arguments our attention does not handle, encoder-decoder models. Rotary embeddings
+whose frequencies depend on the length seen (``dynamic``, ``longrope``) are served up to the length at which they would
+begin to depend on it: beyond, the same tokens have other keys, and a long neighbour in the packed row would change a short
+sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from alora_serve.errors import ModelUnsupportedError
+from alora_serve.kv.layout import KVLayout
+from alora_serve.model.attention import PackedAttention, Span, Step
+from alora_serve.model.chat import ChatTokenizer
+from alora_serve.model.kv_memory import KVSegment, KVSlice
+
+_log = structlog.get_logger(__name__)
+
+SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+IGNORED_CONFIG_FIELDS = frozenset(
+    {
+        "_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
+        "id2label", "label2id", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+        "output_attentions", "output_hidden_states", "return_dict", "problem_type", "initializer_range",
+        "_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation",
+        "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "summary_type",
+        "summary_use_proj", "summary_activation", "summary_proj_to_labels", "task_specific_params", "chunk_size_feed_forward",
+        "is_encoder_decoder", "pretraining_tp", "embedding_dropout", "resid_dropout", "hidden_dropout", "dropout",
+    }
+)  # fmt: skip
+"""Config fields that do not change an inference forward pass. Every other field, known or not, is part of the KV's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded base model and what names its KV.
+
+    Attributes:
+        name: what people call it: the directory's or hub id's last part.
+        module: the transformers model, in eval mode, its attention ours.
+        attention: our attention function inside it.
+        tokenizer: renders, tokenizes and decodes.
+        layout: shape of a token's KV.
+        dtype: compute dtype, ``float32`` or ``bfloat16``.
+        context_tokens: longest prompt plus answer.
+        weights_digest: SHA-256 of the weight files.
+        forward_config_digest: SHA-256 of the config fields that affect the forward pass.
+    """
+
+    name: str
+    module: PreTrainedModel
+    attention: PackedAttention
+    tokenizer: ChatTokenizer
+    layout: KVLayout
+    dtype: str
+    device: torch.device
+    context_tokens: int
+    vocabulary_size: int
+    weights_digest: bytes
+    forward_config_digest: bytes
+
+    @property
+    def model_digest(self) -> bytes:
+        """Weights, forward config, tokenizer and chat template: endpoints of equal digest may be paired."""
+        parts = (self.weights_digest, self.forward_config_digest, self.tokenizer.digest)
+        return hashlib.sha256(b"alora-serve model" + b"".join(parts)).digest()
+
+    def linears(self) -> dict[str, nn.Module]:
+        """Every ``Linear`` and ``Conv1D`` by its full name: what an adapter may target."""
+        return {name: part for name, part in self.module.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
+
+
+def native_dtype() -> str:
+    """``bfloat16`` where this processor multiplies it natively, else ``float32``."""
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "bfloat16"
+    # oneDNN emulates bf16 with avx512 alone, slower than fp32; only the dot-product instructions pay.
+    capabilities = torch.cpu.get_capabilities()
+    fast = ("avx512_bf16", "amx_bf16", "bf16")
+    return "bfloat16" if any(capabilities.get(name) for name in fast) else "float32"
+
+
+def load_base_model(
+    directory: Path, *, dtype: str, device: str = "cpu", context_tokens: int | None = None, name: str | None = None
+) -> BaseModel:
+    """Load a Hugging Face directory for serving.
+
+    Args:
+        directory: holds ``config.json``, safetensors weights and a tokenizer.
+        dtype: ``float32``, ``bfloat16`` or ``auto`` (see :func:`native_dtype`).
+        context_tokens: lower the context below what the model allows.
+
+    Raises:
+        ModelUnsupportedError: a part of the model cannot be served exactly; names it.
+    """
+    if dtype == "auto":
+        dtype = native_dtype()
+    config = AutoConfig.from_pretrained(directory)
+    _check_config(config)
+    module = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=getattr(torch, dtype), attn_implementation="eager", use_safetensors=True
+    ).to(device)
+    module.eval().requires_grad_(False)
+    attention = PackedAttention()
+    # One registration a loaded model: the function finds its step without process-wide state.
+    implementation = f"alora_packed_{id(attention):x}"
+    ALL_ATTENTION_FUNCTIONS.register(implementation, attention)
+    module.set_attn_implementation(implementation)
+    layout = _probe(module, attention, dtype)
+    generation_ids = getattr(module.generation_config, "eos_token_id", None)
+    tokenizer = ChatTokenizer(
+        AutoTokenizer.from_pretrained(directory), eos_token_ids=[*_ids(config.eos_token_id), *_ids(generation_ids)]
+    )
+    limit = _context_limit(config)
+    return BaseModel(
+        name=name or directory.name,
+        module=module,
+        attention=attention,
+        tokenizer=tokenizer,
+        layout=layout,
+        dtype=dtype,
+        device=torch.device(device),
+        context_tokens=min(limit, context_tokens or limit),
+        vocabulary_size=module.get_input_embeddings().weight.shape[0],
+        weights_digest=weights_digest(directory),
+        forward_config_digest=forward_config_digest(config),
+    )
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _check_config(config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise ModelUnsupportedError(f"{config.model_type} is an encoder-decoder model; only decoders are served")
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind not in SERVED_LAYER_TYPES:
+            raise ModelUnsupportedError(
+                f"layer type {kind!r} of {config.model_type} is not served; served are {sorted(SERVED_LAYER_TYPES)}"
+            )
+
+
+def _rope_types(config: PreTrainedConfig) -> dict[str, Mapping[str, Any]]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        return {parameters["rope_type"]: parameters}
+    return {p["rope_type"]: p for p in parameters.values() if isinstance(p, Mapping) and "rope_type" in p}
+
+
+def _context_limit(config: PreTrainedConfig) -> int:
+    """Most positions for which every token's KV depends on earlier tokens alone."""
+    limit = int(config.max_position_embeddings)
+    for kind, parameters in _rope_types(config).items():
+        if kind in _LENGTH_DEPENDENT_ROPE:
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            limit = min(limit, int(original or limit))
+            _log.warning("context capped where rotary frequencies begin to depend on it", rope=kind, tokens=limit)
+    return limit
+
+
+def _probe(module: PreTrainedModel, attention: PackedAttention, dtype: str) -> KVLayout:
+    """Run two tokens and see that every layer's attention came to us, with the window its config says."""
+    config = module.config
+    layers = int(config.num_hidden_layers)
+    shapes: list[torch.Size] = []
+
+    class _Recorder(PackedAttention):
+        def __call__(self, part: nn.Module, query, key, value, mask, **kwargs):  # type: ignore[no-untyped-def, override]
+            shapes.append(key.shape)
+            if key.shape != value.shape:
+                raise ModelUnsupportedError(f"{type(part).__name__} has keys {key.shape} but values {value.shape}")
+            return super().__call__(part, query, key, value, mask, **kwargs)
+
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    layout = KVLayout(layers=layers, kv_heads=heads, head_dim=head_dim, dtype=dtype)
+    recorder = _Recorder()
+    name = module.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(name, recorder)
+    try:
+        segment = KVSegment.allocate(layout, 2, 0, module.device)
+        step = Step([Span((0, 1), 0, (), KVSlice(segment, 0, 2))], module.device)
+        recorder.begin(step)
+        with torch.inference_mode():
+            module(input_ids=step.token_ids[None], position_ids=step.positions[None], use_cache=False)
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    if sorted(recorder.windows_seen) != list(range(layers)) or len(shapes) != layers:
+        raise ModelUnsupportedError(
+            f"{type(module).__name__} sent {len(shapes)} of {layers} layers through the attention interface; "
+            "layers with attention code or state of their own are not served"
+        )
+    if any(tuple(shape) != (1, heads, 2, head_dim) for shape in shapes):
+        raise ModelUnsupportedError(f"{type(module).__name__} has layers of unequal KV shape: {set(map(tuple, shapes))}")
+    _check_windows(config, recorder.windows_seen)
+    return layout
+
+
+def _check_windows(config: PreTrainedConfig, seen: Mapping[int, int | None]) -> None:
+    """A window that is applied only through a mask would be lost; see that each layer names its own."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(config, "layer_types", None)
+    for layer, given in seen.items():
+        expected = window if kinds is None or kinds[layer] == "sliding_attention" else None
+        if given != expected:
+            raise ModelUnsupportedError(
+                f"layer {layer} of {config.model_type} has window {expected} in its config but passes {given} to attention"
+            )
+
+
+def weights_digest(directory: Path) -> bytes:
+    """SHA-256 over the safetensors files, in name order, each length-prefixed.
+
+    Raises:
+        ModelUnsupportedError: no safetensors file.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ModelUnsupportedError(f"{directory} holds no .safetensors weights")
+    hasher = hashlib.sha256(b"alora-serve weights")
+    for file in files:
+        hasher.update(file.stat().st_size.to_bytes(8, "little"))
+        with file.open("rb") as stream:
+            hasher.update(hashlib.file_digest(stream, "sha256").digest())
+    return hasher.digest()
+
+
+def forward_config_digest(config: PreTrainedConfig) -> bytes:
+    """SHA-256 over every config field that may affect the forward pass, in canonical JSON."""
+    kept = _without_ignored(config.to_dict())
+    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(b"alora-serve config" + canonical.encode()).digest()
+
+
+def _without_ignored(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_ignored(item) for key, item in value.items() if key not in IGNORED_CONFIG_FIELDS}
+    return [_without_ignored(item) for item in value] if isinstance(value, (list, tuple)) else value
