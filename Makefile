@@ -20,9 +20,6 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
 COVERAGE := build/coverage
 
-# The package buf-bin carries buf for Linux alone; elsewhere the machine's own is used.
-BUF = $(firstword $(wildcard $(BIN)/buf) buf)
-
 PROTOS := $(wildcard proto/alora_serve/v1/*.proto)
 STUBS := shared/alora_serve/v1/__init__.py
 LAST_TAG := $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
@@ -66,7 +63,7 @@ bench: $(STUBS) ## the main benchmark, into build/bench/main.json
 format: $(VENV)/.ready-dev ## rewrite Python and proto files in the house format
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
-	@$(BUF) format -w proto
+	@$(BIN)/buf format -w proto
 
 .PHONY: lint
 lint: $(VENV)/.ready-dev $(STUBS) ## ruff, mypy, import-linter, buf: what must hold before a commit
@@ -74,12 +71,12 @@ lint: $(VENV)/.ready-dev $(STUBS) ## ruff, mypy, import-linter, buf: what must h
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
-	@$(BUF) lint proto
-	@$(BUF) format -d --exit-code proto
+	@$(BIN)/buf lint proto
+	@$(BIN)/buf format -d --exit-code proto
 ifeq ($(LAST_TAG),)
 	@echo "buf breaking: skipped, this repository has no tag v* to compare with"
 else
-	@$(BUF) breaking proto --against '.git#tag=$(LAST_TAG),subdir=proto'
+	@$(BIN)/buf breaking proto --against '.git#tag=$(LAST_TAG),subdir=proto'
 endif
 
 .PHONY: test

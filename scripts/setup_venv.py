@@ -57,7 +57,10 @@ def check_disk(directory: Path, free_bytes: int) -> None:
 def create(venv: Path) -> None:
     """Create ``venv`` unless it already holds a Python with pip."""
     python = venv / "bin" / "python"
-    if python.exists() and subprocess.run([python, "-c", "import pip"], check=False, capture_output=True).returncode == 0:
+    if (
+        python.exists()
+        and subprocess.run([python, "-c", "import pip"], check=False, capture_output=True).returncode == 0
+    ):
         return
     check_venv_module()
     check_disk(venv.parent, shutil.disk_usage(venv.parent).free)
@@ -72,12 +75,12 @@ def install(venv: Path, project: Path, torch: str, torch_pip_args: str, lock: Pa
     leaves it out. Nothing after it may pull in another build, hence ``--no-deps``. The project's own build tools are in the
     lock, so its build needs no isolation and no network.
     """
-    pip = [venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     print(f"installing {torch}" + (f" with {torch_pip_args}" if torch_pip_args else ""), flush=True)
     subprocess.run([*pip, "install", torch, *shlex.split(torch_pip_args)], check=True)
     print(f"installing {lock.name}", flush=True)
-    subprocess.run([*pip, "install", "--quiet", "--require-hashes", "--no-deps", "-r", lock], check=True)
-    editable = ["--no-deps", "--no-build-isolation", "--editable", project]
+    subprocess.run([*pip, "install", "--quiet", "--require-hashes", "--no-deps", "-r", str(lock)], check=True)
+    editable = ["--no-deps", "--no-build-isolation", "--editable", str(project)]
     subprocess.run([*pip, "install", "--quiet", *editable], check=True)
     subprocess.run([*pip, "check"], check=True)
 

@@ -1,0 +1,38 @@
+"""Pytest plugin: with ``ALORA_TEST_REQUIRE_ALL=1`` a skip is a failure, so that CI cannot pass by lacking a tool.
+
+Without it, pytest's own summary lists the skips at the end of its output, with the reason each test gave.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+VARIABLE = "ALORA_TEST_REQUIRE_ALL"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test that skipped itself or was marked to be skipped; expected failures stay what they are."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _fail_if_required(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Fail a module that skipped itself whole, as ``pytest.importorskip`` does."""
+    report = yield
+    if report.skipped:
+        _fail_if_required(report)
+    return report
+
+
+def _fail_if_required(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if os.environ.get(VARIABLE) == "1":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        report.outcome = "failed"
+        report.longrepr = f"{reason}\n{VARIABLE}=1 forbids skipping: install what the test needs"

@@ -1,0 +1,81 @@
+"""Start-up checks of the set-up script: each refusal names what is missing and what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def setup(load_script: Any) -> Any:
+    return load_script("setup_venv")
+
+
+def test_an_old_python_is_refused_with_its_version_and_the_way_out(setup: Any) -> None:
+    with pytest.raises(setup.SetupError, match=r"(?s)3\.11 or newer.*/usr/bin/python3 is 3\.9\.2.*make PYTHON="):
+        setup.check_python((3, 9, 2), "/usr/bin/python3")
+    setup.check_python((3, 11, 0), "python3")
+
+
+@pytest.mark.parametrize("module", ["venv", "ensurepip"])
+def test_a_python_without_venv_is_refused_by_module_name(
+    setup: Any, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = setup.importlib.util.find_spec
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
+    with pytest.raises(setup.SetupError, match=rf"(?s)lacks the module {module}.*apt install python3-venv"):
+        setup.check_venv_module()
+
+
+def test_a_full_disk_is_refused_with_the_space_found_and_needed(setup: Any, tmp_path: Path) -> None:
+    with pytest.raises(setup.SetupError, match=r"has 1\.0 GiB free.*needs 4 GiB"):
+        setup.check_disk(tmp_path, 1024**3)
+    setup.check_disk(tmp_path, setup.MINIMUM_FREE_BYTES)
+
+
+def test_an_unwritable_directory_is_refused(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(setup.SetupError, match="is not writable"):
+        setup.check_disk(tmp_path, setup.MINIMUM_FREE_BYTES)
+
+
+def test_the_steps_run_in_the_order_that_keeps_torch_the_chosen_build(
+    setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: commands.append(" ".join(map(str, command))))
+    setup.install(tmp_path, tmp_path, "torch==1", "--index-url 'a b'", tmp_path / "x.lock")
+    torch, locked, project, check = commands
+    assert torch.endswith("pip --disable-pip-version-check install torch==1 --index-url a b")
+    assert "--require-hashes --no-deps -r" in locked
+    assert "--no-deps --no-build-isolation --editable" in project
+    assert check.endswith("check")
+
+
+def test_a_failing_pip_is_reported_by_its_command_without_a_traceback(
+    setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(command: list[str], **_: object) -> None:
+        raise subprocess.CalledProcessError(2, command)
+
+    monkeypatch.setattr(setup, "create", lambda venv: None)
+    monkeypatch.setattr(setup.subprocess, "run", fail)
+    arguments = ["--venv", str(tmp_path), "--lock", "x.lock", "--torch", "torch==1"]
+    assert setup.main(arguments) == 1
+    assert "install torch==1 exited 2" in capsys.readouterr().err
+
+
+def test_a_broken_environment_is_made_anew_and_a_usable_one_is_kept(setup: Any, tmp_path: Path) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(tmp_path / "uninstalled")
+    setup.create(tmp_path / "venv")
+    subprocess.run([python, "-m", "pip", "--version"], check=True, capture_output=True)
+    marker = tmp_path / "venv" / "marker"
+    marker.touch()
+    setup.create(tmp_path / "venv")
+    assert marker.exists()
