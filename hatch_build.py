@@ -1,4 +1,4 @@
-"""Build hook: generates the typed gRPC stubs of ``proto/`` into ``shared/alora_serve/v1``. Also run by ``make proto``."""
+"""Build hook, also run by ``make proto``: generates the typed stubs of ``proto/`` into ``shared/alora_serve/v1``."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class StubsBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # hatchling
 def generate_stubs(root: Path) -> list[Path]:
     """Write ``*_pb2.py``, ``*_pb2_grpc.py`` and their ``.pyi`` for every proto; return the files, sorted.
 
-    A file is replaced only if its content changed, in one rename, so servers and tests that import the package meanwhile
-    never see half a module. Stubs whose proto is gone are removed.
+    A file is replaced only if its content changed, and in one rename, so whoever imports the package meanwhile never
+    sees half a module. Stubs whose proto is gone are removed.
 
     Raises:
         RuntimeError: a protoc plugin is missing, or protoc rejected a proto (its message is on stderr).
@@ -68,7 +68,7 @@ def _protoc(proto_root: Path, protos: list[Path], output: Path) -> None:
 
 
 def _find_plugin(name: str) -> str:
-    """Isolated builds put scripts on PATH only; ``.venv/bin/python hatch_build.py`` has them beside the interpreter only."""
+    """Where ``name`` is: an isolated build has it on PATH only, ``.venv/bin/python`` beside the interpreter only."""
     places = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
     found = shutil.which(name, path=places)
     if found is None:
@@ -78,7 +78,7 @@ def _find_plugin(name: str) -> str:
 
 def _replace_if_changed(fresh: Path, target: Path) -> None:
     if not target.exists() or target.read_bytes() != fresh.read_bytes():
-        os.replace(fresh, target)
+        fresh.replace(target)
 
 
 if __name__ == "__main__":

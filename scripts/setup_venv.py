@@ -1,7 +1,7 @@
 """Creates or updates the virtual environment from the lock files, after checking that this machine can hold it.
 
-Run by ``make setup`` with whatever ``python3`` the machine has, so it uses the standard library alone and must parse, to say
-what is wrong, on a Python older than the project needs.
+Run by ``make setup`` with whatever ``python3`` the machine has, so it uses the standard library alone and must parse,
+to say what is wrong, on a Python older than the project needs.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def create(venv: Path) -> None:
 def install(venv: Path, project: Path, torch: str, torch_pip_args: str, lock: Path) -> None:
     """Install torch, the locked packages and the project, in this order, then let pip check that they fit together.
 
-    Torch comes first and without a hash, because which build is right (CPU, CUDA, ROCm) depends on the machine: the lock
-    leaves it out. Nothing after it may pull in another build, hence ``--no-deps``. The project's own build tools are in the
-    lock, so its build needs no isolation and no network.
+    Torch comes first and without a hash, because which build is right (CPU, CUDA, ROCm) depends on the machine: the
+    lock leaves it out. Nothing after it may pull in another build, hence ``--no-deps``. The project's own build tools
+    are in the lock, so its build needs no isolation and no network.
     """
     pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     print(f"installing {torch}" + (f" with {torch_pip_args}" if torch_pip_args else ""), flush=True)

@@ -24,7 +24,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 
 def test_skips_pass_and_are_listed_with_their_reason_by_default(project: pytest.Pytester) -> None:
     project.makepyfile(**SKIPPING_MODULES)
-    result = project.runpytest_inprocess("-rs")
+    result = project.runpytest_inprocess("-rs", "-p", "no:asyncio")
     result.assert_outcomes(skipped=3)
     result.stdout.fnmatch_lines(["SKIPPED*needs a moon*"])
     assert result.ret == pytest.ExitCode.OK
@@ -35,7 +35,7 @@ def test_every_way_to_skip_a_test_fails_when_all_are_required(
 ) -> None:
     monkeypatch.setenv(require_all.VARIABLE, "1")
     project.makepyfile(**SKIPPING_MODULES)
-    result = project.runpytest_inprocess()
+    result = project.runpytest_inprocess("-p", "no:asyncio")
     outcomes = result.parseoutcomes()
     assert outcomes.get("failed", 0) + outcomes.get("errors", 0) == 3
     assert "skipped" not in outcomes
@@ -47,7 +47,7 @@ def test_a_module_that_skips_itself_fails_when_all_are_required(
 ) -> None:
     monkeypatch.setenv(require_all.VARIABLE, "1")
     project.makepyfile("import pytest\npytest.importorskip('no_such_module_of_ours')\ndef test_a(): pass")
-    result = project.runpytest_inprocess()
+    result = project.runpytest_inprocess("-p", "no:asyncio")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines([f"*{require_all.VARIABLE}=1 forbids skipping*"])
 
@@ -55,4 +55,4 @@ def test_a_module_that_skips_itself_fails_when_all_are_required(
 def test_an_expected_failure_is_no_skip(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(require_all.VARIABLE, "1")
     project.makepyfile("import pytest\n@pytest.mark.xfail(reason='known')\ndef test_a(): assert False")
-    project.runpytest_inprocess().assert_outcomes(xfailed=1)
+    project.runpytest_inprocess("-p", "no:asyncio").assert_outcomes(xfailed=1)
