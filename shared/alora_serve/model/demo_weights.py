@@ -68,7 +68,7 @@ def _download_wheel(work: Path, report: Report) -> Path:
     downloads = work / "downloads"
     scratch = work / "pip"
     scratch.mkdir()
-    options = "--quiet --disable-pip-version-check --no-input --no-deps".split()
+    options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
     log_path = work / "pip.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(

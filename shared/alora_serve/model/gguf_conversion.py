@@ -39,7 +39,7 @@ def convert_gguf(gguf_file: Path, output_directory: Path) -> None:
     config = loaded.config
     del config.quantization_config
     config.dtype = torch.bfloat16
-    fresh = LlamaForCausalLM(config).to(torch.bfloat16)
+    fresh = LlamaForCausalLM(config).bfloat16()
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
     # transformers ignores GGUF's ``tokenizer.ggml.pre = smollm``: every digit is a piece of its own.
