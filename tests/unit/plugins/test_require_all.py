@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 import require_all
 
 pytest_plugins = ["pytester"]
