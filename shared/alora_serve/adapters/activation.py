@@ -1,4 +1,4 @@
-"""The boundary rule: which tokens follow a prefix, and from which position on an adapter is on. Nothing else decides it.
+"""The boundary rule, in one place: which tokens follow a prefix, and from which position on an adapter is on.
 
 A prompt is ``prefix_tokens + suffix_tokens``. PEFT turns an aLoRA on at the first token of the **last** occurrence of
 its invocation, inclusive, through the prompt's end and every generated token. Positions are owned like this::

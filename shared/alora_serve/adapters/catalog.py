@@ -45,7 +45,7 @@ class CatalogEntry:
             return False  # reading will say why
 
     def read(self, reader: Callable[[AdapterFiles], T]) -> T:
-        """Run ``reader`` on files that stay the same meanwhile. Keeps a refusal in ``info``, with the files it is about.
+        """Run ``reader`` on files that stay the same meanwhile. A refusal is kept as ``info``, with its files.
 
         Raises:
             AdapterRefusedError: from ``reader``; or the files cannot be read, or do not stay the same.

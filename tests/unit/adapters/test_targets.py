@@ -1,0 +1,150 @@
+"""Which modules are adapted, by which rank and scaling: equal to what PEFT injects into real models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from alora_serve.adapters.config import parse_adapter_config
+from alora_serve.adapters.loading import BaseModel
+from alora_serve.adapters.targets import ModuleShape, ResolvedTarget, resolve_targets
+from alora_serve.errors import AdapterRefusedError
+
+ALL = ["llama", "phi3", "gemma2", "gpt2"]
+
+
+def resolve(base: BaseModel, **fields: Any) -> dict[str, ResolvedTarget]:
+    config = parse_adapter_config(json.dumps({"peft_type": "LORA"} | fields).encode(), adapter_name="certainty")
+    return resolve_targets(config, base.module_shapes, adapter_name="certainty")
+
+
+def injected_by_peft(model: PreTrainedModel, **fields: Any) -> dict[str, ResolvedTarget]:
+    injected = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields)).base_model.model
+    return {
+        name: ResolvedTarget(rank=module.r["default"], scaling=module.scaling["default"])
+        for name, module in injected.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+LLAMA_CASES: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"target_modules": ["self_attn.q_proj", "mlp.down_proj", "no_such_proj"]},
+    {"target_modules": ["model.layers.1.self_attn.o_proj"]},
+    {"target_modules": ["proj"], "_matches_nothing": True},
+    {"target_modules": r"model\.layers\.[02]\..*(q|k)_proj"},
+    {"target_modules": "q_proj", "_matches_nothing": True},
+    {"target_modules": ".*proj", "exclude_modules": r".*layers\.1\..*"},
+    {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj", "o_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+    {"target_modules": "All-Linear"},
+    {"target_modules": ["q_proj"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
+    {"target_modules": ["q_proj"], "layers_to_transform": []},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks"], "_matches_nothing": True},
+    {"target_modules": ["q_proj", "model.layers.0.self_attn.v_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}},
+    {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {r"layers\.1\..*": 2, "q_proj": 4}},
+    {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"proj": 2}},
+    {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"k_proj|v_proj": 2.5, "v_proj": 7}},
+    {"target_modules": ["gate_proj"], "use_rslora": True, "alpha_pattern": {"layers.1.mlp.gate_proj": 5}},
+    {"target_modules": ["gate_proj"], "use_rslora": True, "rank_pattern": {".*1.*": 3}},
+]
+
+
+@pytest.mark.parametrize("case", LLAMA_CASES, ids=json.dumps)
+def test_targets_ranks_and_scalings_are_pefts(
+    case: dict[str, Any], llama: BaseModel, fresh_model: Callable[..., PreTrainedModel]
+) -> None:
+    matches_nothing = case.get("_matches_nothing", False)
+    fields = {"r": 6, "lora_alpha": 11} | {name: value for name, value in case.items() if name[0] != "_"}
+    if matches_nothing:
+        with pytest.raises(ValueError, match="not found in the base model"):
+            injected_by_peft(fresh_model("llama"), **fields)
+        with pytest.raises(AdapterRefusedError, match="matches no linear module"):
+            resolve(llama, **fields)
+    else:
+        assert resolve(llama, **fields) == injected_by_peft(fresh_model("llama"), **fields)
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_all_linear_is_every_linear_and_conv1d_but_the_output_layer(
+    architecture: str, base_of: Callable[[str], BaseModel], fresh_model: Callable[..., PreTrainedModel]
+) -> None:
+    targets = resolve(base_of(architecture), target_modules="all-linear", r=2)
+    assert targets == injected_by_peft(fresh_model(architecture), target_modules="all-linear", r=2)
+    assert len(targets) == {"llama": 21, "phi3": 12, "gemma2": 21, "gpt2": 12}[architecture]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+        ("gemma2", {"target_modules": ["o_proj"], "layers_to_transform": [0]}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"], "layers_to_transform": [2], "layers_pattern": ["h"]}),
+        ("gpt2", {"target_modules": ["attn.c_proj"], "rank_pattern": {"h.1.attn.c_proj": 3}}),
+    ],
+)
+def test_fused_and_transposed_modules_resolve_as_in_peft(
+    architecture: str,
+    fields: dict[str, Any],
+    base_of: Callable[[str], BaseModel],
+    fresh_model: Callable[..., PreTrainedModel],
+) -> None:
+    assert resolve(base_of(architecture), **fields) == injected_by_peft(fresh_model(architecture), **fields)
+
+
+def test_what_peft_saves_for_all_linear_resolves_to_the_same_modules(
+    tmp_path: Path, llama: BaseModel, save_adapter: Callable[..., Path]
+) -> None:
+    # PEFT replaces the shorthand by a list when it saves.
+    raw = (save_adapter(tmp_path / "x", target_modules="all-linear") / "adapter_config.json").read_bytes()
+    saved = parse_adapter_config(raw, adapter_name="x")
+    assert isinstance(saved.target_modules, tuple)
+    expected = resolve(llama, target_modules="all-linear", r=4, lora_alpha=12)
+    assert resolve_targets(saved, llama.module_shapes, adapter_name="x") == expected
+
+
+def test_the_layer_is_the_first_number_in_a_name_not_the_expert() -> None:
+    shape = ModuleShape(4, 4)
+    names = ["model.layers.0.experts.1.w1", "model.layers.1.experts.0.w1"]
+    base = BaseModel(dict.fromkeys(names, shape), 10, str)
+    for fields in [{}, {"layers_pattern": "layers"}]:
+        found = resolve(base, target_modules=["w1"], layers_to_transform=[1], **fields)
+        assert list(found) == names[1:], "a greedy match would give layers.0.experts.1"
+
+
+def test_a_module_without_layer_is_left_out_when_layers_are_chosen() -> None:
+    base = BaseModel({"proj.q": ModuleShape(4, 4), "model.layers.1.q": ModuleShape(4, 4)}, 10, str)
+    assert list(resolve(base, target_modules=["q"], layers_to_transform=[1])) == ["model.layers.1.q"]
+
+
+@pytest.mark.parametrize("target", [["lm_head", "q_proj"], ".*(lm_head|q_proj)"])
+def test_the_output_layer_is_refused_by_name(target: object, llama: BaseModel) -> None:
+    with pytest.raises(AdapterRefusedError, match="adapts the output layer 'lm_head'"):
+        resolve(llama, target_modules=target)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "(q_proj"},
+        {"target_modules": ["q_proj"], "exclude_modules": "*"},
+        {"target_modules": ["q_proj"], "rank_pattern": {"[": 2}},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "("},
+    ],
+    ids=json.dumps,
+)
+def test_a_broken_regular_expression_refuses_the_adapter(fields: dict[str, Any], llama: BaseModel) -> None:
+    with pytest.raises(AdapterRefusedError, match="'certainty': .*is not a regular expression"):
+        resolve(llama, **fields)
