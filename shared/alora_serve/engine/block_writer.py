@@ -63,9 +63,7 @@ class BlockWriter:
         if self._background:
             await asyncio.wait(self._background)
 
-    def _write(
-        self, chain: BlockChain, prefix: Prefix, start: int, known: Collection[BlockHash] | None
-    ) -> StoreResult:
+    def _write(self, chain: BlockChain, prefix: Prefix, start: int, known: Collection[BlockHash] | None) -> StoreResult:
         end = prefix.tokens
         covered = self._blocks.chain(chain.tokens[:end]) if end < len(chain) else chain
         fresh = self._blocks.blocks(covered, start)

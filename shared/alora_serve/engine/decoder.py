@@ -11,16 +11,14 @@ from time import monotonic
 from alora_serve.adapters.activation import Activation, no_activation, place_invocation
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.adapters.registry import AdapterRegistry
-from alora_serve.engine.block_writer import BlockWriter
 from alora_serve.engine.bridge import run_sequence
-from alora_serve.engine.engine import Engine
-from alora_serve.engine.prefix_loader import LoadedPrefix, PrefixLoader
+from alora_serve.engine.core import ServingCore
+from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceRequest
 from alora_serve.errors import AdapterRefusedError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
-from alora_serve.kv.blocks import BlockStore, StoreResult
+from alora_serve.kv.blocks import StoreResult
 from alora_serve.model.kv_memory import Prefix
-from alora_serve.model.loader import BaseModel
 from alora_serve.model.text import TextStream
 from alora_serve.types import (
     AdapterDigest,
@@ -56,27 +54,11 @@ class _Plan:
 class Decoder:
     """Generates on one base model with the adapters of one registry. Keeps no session; one event loop."""
 
-    def __init__(
-        self,
-        *,
-        model: BaseModel,
-        engine: Engine,
-        loader: PrefixLoader,
-        writer: BlockWriter,
-        blocks: BlockStore,
-        adapters: AdapterRegistry,
-        signer: HandleSigner,
-        storage_digest: bytes,
-    ) -> None:
-        self._model = model
-        self._model_digest = model.model_digest
-        self._engine = engine
-        self._loader = loader
-        self._writer = writer
-        self._blocks = blocks
+    def __init__(self, core: ServingCore, adapters: AdapterRegistry, signer: HandleSigner) -> None:
+        self._core = core
         self._adapters = adapters
         self._signer = signer
-        self._storage_digest = storage_digest
+        self._model_digest = core.model.model_digest
 
     async def decode(self, request: GenerateRequest) -> AsyncIterator[StreamEvent]:
         """Run one request: ``Started``, then tokens, then ``Finished``. Close the iterator to cancel.
@@ -107,9 +89,9 @@ class Decoder:
             )
             # The last prompt token is always run: its logits choose the first generated token.
             limit = min(plan.base_tokens, len(plan.prompt) - 1)
-            chain = self._blocks.chain(plan.prompt if adapter is None else request.handle.prefix_tokens)
-            loaded = await self._loader.load(chain, limit) if limit else LoadedPrefix(Prefix())
-            text = TextStream(self._model.tokenizer.decode, request.sampling.stop)
+            chain = self._core.blocks.chain(plan.prompt if adapter is None else request.handle.prefix_tokens)
+            loaded = await self._core.loader.load(chain, limit) if limit else LoadedPrefix(Prefix())
+            text = TextStream(self._core.model.tokenizer.decode, request.sampling.stop)
             generated = request.resume.generated_tokens if request.resume else ()
             if generated:
                 text.restore(generated)
@@ -125,7 +107,7 @@ class Decoder:
                 text=text,
             )
             stored = StoreResult()
-            async with run_sequence(self._engine, sequence) as running:
+            async with run_sequence(self._core.engine, sequence) as running:
                 async for event in running:
                     match event:
                         case TokenChunk() | Heartbeat():
@@ -133,9 +115,9 @@ class Decoder:
                         case BaseComputed(computed, prefix, start, _):
                             if adapter is None:
                                 # Stored before the stream ends, so that the next turn's prefill finds it.
-                                stored = await self._writer.write(computed, prefix, start)
+                                stored = await self._core.writer.write(computed, prefix, start)
                             else:
-                                self._writer.write_in_background(computed, prefix, start)
+                                self._core.writer.write_in_background(computed, prefix, start)
                         case SequenceDone():
                             timings = _timings(event, loaded, adapter_load_seconds, monotonic() - started)
                             yield self._finished(request, plan, event, loaded, stored, timings)
@@ -151,26 +133,23 @@ class Decoder:
                 generation_prompt_tokens=handle.generation_prompt_tokens,
                 invocation_tokens=adapter.invocation_tokens,
                 adapter_name=request.adapter,
-                vocabulary_size=self._model.vocabulary_size,
+                vocabulary_size=self._core.model.vocabulary_size,
             )
         prompt = handle.prefix_tokens + activation.suffix_tokens
-        if adapter is None:
-            base_tokens = len(prompt)
-        else:
-            base_tokens = activation.invocation_start or 0
+        base_tokens = len(prompt) if adapter is None else activation.invocation_start or 0
         self._check(request, prompt, activation)
-        if len(prompt) + sampling.max_tokens > self._model.context_tokens:
+        if len(prompt) + sampling.max_tokens > self._core.model.context_tokens:
             raise InvalidRequestError.of(
                 "sampling.max_tokens",
                 f"prompt of {len(prompt)} tokens plus max_tokens {sampling.max_tokens} exceeds the context of "
-                f"{self._model.context_tokens}",
+                f"{self._core.model.context_tokens}",
             )
         return _Plan(prompt, activation, base_tokens)
 
     def _check(self, request: GenerateRequest, prompt: TokenIds, activation: Activation) -> None:
         if not prompt:
             raise InvalidRequestError.of("handle", "the prompt is empty")
-        vocabulary = self._model.vocabulary_size
+        vocabulary = self._core.model.vocabulary_size
         bad = [
             FieldViolation(f"sampling.{field}", f"token id {token} is outside the vocabulary of {vocabulary}")
             for field, tokens in (
@@ -190,7 +169,7 @@ class Decoder:
             )
 
     def _end_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        own = frozenset() if sampling.ignore_eos else self._model.tokenizer.end_of_sequence_ids
+        own = frozenset() if sampling.ignore_eos else self._core.model.tokenizer.end_of_sequence_ids
         return own | frozenset(sampling.stop_token_ids)
 
     def _finished(
@@ -213,8 +192,8 @@ class Decoder:
             fetched_bytes=loaded.fetched_bytes,
             stored_bytes=stored.stored_bytes,
             invocation_start=plan.activation.invocation_start,
-            store_misses=dict(loaded.misses),
-            store_drops=dict(stored.drops),
+            store_misses=loaded.misses,
+            store_drops=stored.drops,
         )
         return Finished(
             finish_reason=done.finish_reason,
@@ -230,7 +209,7 @@ class Decoder:
         return self._signer.sign(
             PrefixHandle(
                 model_digest=self._model_digest,
-                storage_digest=self._storage_digest,
+                storage_digest=self._core.storage_digest,
                 prefix_tokens=tokens,
                 generation_prompt_tokens=(),
                 kind=PromptKind.CONVERSATION,

@@ -1,18 +1,20 @@
-"""The engine: one thread that runs schedule, forward, sample, emit, over a batch in which every sequence may use another
-adapter, or none. Sequences join and leave at every step."""
+"""The engine: one thread that runs schedule, forward, sample, emit.
+
+In its batch every sequence may use another adapter, or none, and sequences join and leave at every step.
+"""
 
 from __future__ import annotations
 
 import itertools
 import queue
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
 
 import structlog
 
+from alora_serve.engine.batch import Batch, adapter_rows, arrange
 from alora_serve.engine.lora_rows import LoraRows
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.sampling import choose_tokens
@@ -20,7 +22,6 @@ from alora_serve.engine.scheduler import share_step
 from alora_serve.engine.sequence import (
     Sequence,
     SequenceDone,
-    SequenceEvent,
     SequenceFailed,
     SequenceId,
     SequenceRequest,
@@ -28,7 +29,6 @@ from alora_serve.engine.sequence import (
     Sink,
 )
 from alora_serve.errors import AloraServeError, OverloadedError, UnavailableError
-from alora_serve.model.attention import Span
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
 from alora_serve.types import FinishReason, Heartbeat, SamplingParams, TokenChunk
@@ -91,9 +91,7 @@ class Engine:
     let go of first. An exception in a step fails the sequences of that step and no others.
     """
 
-    def __init__(
-        self, model: BaseModel, cache: PrefixCache, *, limits: EngineLimits, metrics: EngineMetrics
-    ) -> None:
+    def __init__(self, model: BaseModel, cache: PrefixCache, *, limits: EngineLimits, metrics: EngineMetrics) -> None:
         self._model = model
         self._runner = ModelRunner(model)
         self._lora = LoraRows(model.linears())
@@ -217,15 +215,13 @@ class Engine:
         for finished in [sequence for sequence in self._running if sequence.pending_tokens <= 0]:
             self._finish(finished, None)
         shares = share_step([sequence.pending_tokens for sequence in planned], self._limits.max_step_tokens)
-        batch = self._arrange([sequence for sequence, share in zip(planned, shares, strict=True) if share], dict(
-            zip((sequence.id for sequence in planned), shares, strict=True)
-        ))
+        batch = arrange([(sequence, share) for sequence, share in zip(planned, shares, strict=True) if share])
         if not batch:
             return
         started = monotonic()
         try:
             self._advance(batch)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # The engine must outlive any one batch: its sequences fail with what happened, the rest go on.
             _log.exception("step failed", sequences=len(batch))
             failure = error if isinstance(error, AloraServeError) else AloraServeError(f"engine step failed: {error!r}")
@@ -235,25 +231,12 @@ class Engine:
             return
         self._measure(batch, monotonic() - started)
 
-    def _arrange(self, sequences: list[Sequence], shares: dict[SequenceId, int]) -> list[tuple[Sequence, Span]]:
-        """Spans in row order: sequences on one prefix side by side, and within them those of one adapter, so that
-        shared reads and adapter deltas cover runs of rows."""
-        first_of: dict[int, int] = {}
-        keyed = []
-        for order, sequence in enumerate(sequences):
-            span = sequence.span(shares[sequence.id])
-            root = id(span.shared[0].segment) if span.shared else id(sequence)
-            digest = sequence.request.adapter.digest if sequence.request.adapter else ""
-            keyed.append((first_of.setdefault(root, order), digest, order, sequence, span))
-        keyed.sort(key=lambda item: item[:3])
-        return [(sequence, span) for *_, sequence, span in keyed]
-
-    def _advance(self, batch: list[tuple[Sequence, Span]]) -> None:
+    def _advance(self, batch: Batch) -> None:
         output = [
             sequence.request.sampling is not None and span.start + len(span.tokens) == sequence.known_tokens
             for sequence, span in batch
         ]
-        self._lora.set_rows(_adapter_rows(batch))
+        self._lora.set_rows(adapter_rows(batch))
         try:
             logits = self._runner.forward([span for _, span in batch], output)
         finally:
@@ -308,7 +291,7 @@ class Engine:
             prefill_seconds=first - sequence.started_at,
             first_token_seconds=first - sequence.submitted_at,
             decode_seconds=now - first,
-            computed_tokens=min(sequence.computed_tokens, len(sequence.request.prompt)),
+            computed_tokens=len(sequence.request.prompt) - sequence.request.prefix.tokens,
             generated_tokens=len(sequence.generated),
         )
         self._leave(sequence)
@@ -333,7 +316,7 @@ class Engine:
                 sequence.last_event_at = now
                 sequence.sink(Heartbeat())
 
-    def _measure(self, batch: list[tuple[Sequence, Span]], seconds: float) -> None:
+    def _measure(self, batch: Batch, seconds: float) -> None:
         tokens = sum(len(span.tokens) for _, span in batch)
         self._metrics.step(len(batch), tokens, seconds)
         if tokens == len(batch):
@@ -344,21 +327,3 @@ class Engine:
 
 def _mean(old: float, new: float) -> float:
     return new if not old else 0.9 * old + 0.1 * new
-
-
-def _adapter_rows(batch: list[tuple[Sequence, Span]]) -> list[tuple]:  # type: ignore[type-arg]
-    """Runs of rows each adapter is on for: those of spans past their boundary."""
-    rows = []
-    first = 0
-    for sequence, span in batch:
-        last = first + len(span.tokens)
-        adapter = sequence.request.adapter
-        if adapter is not None and not sequence.in_base_phase:
-            if rows and rows[-1][0] is adapter and rows[-1][1].stop == first:
-                rows[-1] = (adapter, slice(rows[-1][1].start, last))
-            else:
-                rows.append((adapter, slice(first, last)))
-        first = last
-    return rows
-
-

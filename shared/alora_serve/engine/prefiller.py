@@ -7,46 +7,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 from time import monotonic
 
-from alora_serve.engine.block_writer import BlockWriter
 from alora_serve.engine.bridge import run_sequence
-from alora_serve.engine.engine import Engine
-from alora_serve.engine.prefix_loader import LoadedPrefix, PrefixLoader
+from alora_serve.engine.core import ServingCore
+from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceRequest, SequenceStats
 from alora_serve.errors import FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
-from alora_serve.kv.blocks import BlockStore, StoreResult
+from alora_serve.kv.blocks import StoreResult
 from alora_serve.kv.keys import BlockChain
 from alora_serve.model.chat import RenderedPrompt
-from alora_serve.model.loader import BaseModel
 from alora_serve.types import PrefillResult, PrefixHandle, Prompt, PromptKind, Timings, TokenIds, Usage
 
 
 class Prefiller:
-    """Prefills prompts on one base model; one event loop.
+    """Prefills prompts on one base model; one event loop."""
 
-    Args:
-        storage_digest: what handles carry of the key root.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: BaseModel,
-        engine: Engine,
-        loader: PrefixLoader,
-        writer: BlockWriter,
-        blocks: BlockStore,
-        signer: HandleSigner,
-        storage_digest: bytes,
-    ) -> None:
-        self._model = model
-        self._model_digest = model.model_digest
-        self._engine = engine
-        self._loader = loader
-        self._writer = writer
-        self._blocks = blocks
+    def __init__(self, core: ServingCore, signer: HandleSigner) -> None:
+        self._core = core
         self._signer = signer
-        self._storage_digest = storage_digest
+        self._model_digest = core.model.model_digest
 
     async def prefill(self, prompt: Prompt, *, tokenize_only: bool = False) -> PrefillResult:
         """Make a prompt's KV fetchable and name it. Blocks first, answer last.
@@ -66,8 +45,8 @@ class Prefiller:
         if tokenize_only:
             usage = Usage(prompt_tokens=len(tokens), computed_tokens=0)
             return PrefillResult(self._signer.sign(unsigned), usage, Timings(total_seconds=monotonic() - started))
-        chain = self._blocks.chain(tokens)
-        loaded = await self._loader.load(chain, len(tokens))
+        chain = self._core.blocks.chain(tokens)
+        loaded = await self._core.loader.load(chain, len(tokens))
         computed, stored, stats = await self._compute_and_store(chain, loaded)
         usage = Usage(
             prompt_tokens=len(tokens),
@@ -76,8 +55,8 @@ class Prefiller:
             computed_tokens=computed,
             fetched_bytes=loaded.fetched_bytes,
             stored_bytes=stored.stored_bytes,
-            store_misses=dict(loaded.misses),
-            store_drops=dict(stored.drops),
+            store_misses=loaded.misses,
+            store_drops=stored.drops,
         )
         timings = Timings(
             queue_seconds=stats.queue_seconds if stats else 0.0,
@@ -91,20 +70,20 @@ class Prefiller:
         self, chain: BlockChain, loaded: LoadedPrefix
     ) -> tuple[int, StoreResult, SequenceStats | None]:
         if loaded.prefix.tokens == len(chain):
-            return 0, await self._writer.write(chain, loaded.prefix, len(chain), known=loaded.present), None
+            return 0, await self._core.writer.write(chain, loaded.prefix, len(chain), known=loaded.present), None
         request = SequenceRequest(prompt=chain.tokens, prefix=loaded.prefix, chain=chain)
         stored, stats = StoreResult(), None
-        async with run_sequence(self._engine, request) as running:
+        async with run_sequence(self._core.engine, request) as running:
             async for event in running:
                 match event:
                     case BaseComputed(computed_chain, prefix, start, _):
-                        stored = await self._writer.write(computed_chain, prefix, start, known=loaded.present)
+                        stored = await self._core.writer.write(computed_chain, prefix, start, known=loaded.present)
                     case SequenceDone():
                         stats = event.stats
         return stats.computed_tokens if stats else 0, stored, stats
 
     def _check_length(self, tokens: TokenIds) -> None:
-        limit = self._model.context_tokens
+        limit = self._core.model.context_tokens
         if len(tokens) >= limit:
             raise InvalidRequestError.of(
                 "prompt", f"{len(tokens)} tokens leave no room for an answer in a context of {limit}; shorten it"
@@ -124,22 +103,22 @@ class Prefiller:
             self._check_ids(prompt.token_ids)
             return self._handle(RenderedPrompt(prompt.token_ids, (), ""), PromptKind.TOKENS)
         if prompt.handle is None:
-            return self._handle(self._model.tokenizer.render(prompt.messages, **template), PromptKind.CONVERSATION)  # type: ignore[arg-type]
+            return self._handle(self._core.model.tokenizer.render(prompt.messages, **template), PromptKind.CONVERSATION)  # type: ignore[arg-type]
         if not prompt.messages and not prompt.handle.open_turn:
-            return replace(prompt.handle, storage_digest=self._storage_digest, mac=b"")
-        rendered = self._model.tokenizer.continue_from(prompt.handle, prompt.messages, **template)  # type: ignore[arg-type]
+            return replace(prompt.handle, storage_digest=self._core.storage_digest, mac=b"")
+        rendered = self._core.model.tokenizer.continue_from(prompt.handle, prompt.messages, **template)  # type: ignore[arg-type]
         return self._handle(rendered, PromptKind.CONVERSATION)
 
     def _check_ids(self, tokens: TokenIds) -> None:
         largest = max(tokens)
-        if largest >= self._model.vocabulary_size:
-            text = f"token id {largest} is outside the vocabulary of {self._model.vocabulary_size}"
+        if largest >= self._core.model.vocabulary_size:
+            text = f"token id {largest} is outside the vocabulary of {self._core.model.vocabulary_size}"
             raise InvalidRequestError(text, violations=[FieldViolation("prompt.token_ids", text)])
 
     def _handle(self, rendered: RenderedPrompt, kind: PromptKind) -> PrefixHandle:
         return PrefixHandle(
             model_digest=self._model_digest,
-            storage_digest=self._storage_digest,
+            storage_digest=self._core.storage_digest,
             prefix_tokens=rendered.prefix_tokens,
             generation_prompt_tokens=rendered.generation_prompt_tokens,
             kind=kind,

@@ -1,4 +1,4 @@
-"""The base KV resident in this process: who may read which segment, what is shared, and what goes first when it is full.
+"""The base KV resident in this process: who may read which segment, what is shared, what goes first when it is full.
 
 Ownership of a segment's positions::
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.kv.blocks import BlockStore, FetchResult
 from alora_serve.kv.keys import BlockChain, BlockHash
-from alora_serve.kv.record import MissReason
 from alora_serve.model.kv_memory import KVSlice, Prefix
 
 
@@ -30,7 +29,7 @@ class LoadedPrefix:
     fetched_tokens: int = 0
     fetched_bytes: int = 0
     seconds: float = 0.0
-    misses: Mapping[MissReason, int] = field(default_factory=dict)
+    misses: Mapping[str, int] = field(default_factory=dict)
     present: frozenset[BlockHash] = frozenset()
 
 
@@ -42,13 +41,16 @@ class _SliceDestination:
 
     @property
     def start(self) -> int:
+        """First position of the slice."""
         return self.target.start
 
     @property
     def end(self) -> int:
+        """Position after its last."""
         return self.target.end
 
     def view(self, start: int, end: int) -> Tensor:
+        """Positions of the slice, writable."""
         base = self.target.segment.start
         return self.target.segment.data[:, :, :, start - base : end - base]
 

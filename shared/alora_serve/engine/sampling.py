@@ -1,4 +1,4 @@
-"""Choosing the next token. Random numbers are keyed by (seed, sample index, position), so a resumed stream draws the same."""
+"""Choosing the next token. Random numbers are keyed by seed, sample index and position."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def uniform(seed: int, sample_index: int, position: int) -> float:
 
 
 def choose_tokens(
-    logits: Tensor, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
 ) -> tuple[list[int], list[float | None]]:
     """The next token of each row, and its log-probability where asked.
 

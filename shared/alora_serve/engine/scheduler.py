@@ -9,8 +9,8 @@ def share_step(pending: Sequence[int], budget_tokens: int) -> list[int]:
     """Tokens each sequence runs in the next step, given how many it still has to run.
 
     A sequence with one token (decoding) always runs it: what people watch never waits for someone's long prompt. The
-    rest of the budget goes to the others in equal shares, shortest first, so that what a short one leaves flows to longer
-    ones and a long prompt cannot block a short one. At least one token a step goes to the prompts, so none starves.
+    rest of the budget goes to the others in equal shares, shortest first: what a short one leaves flows to longer ones,
+    and a long prompt cannot block a short one. At least one token a step goes to the prompts, so none starves.
 
     Args:
         pending: tokens each sequence could run now, each >= 1.

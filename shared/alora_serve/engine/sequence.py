@@ -129,7 +129,6 @@ class Sequence:
     started_at: float = 0.0
     first_token_at: float = 0.0
     last_event_at: float = 0.0
-    computed_tokens: int = 0
     computed: int = field(init=False)
     generated: list[int] = field(init=False)
     _shared: tuple[KVSlice, ...] = field(init=False)
@@ -224,7 +223,6 @@ class Sequence:
         self._own = span.own
         count = len(span.tokens)
         self.computed += count
-        self.computed_tokens += count
         if base:
             self._base = self._base.append(span.destination)
             if not self.in_base_phase:

@@ -59,8 +59,13 @@ class StoredBlock:
 class KVDestination(Protocol):
     """Memory that takes fetched KV: positions ``[start, end)`` of one sequence."""
 
-    start: int
-    end: int
+    @property
+    def start(self) -> int:
+        """First position it takes."""
+
+    @property
+    def end(self) -> int:
+        """Position after the last it takes."""
 
     def view(self, start: int, end: int) -> Tensor:
         """Writable ``[layers, 2, kv_heads, end - start, head_dim]`` for those positions."""
@@ -70,8 +75,10 @@ class KVSource(Protocol):
     """Memory that holds KV to be stored."""
 
     def pieces(self, start: int, end: int) -> Iterable[tuple[Tensor, int]]:
-        """Views ``[layers, 2, kv_heads, n, head_dim]`` that together hold the positions, each with its distance from
-        ``start``."""
+        """Views ``[layers, 2, kv_heads, n, head_dim]`` that together hold the positions.
+
+        Each comes with its distance from ``start``.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,7 @@ class FetchResult:
 
     end: int
     fetched_bytes: int
-    misses: Mapping[MissReason, int]
+    misses: Mapping[str, int]
     present: frozenset[BlockHash]
 
 
@@ -151,9 +158,7 @@ class BlockStore:
     def blocks(self, chain: BlockChain, start: int) -> list[StoredBlock]:
         """Full blocks and exact tail of a chain that hold positions from ``start`` on."""
         size = self._block_tokens
-        listed = [
-            StoredBlock(index * size, size, chain.full[index]) for index in range(start // size, len(chain.full))
-        ]
+        listed = [StoredBlock(index * size, size, chain.full[index]) for index in range(start // size, len(chain.full))]
         tail = chain.tail_tokens
         if tail and len(chain) > start:
             index = len(chain.full)
@@ -184,11 +189,11 @@ class BlockStore:
                 present.add(tail.name)
         for reason, blocks in misses.items():
             self._metrics.store_miss(reason, blocks)
-        return FetchResult(end, fetched_bytes, dict(misses), frozenset(present))
+        return FetchResult(
+            end, fetched_bytes, {str(reason): blocks for reason, blocks in misses.items()}, frozenset(present)
+        )
 
-    def _longest_tail(
-        self, chain: BlockChain, start: int, end: int, misses: Counter[MissReason]
-    ) -> StoredBlock | None:
+    def _longest_tail(self, chain: BlockChain, start: int, end: int, misses: Counter[MissReason]) -> StoredBlock | None:
         """The longest stored tail of the block at ``start`` that reaches beyond it; at most one batch of look-ups."""
         index = start // self._block_tokens
         first = index * self._block_tokens

@@ -18,7 +18,7 @@ from alora_serve.kv.store import StoreKey
 KEY_SCHEMA_VERSION = 1
 
 BlockHash = NewType("BlockHash", bytes)
-"""32 bytes naming the KV of all tokens up to the end of one block. Not the key of a stored part: see :func:`part_key`."""
+"""32 bytes naming the KV of all tokens up to a block's end. Not the key of a stored part: see :func:`part_key`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,10 @@ def digest_fields(domain: str, *named: tuple[str, bytes | str | int]) -> bytes:
 
 
 def _encode(name: str, value: bytes | str | int) -> bytes:
-    match value:
-        case bytes():
-            tag, raw = b"b", value
-        case str():
-            tag, raw = b"s", value.encode()
-        case int():
-            tag, raw = b"i", str(value).encode()
+    if isinstance(value, bytes):
+        tag, raw = b"b", value
+    else:
+        tag, raw = (b"s" if isinstance(value, str) else b"i"), str(value).encode()
     encoded_name = name.encode()
     return b"".join((len(encoded_name).to_bytes(4, "little"), encoded_name, tag, len(raw).to_bytes(8, "little"), raw))
 

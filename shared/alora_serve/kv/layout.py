@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PART_BYTES = 1 << 20
-"""Largest stored value we aim for: Redis is fastest at about 1 MiB and falls off a cliff at 8 (docs/architecture.md)."""
+"""Largest stored value we aim for: Redis is fastest at 1 to 4 MiB and falls off a cliff at 8."""
 MIN_BLOCK_TOKENS = 16
 MAX_BLOCK_TOKENS = 256
 

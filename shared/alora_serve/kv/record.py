@@ -15,7 +15,8 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-import crc32c
+import google_crc32c
+import numpy as np
 from typing_extensions import Buffer
 
 from alora_serve.kv.layout import KVLayout
@@ -32,8 +33,8 @@ MissReason = Literal["absent", "corrupt", "version", "timeout", "unavailable"]
 """Why a block was not had from the store; the label of the misses metric."""
 
 
-class RecordRejected(Exception):  # noqa: N818 - a verdict that becomes a miss, not an error that reaches anyone
-    """A value that may not be used. ``reason`` is ``version`` or ``corrupt``."""
+class RecordRejected(Exception):
+    """A value that may not be used: a verdict that becomes a miss. ``reason`` is ``version`` or ``corrupt``."""
 
     def __init__(self, reason: MissReason, detail: str) -> None:
         super().__init__(detail)
@@ -97,8 +98,7 @@ def seal(spec: RecordSpec, record: bytearray) -> None:
         raise ValueError(f"record of {len(record)} bytes where the spec says {spec.record_bytes}")
     header = spec._header()
     record[: _HEADER.size] = header
-    checksum = crc32c.crc32c(memoryview(record)[HEADER_BYTES:], crc32c.crc32c(header))
-    _CRC.pack_into(record, _HEADER.size, checksum)
+    _CRC.pack_into(record, _HEADER.size, _checksum(header, memoryview(record)[HEADER_BYTES:]))
 
 
 def open_record(spec: RecordSpec, record: Buffer) -> memoryview:
@@ -120,6 +120,12 @@ def open_record(spec: RecordSpec, record: Buffer) -> memoryview:
         raise RecordRejected("corrupt", "header is not the one this key must have")
     payload = view[HEADER_BYTES:]
     (stored,) = _CRC.unpack_from(view, _HEADER.size)
-    if crc32c.crc32c(payload, crc32c.crc32c(header)) != stored:
+    if _checksum(header, payload) != stored:
         raise RecordRejected("corrupt", "checksum mismatch")
     return payload
+
+
+def _checksum(header: bytes, payload: memoryview) -> int:
+    # The library takes bytes and arrays but no memoryviews; an array over the same memory copies nothing.
+    checksum: int = google_crc32c.extend(google_crc32c.value(header), np.frombuffer(payload, dtype=np.uint8))
+    return checksum

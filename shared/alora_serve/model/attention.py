@@ -1,8 +1,8 @@
 """Attention over a packed row of sequences whose KV lies in shared slices.
 
 Each distinct slice is read once a layer: the queries of every sequence that holds it are stacked per KV head, so
-grouped-query keys are never expanded. What a query sees is the union of disjoint pieces (shared slices, its own history,
-the causal triangle of its own span), computed apart and merged by their log-sum-exp:
+grouped-query keys are never expanded. What a query sees is the union of disjoint pieces (shared slices, its own
+history, the causal triangle of its own span), computed apart and merged by their log-sum-exp:
 
     lse = logaddexp(lse_1, lse_2),   out = out_1 * exp(lse_1 - lse) + out_2 * exp(lse_2 - lse)
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class Step:
         spans = [self.spans[index] for index in indices]
         bounds = (min(s.start for s in spans), max(s.start + len(s.tokens) - 1 for s in spans))
         rows: slice | Tensor
-        if all(b == a + 1 for a, b in zip(indices, indices[1:], strict=False)):
+        if all(later == earlier + 1 for earlier, later in pairwise(indices)):
             rows = slice(self.rows[indices[0]].start, self.rows[indices[-1]].stop)
         else:
             listed = [row for index in indices for row in range(self.rows[index].start, self.rows[index].stop)]
@@ -166,7 +167,8 @@ class PackedAttention:
         merged = _Merged(query[0], value.shape[-1])
         for index in step.causal:
             rows = step.rows[index]
-            merged.add(rows, *_causal(query[0][:, rows], keys[:, rows], values[:, rows], scale, softcap, sliding_window))
+            own = (query[0][:, rows], keys[:, rows], values[:, rows])
+            merged.add(rows, *_causal(*own, scale, softcap, sliding_window))
         for piece in step.pieces:
             part = _shared(query[0], piece, layer, scale, softcap, sliding_window, step.positions)
             if part is not None:
@@ -174,7 +176,7 @@ class PackedAttention:
         return merged.result(query.dtype).unsqueeze(0), None
 
 
-_HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position", "cu_seq_lens_q"})
+_HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position"})
 """Keyword arguments transformers hands to every attention function and that do not change the result here."""
 
 
@@ -253,13 +255,15 @@ def _shared(
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """torch's flash kernel with its log-sum-exp. 4-D ``[batch, heads, n, head_dim]``; returns out and ``[batch, heads, n]``."""
+    """Flash attention with its log-sum-exp: ``[batch, heads, n, head_dim]`` in and out, and ``[batch, heads, n]``."""
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=None, scale=scale
         )
         return out, lse
-    visible = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril() if causal else None
+    visible = None
+    if causal:
+        visible = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     return _plain(query, key, value, scale, None, visible)
 
 
@@ -275,5 +279,3 @@ def _plain(
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num_(0.0)
     return torch.matmul(weights.to(value.dtype), value), lse
-
-

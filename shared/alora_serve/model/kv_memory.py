@@ -1,8 +1,8 @@
 """KV in memory: append-only segments, and prefixes that are chains of slices of them.
 
-A prefix is immutable and may share its segments with others: a longer conversation adds a slice, two conversations share
-their system prompt's slice, and a sequence that decodes appends to a slice of its own. Attention reads each slice once
-however many sequences hold it (``model/attention.py``).
+A prefix is immutable and may share its segments with others: a longer conversation adds a slice, two conversations
+share their system prompt's slice, and a sequence that decodes appends to a slice of its own. Attention reads each slice
+once however many sequences hold it (``model/attention.py``).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 What is refused, by name: layers that keep state other than keys and values, attention that does not pass through
 transformers' attention interface, arguments our attention does not handle, encoder-decoder models. Rotary embeddings
 whose frequencies depend on the length seen (``dynamic``, ``longrope``) are served up to the length at which they would
-begin to depend on it: beyond, the same tokens have other keys, and a long neighbour in the packed row would change a short
-sequence.
+begin to depend on it: beyond, the same tokens have other keys, and a long neighbour in the packed row would change a
+short sequence.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 IGNORED_CONFIG_FIELDS = frozenset(
     {
         "_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
-        "id2label", "label2id", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+        "id2label", "label2id", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+        "decoder_start_token_id",
         "output_attentions", "output_hidden_states", "return_dict", "problem_type", "initializer_range",
         "_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation",
         "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "summary_type",
-        "summary_use_proj", "summary_activation", "summary_proj_to_labels", "task_specific_params", "chunk_size_feed_forward",
+        "summary_use_proj", "summary_activation", "summary_proj_to_labels", "task_specific_params",
+        "chunk_size_feed_forward",
         "is_encoder_decoder", "pretraining_tp", "embedding_dropout", "resid_dropout", "hidden_dropout", "dropout",
     }
 )  # fmt: skip
-"""Config fields that do not change an inference forward pass. Every other field, known or not, is part of the KV's name."""
+"""Fields that do not change an inference forward pass. Every other field, known or not, is part of the KV's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +116,10 @@ def load_base_model(
         dtype = native_dtype()
     config = AutoConfig.from_pretrained(directory)
     _check_config(config)
-    module = AutoModelForCausalLM.from_pretrained(
+    module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=getattr(torch, dtype), attn_implementation="eager", use_safetensors=True
-    ).to(device)
+    )
+    nn.Module.to(module, torch.device(device))
     module.eval().requires_grad_(False)
     attention = PackedAttention()
     # One registration a loaded model: the function finds its step without process-wide state.
@@ -126,7 +129,8 @@ def load_base_model(
     layout = _probe(module, attention, dtype)
     generation_ids = getattr(module.generation_config, "eos_token_id", None)
     tokenizer = ChatTokenizer(
-        AutoTokenizer.from_pretrained(directory), eos_token_ids=[*_ids(config.eos_token_id), *_ids(generation_ids)]
+        AutoTokenizer.from_pretrained(directory),
+        end_of_sequence_ids=[*_ids(config.eos_token_id), *_ids(generation_ids)],
     )
     limit = _context_limit(config)
     return BaseModel(
@@ -213,7 +217,8 @@ def _probe(module: PreTrainedModel, attention: PackedAttention, dtype: str) -> K
             "layers with attention code or state of their own are not served"
         )
     if any(tuple(shape) != (1, heads, 2, head_dim) for shape in shapes):
-        raise ModelUnsupportedError(f"{type(module).__name__} has layers of unequal KV shape: {set(map(tuple, shapes))}")
+        unequal = {tuple(shape) for shape in shapes}
+        raise ModelUnsupportedError(f"{type(module).__name__} has layers of unequal KV shape: {unequal}")
     _check_windows(config, recorder.windows_seen)
     return layout
 
@@ -228,7 +233,7 @@ def _check_windows(config: PreTrainedConfig, seen: Mapping[int, int | None]) -> 
         expected = window if kinds is None or kinds[layer] == "sliding_attention" else None
         if given != expected:
             raise ModelUnsupportedError(
-                f"layer {layer} of {config.model_type} has window {expected} in its config but passes {given} to attention"
+                f"layer {layer} of {config.model_type} has window {expected} in its config but passes {given}"
             )
 
 

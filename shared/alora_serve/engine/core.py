@@ -1,0 +1,118 @@
+"""The parts both model services stand on, put together in one place: store, resident KV, engine, loader, writer."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from alora_serve.engine.block_writer import BlockWriter
+from alora_serve.engine.engine import Engine, EngineLimits, EngineMetrics
+from alora_serve.engine.prefix_cache import PrefixCache, PrefixCacheMetrics
+from alora_serve.engine.prefix_loader import PrefixLoader
+from alora_serve.kv.blocks import BlockMetrics, BlockStore, StoreTiming
+from alora_serve.kv.keys import RootFields, root_hash, storage_digest
+from alora_serve.kv.store import KVStore
+from alora_serve.model.loader import BaseModel
+from alora_serve.types import EndpointStatus, ModelInfo
+
+STORE_THREADS = 4
+"""Threads for blocking store calls: enough to fetch for several requests while a write waits for its deadline."""
+
+
+class CoreMetrics(BlockMetrics, EngineMetrics, PrefixCacheMetrics, Protocol):
+    """What the parts report; implemented by ``metrics.py``."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoreOptions:
+    """Settings of the parts.
+
+    Attributes:
+        block_tokens: tokens a stored block; None for the layout's default.
+        prefix_cache_bytes: budget of resident base KV.
+        tenant_salt: keeps deployments and tenants apart in a shared store.
+    """
+
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    timing: StoreTiming = field(default_factory=StoreTiming)
+    prefix_cache_bytes: int = 1 << 30
+    block_tokens: int | None = None
+    tenant_salt: bytes = b""
+
+
+class ServingCore:
+    """Everything between a base model and a store. Close it before the store.
+
+    Attributes:
+        storage_digest: what handles carry of the key root.
+    """
+
+    def __init__(self, model: BaseModel, store: KVStore, options: CoreOptions, metrics: CoreMetrics) -> None:
+        self.model = model
+        self.block_tokens = options.block_tokens or model.layout.default_block_tokens()
+        root = RootFields(
+            weights_digest=model.weights_digest,
+            forward_config_digest=model.forward_config_digest,
+            compute_dtype=model.dtype,
+            weight_quantization="none",
+            kv_dtype=model.layout.dtype,
+            kv_layout=model.layout.canonical(),
+            block_tokens=self.block_tokens,
+            tenant_salt=options.tenant_salt,
+        )
+        self.storage_digest = storage_digest(root)
+        self.blocks = BlockStore(
+            store,
+            layout=model.layout,
+            block_tokens=self.block_tokens,
+            root=root_hash(root),
+            timing=options.timing,
+            metrics=metrics,
+        )
+        self.cache = PrefixCache(
+            model.layout, budget_bytes=options.prefix_cache_bytes, device=model.device, metrics=metrics
+        )
+        self.engine = Engine(model, self.cache, limits=options.limits, metrics=metrics)
+        self._limits = options.limits
+        self._executor = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
+        self.loader = PrefixLoader(self.cache, self.blocks, self._executor)
+        self.writer = BlockWriter(self.cache, self.blocks, self._executor)
+
+    def model_info(self) -> ModelInfo:
+        """The base model, as told to routers and people."""
+        model = self.model
+        return ModelInfo(
+            name=model.name,
+            model_digest=model.model_digest,
+            storage_digest=self.storage_digest,
+            architecture=type(model.module).__name__,
+            dtype=model.dtype,
+            context_tokens=model.context_tokens,
+            vocabulary_size=model.vocabulary_size,
+            block_tokens=self.block_tokens,
+            kv_bytes_per_token=model.layout.bytes_per_token,
+        )
+
+    def status(self, *, draining: bool = False) -> EndpointStatus:
+        """How busy this process is."""
+        load = self.engine.load
+        return EndpointStatus(
+            model=self.model_info(),
+            draining=draining,
+            queued=load.waiting,
+            running=load.running,
+            max_running=self._limits.max_sequences,
+            step_seconds=load.step_seconds,
+            kv_bytes=self.cache.size_bytes,
+            prefill_tokens_per_second=load.prefill_tokens_per_second,
+        )
+
+    async def drain(self) -> None:
+        """Wait until what was computed for others is stored."""
+        await self.writer.drain()
+
+    def close(self) -> None:
+        """Stop the engine and the store's threads. Idempotent."""
+        self.engine.close()
+        self._executor.shutdown(wait=True, cancel_futures=True)
