@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Protocol
 
 import structlog
+import torch
 
 from alora_serve.engine.batch import Batch, adapter_rows, arrange
 from alora_serve.engine.lora_rows import LoraRows
@@ -166,6 +167,7 @@ class Engine:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def _run(self) -> None:
         while self._receive():
             self._admit()

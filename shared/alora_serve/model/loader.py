@@ -120,7 +120,7 @@ def load_base_model(
         directory, config=config, dtype=getattr(torch, dtype), attn_implementation="eager", use_safetensors=True
     )
     nn.Module.to(module, torch.device(device))
-    module.eval().requires_grad_(False)
+    module.train(False).requires_grad_(False)
     attention = PackedAttention()
     # One registration a loaded model: the function finds its step without process-wide state.
     implementation = f"alora_packed_{id(attention):x}"
@@ -142,7 +142,7 @@ def load_base_model(
         dtype=dtype,
         device=torch.device(device),
         context_tokens=min(limit, context_tokens or limit),
-        vocabulary_size=module.get_input_embeddings().weight.shape[0],
+        vocabulary_size=int(config.vocab_size),
         weights_digest=weights_digest(directory),
         forward_config_digest=forward_config_digest(config),
     )
