@@ -1,0 +1,202 @@
+"""Whole requests and answers of the RPCs, put together from their parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from alora_serve.errors import InvalidRequestError
+from alora_serve.rpc.convert.events import timings_from_proto, timings_to_proto, usage_from_proto, usage_to_proto
+from alora_serve.rpc.convert.prompt import (
+    handle_from_proto,
+    handle_to_proto,
+    prompt_from_proto,
+    prompt_to_proto,
+    read_prompt,
+)
+from alora_serve.rpc.convert.sampling import (
+    read_sampling,
+    resume_from_proto,
+    resume_to_proto,
+    sampling_from_proto,
+    sampling_to_proto,
+)
+from alora_serve.rpc.convert.violations import Violations, refuse_unserved
+from alora_serve.types import GenerateRequest, PrefillResult, Prompt, SamplingParams
+from alora_serve.v1 import adapter_decode_pb2, alora_pb2, base_prefill_pb2
+
+MAX_FAN_OUT_TARGETS: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who continues a prompt, and how. ``adapter`` empty is the base model."""
+
+    adapter: str
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class FanOut:
+    """One prompt and everyone who continues it. Each target's ``sample_index`` is its position."""
+
+    prompt: Prompt
+    targets: tuple[Target, ...]
+
+
+def generate_from_proto(request: alora_pb2.GenerateRequest) -> tuple[Prompt, Target]:
+    """What to continue, and with what.
+
+    Raises:
+        InvalidRequestError: with every bad field of the request.
+        UnimplementedFeatureError: a field is set that this release does not serve.
+    """
+    violations = Violations()
+    prompt = read_prompt(request.prompt, violations, field="prompt")
+    sampling = read_sampling(request.sampling, violations, field="sampling")
+    _check_turn_to_answer(prompt, [request.adapter], violations)
+    if request.HasField("resume"):
+        violations.unserved("resume")
+    violations.raise_if_any()
+    return prompt, Target(request.adapter, sampling)
+
+
+def generate_to_proto(prompt: Prompt, target: Target) -> alora_pb2.GenerateRequest:
+    """The public request."""
+    return alora_pb2.GenerateRequest(
+        prompt=prompt_to_proto(prompt), adapter=target.adapter, sampling=sampling_to_proto(target.sampling)
+    )
+
+
+def fan_out_from_proto(request: alora_pb2.FanOutRequest) -> FanOut:
+    """The prompt and its targets, each with its own sampling parameters or the common ones.
+
+    Raises:
+        InvalidRequestError: with every bad field of the request.
+        UnimplementedFeatureError: a field is set that this release does not serve.
+    """
+    violations = Violations()
+    prompt = read_prompt(request.prompt, violations, field="prompt")
+    count = len(request.targets)
+    violations.require(
+        1 <= count <= MAX_FAN_OUT_TARGETS, "targets", f"{count} targets are not 1 to {MAX_FAN_OUT_TARGETS}"
+    )
+    _check_turn_to_answer(prompt, [target.adapter for target in request.targets], violations)
+    common = read_sampling(request.sampling, violations, field="sampling")
+    targets = []
+    for index, target in enumerate(request.targets[:MAX_FAN_OUT_TARGETS]):
+        sampling = (
+            read_sampling(target.sampling, violations, field=f"targets[{index}].sampling")
+            if target.HasField("sampling")
+            else common
+        )
+        targets.append(Target(target.adapter, dataclasses.replace(sampling, sample_index=index)))
+    violations.raise_if_any()
+    return FanOut(prompt, tuple(targets))
+
+
+def fan_out_to_proto(fan_out: FanOut) -> alora_pb2.FanOutRequest:
+    """The public request, with every target's sampling parameters spelt out."""
+    return alora_pb2.FanOutRequest(
+        prompt=prompt_to_proto(fan_out.prompt),
+        targets=[
+            alora_pb2.FanOutTarget(adapter=target.adapter, sampling=sampling_to_proto(target.sampling))
+            for target in fan_out.targets
+        ],
+    )
+
+
+def _check_turn_to_answer(prompt: Prompt, adapters: Sequence[str], violations: Violations) -> None:
+    """The base model has nothing to say to its own turn; an adapter may well judge it."""
+    if prompt.messages and prompt.messages[-1].role == "assistant" and "" in adapters:
+        path = f"prompt.messages[{len(prompt.messages) - 1}].role"
+        violations.add(
+            path, "the base model can't answer an assistant's turn: end with another role or name an adapter"
+        )
+
+
+def prefill_from_proto(request: alora_pb2.PrefillRequest | base_prefill_pb2.BasePrefillServicePrefillRequest) -> Prompt:
+    """The prompt of a public or internal prefill.
+
+    Raises:
+        InvalidRequestError: with every bad field of the request.
+        UnimplementedFeatureError: an internal request for a tenant.
+    """
+    prompt = prompt_from_proto(request.prompt)
+    refuse_unserved(request, "tenant")
+    return prompt
+
+
+def prefill_result_to_proto(result: PrefillResult) -> alora_pb2.PrefillResponse:
+    """The public answer of a prefill."""
+    return alora_pb2.PrefillResponse(
+        handle=handle_to_proto(result.handle),
+        usage=usage_to_proto(result.usage),
+        timings=timings_to_proto(result.timings),
+    )
+
+
+def prefill_result_to_internal_proto(result: PrefillResult) -> base_prefill_pb2.BasePrefillServicePrefillResponse:
+    """The internal answer of a prefill."""
+    return base_prefill_pb2.BasePrefillServicePrefillResponse(
+        handle=handle_to_proto(result.handle),
+        usage=usage_to_proto(result.usage),
+        timings=timings_to_proto(result.timings),
+    )
+
+
+def prefill_result_from_proto(
+    response: alora_pb2.PrefillResponse | base_prefill_pb2.BasePrefillServicePrefillResponse,
+) -> PrefillResult:
+    """The answer of a prefill, public or internal.
+
+    Raises:
+        InvalidRequestError: a handle that is malformed.
+    """
+    return PrefillResult(
+        handle=handle_from_proto(response.handle),
+        usage=usage_from_proto(response.usage),
+        timings=timings_from_proto(response.timings),
+    )
+
+
+def decode_from_proto(request: adapter_decode_pb2.DecodeRequest) -> GenerateRequest:
+    """What a worker is to generate. A resumed stream goes on with the seed it had.
+
+    Raises:
+        InvalidRequestError: with the bad fields of the handle, the sampling parameters or the resume point.
+        UnimplementedFeatureError: a field is set that this release does not serve.
+    """
+    sampling = sampling_from_proto(request.sampling, sample_index=request.sample_index)
+    resume = resume_from_proto(request.resume) if request.HasField("resume") else None
+    if resume is not None:
+        if sampling.seed not in (None, request.resume.seed):
+            raise InvalidRequestError.of("resume.seed", f"{request.resume.seed} is not sampling.seed {sampling.seed}")
+        sampling = dataclasses.replace(sampling, seed=request.resume.seed)
+    refuse_unserved(request, "tenant")
+    return GenerateRequest(
+        handle=handle_from_proto(request.handle),
+        adapter=request.adapter,
+        sampling=sampling,
+        resume=resume,
+        request_id=request.request_id,
+    )
+
+
+def decode_to_proto(request: GenerateRequest, *, attempt: int = 0) -> adapter_decode_pb2.DecodeRequest:
+    """The request to a worker.
+
+    Raises:
+        InvalidRequestError: a resume point without a seed.
+    """
+    return adapter_decode_pb2.DecodeRequest(
+        handle=handle_to_proto(request.handle),
+        adapter=request.adapter,
+        sampling=sampling_to_proto(request.sampling),
+        sample_index=request.sampling.sample_index,
+        resume=resume_to_proto(request.resume, request.sampling.seed) if request.resume else None,
+        request_id=request.request_id,
+        attempt=attempt,
+    )

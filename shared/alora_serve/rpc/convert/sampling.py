@@ -1,0 +1,158 @@
+"""Sampling parameters and resume points, with every range checked and named."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from alora_serve.errors import InvalidRequestError
+from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
+from alora_serve.rpc.convert.violations import Violations
+from alora_serve.types import AdapterDigest, Resume, SamplingParams
+from alora_serve.v1 import types_pb2
+
+MAX_TEMPERATURE: Final = 100.0
+MAX_PENALTY: Final = 2.0
+MAX_LOGIT_BIAS: Final = 100.0
+MAX_STOP_STRINGS: Final = 16
+
+_OPTIONAL_FIELDS: Final = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+"""Fields with presence in the proto, where unset means the default of :class:`SamplingParams`."""
+
+
+def sampling_from_proto(
+    message: types_pb2.SamplingParams, *, field: str = "sampling", sample_index: int = 0
+) -> SamplingParams:
+    """The checked parameters; ``field`` is the path of the message in its request.
+
+    Raises:
+        InvalidRequestError: with every value that is out of range.
+        UnimplementedFeatureError: a field is set that this release does not serve.
+    """
+    violations = Violations()
+    params = read_sampling(message, violations, field=field, sample_index=sample_index)
+    violations.raise_if_any()
+    return params
+
+
+def read_sampling(
+    message: types_pb2.SamplingParams, violations: Violations, *, field: str, sample_index: int = 0
+) -> SamplingParams:
+    """As :func:`sampling_from_proto`, but notes what is wrong instead of raising."""
+    given: dict[str, Any] = {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}
+    params = SamplingParams(
+        **given,
+        logit_bias=dict(message.logit_bias),
+        sample_index=sample_index,
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs,
+    )
+    _check_ranges(params, violations, field)
+    if message.HasField("structured_output"):
+        violations.unserved(f"{field}.structured_output")
+    if message.top_logprobs:
+        violations.unserved(f"{field}.top_logprobs")
+    if message.n > 1:
+        violations.unserved(f"{field}.n")
+    return params
+
+
+def _check_ranges(params: SamplingParams, violations: Violations, field: str) -> None:
+    """Every condition is written so that NaN, which compares false with everything, fails it."""
+    require = violations.require
+    require(params.max_tokens >= 1, f"{field}.max_tokens", "0 is not at least 1")
+    require(
+        0 <= params.temperature <= MAX_TEMPERATURE,
+        f"{field}.temperature",
+        f"{params.temperature:g} is not in [0, {MAX_TEMPERATURE:g}]",
+    )
+    require(0 < params.top_p <= 1, f"{field}.top_p", f"{params.top_p:g} is not in (0, 1]")
+    require(0 <= params.min_p < 1, f"{field}.min_p", f"{params.min_p:g} is not in [0, 1)")
+    require(
+        0 < params.repetition_penalty < math.inf,
+        f"{field}.repetition_penalty",
+        f"{params.repetition_penalty:g} is not a finite number above 0",
+    )
+    for name, penalty in (
+        ("presence_penalty", params.presence_penalty),
+        ("frequency_penalty", params.frequency_penalty),
+    ):
+        require(
+            -MAX_PENALTY <= penalty <= MAX_PENALTY,
+            f"{field}.{name}",
+            f"{penalty:g} is not in [-{MAX_PENALTY:g}, {MAX_PENALTY:g}]",
+        )
+    for token_id, bias in params.logit_bias.items():
+        require(
+            -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS,
+            f"{field}.logit_bias[{token_id}]",
+            f"{bias:g} is not in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]",
+        )
+    require(
+        len(params.stop) <= MAX_STOP_STRINGS,
+        f"{field}.stop",
+        f"{len(params.stop)} stop strings are more than {MAX_STOP_STRINGS}",
+    )
+    for index, stop in enumerate(params.stop):
+        require(stop != "", f"{field}.stop[{index}]", "is empty, which would stop before any text")
+
+
+def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
+    """All values but ``sample_index``, which travels beside the parameters."""
+    return types_pb2.SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        seed=params.seed,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs,
+    )
+
+
+def resume_from_proto(message: types_pb2.Resume, *, field: str = "resume") -> Resume:
+    """Where the stream stood. Its seed belongs to the sampling parameters: see ``decode_from_proto``.
+
+    Raises:
+        InvalidRequestError: the tokens are not packed tokens.
+    """
+    return Resume(
+        generated_tokens=unpack_token_ids(message.generated_token_ids, f"{field}.generated_token_ids"),
+        invocation_start=message.invocation_start if message.HasField("invocation_start") else None,
+        adapter_digest=AdapterDigest(message.adapter_digest),
+    )
+
+
+def resume_to_proto(resume: Resume, seed: int | None) -> types_pb2.Resume:
+    """``seed`` is the interrupted stream's, from its sampling parameters.
+
+    Raises:
+        InvalidRequestError: no seed: the stream could not go on with the same random numbers.
+    """
+    if seed is None:
+        raise InvalidRequestError.of("resume.seed", "the seed of the interrupted stream is needed")
+    return types_pb2.Resume(
+        generated_token_ids=pack_token_ids(resume.generated_tokens),
+        invocation_start=resume.invocation_start,
+        adapter_digest=resume.adapter_digest,
+        seed=seed,
+    )

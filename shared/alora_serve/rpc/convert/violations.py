@@ -1,0 +1,61 @@
+"""Collects everything wrong with a request, so that a caller learns all of it from one answer."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from google.protobuf.message import Message
+
+from alora_serve.errors import FieldViolation, InvalidRequestError, UnimplementedFeatureError
+
+SUMMARY_VIOLATIONS: Final = 3
+"""How many violations the message spells out; the details carry all."""
+
+
+class Violations:
+    """The bad fields and unserved features found so far. Not thread-safe; one per request."""
+
+    def __init__(self) -> None:
+        self._found: list[FieldViolation] = []
+        self._unserved: list[str] = []
+
+    def add(self, field: str, description: str) -> None:
+        """Note that ``field`` (its path as in the proto) is bad, and why."""
+        self._found.append(FieldViolation(field, description))
+
+    def require(self, holds: bool, field: str, description: str) -> None:
+        """Note ``field`` as bad unless ``holds``."""
+        if not holds:
+            self.add(field, description)
+
+    def unserved(self, field: str) -> None:
+        """Note that ``field`` asks for something this release does not serve."""
+        self._unserved.append(field)
+
+    def raise_if_any(self) -> None:
+        """End the collection.
+
+        Raises:
+            InvalidRequestError: with every violation, when there is one.
+            UnimplementedFeatureError: otherwise, for the first unserved field, when there is one.
+        """
+        if self._found:
+            summary = "; ".join(f"{bad.field}: {bad.description}" for bad in self._found[:SUMMARY_VIOLATIONS])
+            hidden = len(self._found) - SUMMARY_VIOLATIONS
+            raise InvalidRequestError(
+                f"{summary}; and {hidden} more" if hidden > 0 else summary, violations=self._found
+            )
+        for field in self._unserved:
+            raise UnimplementedFeatureError.of(field)
+
+
+def refuse_unserved(request: Message, *fields: str) -> None:
+    """Return unless one of these fields of the request is set.
+
+    Raises:
+        UnimplementedFeatureError: naming the first that is.
+    """
+    present = {descriptor.name for descriptor, _ in request.ListFields()}
+    for field in fields:
+        if field in present:
+            raise UnimplementedFeatureError.of(field)
