@@ -95,7 +95,7 @@ def rendezvous_order(key: bytes, addresses: Iterable[str]) -> list[str]:
 
 
 def load_bound(total_in_flight: int, num_endpoints: int, load_factor: float, group_size: int = 1) -> int:
-    """Most requests one of ``num_endpoints`` may hold once ``group_size`` more are placed: its fair share x the factor."""
+    """Most requests one endpoint may hold once ``group_size`` more are placed: the fair share times the factor."""
     return math.ceil(load_factor * (total_in_flight + group_size) / num_endpoints)
 
 

@@ -8,6 +8,9 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from adapter_router.policy import (
     AFFINITY_TOKENS,
     Demand,
@@ -21,8 +24,6 @@ from adapter_router.policy import (
     rendezvous_order,
 )
 from alora_serve.types import AdapterDigest, AdapterInfo, ChatMessage
-from hypothesis import given
-from hypothesis import strategies as st
 
 MODEL = b"m" * 32
 addresses = st.lists(st.integers(1, 65535).map(lambda port: f"10.0.0.1:{port}"), min_size=1, max_size=12, unique=True)

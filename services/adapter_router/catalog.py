@@ -1,0 +1,66 @@
+"""What the endpoints serve between them: adapters by name, and base models. Pure, from their reports alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from adapter_router.policy import EndpointSnapshot
+from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, UnavailableError
+from alora_serve.types import AdapterInfo
+
+_NEAREST_NAMES = 3
+
+
+def merged_adapters(workers: Iterable[EndpointSnapshot]) -> list[AdapterInfo]:
+    """One entry per name, sorted.
+
+    While workers disagree about a name, one that can be served is shown, then the lower digest. It is resident when any
+    worker has those very weights in memory.
+    """
+    reported: dict[str, list[AdapterInfo]] = {}
+    for worker in workers:
+        for adapter in worker.adapters.values():
+            reported.setdefault(adapter.name, []).append(adapter)
+    return [_shown(reported[name]) for name in sorted(reported)]
+
+
+def find_adapter(name: str, workers: Sequence[EndpointSnapshot]) -> AdapterInfo:
+    """The adapter of that name, whether or not a worker can take a request for it now.
+
+    Raises:
+        AdapterNotFoundError: no worker knows it; names the nearest ones.
+        AdapterRefusedError: the workers that know it cannot serve it; says why.
+        UnavailableError: no worker has reported yet.
+    """
+    if not any(worker.model_digest for worker in workers):
+        raise UnavailableError("no decode worker has reported its adapters yet; retry later")
+    known = {adapter.name: adapter for adapter in merged_adapters(workers)}
+    adapter = known.get(name)
+    if adapter is None:
+        nearest = difflib.get_close_matches(name, known, n=_NEAREST_NAMES, cutoff=0.4)
+        hint = f"nearest: {', '.join(nearest)}" if nearest else "ListAdapters names those that exist"
+        raise AdapterNotFoundError(f"no adapter named {name!r}; {hint}", metadata={"nearest": ",".join(nearest)})
+    if adapter.problem:
+        raise AdapterRefusedError(f"adapter {name!r} cannot be served: {adapter.problem}")
+    return adapter
+
+
+def takes_requests(endpoint: EndpointSnapshot) -> bool:
+    """It is reachable, has reported, and is not draining."""
+    return endpoint.healthy and not endpoint.draining and bool(endpoint.model_digest)
+
+
+def served_models(
+    prefills: Iterable[EndpointSnapshot], workers: Iterable[EndpointSnapshot], adapter: str = ""
+) -> frozenset[bytes]:
+    """Digests of the models that have both a base prefill and a worker for ``adapter`` taking requests now."""
+    prefilled = {endpoint.model_digest for endpoint in prefills if takes_requests(endpoint)}
+    decoded = {endpoint.model_digest for endpoint in workers if takes_requests(endpoint) and endpoint.serves(adapter)}
+    return frozenset(prefilled & decoded)
+
+
+def _shown(candidates: list[AdapterInfo]) -> AdapterInfo:
+    shown = min(candidates, key=lambda adapter: (bool(adapter.problem), adapter.digest))
+    return replace(shown, resident=any(a.resident and a.digest == shown.digest for a in candidates))

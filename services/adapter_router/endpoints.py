@@ -1,0 +1,280 @@
+"""The live set of endpoints of one service: found by name, watched over a status stream, leased to requests.
+
+An endpoint is healthy while its status stream answers. A call that finds it unreachable makes it unhealthy at once;
+only the stream makes it healthy again. Everything here runs on one event loop, so a pick and the count of what it
+picked are one step: nothing else runs between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import structlog
+from grpc import aio
+
+from adapter_router.policy import Demand, EndpointSnapshot, eligible, pick
+from adapter_router.resolver import Resolver, resolve_target
+from alora_serve.errors import AloraServeError, UnavailableError
+from alora_serve.types import AdapterInfo, EndpointStatus
+
+StubT = TypeVar("StubT")
+
+_BACKOFF_SECONDS = (0.2, 0.4, 0.8, 1.6)
+"""Longest pause before a status stream that keeps failing is opened again."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """How a set of endpoints finds, judges and fills its members.
+
+    Attributes:
+        load_factor: see :func:`adapter_router.policy.pick`.
+        resolve_seconds: pause between two look-ups of the targets.
+        status_timeout_seconds: an endpoint silent for longer is unhealthy, though its connection may live.
+        wait_seconds: longest wait of a request for an endpoint that may take it, so that one restart is not an error.
+    """
+
+    load_factor: float = 1.25
+    resolve_seconds: float = 2.0
+    status_timeout_seconds: float = 5.0
+    wait_seconds: float = 2.0
+
+
+class Endpoint(Generic[StubT]):
+    """One address, its channel, and what is known of it. Changed only by its :class:`EndpointSet`."""
+
+    def __init__(self, address: str, channel: aio.Channel, stub: StubT) -> None:
+        self.address = address
+        self.channel = channel
+        self.stub = stub
+        self.status: EndpointStatus | None = None
+        self.adapters: dict[str, AdapterInfo] = {}
+        self.healthy = False
+        self.in_flight = 0
+        self.retired = False
+
+    def snapshot(self) -> EndpointSnapshot:
+        """What :func:`adapter_router.policy.pick` judges."""
+        status = self.status
+        if status is None:
+            return EndpointSnapshot(self.address, healthy=False, in_flight=self.in_flight)
+        return EndpointSnapshot(
+            self.address,
+            self.healthy,
+            status.draining,
+            self.in_flight,
+            status.model.model_digest,
+            self.adapters,
+        )
+
+
+class EndpointSet(Generic[StubT]):
+    """All endpoints of one service. An async context manager: entering looks the targets up and starts the watches."""
+
+    def __init__(
+        self,
+        service: str,
+        targets: Sequence[str],
+        *,
+        connect: Callable[[str], aio.Channel],
+        make_stub: Callable[[aio.Channel], StubT],
+        watch: Callable[[StubT], AsyncGenerator[EndpointStatus, None]],
+        options: EndpointOptions,
+        resolve: Resolver = resolve_target,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepare; nothing runs before the context is entered.
+
+        Args:
+            service: for logs and errors (``base_prefill``).
+            targets: ``host:port`` each, names or addresses.
+            connect: opens a channel to an address.
+            make_stub: the service's stub on a channel.
+            watch: the status stream on a stub; waits for the connection, ends or raises when the stream does.
+            options: see :class:`EndpointOptions`.
+            resolve: looks a target up.
+            on_change: called after health, status or membership changed.
+        """
+        self.service = service
+        self._targets = tuple(targets)
+        self._connect, self._make_stub, self._watch, self._resolve = connect, make_stub, watch, resolve
+        self._options = options
+        self._on_change = on_change
+        self._members: dict[str, Endpoint[StubT]] = {}
+        self._known: dict[str, frozenset[str]] = {target: frozenset() for target in targets}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._resolving: asyncio.Task[None] | None = None
+        self._log = structlog.get_logger(__name__).bind(service=service)
+
+    async def __aenter__(self) -> Self:
+        await self.refresh()
+        self._resolving = asyncio.create_task(self._resolve_forever(), name=f"resolve {self.service}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [*self._watches.values(), *self._closing]
+        tasks += [self._resolving] if self._resolving is not None else []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for endpoint in self._members.values():
+            await endpoint.channel.close()
+        self._members.clear()
+
+    def members(self) -> list[Endpoint[StubT]]:
+        """Current endpoints, healthy or not."""
+        return list(self._members.values())
+
+    def snapshots(self) -> list[EndpointSnapshot]:
+        """What is known now."""
+        return [endpoint.snapshot() for endpoint in self._members.values()]
+
+    @asynccontextmanager
+    async def lease(self, demand: Demand, *, avoid: Collection[str] = ()) -> AsyncIterator[Endpoint[StubT]]:
+        """Hold one place on the endpoint that ``demand`` prefers, waiting ``wait_seconds`` at most for one to be fit.
+
+        Endpoints in ``avoid`` failed this request already: they are taken only when no other may be.
+
+        Raises:
+            UnavailableError: no endpoint may take it.
+        """
+        endpoint = await self._take(demand, avoid)
+        try:
+            yield endpoint
+        finally:
+            endpoint.in_flight -= 1
+            self._close_if_idle(endpoint)
+
+    def has_other(self, demand: Demand, avoid: Collection[str]) -> bool:
+        """An endpoint outside ``avoid`` may take a request now."""
+        return any(endpoint.address not in avoid for endpoint in eligible(self.snapshots(), demand))
+
+    def mark_unreachable(self, endpoint: Endpoint[StubT]) -> None:
+        """A call found it unreachable: it takes nothing until its status stream answers."""
+        if endpoint.healthy:
+            endpoint.healthy = False
+            self._log.warning("endpoint unreachable", address=endpoint.address)
+            self._announce()
+
+    async def refresh(self) -> None:
+        """Look every target up once; add what is new, retire what is gone. A failed look-up keeps what was known."""
+        for target in self._targets:
+            try:
+                self._known[target] = await self._resolve(target)
+            except UnavailableError as error:
+                self._log.warning("name not resolved", target=target, error=str(error))
+        wanted = frozenset[str]().union(*self._known.values())
+        for address in self._members.keys() - wanted:
+            self._retire(address)
+        for address in sorted(wanted - self._members.keys()):
+            self._admit(address)
+
+    # --- picking ------------------------------------------------------------------------------------------------------
+
+    async def _take(self, demand: Demand, avoid: Collection[str]) -> Endpoint[StubT]:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._options.wait_seconds):
+                while True:
+                    endpoint = self._try_take(demand, avoid) or self._try_take(demand, ())
+                    if endpoint is not None:
+                        return endpoint
+                    await self._changed.wait()
+        what = f"adapter {demand.adapter!r}" if demand.adapter else "the base model"
+        raise UnavailableError(f"no {self.service} endpoint can take a request for {what} now; retry later")
+
+    def _try_take(self, demand: Demand, avoid: Collection[str]) -> Endpoint[StubT] | None:
+        """Pick and count in one step."""
+        address = pick(self.snapshots(), demand, load_factor=self._options.load_factor, avoid=avoid)
+        if address is None:
+            return None
+        endpoint = self._members[address]
+        endpoint.in_flight += 1
+        return endpoint
+
+    # --- membership ---------------------------------------------------------------------------------------------------
+
+    async def _resolve_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.resolve_seconds)
+            await self.refresh()
+
+    def _admit(self, address: str) -> None:
+        channel = self._connect(address)
+        endpoint = Endpoint(address, channel, self._make_stub(channel))
+        self._members[address] = endpoint
+        self._watches[address] = asyncio.create_task(self._watch_forever(endpoint), name=f"watch {address}")
+        self._log.info("endpoint added", address=address)
+
+    def _retire(self, address: str) -> None:
+        """Take nothing new; running requests keep the channel until the last is done."""
+        endpoint = self._members.pop(address)
+        endpoint.retired, endpoint.healthy = True, False
+        self._watches.pop(address).cancel()
+        self._close_if_idle(endpoint)
+        self._log.info("endpoint removed", address=address, in_flight=endpoint.in_flight)
+        self._announce()
+
+    def _close_if_idle(self, endpoint: Endpoint[StubT]) -> None:
+        if endpoint.retired and not endpoint.in_flight:
+            task = asyncio.create_task(endpoint.channel.close(), name=f"close {endpoint.address}")
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    # --- health -------------------------------------------------------------------------------------------------------
+
+    async def _watch_forever(self, endpoint: Endpoint[StubT]) -> None:
+        failures = 0
+        while True:
+            try:
+                async with aclosing(self._watch(endpoint.stub)) as statuses:
+                    while (status := await self._next_status(statuses)) is not None:
+                        failures = 0
+                        self._report(endpoint, status)
+                cause = "status stream ended"
+            except aio.AioRpcError as error:
+                cause = f"{error.code().name}: {error.details()}"
+            except AloraServeError as error:
+                cause = f"unreadable status: {error}"
+            except TimeoutError:
+                cause = f"no status for {self._options.status_timeout_seconds} s"
+            if endpoint.healthy or failures == 0:
+                self._log.warning("endpoint unhealthy", address=endpoint.address, cause=cause)
+            endpoint.healthy = False
+            self._announce()
+            # A stream that had answered is reopened at once: a server may end long connections on purpose.
+            await asyncio.sleep(_backoff_seconds(failures))
+            failures += 1
+
+    async def _next_status(self, statuses: AsyncIterator[EndpointStatus]) -> EndpointStatus | None:
+        async with asyncio.timeout(self._options.status_timeout_seconds):
+            return await anext(statuses, None)
+
+    def _report(self, endpoint: Endpoint[StubT], status: EndpointStatus) -> None:
+        if not endpoint.healthy:
+            self._log.info("endpoint healthy", address=endpoint.address)
+        if not endpoint.healthy or endpoint.status != status:
+            endpoint.healthy, endpoint.status = True, status
+            endpoint.adapters = {adapter.name: adapter for adapter in status.adapters}
+            self._announce()
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._on_change()
+
+
+def _backoff_seconds(failures: int) -> float:
+    if not failures:
+        return 0
+    longest = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS)) - 1]
+    return random.uniform(longest / 2, longest)
