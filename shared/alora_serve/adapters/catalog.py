@@ -50,22 +50,24 @@ class CatalogEntry:
         Raises:
             AdapterRefusedError: from ``reader``; or the files cannot be read, or do not stay the same.
         """
-        self._signature = None
+        # Until an outcome is known, `info` is about no files: a failure nobody foresaw must not pass for their reading.
+        self._signature = signature = None
         try:
             for _ in range(_READ_ATTEMPTS):
                 files = self._find_files()
-                self._signature = files.signature()
+                signature = files.signature()
                 result = reader(files)
                 # A file overwritten in place while it is read can mix two versions, all shapes right.
-                if files.signature() == self._signature:
+                if files.signature() == signature:
+                    self._signature = signature
                     return result
             raise AdapterRefusedError(f"adapter {self.name!r}: its files keep changing while they are read")
         except AdapterRefusedError as error:
-            self.info = refused_info(self.name, str(error))
+            self._signature, self.info = signature, refused_info(self.name, str(error))
             raise
         except OSError as error:
             refusal = AdapterRefusedError(f"adapter {self.name!r}: its files cannot be read: {error}")
-            self.info = refused_info(self.name, str(refusal))
+            self._signature, self.info = signature, refused_info(self.name, str(refusal))
             raise refusal from error
 
     def _find_files(self) -> AdapterFiles:

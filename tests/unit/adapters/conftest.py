@@ -50,7 +50,9 @@ def _build(architecture: str) -> PreTrainedModel:
         case "gemma2":
             model = Gemma2ForCausalLM(Gemma2Config(**_SIZES, head_dim=8))
         case "gpt2":
-            model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY_SIZE, n_positions=64, n_embd=32, n_layer=3, n_head=4))
+            model = GPT2LMHeadModel(
+                GPT2Config(vocab_size=VOCABULARY_SIZE, n_positions=64, n_embd=32, n_layer=3, n_head=4)
+            )
     return model.eval()
 
 
@@ -97,7 +99,12 @@ def save_adapter(fresh_model: Callable[..., PreTrainedModel]) -> SaveAdapter:
     """Save a PEFT adapter with random A and B: ``save_adapter(directory, "llama", r=4, target_modules=["q_proj"])``."""
 
     def save(
-        directory: Path, architecture: str = "llama", *, seed: int = 1, dtype: torch.dtype = torch.float32, **fields: Any
+        directory: Path,
+        architecture: str = "llama",
+        *,
+        seed: int = 1,
+        dtype: torch.dtype = torch.float32,
+        **fields: Any,
     ) -> Path:
         torch.manual_seed(seed)
         fields = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 12} | fields

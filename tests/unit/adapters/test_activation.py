@@ -106,15 +106,17 @@ def test_an_invocation_inside_the_generation_prompt_starts_there() -> None:
 
 
 def test_an_invocation_that_spans_the_edge_starts_inside_the_prefix() -> None:
-    # The caller clamps `cached` to 1: with cached = len(prefix) = 2, token 1 would keep base KV, which shifts the logits
-    # by hundredths and raises no error.
+    # The caller clamps `cached` to 1: with cached = len(prefix) = 2, token 1 would keep base KV, which shifts logits by
+    # hundredths and raises no error.
     activation = place(PromptKind.CONVERSATION, (A, B), (C, D), (B, C))
     assert activation == Activation((C, D), 1), "searching the generation prompt alone would append (B, C) at 2"
 
 
 def test_a_one_token_invocation_does_not_match_the_prefixs_last_token() -> None:
     activation = place(PromptKind.CONVERSATION, (A, B), (C,), (B,))
-    assert activation == Activation((B,), 2), "a window one token too wide would give start 1 with no invocation after it"
+    assert activation == Activation((B,), 2), (
+        "a window one token too wide would give start 1 with no invocation after it"
+    )
 
 
 def test_an_invocation_of_an_earlier_turn_does_not_count() -> None:

@@ -1,4 +1,4 @@
-"""Adapters that do not fit, are damaged, or hold more than their config says: each refused by name, listed or loaded."""
+"""Adapters that do not fit, are damaged, or hold more than their config says: refused by name, listed or loaded."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_an_adapter_of_another_architecture_is_refused(adapter: Path, base_of: C
 def test_other_dtypes_are_refused(adapter: Path, llama: BaseModel, dtype: torch.dtype) -> None:
     edit_tensors(adapter, lambda tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()}))
     for read in (inspect_adapter, load_adapter):
-        with pytest.raises(AdapterRefusedError, match="has dtype .*, not one of"):
+        with pytest.raises(AdapterRefusedError, match=r"has dtype .*, not one of"):
             read(files_of(adapter), name="certainty", base=llama)
 
 
@@ -125,9 +125,7 @@ def test_weights_that_are_not_finite_are_refused_at_load(adapter: Path, llama: B
     ],
     ids=["empty", "cut-in-length", "cut-at-end", "too-long", "huge-header", "a-zip-in-disguise"],
 )
-def test_a_damaged_weights_file_is_refused(
-    adapter: Path, llama: BaseModel, damage: Callable[[bytes], bytes]
-) -> None:
+def test_a_damaged_weights_file_is_refused(adapter: Path, llama: BaseModel, damage: Callable[[bytes], bytes]) -> None:
     path = adapter / WEIGHTS_NAME
     path.write_bytes(damage(path.read_bytes()))
     for read in (inspect_adapter, load_adapter):

@@ -170,9 +170,7 @@ def test_rows_outside_the_view_keep_their_base_output() -> None:
     assert not torch.equal(adapted[10:20], output[10:20])
 
 
-def test_a_loaded_adapter_says_what_it_is(
-    tmp_path: Path, save_adapter: Callable[..., Path], llama: BaseModel
-) -> None:
+def test_a_loaded_adapter_says_what_it_is(tmp_path: Path, save_adapter: Callable[..., Path], llama: BaseModel) -> None:
     fields: dict[str, Any] = {"alora_invocation_tokens": INVOCATION, "rank_pattern": {"v_proj": 6}}
     adapter = load(save_adapter(tmp_path / "certainty", **fields), llama)
     assert adapter.invocation_tokens == (40, 41)

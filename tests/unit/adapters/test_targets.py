@@ -146,5 +146,5 @@ def test_the_output_layer_is_refused_by_name(target: object, llama: BaseModel) -
     ids=json.dumps,
 )
 def test_a_broken_regular_expression_refuses_the_adapter(fields: dict[str, Any], llama: BaseModel) -> None:
-    with pytest.raises(AdapterRefusedError, match="'certainty': .*is not a regular expression"):
+    with pytest.raises(AdapterRefusedError, match=r"'certainty': .*is not a regular expression"):
         resolve(llama, **fields)
