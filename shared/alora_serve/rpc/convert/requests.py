@@ -112,9 +112,7 @@ def _check_turn_to_answer(prompt: Prompt, adapters: Sequence[str], violations: V
     """The base model has nothing to say to its own turn; an adapter may well judge it."""
     if prompt.messages and prompt.messages[-1].role == "assistant" and "" in adapters:
         path = f"prompt.messages[{len(prompt.messages) - 1}].role"
-        violations.add(
-            path, "the base model can't answer an assistant's turn: end with another role or name an adapter"
-        )
+        violations.add(path, "the base model can't answer an assistant's turn: name an adapter, or add a turn")
 
 
 def prefill_from_proto(request: alora_pb2.PrefillRequest | base_prefill_pb2.BasePrefillServicePrefillRequest) -> Prompt:

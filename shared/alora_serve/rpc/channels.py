@@ -1,0 +1,96 @@
+"""The one table of gRPC channel and server arguments, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import grpc
+
+Option = tuple[str, int | str]
+
+DEFAULT_MESSAGE_BYTES: Final = 16 * 1024 * 1024
+"""Message limit of a server that does not know its model yet: a 128k-token conversation with room to spare."""
+
+MESSAGE_OVERHEAD_BYTES: Final = 1024 * 1024
+MESSAGE_BYTES_PER_TOKEN: Final = 64
+
+KEEPALIVE_MILLISECONDS: Final = 10_000
+KEEPALIVE_TIMEOUT_MILLISECONDS: Final = 5_000
+PUBLIC_KEEPALIVE_MILLISECONDS: Final = 30_000
+
+CONNECTION_AGE_MILLISECONDS: Final = 10 * 60_000
+CONNECTION_GRACE_MILLISECONDS: Final = 60 * 60_000
+
+
+def message_bytes_for_context(context_tokens: int) -> int:
+    """The largest request worth reading for a model: a full context as text, templates and handles included.
+
+    A token is about four bytes of text, and four more in a handle; runs of blanks and repeated characters pack up to
+    sixteen times as much into one.
+    """
+    return MESSAGE_OVERHEAD_BYTES + MESSAGE_BYTES_PER_TOKEN * context_tokens
+
+
+def server_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Option]:
+    """Arguments of every server. A larger request is RESOURCE_EXHAUSTED before any of our code sees it."""
+    return [
+        # With port sharing, a second server binds the same port in silence and takes half of the calls.
+        ("grpc.so_reuseport", 0),
+        # The receiver knows what it can hold. Answers (handles of long prompts) are bounded by what they answer.
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # Half of our clients' interval: pinging a quiet stream must not end in "Too many pings" (the default is 5 min).
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MILLISECONDS // 2),
+        # Idle channels of a router ping too.
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Notices clients that vanished without closing, so that their streams stop taking places in the batch.
+        ("grpc.keepalive_time_ms", PUBLIC_KEEPALIVE_MILLISECONDS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
+        # Old connections are asked to leave, so that clients behind a name or a balancer find new servers ...
+        ("grpc.max_connection_age_ms", CONNECTION_AGE_MILLISECONDS),
+        # ... but never in the middle of a stream: the grace is longer than the longest generation.
+        ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_MILLISECONDS),
+    ]
+
+
+def _channel_options(keepalive_milliseconds: int, max_message_bytes: int) -> list[Option]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # A silent peer (killed machine, lost network) is found within keepalive time and time-out, not within TCP's.
+        ("grpc.keepalive_time_ms", keepalive_milliseconds),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
+        # Prefill of a long prompt sends nothing for many pings; the default of 2 would stop pinging then.
+        ("grpc.http2.max_pings_without_data", 0),
+        # A name's TXT record must not be able to change how calls are balanced or retried; saves a DNS query, too.
+        ("grpc.service_config_disable_resolution", 1),
+    ]
+
+
+def internal_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Option]:
+    """Arguments of a channel between two of our services: to one address, never through a proxy."""
+    return [
+        *_channel_options(KEEPALIVE_MILLISECONDS, max_message_bytes),
+        # An http_proxy in the environment is for the internet; grpc would send loopback and cluster traffic there.
+        ("grpc.enable_http_proxy", 0),
+        # The router decides where a call goes next; gRPC retrying underneath would count it twice on one endpoint.
+        ("grpc.enable_retries", 0),
+        # A dead peer is noticed while no call runs, so that picks avoid it.
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A restarted worker is found within a second or so; the defaults wait up to two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1_000),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        # Channels share connections (and back-off) by address otherwise, also with a removed and re-added endpoint.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def public_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Option]:
+    """Arguments of a user's channel to the router; proxies in the environment are honoured."""
+    return _channel_options(PUBLIC_KEEPALIVE_MILLISECONDS, max_message_bytes)
+
+
+def internal_channel(address: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """An asyncio channel to one of our services. ``address`` is ``host:port``; connects when first used."""
+    return grpc.aio.insecure_channel(address, options=internal_options(max_message_bytes))
