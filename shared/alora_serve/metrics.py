@@ -1,0 +1,242 @@
+"""Every Prometheus metric, declared in this one place. Algorithms report through small Protocols that these classes meet.
+
+Names begin with ``alora_``; counters end in ``_total``, durations in ``_seconds``, sizes in ``_bytes``. Only counters,
+histograms and gauges of a current state: rates and means are for PromQL.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+FAST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+"""Store calls, fetches and engine steps."""
+REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 120.0, 300.0)
+"""Times to a token and whole requests."""
+MAX_LABEL_VALUES = 200
+"""Distinct adapters a label may name; later ones count as ``other``."""
+
+BREAKER_STATES = ("closed", "open", "half_open")
+
+
+class LabelCap:
+    """Bounds the values of a label that people choose."""
+
+    def __init__(self, limit: int = MAX_LABEL_VALUES) -> None:
+        self._limit = limit
+        self._seen: set[str] = set()
+
+    def __call__(self, value: str) -> str:
+        """``value``, or ``other`` once the limit of distinct values is reached."""
+        if value in self._seen or len(self._seen) < self._limit:
+            self._seen.add(value)
+            return value
+        return "other"
+
+
+class RpcMetrics:
+    """What the server interceptors report."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._started = Counter("alora_rpc_started_total", "RPCs begun.", ["method"], registry=registry)
+        self._handled = Counter("alora_rpc_handled_total", "RPCs ended.", ["method", "code"], registry=registry)
+        self._seconds = Histogram(
+            "alora_rpc_seconds", "Duration of RPCs.", ["method"], buckets=REQUEST_SECONDS, registry=registry
+        )
+
+    def started(self, method: str) -> None:
+        """An RPC began."""
+        self._started.labels(method).inc()
+
+    def handled(self, method: str, code: str, seconds: float) -> None:
+        """An RPC ended with a gRPC status name."""
+        self._handled.labels(method, code).inc()
+        self._seconds.labels(method).observe(seconds)
+
+
+class StoreMetrics:
+    """What the store's wrappers and the block store report."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._operations = Counter(
+            "alora_store_operations_total", "Store calls.", ["operation", "outcome"], registry=registry
+        )
+        self._bytes = Counter("alora_store_bytes_total", "Bytes moved.", ["operation"], registry=registry)
+        self._seconds = Histogram(
+            "alora_store_operation_seconds", "Store calls.", ["operation"], buckets=FAST_SECONDS, registry=registry
+        )
+        self._misses = Counter(
+            "alora_store_miss_blocks_total", "Blocks not had from the store.", ["reason"], registry=registry
+        )
+        self._drops = Counter(
+            "alora_store_drop_blocks_total", "Blocks not written to the store.", ["reason"], registry=registry
+        )
+        self._breaker = Gauge("alora_store_breaker_state", "1 for the state it is in.", ["state"], registry=registry)
+        self.breaker_state("closed")
+
+    def observe(self, operation: str, outcome: str, seconds: float, bytes_moved: int) -> None:
+        """One call of the store."""
+        self._operations.labels(operation, outcome).inc()
+        self._seconds.labels(operation).observe(seconds)
+        self._bytes.labels(operation).inc(bytes_moved)
+
+    def breaker_state(self, state: str) -> None:
+        """The circuit breaker is in this state now."""
+        for name in BREAKER_STATES:
+            self._breaker.labels(name).set(name == state)
+
+    def store_miss(self, reason: str, blocks: int) -> None:
+        """Blocks not had from the store."""
+        self._misses.labels(reason).inc(blocks)
+
+    def store_drop(self, reason: str, blocks: int) -> None:
+        """Blocks not written to the store."""
+        self._drops.labels(reason).inc(blocks)
+
+
+class EngineMetrics:
+    """What engine, resident prefixes and adapters report."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._step_seconds = Histogram(
+            "alora_engine_step_seconds", "Forward passes.", buckets=FAST_SECONDS, registry=registry
+        )
+        self._step_sequences = Histogram(
+            "alora_engine_step_sequences", "Sequences a step.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
+        )
+        self._step_tokens = Counter("alora_engine_step_tokens_total", "Tokens run.", registry=registry)
+        self._running = Gauge("alora_engine_running_sequences", "Sequences in the batch.", registry=registry)
+        self._waiting = Gauge("alora_engine_waiting_sequences", "Sequences without a place.", registry=registry)
+        self._prefix_tokens = Counter(
+            "alora_prefix_lookup_tokens_total", "Tokens looked up in memory.", ["outcome"], registry=registry
+        )
+        self._evicted = Counter("alora_prefix_evicted_segments_total", "Segments dropped.", registry=registry)
+        self._prefix_bytes = Gauge("alora_prefix_bytes", "Memory of resident base KV.", registry=registry)
+
+    def step(self, sequences: int, tokens: int, seconds: float) -> None:
+        """One forward pass."""
+        self._step_seconds.observe(seconds)
+        self._step_sequences.observe(sequences)
+        self._step_tokens.inc(tokens)
+
+    def load(self, running: int, waiting: int) -> None:
+        """Sequences in the batch and without a place."""
+        self._running.set(running)
+        self._waiting.set(waiting)
+
+    def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
+        """Tokens found resident and tokens not."""
+        self._prefix_tokens.labels("hit").inc(hit_tokens)
+        self._prefix_tokens.labels("miss").inc(missed_tokens)
+
+    def prefix_evicted(self, segments: int) -> None:
+        """Segments dropped for space."""
+        self._evicted.inc(segments)
+
+    def prefix_bytes(self, size_bytes: int) -> None:
+        """Bytes of resident base KV."""
+        self._prefix_bytes.set(size_bytes)
+
+
+class AdapterMetrics:
+    """What the adapter registry reports."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._events = Counter(
+            "alora_adapter_events_total", "Hits, loads, refusals, drops.", ["event"], registry=registry
+        )
+        self._load_seconds = Histogram(
+            "alora_adapter_load_seconds", "Reading an adapter.", buckets=FAST_SECONDS, registry=registry
+        )
+        self._bytes = Gauge("alora_adapter_resident_bytes", "Adapter weights in memory.", registry=registry)
+
+    def event(self, kind: str, seconds: float, resident_bytes: int) -> None:
+        """Something happened to an adapter's residency."""
+        self._events.labels(kind).inc()
+        self._bytes.set(resident_bytes)
+        if kind == "load":
+            self._load_seconds.observe(seconds)
+
+
+class RequestMetrics:
+    """Where requests' tokens and time went; reported by the servicers from usage and timings."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._tokens = Counter("alora_tokens_total", "Tokens by where they came from.", ["source"], registry=registry)
+        self._phases = Histogram(
+            "alora_request_phase_seconds", "Parts of requests.", ["phase"], buckets=REQUEST_SECONDS, registry=registry
+        )
+        self._first_token = Histogram(
+            "alora_time_to_first_token_seconds", "Arrival to first token.", buckets=REQUEST_SECONDS, registry=registry
+        )
+        self._inter_token = Histogram(
+            "alora_inter_token_seconds", "Mean time between tokens.", buckets=FAST_SECONDS, registry=registry
+        )
+        self._fetched = Counter("alora_fetched_bytes_total", "KV read for requests.", registry=registry)
+        self._stored = Counter("alora_stored_bytes_total", "KV written for requests.", registry=registry)
+
+    def tokens(self, *, cached: int, fetched: int, computed: int, generated: int) -> None:
+        """Tokens of one request; ``fetched`` of the ``cached`` came from the store."""
+        for source, count in (
+            ("cached", cached),
+            ("fetched", fetched),
+            ("computed", computed),
+            ("generated", generated),
+        ):
+            self._tokens.labels(source).inc(count)
+
+    def moved(self, *, fetched_bytes: int, stored_bytes: int) -> None:
+        """KV bytes of one request."""
+        self._fetched.inc(fetched_bytes)
+        self._stored.inc(stored_bytes)
+
+    def phase(self, name: str, seconds: float) -> None:
+        """Duration of one part: ``queue``, ``fetch``, ``prefill``, ``decode``."""
+        self._phases.labels(name).observe(seconds)
+
+    def first_token(self, seconds: float) -> None:
+        """Time to the first token."""
+        self._first_token.observe(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        """Mean time between the tokens of one answer."""
+        self._inter_token.observe(seconds)
+
+
+class RouterMetrics:
+    """What the router reports."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._picks = Counter("alora_router_picks_total", "Endpoints picked.", ["role", "reason"], registry=registry)
+        self._retries = Counter("alora_router_retries_total", "Attempts after the first.", ["role"], registry=registry)
+        self._endpoints = Gauge("alora_router_endpoints", "Endpoints by state.", ["role", "state"], registry=registry)
+        self._in_flight = Gauge("alora_router_in_flight", "Requests in the router.", registry=registry)
+        self._requests = Counter("alora_router_requests_total", "Requests by adapter.", ["adapter"], registry=registry)
+        self._cap = LabelCap()
+
+    def picked(self, role: str, reason: str) -> None:
+        """An endpoint was picked: ``preferred`` or ``overflow``."""
+        self._picks.labels(role, reason).inc()
+
+    def retried(self, role: str) -> None:
+        """A request is tried again elsewhere."""
+        self._retries.labels(role).inc()
+
+    def endpoints(self, role: str, state: str, count: int) -> None:
+        """So many endpoints are ``healthy``, ``draining`` or ``down``."""
+        self._endpoints.labels(role, state).set(count)
+
+    def in_flight(self, count: int) -> None:
+        """Requests in the router now."""
+        self._in_flight.set(count)
+
+    def requested(self, adapter: str) -> None:
+        """A request names an adapter, or none."""
+        self._requests.labels(self._cap(adapter or "base")).inc()
+
+
+class CoreMetrics(StoreMetrics, EngineMetrics):
+    """What the parts of a model service report, together."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        StoreMetrics.__init__(self, registry)
+        EngineMetrics.__init__(self, registry)
