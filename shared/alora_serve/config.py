@@ -1,8 +1,8 @@
 """Settings: what each group means, where values come from, and how a wrong one stops the start.
 
-A service's settings class is a mix of the groups below. Sources, strongest first: command-line flags, environment
-variables ``ALORA_*``, a YAML file (``--config`` or ``ALORA_CONFIG``), defaults. One environment may serve all services of
-a host: a variable that belongs to another group is ignored, one that belongs to none is an error.
+A service mixes the groups below into its settings. Sources, strongest first: command-line flags, environment variables
+``ALORA_*``, a YAML file (``--config`` or ``ALORA_CONFIG``), defaults. One environment may serve all services of a host:
+a variable that belongs to another group is ignored, one that belongs to none is an error.
 """
 
 from __future__ import annotations

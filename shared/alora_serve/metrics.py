@@ -1,4 +1,4 @@
-"""Every Prometheus metric, declared in this one place. Algorithms report through small Protocols that these classes meet.
+"""Every Prometheus metric, declared in one place. Algorithms report through small Protocols that these classes meet.
 
 Names begin with ``alora_``; counters end in ``_total``, durations in ``_seconds``, sizes in ``_bytes``. Only counters,
 histograms and gauges of a current state: rates and means are for PromQL.
@@ -7,6 +7,8 @@ histograms and gauges of a current state: rates and means are for PromQL.
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from alora_serve.types import Timings, Usage
 
 FAST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Store calls, fetches and engine steps."""
@@ -174,32 +176,18 @@ class RequestMetrics:
         self._fetched = Counter("alora_fetched_bytes_total", "KV read for requests.", registry=registry)
         self._stored = Counter("alora_stored_bytes_total", "KV written for requests.", registry=registry)
 
-    def tokens(self, *, cached: int, fetched: int, computed: int, generated: int) -> None:
-        """Tokens of one request; ``fetched`` of the ``cached`` came from the store."""
-        for source, count in (
-            ("cached", cached),
-            ("fetched", fetched),
-            ("computed", computed),
-            ("generated", generated),
-        ):
-            self._tokens.labels(source).inc(count)
-
-    def moved(self, *, fetched_bytes: int, stored_bytes: int) -> None:
-        """KV bytes of one request."""
-        self._fetched.inc(fetched_bytes)
-        self._stored.inc(stored_bytes)
-
-    def phase(self, name: str, seconds: float) -> None:
-        """Duration of one part: ``queue``, ``fetch``, ``prefill``, ``decode``."""
-        self._phases.labels(name).observe(seconds)
-
-    def first_token(self, seconds: float) -> None:
-        """Time to the first token."""
-        self._first_token.observe(seconds)
-
-    def inter_token(self, seconds: float) -> None:
-        """Mean time between the tokens of one answer."""
-        self._inter_token.observe(seconds)
+    def record(self, usage: Usage, timings: Timings) -> None:
+        """Count a finished request's tokens, bytes and seconds. ``fetched`` tokens are part of the ``cached`` ones."""
+        for source in ("cached", "fetched", "computed", "generated"):
+            self._tokens.labels(source).inc(getattr(usage, f"{source}_tokens"))
+        self._fetched.inc(usage.fetched_bytes)
+        self._stored.inc(usage.stored_bytes)
+        for phase in ("queue", "fetch", "prefill", "decode"):
+            self._phases.labels(phase).observe(getattr(timings, f"{phase}_seconds"))
+        if usage.generated_tokens:
+            self._first_token.observe(timings.first_token_seconds)
+        if usage.generated_tokens > 1:
+            self._inter_token.observe(timings.decode_seconds / (usage.generated_tokens - 1))
 
 
 class RouterMetrics:

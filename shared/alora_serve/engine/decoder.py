@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from time import monotonic
@@ -60,7 +60,7 @@ class Decoder:
         self._signer = signer
         self._model_digest = core.model.model_digest
 
-    async def decode(self, request: GenerateRequest) -> AsyncIterator[StreamEvent]:
+    async def decode(self, request: GenerateRequest) -> AsyncGenerator[StreamEvent, None]:
         """Run one request: ``Started``, then tokens, then ``Finished``. Close the iterator to cancel.
 
         Raises:

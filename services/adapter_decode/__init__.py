@@ -1,0 +1,1 @@
+"""A decode worker: generates with base weights and any adapter on prefilled conversations."""

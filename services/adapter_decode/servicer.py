@@ -1,0 +1,78 @@
+"""``AdapterDecodeService``: protobuf in, protobuf out; what happens between is the decoder's and the registry's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+
+import grpc.aio
+
+from alora_serve.adapters.registry import AdapterRegistry
+from alora_serve.engine.decoder import Decoder
+from alora_serve.metrics import RequestMetrics
+from alora_serve.rpc.convert import adapter_to_proto, decode_from_proto, endpoint_status_to_proto, event_to_proto
+from alora_serve.rpc.watch import watch_status
+from alora_serve.types import EndpointStatus, Finished, TokenChunk
+from alora_serve.v1 import adapter_decode_pb2 as pb
+from alora_serve.v1 import adapter_decode_pb2_grpc
+
+_Context = grpc.aio.ServicerContext[object, object]
+
+
+class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer):
+    """Serves one decoder and its adapters. ``status`` says how busy the process is."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        adapters: AdapterRegistry,
+        status: Callable[[], EndpointStatus],
+        metrics: RequestMetrics,
+    ) -> None:
+        self._decoder = decoder
+        self._adapters = adapters
+        self._status = status
+        self._metrics = metrics
+
+    async def Decode(self, request: pb.DecodeRequest, context: _Context) -> AsyncIterator[pb.DecodeResponse]:
+        """See the proto."""
+        wanted = decode_from_proto(request)
+        first_index = len(wanted.resume.generated_tokens) if wanted.resume else 0
+        # Closed at once when the call ends early, so that the sequence leaves the batch at the next step.
+        async with aclosing(self._decoder.decode(wanted)) as events:
+            async for event in events:
+                yield pb.DecodeResponse(event=event_to_proto(event, attempt=request.attempt, first_index=first_index))
+                if isinstance(event, TokenChunk):
+                    first_index += len(event.token_ids)
+                elif isinstance(event, Finished):
+                    self._metrics.record(event.usage, event.timings)
+
+    async def ListAdapters(
+        self, request: pb.AdapterDecodeServiceListAdaptersRequest, context: _Context
+    ) -> pb.AdapterDecodeServiceListAdaptersResponse:
+        """See the proto."""
+        await asyncio.to_thread(self._adapters.refresh)
+        listed = self._adapters.list_adapters()
+        return pb.AdapterDecodeServiceListAdaptersResponse(adapters=[adapter_to_proto(adapter) for adapter in listed])
+
+    async def LoadAdapter(
+        self, request: pb.AdapterDecodeServiceLoadAdapterRequest, context: _Context
+    ) -> pb.AdapterDecodeServiceLoadAdapterResponse:
+        """See the proto."""
+        loaded = await asyncio.to_thread(self._adapters.load, request.name)
+        return pb.AdapterDecodeServiceLoadAdapterResponse(adapter=adapter_to_proto(loaded))
+
+    async def UnloadAdapter(
+        self, request: pb.AdapterDecodeServiceUnloadAdapterRequest, context: _Context
+    ) -> pb.AdapterDecodeServiceUnloadAdapterResponse:
+        """See the proto."""
+        await asyncio.to_thread(self._adapters.unload, request.name)
+        return pb.AdapterDecodeServiceUnloadAdapterResponse()
+
+    async def WatchStatus(
+        self, request: pb.AdapterDecodeServiceWatchStatusRequest, context: _Context
+    ) -> AsyncIterator[pb.AdapterDecodeServiceWatchStatusResponse]:
+        """See the proto."""
+        async for status in watch_status(self._status):
+            yield pb.AdapterDecodeServiceWatchStatusResponse(status=endpoint_status_to_proto(status))

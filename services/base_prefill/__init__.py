@@ -1,0 +1,1 @@
+"""The base-model service: prefills conversations with base weights and stores their KV."""

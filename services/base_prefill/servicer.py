@@ -1,0 +1,42 @@
+"""``BasePrefillService``: protobuf in, protobuf out; what happens between is the prefiller's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import grpc.aio
+
+from alora_serve.engine.prefiller import Prefiller
+from alora_serve.metrics import RequestMetrics
+from alora_serve.rpc.convert import endpoint_status_to_proto, prefill_from_proto, prefill_result_to_internal_proto
+from alora_serve.rpc.watch import watch_status
+from alora_serve.types import EndpointStatus
+from alora_serve.v1 import base_prefill_pb2, base_prefill_pb2_grpc
+
+
+class BasePrefillServicer(base_prefill_pb2_grpc.BasePrefillServiceServicer):
+    """Serves one prefiller. ``status`` says how busy the process is."""
+
+    def __init__(self, prefiller: Prefiller, status: Callable[[], EndpointStatus], metrics: RequestMetrics) -> None:
+        self._prefiller = prefiller
+        self._status = status
+        self._metrics = metrics
+
+    async def Prefill(
+        self,
+        request: base_prefill_pb2.BasePrefillServicePrefillRequest,
+        context: grpc.aio.ServicerContext[object, object],
+    ) -> base_prefill_pb2.BasePrefillServicePrefillResponse:
+        """See the proto."""
+        result = await self._prefiller.prefill(prefill_from_proto(request), tokenize_only=request.tokenize_only)
+        self._metrics.record(result.usage, result.timings)
+        return prefill_result_to_internal_proto(result)
+
+    async def WatchStatus(
+        self,
+        request: base_prefill_pb2.BasePrefillServiceWatchStatusRequest,
+        context: grpc.aio.ServicerContext[object, object],
+    ) -> AsyncIterator[base_prefill_pb2.BasePrefillServiceWatchStatusResponse]:
+        """See the proto."""
+        async for status in watch_status(self._status):
+            yield base_prefill_pb2.BasePrefillServiceWatchStatusResponse(status=endpoint_status_to_proto(status))

@@ -1,0 +1,122 @@
+"""From settings to a running core: what both model services do when they start."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, StoreSettings
+from alora_serve.engine.core import CoreOptions, ServingCore
+from alora_serve.engine.engine import EngineLimits
+from alora_serve.errors import ConfigError
+from alora_serve.handles import HandleSigner
+from alora_serve.kv.blocks import StoreTiming
+from alora_serve.kv.factory import open_store
+from alora_serve.kv.store import KVStore
+from alora_serve.metrics import CoreMetrics
+from alora_serve.model.loader import BaseModel, load_base_model
+from alora_serve.model.source import resolve_model
+
+_log = structlog.get_logger(__name__)
+
+
+class CoreSettings(ModelSettings, StoreSettings, EngineSettings, SecretSettings):
+    """What a model service needs besides a place to listen."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartedCore:
+    """A core and what it stands on; :meth:`close` ends them in order."""
+
+    core: ServingCore
+    store: KVStore
+    signer: HandleSigner
+
+    def close(self) -> None:
+        """Stop the engine, then the store."""
+        self.core.close()
+        self.store.close()
+
+
+def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
+    """Load the model, open the store and start the engine. Takes seconds.
+
+    Raises:
+        ConfigError: a setting cannot be met; names it.
+        ModelUnsupportedError: the model cannot be served.
+    """
+    signer = open_signer(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    model = open_model(settings)
+    store = open_store(
+        settings.store_url,
+        budget_bytes=settings.store_budget_bytes,
+        ttl_seconds=settings.store_ttl_seconds,
+        breaker_failures=settings.breaker_failures,
+        breaker_reset_seconds=settings.breaker_reset_seconds,
+        metrics=metrics,
+    )
+    options = CoreOptions(
+        limits=EngineLimits(
+            max_sequences=settings.max_batch_sequences,
+            max_step_tokens=settings.max_step_tokens,
+            max_queue=settings.max_queue,
+        ),
+        timing=StoreTiming(settings.store_timeout_seconds, settings.store_bytes_per_second),
+        prefix_cache_bytes=settings.prefix_cache_bytes,
+        block_tokens=settings.block_tokens,
+        tenant_salt=settings.tenant_salt.get_secret_value().encode(),
+    )
+    return StartedCore(ServingCore(model, store, options, metrics), store, signer)
+
+
+def open_model(settings: ModelSettings) -> BaseModel:
+    """Load the base model that settings name."""
+    directory = resolve_model(settings.model)
+    model = load_base_model(
+        directory,
+        dtype=settings.dtype,
+        device=settings.device,
+        context_tokens=settings.context_tokens,
+        name=directory.name if Path(settings.model).is_dir() else settings.model,
+    )
+    if model.tokenizer.prints_date:
+        _log.warning(
+            "the chat template prints the date; send date_string in template_arguments or reuse ends at midnight"
+        )
+    return model
+
+
+def open_signer(settings: SecretSettings) -> HandleSigner:
+    """The signer of prefix handles.
+
+    Raises:
+        ConfigError: no secret: replicas with secrets of their own would refuse each other's handles.
+    """
+    keys = [secret.get_secret_value().encode() for secret in settings.handle_secrets]
+    if not keys:
+        raise ConfigError(
+            "handle_secrets is empty: set ALORA_HANDLE_SECRETS to the same secret on every service, for example "
+            f"{secrets.token_urlsafe(24)}"
+        )
+    return HandleSigner(keys, settings.tenant_salt.get_secret_value().encode(), settings.handle_ttl_seconds)
+
+
+def describe(core: ServingCore) -> Sequence[tuple[str, object]]:
+    """Facts of a started core for its first log line."""
+    info = core.model_info()
+    return (
+        ("model", info.name),
+        ("architecture", info.architecture),
+        ("dtype", info.dtype),
+        ("context_tokens", info.context_tokens),
+        ("block_tokens", info.block_tokens),
+        ("kv_bytes_per_token", info.kv_bytes_per_token),
+        ("threads", torch.get_num_threads()),
+    )
