@@ -1,0 +1,70 @@
+"""Makes the store that a URL names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from alora_serve.kv.guarded import GuardedStore, InstrumentedStore, StoreMetrics
+from alora_serve.kv.lmdb import LmdbStore, default_location
+from alora_serve.kv.redis import RedisStore
+from alora_serve.kv.store import KVStore
+from alora_serve.kv.store_url import url_error
+
+_NOT_SERVED_YET = frozenset({"rediss", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"})
+
+
+def open_store(
+    url: str,
+    *,
+    budget_bytes: int,
+    ttl_seconds: float,
+    breaker_failures: int,
+    breaker_reset_seconds: float,
+    metrics: StoreMetrics,
+) -> KVStore:
+    """The store at ``url``, behind circuit breakers and measured. Nothing is connected or opened before the first call.
+
+    Args:
+        url: ``lmdb:`` (default place), ``lmdb:///directory``, ``redis://host:port/db`` or ``unix:///path.sock?db=0``.
+        budget_bytes: LMDB: what the values may occupy; Redis has ``maxmemory`` for that.
+        ttl_seconds: Redis: a value not written for so long expires.
+        breaker_failures: failures in a row that open a breaker.
+        breaker_reset_seconds: time until an open breaker lets a probe through.
+        metrics: told about every call and every change of a breaker.
+
+    Raises:
+        ConfigError: the URL cannot be served. Names it, without user and password.
+    """
+    backend = _backend(url, budget_bytes=budget_bytes, ttl_seconds=ttl_seconds)
+    guarded = GuardedStore(
+        backend, failures_to_open=breaker_failures, reset_seconds=breaker_reset_seconds, metrics=metrics
+    )
+    return InstrumentedStore(guarded, metrics)
+
+
+def _backend(url: str, *, budget_bytes: int, ttl_seconds: float) -> KVStore:
+    scheme = url.partition(":")[0]
+    makers: dict[str, Callable[[], KVStore]] = {
+        "lmdb": lambda: LmdbStore(_lmdb_root(url), budget_bytes=budget_bytes),
+        "redis": lambda: RedisStore(url, ttl_seconds=ttl_seconds),
+        "unix": lambda: RedisStore(url, ttl_seconds=ttl_seconds),
+    }
+    if scheme in _NOT_SERVED_YET:
+        raise url_error(url, "TLS, Cluster and Sentinel are not served by this release")
+    if scheme not in makers:
+        raise url_error(url, f"the scheme must be one of {', '.join(sorted(makers))}")
+    return makers[scheme]()
+
+
+def _lmdb_root(url: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc or parts.query or parts.fragment:
+        raise url_error(url, "write lmdb: or lmdb:///absolute/directory")
+    if not parts.path:
+        return default_location()
+    root = Path(unquote(parts.path))
+    if not root.is_absolute():
+        raise url_error(url, "the directory must be absolute, as in lmdb:///var/cache/kv")
+    return root

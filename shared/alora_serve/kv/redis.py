@@ -1,0 +1,206 @@
+"""``RedisStore``: one key a part on a standalone Redis or Valkey, over TCP or a unix socket.
+
+The server is the one eviction authority (``maxmemory-policy allkeys-lru``); a value written here also expires by
+itself. No command is ever retried: the caller can recompute, and sooner than a retry would answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
+from alora_serve.kv.redis_connection import Link, LinkPool
+from alora_serve.kv.store import Put, Sink, StoreKey
+
+_READS_PER_CHUNK = 8  # about 8 MiB: enough to hide the round trip, few enough to share among connections
+_WRITE_BYTES_PER_CHUNK = 8 << 20
+_SMALL_PER_CHUNK = 512
+_KEY_PREFIX = b"alora:"
+
+_Chunk = TypeVar("_Chunk")
+
+
+class RedisStore:
+    """A :class:`~alora_serve.kv.store.KVStore` on Redis or Valkey.
+
+    Connects at the first call. One call works over up to ``parallel`` connections at once, the calling thread being one
+    of the workers, so no call waits for another one's connections.
+
+    Args:
+        url: as for :class:`~alora_serve.kv.redis_connection.LinkPool`.
+        ttl_seconds: a full block not written for so long expires.
+        evict_first_ttl_seconds: the same for a partial tail: Redis knows no other order of eviction.
+        parallel: connections that one call may use.
+    """
+
+    def __init__(
+        self, url: str, *, ttl_seconds: float, evict_first_ttl_seconds: float | None = None, parallel: int = 2
+    ) -> None:
+        self._pool = LinkPool(url)
+        self._ttl_milliseconds = _milliseconds(ttl_seconds)
+        self._evict_first_ttl_milliseconds = _milliseconds(
+            ttl_seconds / 4 if evict_first_ttl_seconds is None else evict_first_ttl_seconds
+        )
+        self._helpers = parallel - 1
+        self._executor = ThreadPoolExecutor(max(self._helpers, 1), thread_name_prefix="redis-store")
+
+    def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
+        """See :class:`~alora_serve.kv.store.KVStore`. Calls the sink from several threads at once."""
+        deadline = time.monotonic() + timeout_seconds
+
+        def read(link: Link, chunk: range) -> None:
+            with _translating():
+                link.send([(b"GET", _KEY_PREFIX + keys[index]) for index in chunk])
+            for index in chunk:
+                with _translating():
+                    value = link.receive()
+                if value is not None:
+                    with memoryview(value) as view:
+                        sink(index, view)
+
+        self._spread(_ranges(len(keys), _READS_PER_CHUNK), read, deadline)
+
+    def contains_many(self, keys: Sequence[StoreKey], *, timeout_seconds: float) -> list[bool]:
+        """See :class:`~alora_serve.kv.store.KVStore`."""
+        present = [False] * len(keys)
+
+        def ask(link: Link, chunk: range) -> None:
+            with _translating():
+                link.send([(b"EXISTS", _KEY_PREFIX + keys[index]) for index in chunk])
+                for index in chunk:
+                    present[index] = link.receive() == 1
+
+        self._spread(_ranges(len(keys), _SMALL_PER_CHUNK), ask, time.monotonic() + timeout_seconds)
+        return present
+
+    def put_many(self, puts: Sequence[Put], *, timeout_seconds: float) -> None:
+        """See :class:`~alora_serve.kv.store.KVStore`. Of several puts under one key the last counts."""
+        deadline = time.monotonic() + timeout_seconds
+
+        def write(link: Link, chunk: Sequence[Put]) -> None:
+            with _translating():
+                link.send([self._set(put) for put in chunk])
+                _read_all(link, len(chunk))
+
+        self._spread(_by_bytes(list({put.key: put for put in puts}.values())), write, deadline)
+
+    def delete_many(self, keys: Sequence[StoreKey], *, timeout_seconds: float) -> None:
+        """See :class:`~alora_serve.kv.store.KVStore`."""
+
+        def delete(link: Link, chunk: range) -> None:
+            with _translating():
+                link.send([(b"UNLINK", _KEY_PREFIX + keys[index]) for index in chunk])
+                _read_all(link, len(chunk))
+
+        self._spread(_ranges(len(keys), _SMALL_PER_CHUNK), delete, time.monotonic() + timeout_seconds)
+
+    def close(self) -> None:
+        """See :class:`~alora_serve.kv.store.KVStore`. Calls in progress end by their own deadlines."""
+        self._pool.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _set(self, put: Put) -> tuple[bytes | memoryview, ...]:
+        ttl = self._evict_first_ttl_milliseconds if put.evict_first else self._ttl_milliseconds
+        view = memoryview(put.value)
+        return b"SET", _KEY_PREFIX + put.key, view.cast("B") if view.nbytes else b"", b"PX", ttl
+
+    def _spread(self, chunks: Sequence[_Chunk], work: Callable[[Link, _Chunk], None], deadline: float) -> None:
+        """Run ``work`` on every chunk over several connections; after the first error start no further chunk.
+
+        Returns only when no thread works on it any more, and raises the first error.
+        """
+        waiting = deque(chunks)
+        errors: list[BaseException] = []
+
+        def drain() -> None:
+            try:
+                while not errors:
+                    try:
+                        chunk = waiting.popleft()
+                    except IndexError:
+                        return
+                    self._work(chunk, work, deadline)
+            except BaseException as error:  # noqa: BLE001 - raised by the caller's thread below
+                errors.append(error)
+
+        helpers = self._start_helpers(drain, min(self._helpers, len(chunks) - 1))
+        drain()
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+        if errors:
+            raise errors[0]
+
+    def _start_helpers(self, drain: Callable[[], None], count: int) -> list[Future[None]]:
+        try:
+            return [self._executor.submit(drain) for _ in range(count)]
+        except RuntimeError as error:  # its word for: shut down
+            raise StoreUnavailableError("the Redis store is closed") from error
+
+    def _work(self, chunk: _Chunk, work: Callable[[Link, _Chunk], None], deadline: float) -> None:
+        with _translating():
+            link = self._pool.acquire(deadline)
+        try:
+            work(link, chunk)
+        except BaseException:
+            link.disconnect()  # replies may be unread
+            raise
+        finally:
+            self._pool.release(link)
+
+
+@contextmanager
+def _translating() -> Iterator[None]:
+    """Turn redis-py's errors into ours. Keep sinks outside: their errors are their callers'."""
+    try:
+        yield
+    except RedisTimeoutError as error:
+        raise StoreTimeoutError(f"Redis did not answer in the time given: {error}") from error
+    except (RedisConnectionError, OSError) as error:
+        raise StoreUnavailableError(f"Redis cannot be reached: {error}") from error
+    except OutOfMemoryError as error:
+        raise StoreFullError(f"Redis is full: {error}") from error
+    except RedisError as error:
+        raise StoreError(f"Redis: {error}") from error
+
+
+def _read_all(link: Link, replies: int) -> None:
+    """Read every reply, so that the connection stays usable, and raise the first that is an error."""
+    refusal: ResponseError | None = None
+    for _ in range(replies):
+        try:
+            link.receive()
+        except ResponseError as error:
+            refusal = refusal or error
+    if refusal is not None:
+        raise refusal
+
+
+def _ranges(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _by_bytes(puts: Sequence[Put]) -> list[list[Put]]:
+    chunks: list[list[Put]] = []
+    room_bytes = 0
+    for put in puts:
+        size = memoryview(put.value).nbytes
+        if not chunks or size > room_bytes or len(chunks[-1]) >= _SMALL_PER_CHUNK:
+            chunks.append([])
+            room_bytes = _WRITE_BYTES_PER_CHUNK
+        chunks[-1].append(put)
+        room_bytes -= size
+    return chunks
+
+
+def _milliseconds(seconds: float) -> bytes:
+    return str(max(1, round(seconds * 1000))).encode()

@@ -1,0 +1,20 @@
+"""Store URLs as they may be shown: who reads a log or an error must not learn a password from it."""
+
+from __future__ import annotations
+
+from alora_serve.errors import ConfigError
+
+
+def public_url(url: str) -> str:
+    """The URL without user, password and options. Works on malformed ones too, hence no parser."""
+    scheme, colon, rest = url.partition(":")
+    if not colon:
+        return url
+    slashes = "//" if rest.startswith("//") else ""
+    location = rest.removeprefix("//").partition("?")[0]
+    return f"{scheme}:{slashes}{location.rpartition('@')[2]}"
+
+
+def url_error(url: str, problem: str) -> ConfigError:
+    """The error that refuses ``url``."""
+    return ConfigError(f"store_url {public_url(url)}: {problem}")
