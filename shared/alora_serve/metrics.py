@@ -6,6 +6,8 @@ histograms and gauges of a current state: rates and means are for PromQL.
 
 from __future__ import annotations
 
+import enum
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from alora_serve.types import Timings, Usage
@@ -72,8 +74,11 @@ class StoreMetrics:
         self._drops = Counter(
             "alora_store_drop_blocks_total", "Blocks not written to the store.", ["reason"], registry=registry
         )
-        self._breaker = Gauge("alora_store_breaker_state", "1 for the state it is in.", ["state"], registry=registry)
-        self.breaker_state("closed")
+        self._breaker = Gauge(
+            "alora_store_breaker_state", "1 for the state it is in.", ["direction", "state"], registry=registry
+        )
+        for direction in ("read", "write"):
+            self._set_breaker(direction, "closed")
 
     def observe(self, operation: str, outcome: str, seconds: float, bytes_moved: int) -> None:
         """One call of the store."""
@@ -81,10 +86,13 @@ class StoreMetrics:
         self._seconds.labels(operation).observe(seconds)
         self._bytes.labels(operation).inc(bytes_moved)
 
-    def breaker_state(self, state: str) -> None:
-        """The circuit breaker is in this state now."""
+    def breaker_state(self, direction: str, state: enum.Enum) -> None:
+        """The circuit breaker of ``read`` or ``write`` is in this state now."""
+        self._set_breaker(direction, str(state.value))
+
+    def _set_breaker(self, direction: str, state: str) -> None:
         for name in BREAKER_STATES:
-            self._breaker.labels(name).set(name == state)
+            self._breaker.labels(direction, name).set(name == state)
 
     def store_miss(self, reason: str, blocks: int) -> None:
         """Blocks not had from the store."""
