@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from typing import Final
 
 from adapter_router.policy import EndpointSnapshot
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, UnavailableError
-from alora_serve.types import AdapterInfo
+from alora_serve.types import AdapterInfo, ModelInfo
 
-_NEAREST_NAMES = 3
+NO_MODEL: Final = "no base prefill and decode worker of one model are known yet; retry later"
+
+_NEAREST_NAMES: Final = 3
 
 
 def merged_adapters(workers: Iterable[EndpointSnapshot]) -> list[AdapterInfo]:
@@ -47,17 +51,46 @@ def find_adapter(name: str, workers: Sequence[EndpointSnapshot]) -> AdapterInfo:
     return adapter
 
 
-def takes_requests(endpoint: EndpointSnapshot) -> bool:
-    """It is reachable, has reported, and is not draining."""
-    return endpoint.healthy and not endpoint.draining and bool(endpoint.model_digest)
-
-
-def served_models(
+def live_models(
     prefills: Iterable[EndpointSnapshot], workers: Iterable[EndpointSnapshot], adapter: str = ""
 ) -> frozenset[bytes]:
     """Digests of the models that have both a base prefill and a worker for ``adapter`` taking requests now."""
-    prefilled = {endpoint.model_digest for endpoint in prefills if takes_requests(endpoint)}
-    decoded = {endpoint.model_digest for endpoint in workers if takes_requests(endpoint) and endpoint.serves(adapter)}
+    return _paired(filter(_takes_requests, prefills), filter(_takes_requests, workers), adapter)
+
+
+def paired_models(
+    prefills: Sequence[EndpointSnapshot], workers: Sequence[EndpointSnapshot], adapter: str = ""
+) -> frozenset[bytes]:
+    """The live models or, while there is none, those that endpoints served when they last reported."""
+    return live_models(prefills, workers, adapter) or _paired(prefills, workers, adapter)
+
+
+def prevailing_model(reported: Iterable[ModelInfo], served: Collection[bytes]) -> ModelInfo:
+    """The model that most workers have, while a rollout runs two.
+
+    Args:
+        reported: one a worker.
+        served: digests of the models that also have a base prefill.
+
+    Raises:
+        UnavailableError: none is served.
+    """
+    models = [model for model in reported if model.model_digest in served]
+    if not models:
+        raise UnavailableError(NO_MODEL)
+    counts = Counter(model.model_digest for model in models)
+    return max(models, key=lambda model: (counts[model.model_digest], model.model_digest))
+
+
+def _takes_requests(endpoint: EndpointSnapshot) -> bool:
+    return endpoint.healthy and not endpoint.draining
+
+
+def _paired(
+    prefills: Iterable[EndpointSnapshot], workers: Iterable[EndpointSnapshot], adapter: str
+) -> frozenset[bytes]:
+    prefilled = {endpoint.model_digest for endpoint in prefills if endpoint.model_digest}
+    decoded = {endpoint.model_digest for endpoint in workers if endpoint.model_digest and endpoint.serves(adapter)}
     return frozenset(prefilled & decoded)
 
 

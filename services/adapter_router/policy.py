@@ -61,6 +61,14 @@ class Demand:
     group_size: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """The endpoint that takes a request. ``preferred``: its first choice, not one that another's load sent it to."""
+
+    address: str
+    preferred: bool
+
+
 def adapter_key(name: str) -> bytes:
     """The affinity key of an adapter: its weights stay in the memory of the worker this key prefers."""
     return b"adapter\0" + name.encode()
@@ -113,8 +121,8 @@ def eligible(endpoints: Iterable[EndpointSnapshot], demand: Demand) -> list[Endp
 
 def pick(
     endpoints: Iterable[EndpointSnapshot], demand: Demand, *, load_factor: float, avoid: Collection[str] = ()
-) -> str | None:
-    """The address that takes the next request, or None when no endpoint may.
+) -> Pick | None:
+    """Where the next request goes, or None when no endpoint may take it.
 
     The first in rendezvous order that stays within the load bound. With ``load_factor`` >= 1 there always is one: were
     all at the bound, they would hold more requests than there are.
@@ -130,4 +138,5 @@ def pick(
         return None
     bound = load_bound(sum(candidates.values()), len(candidates), load_factor, demand.group_size)
     ranked = rendezvous_order(demand.key, candidates)
-    return next(address for address in ranked if candidates[address] < bound)
+    address = next(address for address in ranked if candidates[address] < bound)
+    return Pick(address, preferred=address == ranked[0])

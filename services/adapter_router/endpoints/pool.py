@@ -9,69 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import structlog
 from grpc import aio
 
+from adapter_router.endpoints.endpoint import STATES, Endpoint, EndpointOptions
+from adapter_router.endpoints.resolver import Resolver, resolve_target
 from adapter_router.policy import Demand, EndpointSnapshot, eligible, pick
-from adapter_router.resolver import Resolver, resolve_target
 from alora_serve.errors import AloraServeError, UnavailableError
-from alora_serve.types import AdapterInfo, EndpointStatus
+from alora_serve.metrics import RouterMetrics
+from alora_serve.types import EndpointStatus
 
 StubT = TypeVar("StubT")
 
 _BACKOFF_SECONDS = (0.2, 0.4, 0.8, 1.6)
 """Longest pause before a status stream that keeps failing is opened again."""
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointOptions:
-    """How a set of endpoints finds, judges and fills its members.
-
-    Attributes:
-        load_factor: see :func:`adapter_router.policy.pick`.
-        resolve_seconds: pause between two look-ups of the targets.
-        status_timeout_seconds: an endpoint silent for longer is unhealthy, though its connection may live.
-        wait_seconds: longest wait of a request for an endpoint that may take it, so that one restart is not an error.
-    """
-
-    load_factor: float = 1.25
-    resolve_seconds: float = 2.0
-    status_timeout_seconds: float = 5.0
-    wait_seconds: float = 2.0
-
-
-class Endpoint(Generic[StubT]):
-    """One address, its channel, and what is known of it. Changed only by its :class:`EndpointSet`."""
-
-    def __init__(self, address: str, channel: aio.Channel, stub: StubT) -> None:
-        self.address = address
-        self.channel = channel
-        self.stub = stub
-        self.status: EndpointStatus | None = None
-        self.adapters: dict[str, AdapterInfo] = {}
-        self.healthy = False
-        self.in_flight = 0
-        self.retired = False
-
-    def snapshot(self) -> EndpointSnapshot:
-        """What :func:`adapter_router.policy.pick` judges."""
-        status = self.status
-        if status is None:
-            return EndpointSnapshot(self.address, healthy=False, in_flight=self.in_flight)
-        return EndpointSnapshot(
-            self.address,
-            self.healthy,
-            status.draining,
-            self.in_flight,
-            status.model.model_digest,
-            self.adapters,
-        )
 
 
 class EndpointSet(Generic[StubT]):
@@ -86,18 +43,20 @@ class EndpointSet(Generic[StubT]):
         make_stub: Callable[[aio.Channel], StubT],
         watch: Callable[[StubT], AsyncGenerator[EndpointStatus, None]],
         options: EndpointOptions,
+        metrics: RouterMetrics,
         resolve: Resolver = resolve_target,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare; nothing runs before the context is entered.
 
         Args:
-            service: for logs and errors (``base_prefill``).
+            service: for logs, errors and metrics (``base_prefill``).
             targets: ``host:port`` each, names or addresses.
             connect: opens a channel to an address.
             make_stub: the service's stub on a channel.
             watch: the status stream on a stub; waits for the connection, ends or raises when the stream does.
             options: see :class:`EndpointOptions`.
+            metrics: told of picks and health.
             resolve: looks a target up.
             on_change: called after health, status or membership changed.
         """
@@ -105,6 +64,7 @@ class EndpointSet(Generic[StubT]):
         self._targets = tuple(targets)
         self._connect, self._make_stub, self._watch, self._resolve = connect, make_stub, watch, resolve
         self._options = options
+        self._metrics = metrics
         self._on_change = on_change
         self._members: dict[str, Endpoint[StubT]] = {}
         self._known: dict[str, frozenset[str]] = {target: frozenset() for target in targets}
@@ -166,6 +126,10 @@ class EndpointSet(Generic[StubT]):
             self._log.warning("endpoint unreachable", address=endpoint.address)
             self._announce()
 
+    def note_retry(self) -> None:
+        """A request is tried again."""
+        self._metrics.retried(self.service)
+
     async def refresh(self) -> None:
         """Look every target up once; add what is new, retire what is gone. A failed look-up keeps what was known."""
         for target in self._targets:
@@ -194,11 +158,12 @@ class EndpointSet(Generic[StubT]):
 
     def _try_take(self, demand: Demand, avoid: Collection[str]) -> Endpoint[StubT] | None:
         """Pick and count in one step."""
-        address = pick(self.snapshots(), demand, load_factor=self._options.load_factor, avoid=avoid)
-        if address is None:
+        choice = pick(self.snapshots(), demand, load_factor=self._options.load_factor, avoid=avoid)
+        if choice is None:
             return None
-        endpoint = self._members[address]
+        endpoint = self._members[choice.address]
         endpoint.in_flight += 1
+        self._metrics.picked(self.service, "preferred" if choice.preferred else "overflow")
         return endpoint
 
     # --- membership ---------------------------------------------------------------------------------------------------
@@ -214,6 +179,7 @@ class EndpointSet(Generic[StubT]):
         self._members[address] = endpoint
         self._watches[address] = asyncio.create_task(self._watch_forever(endpoint), name=f"watch {address}")
         self._log.info("endpoint added", address=address)
+        self._announce()
 
     def _retire(self, address: str) -> None:
         """Take nothing new; running requests keep the channel until the last is done."""
@@ -270,6 +236,9 @@ class EndpointSet(Generic[StubT]):
     def _announce(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        states = Counter(endpoint.state for endpoint in self._members.values())
+        for state in STATES:
+            self._metrics.endpoints(self.service, state, states[state])
         self._on_change()
 
 

@@ -18,18 +18,19 @@ Resolver = Callable[[str], Awaitable[frozenset[str]]]
 
 
 def split_target(target: str) -> tuple[str, int]:
-    """Host (a name or an address, without brackets) and port of ``host:port`` or ``[v6]:port``.
+    """Host (a name or an address, without brackets) and port of ``host:port``, ``[v6]:port`` or ``dns:///host:port``.
 
     Raises:
         ConfigError: not of that form.
     """
-    problem = f"endpoint {target!r} is not host:port (an IPv6 address goes in brackets: [::1]:50051)"
+    problem = f"endpoint {target!r} is not host:port or dns:///host:port (IPv6 goes in brackets: [::1]:50051)"
+    authority = target.removeprefix("dns:///")
     try:
-        parts = urlsplit(f"//{target}")
+        parts = urlsplit(f"//{authority}")
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ConfigError(problem) from error
-    if not host or not port or parts.netloc != target or "@" in target:
+    if not host or not port or parts.netloc != authority or "@" in target:
         raise ConfigError(problem)
     return host, port
 

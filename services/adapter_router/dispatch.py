@@ -1,0 +1,150 @@
+"""Calls endpoints on behalf of a request: within its deadline, and again elsewhere while nothing was delivered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from grpc import aio
+
+from adapter_router.endpoints.endpoint import Endpoint
+from adapter_router.endpoints.pool import EndpointSet
+from adapter_router.policy import Demand
+from alora_serve.errors import (
+    AloraServeError,
+    DeadlinePassedError,
+    OverloadedError,
+    RequestCancelledError,
+    UnavailableError,
+)
+from alora_serve.rpc.status import REQUEST_ID_KEY, error_from_rpc
+
+StubT = TypeVar("StubT")
+ResponseT = TypeVar("ResponseT")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One public call, for as long as it runs.
+
+    Attributes:
+        request_id: names it in the logs of every service.
+        arrived_seconds: when it arrived, on the monotonic clock.
+        due_seconds: when it must have been answered, on the same clock.
+    """
+
+    request_id: str
+    arrived_seconds: float
+    due_seconds: float
+
+    @classmethod
+    def arriving(cls, request_id: str, within_seconds: float) -> Call:
+        """A call that arrives now and must be answered ``within_seconds``."""
+        now = time.monotonic()
+        return cls(request_id, now, now + within_seconds)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What calls made on its behalf carry."""
+        return ((REQUEST_ID_KEY, self.request_id),)
+
+    def elapsed_seconds(self) -> float:
+        """Since it arrived."""
+        return time.monotonic() - self.arrived_seconds
+
+    def remaining_seconds(self) -> float:
+        """Time left for a call made on its behalf.
+
+        Raises:
+            DeadlinePassedError: none is left.
+        """
+        remaining = self.due_seconds - time.monotonic()
+        if remaining <= 0:
+            raise DeadlinePassedError("the deadline passed before the request was answered")
+        return remaining
+
+
+class Retries(Generic[StubT]):
+    """What one request has tried, and whether it may try again. ``attempt`` counts from 0.
+
+    An endpoint that is gone may be followed by others, ``max_attempts`` calls in all; one that is full by one other.
+    Every other failure is the request's own.
+    """
+
+    def __init__(self, endpoints: EndpointSet[StubT], demand: Demand, max_attempts: int) -> None:
+        self.attempt = 0
+        self.failed: set[str] = set()
+        self._endpoints = endpoints
+        self._demand = demand
+        self._max_attempts = max_attempts
+        self._found_full = False
+
+    def after(self, endpoint: Endpoint[StubT], error: AloraServeError, *, may_repeat: bool = True) -> None:
+        """Note a failed call and return when another may follow; ``may_repeat`` False forbids one.
+
+        Raises:
+            AloraServeError: ``error``, when no call may follow.
+        """
+        self.failed.add(endpoint.address)
+        again = False
+        if isinstance(error, UnavailableError):
+            self._endpoints.mark_unreachable(endpoint)
+            again = self.attempt + 1 < self._max_attempts
+        elif isinstance(error, OverloadedError) and not self._found_full:
+            self._found_full = True
+            again = self._endpoints.has_other(self._demand, self.failed)
+        if not (again and may_repeat):
+            raise error
+        self.attempt += 1
+        self._endpoints.note_retry()
+
+
+@contextmanager
+def peer_errors(what: str) -> Iterator[None]:
+    """Turn a failed RPC into our own error; ``what`` names the peer for people.
+
+    A peer that cancels a call nobody here cancelled is shutting down, which is as good as gone.
+
+    Raises:
+        AloraServeError: for every :class:`grpc.aio.AioRpcError`.
+    """
+    try:
+        yield
+    except aio.AioRpcError as rpc_error:
+        error = error_from_rpc(rpc_error)
+        if isinstance(error, RequestCancelledError | UnavailableError):
+            raise UnavailableError(f"{what} is gone: {error}") from rpc_error
+        raise error from rpc_error
+
+
+async def call_endpoint(
+    endpoints: EndpointSet[StubT],
+    demand: Demand,
+    invoke: Callable[[StubT], Awaitable[ResponseT]],
+    *,
+    max_attempts: int,
+) -> ResponseT:
+    """Make one unary, repeatable call at the endpoint ``demand`` prefers, and again as :class:`Retries` allows.
+
+    Args:
+        endpoints: who may serve it.
+        demand: what it needs.
+        invoke: makes the call on a stub.
+        max_attempts: calls in all.
+
+    Raises:
+        UnavailableError: no endpoint could take it.
+        DeadlinePassedError: in time.
+        AloraServeError: what the endpoint answered.
+    """
+    retries = Retries(endpoints, demand, max_attempts)
+    while True:
+        async with endpoints.lease(demand, avoid=retries.failed) as endpoint:
+            try:
+                with peer_errors(f"{endpoints.service} {endpoint.address}"):
+                    return await invoke(endpoint.stub)
+            except AloraServeError as error:
+                retries.after(endpoint, error)

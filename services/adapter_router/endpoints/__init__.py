@@ -1,0 +1,1 @@
+"""The endpoints of a service: found by name, watched, and leased to requests."""

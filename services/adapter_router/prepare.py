@@ -1,0 +1,125 @@
+"""Turns a prompt into a handle that workers take: checked, paired with a model, and prefilled unless nothing is new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapter_router.catalog import NO_MODEL, paired_models
+from adapter_router.dispatch import Call, call_endpoint
+from adapter_router.endpoints.pool import EndpointSet
+from adapter_router.policy import Demand, EndpointSnapshot, conversation_key, opening_key
+from alora_serve.errors import ModelMismatchError, UnavailableError
+from alora_serve.handles import HandleSigner
+from alora_serve.rpc.convert import prefill_result_from_proto
+from alora_serve.types import PrefillResult, PrefixHandle, Prompt
+from alora_serve.v1 import types_pb2
+from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceAsyncStub
+from alora_serve.v1.base_prefill_pb2 import BasePrefillServicePrefillRequest, BasePrefillServicePrefillResponse
+from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceAsyncStub
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A conversation that workers can continue. ``prefill`` is what it cost; None when nothing had to be done."""
+
+    handle: PrefixHandle
+    prefill: PrefillResult | None
+
+
+class Preparer:
+    """Prepares prompts with the base prefill endpoints."""
+
+    def __init__(
+        self,
+        prefills: EndpointSet[BasePrefillServiceAsyncStub],
+        workers: EndpointSet[AdapterDecodeServiceAsyncStub],
+        signer: HandleSigner,
+        *,
+        max_attempts: int,
+    ) -> None:
+        """Keep who does what.
+
+        Args:
+            prefills: base prefill endpoints.
+            workers: decode workers, with whose models a prefill is paired.
+            signer: verifies handles before anyone works on them.
+            max_attempts: base prefill calls for one prompt in all.
+        """
+        self._prefills = prefills
+        self._workers = workers
+        self._signer = signer
+        self._max_attempts = max_attempts
+
+    async def prepare(
+        self, prompt: Prompt, message: types_pb2.Prompt, *, call: Call, adapter: str = "", tokenize_only: bool = False
+    ) -> Prepared:
+        """The handle of a prompt about to be generated from. A closed handle alone passes as it is.
+
+        Args:
+            prompt: the checked prompt.
+            message: the same as received; what base prefill gets.
+            call: the public call.
+            adapter: what will run on it; decides which models will do.
+            tokenize_only: nothing that will run on it can use base KV.
+
+        Raises:
+            InvalidRequestError: a handle that does not verify, or what base prefill finds wrong.
+            ModelMismatchError: a handle of a model that no endpoint has.
+            UnavailableError: no base prefill can take it.
+        """
+        handle = prompt.handle
+        if handle is not None:
+            self._signer.verify(handle)
+        if handle is not None and not prompt.messages and not handle.open_turn:
+            _check_model_left(handle, self._workers.snapshots())
+            return Prepared(handle, None)
+        result = await self._prefill(prompt, message, call, adapter, tokenize_only)
+        return Prepared(result.handle, result)
+
+    async def prefill(self, prompt: Prompt, message: types_pb2.Prompt, *, call: Call) -> PrefillResult:
+        """As :meth:`prepare`, but always at base prefill: for clients that warm a conversation."""
+        if prompt.handle is not None:
+            self._signer.verify(prompt.handle)
+        return await self._prefill(prompt, message, call, "", tokenize_only=False)
+
+    async def _prefill(
+        self, prompt: Prompt, message: types_pb2.Prompt, call: Call, adapter: str, tokenize_only: bool
+    ) -> PrefillResult:
+        async def invoke(stub: BasePrefillServiceAsyncStub) -> BasePrefillServicePrefillResponse:
+            return await stub.Prefill(request, timeout=call.remaining_seconds(), metadata=call.metadata)
+
+        request = BasePrefillServicePrefillRequest(
+            prompt=message, tokenize_only=tokenize_only, request_id=call.request_id
+        )
+        demand = self._prefill_demand(prompt, adapter)
+        response = await call_endpoint(self._prefills, demand, invoke, max_attempts=self._max_attempts)
+        return prefill_result_from_proto(response)
+
+    def _prefill_demand(self, prompt: Prompt, adapter: str) -> Demand:
+        if prompt.handle is not None:
+            _check_model_left(prompt.handle, self._prefills.snapshots(), self._workers.snapshots())
+            return Demand(conversation_key(prompt.handle.prefix_tokens), {prompt.handle.model_digest})
+        models = paired_models(self._prefills.snapshots(), self._workers.snapshots(), adapter)
+        if not models:
+            raise UnavailableError(NO_MODEL)
+        key = opening_key(prompt.messages) if prompt.messages else conversation_key(prompt.token_ids)
+        return Demand(key, models)
+
+
+def _check_model_left(handle: PrefixHandle, *services: Sequence[EndpointSnapshot]) -> None:
+    """Return if each service has an endpoint of the handle's model, reachable or not.
+
+    Raises:
+        ModelMismatchError: one has none.
+        UnavailableError: one has not reported any model yet.
+    """
+    for snapshots in services:
+        models = {snapshot.model_digest for snapshot in snapshots if snapshot.model_digest}
+        if not models:
+            raise UnavailableError("no endpoint has reported its model yet; retry later")
+        if handle.model_digest not in models:
+            raise ModelMismatchError(
+                f"prompt.handle is of model {handle.model_digest.hex()[:12]}, which no endpoint serves; "
+                "send the conversation again"
+            )

@@ -1,0 +1,282 @@
+"""The public API: checks a call, prepares its conversation, and forwards what workers answer."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, cast
+
+import structlog
+from grpc import aio
+
+from adapter_router.adapters import AdapterDirectory, Workers
+from adapter_router.catalog import paired_models, prevailing_model
+from adapter_router.dispatch import Call
+from adapter_router.endpoints.pool import EndpointSet
+from adapter_router.merge import merge_streams
+from adapter_router.policy import Demand, adapter_key, conversation_key
+from adapter_router.prepare import Prepared, Preparer
+from adapter_router.stream import DecodeStream
+from alora_serve.errors import (
+    AdapterNotFoundError,
+    AdapterRefusedError,
+    AloraServeError,
+    OverloadedError,
+    UnimplementedFeatureError,
+)
+from alora_serve.handles import HandleSigner
+from alora_serve.metrics import RequestMetrics, RouterMetrics
+from alora_serve.rpc.convert import (
+    Target,
+    adapter_to_proto,
+    fan_out_from_proto,
+    generate_from_proto,
+    model_to_proto,
+    prefill_from_proto,
+    prefill_result_to_proto,
+)
+from alora_serve.rpc.status import failure_to_proto
+from alora_serve.types import AdapterInfo, GenerateRequest, PrefillResult
+from alora_serve.v1 import alora_pb2, types_pb2
+from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer
+from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceAsyncStub
+
+Context = aio.ServicerContext[Any, Any]
+
+SEED_BITS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLimits:
+    """Bounds on what one router does.
+
+    Attributes:
+        max_attempts: endpoints tried for one step of a request.
+        max_in_flight: requests at once before RESOURCE_EXHAUSTED; a fan-out is one.
+        default_deadline_seconds: of calls whose client set none.
+    """
+
+    max_attempts: int = 3
+    max_in_flight: int = 1000
+    default_deadline_seconds: float = 600.0
+
+
+class AloraServicer(AloraServiceServicer):
+    """Implements ``AloraService`` over the live endpoints. Errors are raised as ours; the server translates them."""
+
+    def __init__(
+        self,
+        prefills: EndpointSet[BasePrefillServiceAsyncStub],
+        workers: Workers,
+        signer: HandleSigner,
+        limits: RouterLimits,
+        *,
+        router_metrics: RouterMetrics,
+        request_metrics: RequestMetrics,
+    ) -> None:
+        """Keep who does what; ``signer`` verifies the handles that clients send."""
+        self._router_metrics = router_metrics
+        self._request_metrics = request_metrics
+        self._prefills = prefills
+        self._workers = workers
+        self._limits = limits
+        self._preparer = Preparer(prefills, workers, signer, max_attempts=limits.max_attempts)
+        self._adapters = AdapterDirectory(workers, max_attempts=limits.max_attempts)
+        self._in_flight = 0
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    async def Generate(
+        self, request: alora_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[alora_pb2.GenerateResponse, None]:
+        """One conversation, one adapter or the base model."""
+        with self._admitted(context) as call:
+            prompt, target = generate_from_proto(request)
+            adapter = self._adapters.find(target.adapter)
+            prepared = await self._preparer.prepare(
+                prompt, request.prompt, call=call, adapter=target.adapter, tokenize_only=_is_plain_lora(adapter)
+            )
+            key = adapter_key(target.adapter) if adapter else conversation_key(prepared.handle.prefix_tokens)
+            demand = Demand(key, {prepared.handle.model_digest}, target.adapter)
+            stream = self._stream(prepared, target, demand, call, _new_seed(), prepared.prefill)
+            async with aclosing(stream.events()) as events:
+                async for event in events:
+                    yield alora_pb2.GenerateResponse(event=event)
+
+    async def FanOut(
+        self, request: alora_pb2.FanOutRequest, context: Context
+    ) -> AsyncGenerator[alora_pb2.FanOutResponse, None]:
+        """One conversation, many targets: one prefill, then their streams as they come."""
+        with self._admitted(context) as call:
+            fan_out = fan_out_from_proto(request)
+            adapters: dict[int, AdapterInfo | None] = {}
+            for index, target in enumerate(fan_out.targets):
+                try:
+                    adapters[index] = self._adapters.find(target.adapter)
+                except (AdapterNotFoundError, AdapterRefusedError) as error:
+                    yield alora_pb2.FanOutResponse(index=index, failure=failure_to_proto(error))
+            if not adapters:
+                return
+            prepared = await self._preparer.prepare(
+                fan_out.prompt, request.prompt, call=call, tokenize_only=all(map(_is_plain_lora, adapters.values()))
+            )
+            indexes = list(adapters)
+            streams = self._fan_out_streams(prepared, fan_out.targets, adapters, call)
+            async with aclosing(merge_streams([stream.events() for stream in streams])) as merged:
+                async for position, item in merged:
+                    yield _fan_out_response(indexes[position], item)
+
+    def _fan_out_streams(
+        self, prepared: Prepared, targets: Sequence[Target], adapters: dict[int, AdapterInfo | None], call: Call
+    ) -> list[DecodeStream]:
+        """A stream a target, in order, all drawn to the same workers.
+
+        What the one prefill cost is charged to the first target that uses it, so that sums over targets are right.
+        """
+        seed = _new_seed()
+        key = conversation_key(prepared.handle.prefix_tokens)
+        charged = next((i for i, adapter in adapters.items() if not _is_plain_lora(adapter)), min(adapters))
+        return [
+            self._stream(
+                prepared,
+                targets[index],
+                Demand(key, {prepared.handle.model_digest}, targets[index].adapter, len(adapters) - position),
+                call,
+                seed,
+                prepared.prefill if index == charged else None,
+            )
+            for position, index in enumerate(adapters)
+        ]
+
+    def _stream(
+        self,
+        prepared: Prepared,
+        target: Target,
+        demand: Demand,
+        call: Call,
+        seed: int,
+        prefill: PrefillResult | None,
+    ) -> DecodeStream:
+        sampling = target.sampling if target.sampling.seed is not None else replace(target.sampling, seed=seed)
+        request = GenerateRequest(prepared.handle, target.adapter, sampling, request_id=call.request_id)
+        self._router_metrics.requested(target.adapter)
+        return DecodeStream(
+            self._workers,
+            request,
+            demand,
+            call=call,
+            prefill=prefill,
+            max_attempts=self._limits.max_attempts,
+            metrics=self._request_metrics,
+        )
+
+    async def Prefill(self, request: alora_pb2.PrefillRequest, context: Context) -> alora_pb2.PrefillResponse:
+        """Warm a conversation."""
+        with self._admitted(context) as call:
+            prompt = prefill_from_proto(request)
+            return prefill_result_to_proto(await self._preparer.prefill(prompt, request.prompt, call=call))
+
+    # --- adapters and model -------------------------------------------------------------------------------------------
+
+    async def ListAdapters(
+        self, request: alora_pb2.ListAdaptersRequest, context: Context
+    ) -> alora_pb2.ListAdaptersResponse:
+        """Merged over workers."""
+        return alora_pb2.ListAdaptersResponse(adapters=map(adapter_to_proto, self._adapters.list()))
+
+    async def LoadAdapter(
+        self, request: alora_pb2.LoadAdapterRequest, context: Context
+    ) -> alora_pb2.LoadAdapterResponse:
+        """On the preferred worker."""
+        adapter = await self._adapters.load(request.name, self._call(context))
+        return alora_pb2.LoadAdapterResponse(adapter=adapter_to_proto(adapter))
+
+    async def UnloadAdapter(
+        self, request: alora_pb2.UnloadAdapterRequest, context: Context
+    ) -> alora_pb2.UnloadAdapterResponse:
+        """On all workers."""
+        await self._adapters.unload(request.name, self._call(context))
+        return alora_pb2.UnloadAdapterResponse()
+
+    async def GetModel(self, request: alora_pb2.GetModelRequest, context: Context) -> alora_pb2.GetModelResponse:
+        """The base model."""
+        served = paired_models(self._prefills.snapshots(), self._workers.snapshots())
+        reported = (worker.status.model for worker in self._workers.members() if worker.status)
+        return alora_pb2.GetModelResponse(model=model_to_proto(prevailing_model(reported, served)))
+
+    # --- not served yet -----------------------------------------------------------------------------------------------
+
+    async def Tokenize(self, request: alora_pb2.TokenizeRequest, context: Context) -> alora_pb2.TokenizeResponse:
+        """Not served yet."""
+        _refuse("Tokenize")
+
+    async def Score(self, request: alora_pb2.ScoreRequest, context: Context) -> alora_pb2.ScoreResponse:
+        """Not served yet."""
+        _refuse("Score")
+
+    async def RunIntrinsic(
+        self, request: alora_pb2.RunIntrinsicRequest, context: Context
+    ) -> alora_pb2.RunIntrinsicResponse:
+        """Not served yet."""
+        _refuse("RunIntrinsic")
+
+    async def RunIntrinsics(
+        self, request: alora_pb2.RunIntrinsicsRequest, context: Context
+    ) -> AsyncGenerator[alora_pb2.RunIntrinsicsResponse, None]:
+        """Not served yet."""
+        _refuse("RunIntrinsics")
+        yield alora_pb2.RunIntrinsicsResponse()  # never reached: it makes this a stream
+
+    async def PurgeTenant(
+        self, request: alora_pb2.PurgeTenantRequest, context: Context
+    ) -> alora_pb2.PurgeTenantResponse:
+        """Not served yet."""
+        _refuse("PurgeTenant")
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _admitted(self, context: Context) -> Iterator[Call]:
+        """Count a call among those in flight, or refuse it at once rather than queue without bound."""
+        if self._in_flight >= self._limits.max_in_flight:
+            raise OverloadedError(
+                f"the router holds {self._in_flight} requests, as many as it takes; retry later",
+                # Spread, so that those refused together do not come back together.
+                retry_after_seconds=random.uniform(0.5, 1.5),
+            )
+        self._count(+1)
+        try:
+            yield self._call(context)
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self._in_flight += change
+        self._router_metrics.in_flight(self._in_flight)
+
+    def _call(self, context: Context) -> Call:
+        remaining = cast("float | None", context.time_remaining())  # the stubs forget calls without a deadline
+        within_seconds = self._limits.default_deadline_seconds if remaining is None else remaining
+        # The server's interceptor has bound the id that the client gave or a new one.
+        return Call.arriving(structlog.contextvars.get_contextvars()["request_id"], within_seconds)
+
+
+def _is_plain_lora(adapter: AdapterInfo | None) -> bool:
+    return adapter is not None and adapter.kind == "lora"
+
+
+def _new_seed() -> int:
+    return secrets.randbits(SEED_BITS)
+
+
+def _fan_out_response(index: int, item: types_pb2.GenerationEvent | AloraServeError) -> alora_pb2.FanOutResponse:
+    if isinstance(item, AloraServeError):
+        return alora_pb2.FanOutResponse(index=index, failure=failure_to_proto(item))
+    return alora_pb2.FanOutResponse(index=index, event=item)
+
+
+def _refuse(method: str) -> NoReturn:
+    raise UnimplementedFeatureError(f"AloraService.{method} is not served by this release")
