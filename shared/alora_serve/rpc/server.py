@@ -1,0 +1,202 @@
+"""Runs one service: binds, reports its addresses, serves, drains on a signal, cleans up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # nor has this one
+from prometheus_client import CollectorRegistry, start_http_server
+
+from alora_serve.config import ServerSettings, run_with_settings
+from alora_serve.errors import AloraServeError, ConfigError
+from alora_serve.logging import configure_logging
+from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, server_options
+from alora_serve.rpc.health import HealthServicer
+from alora_serve.rpc.in_flight import InFlightCalls
+from alora_serve.rpc.interceptors import CallInterceptor, CallObserver
+
+FINAL_GRACE_SECONDS: Final = 0.5
+"""After the drain, for the last answers to leave; status streams end with it."""
+
+FAILED_START_EXIT_CODE: Final = 2
+
+SettingsT = TypeVar("SettingsT", bound=ServerSettings)
+log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One gRPC service of the process.
+
+    Attributes:
+        full_name: as in the proto, ``alora_serve.v1.AloraService``: its name in health and reflection.
+        register: adds the servicer to a server: ``partial(add_XServicer_to_server, servicer)``.
+    """
+
+    full_name: str
+    register: Callable[[grpc.aio.Server], None]
+
+
+async def serve(
+    name: str,
+    settings: ServerSettings,
+    services: Sequence[Service],
+    *,
+    observer: CallObserver,
+    registry: CollectorRegistry,
+    max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    on_drain: Callable[[], None] = lambda: None,
+    cleanup: Sequence[Callable[[], Awaitable[None]]] = (),
+    essential: Sequence[asyncio.Future[Any]] = (),
+) -> int:
+    """Serve until SIGTERM or SIGINT, then drain and clean up; returns the process's exit status.
+
+    Once calls are taken, one JSON line goes to standard output for whoever started the process:
+    ``{"event": "listening", "service": name, "address": "host:port", "metrics_address": "host:port"}``.
+
+    Drain: health says NOT_SERVING and ``on_drain`` is called, new calls are UNAVAILABLE, running ones may go on for
+    ``settings.drain_seconds``, then what is left is cancelled. A second signal ends the process at once.
+
+    Args:
+        name: of the service, for the line above and the log.
+        settings: where to listen and how to end.
+        services: what to serve, besides health and reflection.
+        observer: counts calls.
+        registry: what ``/metrics`` shows.
+        max_message_bytes: larger requests are RESOURCE_EXHAUSTED.
+        on_drain: called when the drain begins, to tell routers.
+        cleanup: run one after the other at the end, also after a failure.
+        essential: what the service can't do without, such as its engine: when one ends, so does the process.
+
+    Returns:
+        0 after a signal, 1 when something essential ended.
+
+    Raises:
+        ConfigError: an address cannot be bound.
+    """
+    stop = _stop_on_signals()
+    in_flight = InFlightCalls()
+    health = HealthServicer(service.full_name for service in services)
+    server = grpc.aio.server(
+        interceptors=[CallInterceptor(observer, in_flight)], options=server_options(max_message_bytes)
+    )
+    for service in services:
+        service.register(server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    if settings.reflection:
+        names = [service.full_name for service in services]
+        reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
+    try:
+        address = _bind(server, settings.listen)
+        metrics_server, metrics_address = _serve_metrics(settings.metrics_listen, registry)
+        try:
+            await server.start()
+            line = {"event": "listening", "service": name, "address": address, "metrics_address": metrics_address}
+            print(json.dumps(line), flush=True)
+            log.info("listening", address=address, metrics_address=metrics_address)
+            failed = await _first(stop, essential)
+            await health.shut_down()
+            on_drain()
+            log.info("draining", seconds=settings.drain_seconds)
+            left = await in_flight.drain(settings.drain_seconds)
+            if left:
+                log.warning("drain_cut_short", calls=left)
+        finally:
+            await server.stop(FINAL_GRACE_SECONDS)
+            metrics_server.shutdown()
+            metrics_server.server_close()
+    finally:
+        await _clean_up(cleanup)
+    log.info("stopped")
+    return int(failed)
+
+
+def run_service(
+    name: str, settings_class: type[SettingsT], main: Callable[[SettingsT], Coroutine[Any, Any, int]]
+) -> None:
+    """A service's ``__main__``: read settings, set up logging, run ``main``, and exit with its status.
+
+    A wrong setting, or any other error of ours before or while serving, is printed and ends the process with status 2.
+    """
+    settings = run_with_settings(settings_class)
+    configure_logging(name, level=settings.log_level, log_format=settings.log_format)
+    try:
+        status = asyncio.run(main(settings))
+    except AloraServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FAILED_START_EXIT_CODE)
+    sys.exit(status)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second has its default effect, the end."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+async def _first(stop: asyncio.Event, essential: Sequence[asyncio.Future[Any]]) -> bool:
+    """Wait for a signal, or for the end of something essential: then True."""
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([stopping, *essential], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+    ended = [future for future in essential if future.done()]
+    for future in ended:
+        log.error("essential_ended", exc_info=None if future.cancelled() else future.exception())
+    return bool(ended) and not stop.is_set()
+
+
+def _bind(server: grpc.aio.Server, address: str) -> str:
+    """The address with the port that was taken."""
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"listen={address}: cannot be bound: in use, or not an address of this machine") from error
+    return f"{_host(address)[0]}:{port}"
+
+
+def _serve_metrics(address: str, registry: CollectorRegistry) -> tuple[WSGIServer, str]:
+    """The running server, and its address with the port that was taken."""
+    host, port = _host(address)
+    try:
+        server, _ = start_http_server(port, host.strip("[]"), registry)
+    except OSError as error:
+        raise ConfigError(f"metrics_listen={address}: cannot be bound: {error}") from error
+    return server, f"{host}:{server.server_port}"
+
+
+def _host(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"{address!r} is not host:port; write IPv6 as [::1]:8080")
+    return host, int(port)
+
+
+async def _clean_up(hooks: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Run all hooks, whatever the others do."""
+    for hook in hooks:
+        try:
+            await hook()
+        except Exception:
+            log.exception("cleanup_failed")

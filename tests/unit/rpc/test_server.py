@@ -1,0 +1,296 @@
+"""A served process reports its addresses, watches its health, drains on a signal, and says what is wrong at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from alora_serve.rpc.channels import internal_channel
+from alora_serve.v1 import base_prefill_pb2 as pb2
+from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceStub
+
+SERVICE = "alora_serve.v1.BasePrefillService"
+TIMEOUT_SECONDS = 30.0
+
+PROGRAM = '''
+import asyncio, sys
+from functools import partial
+from prometheus_client import CollectorRegistry
+from alora_serve.config import ServerSettings
+from alora_serve.metrics import RpcMetrics
+from alora_serve.rpc.server import Service, run_service, serve
+from alora_serve.v1 import base_prefill_pb2 as pb2
+from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceServicer, add_BasePrefillServiceServicer_to_server
+
+class Servicer(BasePrefillServiceServicer):
+    """Prefill answers when `request_id` is "quick", and otherwise when a SIGUSR1 arrives."""
+    def __init__(self):
+        self.go = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(10, self.go.set)
+    async def Prefill(self, request, context):
+        if request.request_id == "die":
+            crash.set_exception(RuntimeError("the engine is gone"))
+        if request.request_id != "quick":
+            print("running", flush=True)
+            await self.go.wait()
+        return pb2.BasePrefillServicePrefillResponse()
+    async def WatchStatus(self, request, context):
+        yield pb2.BasePrefillServiceWatchStatusResponse()
+        await asyncio.Event().wait()
+
+async def main(settings):
+    global crash
+    crash = asyncio.get_running_loop().create_future()
+    async def say(word):
+        print(word, flush=True)
+    async def fail():
+        raise RuntimeError("a broken hook")
+    registry = CollectorRegistry()
+    return await serve(
+        "probe", settings,
+        [Service("alora_serve.v1.BasePrefillService",
+                 partial(add_BasePrefillServiceServicer_to_server, Servicer()))],
+        observer=RpcMetrics(registry), registry=registry, max_message_bytes=1 << 20,
+        on_drain=lambda: print("drain", flush=True),
+        cleanup=[fail, partial(say, "first"), partial(say, "second")],
+        essential=[crash],
+    )
+
+run_service("probe", ServerSettings, main)
+'''
+
+
+class Process:
+    """A running server and what it said about itself."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-c", PROGRAM, *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def listening(self) -> dict[str, Any]:
+        line = self.line()
+        if not line:
+            raise AssertionError(self.process.communicate()[1])
+        told: dict[str, Any] = json.loads(line)
+        return told
+
+    def end(self) -> tuple[int, list[str], str]:
+        """Exit status, remaining lines, log."""
+        out, err = self.process.communicate(timeout=TIMEOUT_SECONDS)
+        return self.process.returncode, out.split(), err
+
+
+@contextmanager
+def running(*flags: str) -> Iterator[Process]:
+    process = Process(*flags)
+    try:
+        yield process
+    finally:
+        process.process.kill()
+        process.process.communicate()
+
+
+def prefill(channel: grpc.aio.Channel, request_id: str) -> grpc.aio.UnaryUnaryCall[Any, Any]:
+    stub: Any = BasePrefillServiceStub(channel)
+    call: grpc.aio.UnaryUnaryCall[Any, Any] = stub.Prefill(
+        pb2.BasePrefillServicePrefillRequest(request_id=request_id), timeout=TIMEOUT_SECONDS, wait_for_ready=True
+    )
+    return call
+
+
+def scrape(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_SECONDS) as answer:
+        return str(answer.read().decode())
+
+
+async def test_it_reports_its_addresses_and_serves_metrics_health_and_reflection() -> None:
+    with running() as process:
+        told = process.listening()
+        assert told["event"] == "listening"
+        assert told["service"] == "probe"
+        async with internal_channel(told["address"]) as channel:
+            await prefill(channel, "quick")
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            for name in ("", SERVICE):
+                answer = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT_SECONDS)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await health.Check(health_pb2.HealthCheckRequest(service="nobody"), timeout=TIMEOUT_SECONDS)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+            reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+            asked = reflection_pb2.ServerReflectionRequest(list_services="")
+            answers = [answer async for answer in reflection.ServerReflectionInfo(iter([asked]))]
+            names = [service.name for service in answers[0].list_services_response.service]
+            assert names == [
+                SERVICE,
+                "grpc.health.v1.Health",
+                "grpc.reflection.v1alpha.ServerReflection",
+            ]
+        text = await asyncio.to_thread(scrape, told["metrics_address"])
+        assert f'alora_rpc_handled_total{{code="OK",method="/{SERVICE}/Prefill"}} 1.0' in text
+        process.process.send_signal(signal.SIGTERM)
+        assert process.end()[0] == 0
+
+
+async def test_drain_says_not_serving_refuses_new_calls_finishes_running_ones_and_cleans_up_in_order() -> None:
+    with running() as process:
+        address = process.listening()["address"]
+        async with internal_channel(address) as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            watches = [
+                health.Watch(health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT_SECONDS)
+                for name in ("", SERVICE, SERVICE)
+            ]
+            for watch in watches:
+                assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            unknown = health.Watch(health_pb2.HealthCheckRequest(service="nobody"), timeout=TIMEOUT_SECONDS)
+            assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            stub: Any = BasePrefillServiceStub(channel)
+            status_stream = stub.WatchStatus(pb2.BasePrefillServiceWatchStatusRequest(), timeout=TIMEOUT_SECONDS)
+            await status_stream.read()
+            slow = prefill(channel, "slow")
+            assert await asyncio.to_thread(process.line) == "running"
+            # One of two watchers of a service leaves: the other still has to hear of the drain.
+            watches.pop().cancel()
+
+            process.process.send_signal(signal.SIGTERM)
+            for watch in watches:
+                assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert await asyncio.to_thread(process.line) == "drain"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await prefill(channel, "quick")
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "shutting down" in str(caught.value.details())
+
+            process.process.send_signal(signal.SIGUSR1)
+            await slow
+            # The endless status stream did not hold up the end.
+            status, words, log = await asyncio.to_thread(process.end)
+        assert (status, words) == (0, ["first", "second"])
+        assert "a broken hook" in log
+
+
+async def test_a_drain_that_takes_too_long_cancels_what_is_left() -> None:
+    with running("--drain-seconds", "0.1") as process:
+        address = process.listening()["address"]
+        async with internal_channel(address) as channel:
+            slow = prefill(channel, "slow")
+            assert await asyncio.to_thread(process.line) == "running"
+            process.process.send_signal(signal.SIGINT)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await slow
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            status, words, log = await asyncio.to_thread(process.end)
+        assert (status, words) == (0, ["drain", "first", "second"])
+        assert "drain_cut_short" in log
+
+
+async def test_a_second_signal_ends_the_process_at_once() -> None:
+    with running("--drain-seconds", "600") as process:
+        address = process.listening()["address"]
+        async with internal_channel(address) as channel:
+            slow = prefill(channel, "slow")
+            assert await asyncio.to_thread(process.line) == "running"
+            process.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.line) == "drain"
+            process.process.send_signal(signal.SIGTERM)
+            status, words, _ = await asyncio.to_thread(process.end)
+            slow.cancel()
+        assert (status, words) == (-signal.SIGTERM, [])
+
+
+async def test_the_end_of_something_essential_drains_and_fails_the_process() -> None:
+    with running("--drain-seconds", "0") as process:
+        address = process.listening()["address"]
+        async with internal_channel(address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await prefill(channel, "die")
+        status, words, log = await asyncio.to_thread(process.end)
+        assert (status, words) == (1, ["running", "drain", "first", "second"])
+        assert "the engine is gone" in log
+
+
+async def test_a_request_over_the_limit_is_resource_exhausted() -> None:
+    with running() as process:
+        async with internal_channel(process.listening()["address"]) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await prefill(channel, "x" * (2 << 20))
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.fixture(params=[socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])
+def taken(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An address that someone listens on."""
+    host = "127.0.0.1" if request.param == socket.AF_INET else "::1"
+    with socket.socket(request.param) as listener:
+        try:
+            listener.bind((host, 0))
+        except OSError:
+            pytest.skip("no IPv6 loopback here")
+        listener.listen()
+        shown = host if request.param == socket.AF_INET else f"[{host}]"
+        yield f"{shown}:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("setting", ["listen", "metrics_listen"])
+def test_a_taken_port_stops_the_start_by_name(setting: str, taken: str) -> None:
+    with running(f"--{setting.replace('_', '-')}", taken) as process:
+        status, words, log = process.end()
+    assert status == 2
+    assert f"{setting}={taken}" in log
+    assert "Traceback" not in log.partition("error: ")[2]
+    assert words == ["first", "second"]
+
+
+def test_a_wrong_setting_stops_the_start_by_name() -> None:
+    with running("--drain-seconds", "soon") as process:
+        status, _, log = process.end()
+    assert status == 2
+    assert "drain_seconds='soon'" in log
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+async def test_it_serves_on_ipv4_and_ipv6(host: str) -> None:
+    if host == "[::1]" and not _has_ipv6():
+        pytest.skip("no IPv6 loopback here")
+    with running("--listen", f"{host}:0", "--metrics-listen", f"{host}:0") as process:
+        told = process.listening()
+        assert told["address"].startswith(host)
+        async with internal_channel(told["address"]) as channel:
+            await prefill(channel, "quick")
+        assert "alora_rpc_handled_total" in await asyncio.to_thread(scrape, told["metrics_address"])
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("address", ["nowhere", ":80", "host:http"])
+def test_an_address_without_a_port_stops_the_start(address: str) -> None:
+    with running("--listen", "127.0.0.1:0", "--metrics-listen", address) as process:
+        status, _, log = process.end()
+    assert status == 2
+    assert address in log
