@@ -12,6 +12,7 @@ from alora_serve.kv.lmdb.environment import EnvironmentSlot
 from alora_serve.kv.lmdb.files import remaining_seconds
 from alora_serve.kv.lmdb.index import value_key
 from alora_serve.kv.lmdb.writer import Job, Writer
+from alora_serve.kv.sinks import hand_out
 from alora_serve.kv.store import Put, Sink, StoreKey
 
 
@@ -46,7 +47,7 @@ class LmdbStore:
                     with txn:
                         if value is not None:
                             found.append(key)
-                            _hand_out(sink, index, value)
+                            hand_out(sink, index, value)
         finally:
             self._writer.touch(found)
 
@@ -90,21 +91,3 @@ def _look_up(env: lmdb.Environment, key: StoreKey) -> tuple[lmdb.Transaction[mem
     except BaseException:
         txn.abort()  # or the error's traceback would keep it, and with it the pages
         raise
-
-
-def _hand_out(sink: Sink, index: int, value: memoryview) -> None:
-    try:
-        sink(index, value)
-    except BaseException:
-        _release_quietly(value)
-        raise
-    # A view kept by the sink would point at pages that the next writer may reuse; make using it an error instead.
-    value.release()
-
-
-def _release_quietly(value: memoryview) -> None:
-    """The failed sink's frames, alive in the traceback, may still export the view: then its own error matters more."""
-    try:
-        value.release()
-    except BufferError:
-        return

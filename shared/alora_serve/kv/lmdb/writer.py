@@ -130,23 +130,27 @@ class Writer:
             self._thread.start()
 
     def _loop(self) -> None:
-        while True:
-            with self._state:
-                while not self._queue and not self._closing and not self._touches_due():
-                    self._state.wait(self._touch_due - time.monotonic() if self._touched else None)
-                if self._closing:
-                    return
-                job = self._queue.popleft() if self._queue else Job((), (), time.monotonic() + self._recency_seconds)
-            try:
-                self._serve(job)
-                error: BaseException | None = None
-            except BaseException as caught:  # noqa: BLE001 - handed to the caller; this thread must outlive it
-                error = caught
-                if not job.keys and not job.deletes and not isinstance(caught, StoreError):
-                    _log.exception("lmdb_recency_failed")
-            with self._state:
-                job.done, job.in_use, job.error = True, False, error
-                self._state.notify_all()
+        while self._step():  # a step of its own, so that no name keeps the last job's values while waiting
+            pass
+
+    def _step(self) -> bool:
+        with self._state:
+            while not self._queue and not self._closing and not self._touches_due():
+                self._state.wait(self._touch_due - time.monotonic() if self._touched else None)
+            if self._closing:
+                return False
+            job = self._queue.popleft() if self._queue else Job((), (), time.monotonic() + self._recency_seconds)
+        error: BaseException | None = None
+        try:
+            self._serve(job)
+        except BaseException as caught:  # noqa: BLE001 - handed to the caller; this thread must outlive it
+            error = caught
+            if not job.keys and not job.deletes and not isinstance(caught, StoreError):
+                _log.exception("lmdb_recency_failed")
+        with self._state:
+            job.done, job.in_use, job.error = True, False, error
+            self._state.notify_all()
+        return True
 
     def _touches_due(self) -> bool:
         return bool(self._touched) and time.monotonic() >= self._touch_due
