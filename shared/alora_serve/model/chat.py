@@ -140,6 +140,8 @@ class ChatTokenizer:
             added = self._tokens.encode(prefix, at_start=False)
             closing_tokens = self._tokens.encode(closing, at_start=False)
             added = added[_overlap(handle.prefix_tokens, closing_tokens, added) :]
+        elif not prefix.text.startswith(closing.text):
+            raise not_continuable(f"new turns change how a turn of role {last_role} ends")
         else:
             added = self._tokens.encode(prefix.part(len(closing.text)), at_start=False)
         return RenderedPrompt(
@@ -162,15 +164,16 @@ class ChatTokenizer:
         self._template.check(request)
         guard = RequestGuard(self._tokens.added_texts)
         stand_in = replace(request, messages=self._template.stand_in(last_role, guard.marker))
-        rendering = self._template.render(stand_in, guard)
+        try:
+            rendering = self._template.render(stand_in, guard)
+        except InvalidRequestError as error:
+            raise not_continuable(f"it refuses a conversation of one turn of role {last_role}: {error}") from error
         self._check_head(rendering, stand_in, guard)
         closing, generation_prompt = self._split(rendering.after(guard.marker))
         if not request.messages:
             return closing, closing, generation_prompt
         longer = replace(request, messages=stand_in.messages + request.messages)
         prefix, generation_prompt = self._split(self._template.render(longer, guard).after(guard.marker))
-        if not prefix.text.startswith(closing.text):
-            raise not_continuable(f"new turns change how a turn of role {last_role} ends")
         return prefix, closing, generation_prompt
 
     def _check_head(self, rendering: Rendering, request: TemplateInput, guard: RequestGuard) -> None:

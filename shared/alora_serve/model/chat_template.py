@@ -16,6 +16,8 @@ from alora_serve.model.template_input import Mark, TemplateInput, check_argument
 from alora_serve.types import ChatMessage, ToolCall
 
 _HELPERS = ("self", "messages", "conversations", "raise_exception", "strftime_now", "dict", "namespace")
+_LOOKED_UP = re.compile(r"""(?:['"]|\.\s*)(\w+)""")
+"""Names that may be keys in the template's eyes: ``tool.function``, ``tool['function']``, ``'enum' in tool``."""
 _TEMPLATE_FAILURES = (
     TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
 )  # fmt: skip
@@ -62,6 +64,7 @@ class ChatTemplate:
         self._reserved = frozenset((*parameters, *tokenizer.special_tokens_map, *_HELPERS))
         template = tokenizer.chat_template or ""
         self._sources = tuple(template.values()) if isinstance(template, dict) else (template,)
+        self._looked_up = frozenset(name for source in self._sources for name in _LOOKED_UP.findall(source))
 
     def mentions(self, name: str) -> bool:
         """Whether the template uses a variable, field or function of that name."""
@@ -96,7 +99,7 @@ class ChatTemplate:
             try:
                 text = str(
                     self._tokenizer.apply_chat_template(
-                        **request.variables(mark), add_generation_prompt=prompt, tokenize=False
+                        **request.variables(mark, self._looked_up), add_generation_prompt=prompt, tokenize=False
                     )
                 )
             except _TEMPLATE_FAILURES as error:

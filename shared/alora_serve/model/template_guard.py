@@ -5,6 +5,9 @@ every occurrence of an added token's text in a user's string is cut in two *befo
 nobody can guess and that survives trimming, changes of case and JSON or HTML quoting. The rendered text is split at
 those numbers again and the pieces are tokenized apart: no piece holds the whole token any more.
 
+What this cannot see is a template that itself takes characters out of the middle of a string, or changes them, so that
+the rest becomes a token; and a token whose text begins or ends with white space, put together over a string's border.
+
 Added tokens of nothing but white space are left alone: they are part of ordinary prose (runs of spaces and line ends,
 in the tokenizers that have them) and can forge no control token.
 """
@@ -79,15 +82,13 @@ class AddedTokenTexts:
         )
 
     def may_straddle(self, text: str) -> bool:
-        """Whether ``text`` together with what comes before or after it could spell an added token."""
-        return any(
-            edge in self._all
-            or any(edge[-length:] in self._prefixes or edge[:length] in self._suffixes for length in self._edges(edge))
-            for edge in {text, text.strip()} - {""}
+        """Whether ``text``, stripped, together with what comes before or after it could spell an added token."""
+        core = text.strip()
+        lengths = range(1, min(self._longest, len(core) + 1))
+        return bool(core) and (
+            core in self._all
+            or any(core[-length:] in self._prefixes or core[:length] in self._suffixes for length in lengths)
         )
-
-    def _edges(self, text: str) -> range:
-        return range(1, min(self._longest, len(text) + 1))
 
 
 def _inside(start: int, end: int) -> tuple[int, ...]:
@@ -140,9 +141,9 @@ class RequestGuard:
         return self._inner.join(text[start:end] for start, end in pairwise(places))
 
     def _mark_edges(self, text: str) -> str:
-        core = text.strip()
-        if not core or not self._texts.may_straddle(text):
+        if not self._texts.may_straddle(text):
             return self._mark(text)
+        core = text.strip()
         start = text.index(core)
         return f"{text[:start]}{self._edge}{self._mark(core)}{self._edge}{text[start + len(core) :]}"
 

@@ -15,11 +15,6 @@ ROLES = ("system", "user", "assistant", "tool")
 Mark = Callable[[str], str]
 """Applied to every string that a user wrote before the template sees it (see ``template_guard``)."""
 
-_SCHEMA_WORDS = frozenset(
-    {"type", "function", "name", "description", "parameters", "properties", "required", "items", "enum", "return"}
-)
-"""Keys that templates look up in a tool's description; marked, they would not be found."""
-
 
 @dataclass(frozen=True, slots=True)
 class TemplateInput:
@@ -30,13 +25,18 @@ class TemplateInput:
     tools: tuple[Mapping[str, Any], ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def variables(self, mark: Mark) -> dict[str, Any]:
-        """Keyword arguments for ``apply_chat_template``, in the shapes that templates of the field expect."""
+    def variables(self, mark: Mark, known_keys: frozenset[str]) -> dict[str, Any]:
+        """Keyword arguments for ``apply_chat_template``, in the shapes that templates of the field expect.
+
+        Keys of the user's mappings are marked like values, but for ``known_keys``: those that the template looks up,
+        and would not find marked.
+        """
+        marker = _Marker(mark, known_keys)
         return {
-            "conversation": [_message(message, mark) for message in self.messages],
-            "documents": [_document(document, mark) for document in self.documents] or None,
-            "tools": [_marked(tool, mark) for tool in self.tools] or None,
-            **{name: _marked(value, mark) for name, value in self.arguments.items()},
+            "conversation": [marker.message(message) for message in self.messages],
+            "documents": [marker.document(document) for document in self.documents] or None,
+            "tools": [marker.value(tool) for tool in self.tools] or None,
+            **{name: marker.value(value) for name, value in self.arguments.items()},
         }
 
 
@@ -78,33 +78,35 @@ def _arguments_problem(call: ToolCall) -> str:
     return "" if isinstance(value, dict) else "is JSON, but not an object"
 
 
-def _message(message: ChatMessage, mark: Mark) -> dict[str, Any]:
-    variables: dict[str, Any] = {"role": message.role, "content": mark(message.content)}
-    if message.name:
-        variables["name"] = mark(message.name)
-    if message.tool_call_id:
-        variables["tool_call_id"] = mark(message.tool_call_id)
-    if message.tool_calls:
-        variables["tool_calls"] = [_tool_call(call, mark) for call in message.tool_calls]
-    return variables
+@dataclass(frozen=True, slots=True)
+class _Marker:
+    mark: Mark
+    known_keys: frozenset[str]
 
+    def message(self, message: ChatMessage) -> dict[str, Any]:
+        variables: dict[str, Any] = {"role": message.role, "content": self.mark(message.content)}
+        if message.name:
+            variables["name"] = self.mark(message.name)
+        if message.tool_call_id:
+            variables["tool_call_id"] = self.mark(message.tool_call_id)
+        if message.tool_calls:
+            variables["tool_calls"] = [self.tool_call(call) for call in message.tool_calls]
+        return variables
 
-def _tool_call(call: ToolCall, mark: Mark) -> dict[str, Any]:
-    function = {"name": mark(call.name), "arguments": _marked(json.loads(call.arguments_json), mark)}
-    return {"type": "function", "function": function} | ({"id": mark(call.id)} if call.id else {})
+    def tool_call(self, call: ToolCall) -> dict[str, Any]:
+        function = {"name": self.mark(call.name), "arguments": self.value(json.loads(call.arguments_json))}
+        return {"type": "function", "function": function} | ({"id": self.mark(call.id)} if call.id else {})
 
+    def document(self, document: Document) -> dict[str, str]:
+        variables = {"title": self.mark(document.title), "text": self.mark(document.text)}
+        return variables | ({"doc_id": self.mark(document.doc_id)} if document.doc_id else {})
 
-def _document(document: Document, mark: Mark) -> dict[str, str]:
-    variables = {"title": mark(document.title), "text": mark(document.text)}
-    return variables | ({"doc_id": mark(document.doc_id)} if document.doc_id else {})
-
-
-def _marked(value: Any, mark: Mark) -> Any:
-    """``value`` with every string in it marked, keys too. Numbers, booleans and None stay as they are."""
-    if isinstance(value, str):
-        return mark(value)
-    if isinstance(value, Mapping):
-        return {key if key in _SCHEMA_WORDS else mark(key): _marked(item, mark) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_marked(item, mark) for item in value]
-    return value
+    def value(self, value: Any) -> Any:
+        """``value`` with every string in it marked. Numbers, booleans and None stay as they are."""
+        if isinstance(value, str):
+            return self.mark(value)
+        if isinstance(value, Mapping):
+            return {key if key in self.known_keys else self.mark(key): self.value(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.value(item) for item in value]
+        return value

@@ -81,7 +81,9 @@ class TextStream:
         if self._ended:
             return ""
         self._ended = True
-        return self._pending + self._new_text(self._window_text)
+        self._pending += self._new_text(self._window_text)
+        found = self._first_stop()  # only one that contains U+FFFD itself can have come about now
+        return self._pending if found is None else self._pending[: found[0]]
 
     def restore(self, token_ids: Sequence[int]) -> TextDelta:
         """Bring a fresh stream to where it stood after these tokens; returns all the text it had given out by then."""
@@ -102,7 +104,12 @@ class TextStream:
             self._read_text = self._window_text
             return new_text
         if len(self._window) - self._read < _MAX_HELD_TOKENS:
-            return ""
+            # What stands before the open character is certain: a token can end one and begin the next.
+            certain = text.rstrip(_INCOMPLETE)
+            if not certain.startswith(self._read_text):
+                return ""
+            new_text, self._read_text = certain[len(self._read_text) :], certain
+            return new_text
         # Broken bytes. All is final but the last replacement character, which the next token may still complete.
         new_text = self._new_text(text).removesuffix(_INCOMPLETE)
         self._slide(len(self._window) - _RESYNCHRONISE_TOKENS)
