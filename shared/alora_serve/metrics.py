@@ -159,12 +159,14 @@ class AdapterMetrics:
         )
         self._bytes = Gauge("alora_adapter_resident_bytes", "Adapter weights in memory.", registry=registry)
 
-    def event(self, kind: str, seconds: float, resident_bytes: int) -> None:
-        """Something happened to an adapter's residency."""
+    def event(self, kind: str, size_bytes: int, seconds: float) -> None:
+        """An adapter was a ``hit``, or underwent a ``load``, ``refuse`` or ``drop``."""
         self._events.labels(kind).inc()
-        self._bytes.set(resident_bytes)
         if kind == "load":
             self._load_seconds.observe(seconds)
+            self._bytes.inc(size_bytes)
+        elif kind == "drop":
+            self._bytes.dec(size_bytes)
 
 
 class RequestMetrics:

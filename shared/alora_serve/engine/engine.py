@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
@@ -108,7 +109,9 @@ class Engine:
         self._closed = False
         self._step_seconds = 0.0
         self._prefill_rate = 0.0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.ended: Future[None] = Future()
+        """Done when the engine's thread is: after :meth:`close`, or with the error that broke it."""
+        self._thread = threading.Thread(target=self._guarded_run, name="engine", daemon=True)
         self._thread.start()
 
     @property
@@ -166,6 +169,17 @@ class Engine:
         self._thread.join()
 
     # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def _guarded_run(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            # Only a defect gets here; whoever watches ``ended`` ends the process, and a supervisor starts a new one.
+            with self._live_lock:
+                self._closed = True
+            self.ended.set_exception(error)
+            raise
+        self.ended.set_result(None)
 
     @torch.inference_mode()
     def _run(self) -> None:

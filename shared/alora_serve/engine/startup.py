@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import torch
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, StoreSettings
 from alora_serve.engine.core import CoreOptions, ServingCore
@@ -18,6 +18,7 @@ from alora_serve.handles import HandleSigner
 from alora_serve.kv.blocks import StoreTiming
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.store import KVStore
+from alora_serve.kv.store_url import public_url
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.model.source import resolve_model
@@ -73,7 +74,17 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         block_tokens=settings.block_tokens,
         tenant_salt=settings.tenant_salt.get_secret_value().encode(),
     )
-    return StartedCore(ServingCore(model, store, options, metrics), store, signer)
+    core = ServingCore(model, store, options, metrics)
+    _log.info(
+        "core started",
+        model=model.name,
+        dtype=model.dtype,
+        context_tokens=model.context_tokens,
+        block_tokens=core.block_tokens,
+        threads=torch.get_num_threads(),
+        store=public_url(settings.store_url),
+    )
+    return StartedCore(core, store, signer)
 
 
 def open_model(settings: ModelSettings) -> BaseModel:
@@ -108,15 +119,10 @@ def open_signer(settings: SecretSettings) -> HandleSigner:
     return HandleSigner(keys, settings.tenant_salt.get_secret_value().encode(), settings.handle_ttl_seconds)
 
 
-def describe(core: ServingCore) -> Sequence[tuple[str, object]]:
-    """Facts of a started core for its first log line."""
-    info = core.model_info()
-    return (
-        ("model", info.name),
-        ("architecture", info.architecture),
-        ("dtype", info.dtype),
-        ("context_tokens", info.context_tokens),
-        ("block_tokens", info.block_tokens),
-        ("kv_bytes_per_token", info.kv_bytes_per_token),
-        ("threads", torch.get_num_threads()),
-    )
+def service_registry() -> CollectorRegistry:
+    """A registry with the process's own metrics (memory, file descriptors, garbage collection)."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry

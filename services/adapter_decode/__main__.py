@@ -1,0 +1,50 @@
+"""Starts a decode worker: ``python -m adapter_decode --help``."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from functools import partial
+
+from adapter_decode.config import AdapterDecodeSettings
+from adapter_decode.scan import open_registry, scan_forever
+from adapter_decode.servicer import AdapterDecodeServicer
+from alora_serve.engine.decoder import Decoder
+from alora_serve.engine.startup import service_registry, start_core
+from alora_serve.metrics import AdapterMetrics, CoreMetrics, RequestMetrics, RpcMetrics
+from alora_serve.rpc.channels import message_bytes_for_context
+from alora_serve.rpc.server import Service, run_service, serve
+from alora_serve.types import EndpointStatus
+from alora_serve.v1.adapter_decode_pb2_grpc import add_AdapterDecodeServiceServicer_to_server
+
+
+async def main(settings: AdapterDecodeSettings) -> int:
+    """Load, serve, drain; the process's exit status."""
+    registry = service_registry()
+    started = await asyncio.to_thread(start_core, settings, CoreMetrics(registry))
+    core = started.core
+    adapters = await asyncio.to_thread(open_registry, settings, core.model, AdapterMetrics(registry))
+    draining = asyncio.Event()
+
+    def status() -> EndpointStatus:
+        return replace(core.status(draining=draining.is_set()), adapters=adapters.list_adapters())
+
+    servicer = AdapterDecodeServicer(
+        Decoder(core, adapters, started.signer), adapters, status, RequestMetrics(registry)
+    )
+    scanning = asyncio.create_task(scan_forever(adapters, settings.adapter_scan_seconds))
+    return await serve(
+        "adapter-decode",
+        settings,
+        [Service("alora_serve.v1.AdapterDecodeService", partial(add_AdapterDecodeServiceServicer_to_server, servicer))],
+        observer=RpcMetrics(registry),
+        registry=registry,
+        max_message_bytes=message_bytes_for_context(core.model.context_tokens),
+        on_drain=draining.set,
+        cleanup=[core.drain, partial(asyncio.to_thread, started.close)],
+        essential=[asyncio.wrap_future(core.engine.ended), scanning],
+    )
+
+
+if __name__ == "__main__":
+    run_service("adapter-decode", AdapterDecodeSettings, main)

@@ -1,0 +1,50 @@
+"""The worker's adapters: opened from settings, and looked at again for changes on disk."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from adapter_decode.config import AdapterDecodeSettings
+from alora_serve.adapters.loading import BaseModel as AdapterHost
+from alora_serve.adapters.modules import module_shapes
+from alora_serve.adapters.registry import AdapterRegistry
+from alora_serve.adapters.residency import AdapterEvent
+from alora_serve.errors import ConfigError
+from alora_serve.metrics import AdapterMetrics
+from alora_serve.model.loader import BaseModel
+
+_log = structlog.get_logger(__name__)
+
+
+def open_registry(settings: AdapterDecodeSettings, model: BaseModel, metrics: AdapterMetrics) -> AdapterRegistry:
+    """The adapters under the settings' roots, checked against the base model.
+
+    Raises:
+        ConfigError: a root is not a readable directory.
+    """
+    host = AdapterHost(
+        module_shapes=module_shapes(model.module), vocabulary_size=model.vocabulary_size, decode=model.tokenizer.decode
+    )
+
+    def report(event: AdapterEvent) -> None:
+        metrics.event(event.kind, event.size_bytes, event.seconds)
+
+    registry = AdapterRegistry(
+        settings.adapter_roots, base=host, max_resident_bytes=settings.adapter_cache_bytes, on_event=report
+    )
+    for adapter in registry.list_adapters():
+        if adapter.problem:
+            _log.warning("adapter refused", adapter=adapter.name, problem=adapter.problem)
+    return registry
+
+
+async def scan_forever(registry: AdapterRegistry, interval_seconds: float) -> None:
+    """Look at the roots again and again. A root that is away for a moment leaves the catalogue as it was."""
+    while True:
+        await asyncio.sleep(interval_seconds)
+        try:
+            await asyncio.to_thread(registry.refresh)
+        except ConfigError as error:
+            _log.warning("adapter roots not read", error=str(error))

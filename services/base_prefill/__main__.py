@@ -1,0 +1,43 @@
+"""Starts the base-prefill service: ``python -m base_prefill --help``."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+from alora_serve.engine.prefiller import Prefiller
+from alora_serve.engine.startup import service_registry, start_core
+from alora_serve.metrics import CoreMetrics, RequestMetrics, RpcMetrics
+from alora_serve.rpc.channels import message_bytes_for_context
+from alora_serve.rpc.server import Service, run_service, serve
+from alora_serve.types import EndpointStatus
+from alora_serve.v1.base_prefill_pb2_grpc import add_BasePrefillServiceServicer_to_server
+from base_prefill.config import BasePrefillSettings
+from base_prefill.servicer import BasePrefillServicer
+
+
+async def main(settings: BasePrefillSettings) -> int:
+    """Load, serve, drain; the process's exit status."""
+    registry = service_registry()
+    started = await asyncio.to_thread(start_core, settings, CoreMetrics(registry))
+    core, draining = started.core, asyncio.Event()
+
+    def status() -> EndpointStatus:
+        return core.status(draining=draining.is_set())
+
+    servicer = BasePrefillServicer(Prefiller(core, started.signer), status, RequestMetrics(registry))
+    return await serve(
+        "base-prefill",
+        settings,
+        [Service("alora_serve.v1.BasePrefillService", partial(add_BasePrefillServiceServicer_to_server, servicer))],
+        observer=RpcMetrics(registry),
+        registry=registry,
+        max_message_bytes=message_bytes_for_context(core.model.context_tokens),
+        on_drain=draining.set,
+        cleanup=[core.drain, partial(asyncio.to_thread, started.close)],
+        essential=[asyncio.wrap_future(core.engine.ended)],
+    )
+
+
+if __name__ == "__main__":
+    run_service("base-prefill", BasePrefillSettings, main)
