@@ -1,0 +1,212 @@
+"""What is out of range, contradictory or not served is refused with the exact paths, all at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from alora_serve.errors import InvalidRequestError, UnimplementedFeatureError
+from alora_serve.rpc import convert
+from alora_serve.v1 import adapter_decode_pb2, alora_pb2, base_prefill_pb2, types_pb2
+
+USER = types_pb2.Message(role="user", content="hi")
+ASSISTANT = types_pb2.Message(role="assistant", content="hello")
+HANDLE = types_pb2.PrefixHandle(kind=types_pb2.PROMPT_KIND_CONVERSATION)
+TOKENS = b"\1\0\0\0"
+
+
+def fields(error: InvalidRequestError | UnimplementedFeatureError) -> list[str]:
+    return [violation.field for violation in error.violations]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", 100.5),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.0),
+        ("min_p", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", math.nan),
+        ("presence_penalty", 2.5),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -2.5),
+        ("frequency_penalty", math.inf),
+        ("stop", ["x"] * 17),
+    ],
+)
+def test_a_sampling_value_out_of_range_is_named(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.sampling_from_proto(types_pb2.SamplingParams(**{name: value}))
+    assert fields(caught.value) == [f"sampling.{name}"]
+
+
+@pytest.mark.parametrize("bias", [100.5, -101.0, math.nan, math.inf])
+def test_a_logit_bias_out_of_range_is_named_by_token(bias: float) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.sampling_from_proto(types_pb2.SamplingParams(logit_bias={3: 1.0, 7: bias}))
+    assert fields(caught.value) == ["sampling.logit_bias[7]"]
+
+
+def test_an_empty_stop_string_is_named_by_position() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.sampling_from_proto(types_pb2.SamplingParams(stop=["a", ""]))
+    assert fields(caught.value) == ["sampling.stop[1]"]
+
+
+def test_the_edges_of_every_range_are_inside() -> None:
+    convert.sampling_from_proto(
+        types_pb2.SamplingParams(
+            max_tokens=1,
+            temperature=100,
+            top_p=1,
+            min_p=0,
+            presence_penalty=-2,
+            frequency_penalty=2,
+            logit_bias={0: -100, 1: 100},
+            stop=["x"] * 16,
+            n=1,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (types_pb2.SamplingParams(n=2), "sampling.n"),
+        (types_pb2.SamplingParams(top_logprobs=1), "sampling.top_logprobs"),
+        (types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput()), "sampling.structured_output"),
+    ],
+)
+def test_sampling_that_this_release_does_not_serve_is_named(message: types_pb2.SamplingParams, field: str) -> None:
+    with pytest.raises(UnimplementedFeatureError, match=field) as caught:
+        convert.sampling_from_proto(message)
+    assert fields(caught.value) == [field]
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({}, ["prompt"]),
+        ({"token_ids": TOKENS, "messages": [USER]}, ["prompt.token_ids"]),
+        ({"token_ids": TOKENS, "handle": HANDLE}, ["prompt.token_ids"]),
+        ({"token_ids": b"\1\0\0"}, ["prompt.token_ids"]),
+        (
+            {"token_ids": TOKENS, "documents": [types_pb2.Document(text="d")], "tools": [{"a": 1}]},
+            ["prompt.documents", "prompt.tools"],
+        ),
+        ({"token_ids": TOKENS, "template_arguments": {"a": 1}}, ["prompt.template_arguments"]),
+        ({"handle": HANDLE, "template_arguments": {"a": 1}}, ["prompt.template_arguments"]),
+        ({"handle": HANDLE, "messages": [USER], "documents": [types_pb2.Document(text="d")]}, ["prompt.documents"]),
+        ({"handle": HANDLE, "messages": [USER], "tools": [{"a": 1}]}, ["prompt.tools"]),
+        ({"handle": types_pb2.PrefixHandle()}, ["prompt.handle.kind"]),
+        (
+            {"handle": types_pb2.PrefixHandle(kind=types_pb2.PROMPT_KIND_TOKENS, prefix_token_ids=b"1")},
+            ["prompt.handle.prefix_token_ids"],
+        ),
+        ({"messages": [USER, types_pb2.Message(role="robot")]}, ["prompt.messages[1].role"]),
+        ({"messages": [types_pb2.Message()]}, ["prompt.messages[0].role"]),
+        (
+            {"messages": [types_pb2.Message(role="user", tool_calls=[types_pb2.ToolCall(arguments_json="{}")])]},
+            ["prompt.messages[0].tool_calls"],
+        ),
+        *[
+            (
+                {
+                    "messages": [
+                        types_pb2.Message(role="assistant", tool_calls=[types_pb2.ToolCall(arguments_json=bad)])
+                    ]
+                },
+                ["prompt.messages[0].tool_calls[0].arguments_json"],
+            )
+            for bad in ("", "[1]", "{", "[" * 100_000)
+        ],
+    ],
+)
+def test_a_prompt_that_contradicts_itself_is_refused(parts: Mapping[str, Any], expected: list[str]) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.prompt_from_proto(types_pb2.Prompt(**parts))
+    assert fields(caught.value) == expected
+
+
+def test_everything_wrong_with_a_request_is_told_at_once() -> None:
+    request = alora_pb2.GenerateRequest(
+        prompt=types_pb2.Prompt(messages=[types_pb2.Message(role="robot")]),
+        sampling=types_pb2.SamplingParams(temperature=-1, top_p=0, max_tokens=0, n=2),
+    )
+    with pytest.raises(InvalidRequestError, match="and 1 more") as caught:
+        convert.generate_from_proto(request)
+    assert fields(caught.value) == [
+        "prompt.messages[0].role",
+        "sampling.max_tokens",
+        "sampling.temperature",
+        "sampling.top_p",
+    ]
+
+
+def test_the_base_model_does_not_answer_an_assistants_turn_but_an_adapter_may_judge_it() -> None:
+    prompt = types_pb2.Prompt(messages=[USER, ASSISTANT])
+    convert.generate_from_proto(alora_pb2.GenerateRequest(prompt=prompt, adapter="certainty"))
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.generate_from_proto(alora_pb2.GenerateRequest(prompt=prompt))
+    assert fields(caught.value) == ["prompt.messages[1].role"]
+    targets = [alora_pb2.FanOutTarget(adapter=name) for name in ("certainty", "", "")]
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.fan_out_from_proto(alora_pb2.FanOutRequest(prompt=prompt, targets=targets))
+    assert fields(caught.value) == ["prompt.messages[1].role"]
+    convert.prefill_from_proto(alora_pb2.PrefillRequest(prompt=prompt))
+
+
+@pytest.mark.parametrize("count", [0, 257])
+def test_a_fan_out_of_none_or_too_many_is_refused(count: int) -> None:
+    request = alora_pb2.FanOutRequest(
+        prompt=types_pb2.Prompt(token_ids=TOKENS), targets=[alora_pb2.FanOutTarget(adapter="a")] * count
+    )
+    with pytest.raises(InvalidRequestError, match=f"{count} targets") as caught:
+        convert.fan_out_from_proto(request)
+    assert fields(caught.value) == ["targets"]
+
+
+def test_a_targets_own_sampling_is_named_by_position() -> None:
+    request = alora_pb2.FanOutRequest(
+        prompt=types_pb2.Prompt(token_ids=TOKENS),
+        targets=[
+            alora_pb2.FanOutTarget(adapter="a"),
+            alora_pb2.FanOutTarget(adapter="b", sampling=types_pb2.SamplingParams(top_p=0)),
+        ],
+    )
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.fan_out_from_proto(request)
+    assert fields(caught.value) == ["targets[1].sampling.top_p"]
+
+
+def test_resuming_through_the_router_is_not_served() -> None:
+    request = alora_pb2.GenerateRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), resume=types_pb2.Resume())
+    with pytest.raises(UnimplementedFeatureError, match="resume"):
+        convert.generate_from_proto(request)
+
+
+def test_tenants_are_not_served() -> None:
+    with pytest.raises(UnimplementedFeatureError, match="tenant"):
+        convert.prefill_from_proto(
+            base_prefill_pb2.BasePrefillServicePrefillRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), tenant="t")
+        )
+    with pytest.raises(UnimplementedFeatureError, match="tenant"):
+        convert.decode_from_proto(adapter_decode_pb2.DecodeRequest(handle=HANDLE, tenant="t"))
+
+
+def test_a_resume_point_that_is_not_whole_tokens_is_named() -> None:
+    with pytest.raises(InvalidRequestError, match=r"resume\.generated_token_ids"):
+        convert.resume_from_proto(types_pb2.Resume(generated_token_ids=b"abc"))
