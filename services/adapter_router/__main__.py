@@ -7,15 +7,11 @@ from functools import partial
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from adapter_router.config import Settings
-from adapter_router.endpoints.pool import EndpointSet
+from adapter_router.peers import prefill_pool, worker_pool
 from adapter_router.servicer import AloraServicer
-from adapter_router.watch import watch_prefill, watch_worker
 from alora_serve.metrics import RequestMetrics, RouterMetrics, RpcMetrics
-from alora_serve.rpc.channels import internal_channel
 from alora_serve.rpc.server import Service, run_service, serve
-from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceAsyncStub, AdapterDecodeServiceStub
 from alora_serve.v1.alora_pb2_grpc import add_AloraServiceServicer_to_server
-from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceAsyncStub, BasePrefillServiceStub
 
 
 async def main(settings: Settings) -> int:
@@ -24,25 +20,9 @@ async def main(settings: Settings) -> int:
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
-    metrics = RouterMetrics(registry)
-    prefills = EndpointSet[BasePrefillServiceAsyncStub](
-        "base_prefill",
-        settings.base_prefill_endpoints,
-        connect=internal_channel,
-        make_stub=BasePrefillServiceStub,
-        watch=watch_prefill,
-        options=settings.endpoint_options(),
-        metrics=metrics,
-    )
-    workers = EndpointSet[AdapterDecodeServiceAsyncStub](
-        "adapter_decode",
-        settings.decode_endpoints,
-        connect=internal_channel,
-        make_stub=AdapterDecodeServiceStub,
-        watch=watch_worker,
-        options=settings.endpoint_options(),
-        metrics=metrics,
-    )
+    metrics, options = RouterMetrics(registry), settings.endpoint_options()
+    prefills = prefill_pool(settings.base_prefill_endpoints, options, metrics)
+    workers = worker_pool(settings.decode_endpoints, options, metrics)
     servicer = AloraServicer(
         prefills,
         workers,

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import structlog
 
 from adapter_router.catalog import find_adapter, merged_adapters
 from adapter_router.dispatch import Call, call_endpoint, peer_errors
 from adapter_router.endpoints.endpoint import Endpoint
-from adapter_router.endpoints.pool import EndpointSet
 from adapter_router.policy import Demand, adapter_key
 from alora_serve.errors import AdapterNotFoundError, UnavailableError
 from alora_serve.rpc.convert import adapter_from_proto
 from alora_serve.types import AdapterInfo
 from alora_serve.v1 import adapter_decode_pb2 as decode_pb2
-from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceAsyncStub
 
-Workers = EndpointSet[AdapterDecodeServiceAsyncStub]
+if TYPE_CHECKING:
+    from adapter_router.peers import Workers, WorkerStub
 
 
 class AdapterDirectory:
@@ -51,7 +51,7 @@ class AdapterDirectory:
         """
 
         async def invoke(
-            stub: AdapterDecodeServiceAsyncStub,
+            stub: WorkerStub,
         ) -> decode_pb2.AdapterDecodeServiceLoadAdapterResponse:
             return await stub.LoadAdapter(request, timeout=call.remaining_seconds(), metadata=call.metadata)
 
@@ -77,7 +77,7 @@ class AdapterDirectory:
             if isinstance(outcome, BaseException):
                 raise outcome
 
-    async def _unload_from(self, worker: Endpoint[AdapterDecodeServiceAsyncStub], name: str, call: Call) -> None:
+    async def _unload_from(self, worker: Endpoint[WorkerStub], name: str, call: Call) -> None:
         request = decode_pb2.AdapterDecodeServiceUnloadAdapterRequest(name=name)
         try:
             with peer_errors(f"worker {worker.address}"):

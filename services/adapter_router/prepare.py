@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from adapter_router.catalog import NO_MODEL, paired_models
 from adapter_router.dispatch import Call, call_endpoint
-from adapter_router.endpoints.pool import EndpointSet
 from adapter_router.policy import Demand, EndpointSnapshot, conversation_key, opening_key
 from alora_serve.errors import ModelMismatchError, UnavailableError
 from alora_serve.handles import HandleSigner
 from alora_serve.rpc.convert import prefill_result_from_proto
 from alora_serve.types import PrefillResult, PrefixHandle, Prompt
 from alora_serve.v1 import types_pb2
-from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceAsyncStub
 from alora_serve.v1.base_prefill_pb2 import BasePrefillServicePrefillRequest, BasePrefillServicePrefillResponse
-from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceAsyncStub
+
+if TYPE_CHECKING:
+    from adapter_router.peers import Prefills, PrefillStub, Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,8 @@ class Preparer:
 
     def __init__(
         self,
-        prefills: EndpointSet[BasePrefillServiceAsyncStub],
-        workers: EndpointSet[AdapterDecodeServiceAsyncStub],
+        prefills: Prefills,
+        workers: Workers,
         signer: HandleSigner,
         *,
         max_attempts: int,
@@ -86,7 +87,7 @@ class Preparer:
     async def _prefill(
         self, prompt: Prompt, message: types_pb2.Prompt, call: Call, adapter: str, tokenize_only: bool
     ) -> PrefillResult:
-        async def invoke(stub: BasePrefillServiceAsyncStub) -> BasePrefillServicePrefillResponse:
+        async def invoke(stub: PrefillStub) -> BasePrefillServicePrefillResponse:
             return await stub.Prefill(request, timeout=call.remaining_seconds(), metadata=call.metadata)
 
         request = BasePrefillServicePrefillRequest(

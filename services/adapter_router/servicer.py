@@ -7,15 +7,14 @@ import secrets
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import structlog
 from grpc import aio
 
-from adapter_router.adapters import AdapterDirectory, Workers
+from adapter_router.adapters import AdapterDirectory
 from adapter_router.catalog import paired_models, prevailing_model
 from adapter_router.dispatch import Call
-from adapter_router.endpoints.pool import EndpointSet
 from adapter_router.merge import merge_streams
 from adapter_router.policy import Demand, adapter_key, conversation_key
 from adapter_router.prepare import Prepared, Preparer
@@ -42,7 +41,9 @@ from alora_serve.rpc.status import failure_to_proto
 from alora_serve.types import AdapterInfo, GenerateRequest, PrefillResult
 from alora_serve.v1 import alora_pb2, types_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer
-from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceAsyncStub
+
+if TYPE_CHECKING:
+    from adapter_router.peers import Prefills, Workers
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -69,7 +70,7 @@ class AloraServicer(AloraServiceServicer):
 
     def __init__(
         self,
-        prefills: EndpointSet[BasePrefillServiceAsyncStub],
+        prefills: Prefills,
         workers: Workers,
         signer: HandleSigner,
         limits: RouterLimits,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 from adapter_router.dispatch import Call, Retries, peer_errors
 from adapter_router.endpoints.endpoint import Endpoint
-from adapter_router.endpoints.pool import EndpointSet
 from adapter_router.policy import Demand
 from adapter_router.usage import merged_timings, merged_usage
 from alora_serve.errors import AloraServeError, UnavailableError
@@ -21,7 +21,9 @@ from alora_serve.rpc.convert import (
 )
 from alora_serve.types import GenerateRequest, PrefillResult
 from alora_serve.v1 import types_pb2
-from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceAsyncStub
+
+if TYPE_CHECKING:
+    from adapter_router.peers import Workers, WorkerStub
 
 
 class DecodeStream:
@@ -34,7 +36,7 @@ class DecodeStream:
 
     def __init__(
         self,
-        workers: EndpointSet[AdapterDecodeServiceAsyncStub],
+        workers: Workers,
         request: GenerateRequest,
         demand: Demand,
         *,
@@ -84,7 +86,7 @@ class DecodeStream:
                     retries.after(worker, error, may_repeat=not self.delivered)
 
     async def _attempt(
-        self, worker: Endpoint[AdapterDecodeServiceAsyncStub], attempt: int
+        self, worker: Endpoint[WorkerStub], attempt: int
     ) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
         request = decode_to_proto(self._request, attempt=attempt)
         rpc = worker.stub.Decode(request, timeout=self._call.remaining_seconds(), metadata=self._call.metadata)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,6 +39,11 @@ def info(name: str, problem: str = "") -> AdapterInfo:
 def endpoint(address: str, in_flight: int = 0, **changes: object) -> EndpointSnapshot:
     base = EndpointSnapshot(address, in_flight=in_flight, model_digest=MODEL, adapters={"a": info("a")})
     return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def picked(endpoints: list[EndpointSnapshot], wanted: Demand, **how: Any) -> str | None:
+    choice = pick(endpoints, wanted, **how)
+    return choice and choice.address
 
 
 def demand(key: bytes = b"k", adapter: str = "", group_size: int = 1) -> Demand:
@@ -90,7 +96,7 @@ def test_keys_spread_over_all_endpoints() -> None:
 @given(keys, st.lists(st.integers(0, 50), min_size=1, max_size=12), factors)
 def test_a_pick_never_fills_an_endpoint_beyond_the_bound(key: bytes, loads: list[int], factor: float) -> None:
     endpoints = [endpoint(f"10.0.0.1:{port}", load) for port, load in enumerate(loads, 1)]
-    chosen = pick(endpoints, demand(key), load_factor=factor)
+    chosen = picked(endpoints, demand(key), load_factor=factor)
     assert chosen is not None
     held = next(e.in_flight for e in endpoints if e.address == chosen)
     assert held + 1 <= load_bound(sum(loads), len(loads), factor)
@@ -102,7 +108,7 @@ def test_a_burst_counted_as_it_is_picked_stays_within_the_bound(
 ) -> None:
     loads = dict.fromkeys(names, 0)
     for _ in range(burst):
-        chosen = pick([endpoint(name, load) for name, load in loads.items()], demand(key), load_factor=factor)
+        chosen = picked([endpoint(name, load) for name, load in loads.items()], demand(key), load_factor=factor)
         assert chosen is not None
         loads[chosen] += 1
     assert max(loads.values()) <= load_bound(burst - 1, len(names), factor)
@@ -110,13 +116,13 @@ def test_a_burst_counted_as_it_is_picked_stays_within_the_bound(
 
 @given(keys, addresses)
 def test_an_idle_pool_gives_the_preferred_endpoint(key: bytes, names: list[str]) -> None:
-    assert pick([endpoint(name) for name in names], demand(key), load_factor=1.0) == rendezvous_order(key, names)[0]
+    assert picked([endpoint(name) for name in names], demand(key), load_factor=1.0) == rendezvous_order(key, names)[0]
 
 
 @given(keys, addresses)
 def test_every_healthy_endpoint_is_reachable_once_the_others_failed(key: bytes, names: list[str]) -> None:
     endpoints, tried = [endpoint(name) for name in names], list[str]()
-    while (chosen := pick(endpoints, demand(key), load_factor=1.25, avoid=tried)) is not None:
+    while (chosen := picked(endpoints, demand(key), load_factor=1.25, avoid=tried)) is not None:
         tried.append(chosen)
     assert tried == rendezvous_order(key, names)
 
@@ -128,7 +134,7 @@ def test_a_fan_out_fills_as_few_endpoints_as_the_bound_allows(
     loads = dict.fromkeys(names, 0)
     for remaining in range(size, 0, -1):
         snapshots = [endpoint(name, load) for name, load in loads.items()]
-        chosen = pick(snapshots, demand(key, group_size=remaining), load_factor=factor)
+        chosen = picked(snapshots, demand(key, group_size=remaining), load_factor=factor)
         assert chosen is not None
         loads[chosen] += 1
     bound = load_bound(0, len(names), factor, group_size=size)
@@ -149,12 +155,12 @@ def test_a_fan_out_fills_as_few_endpoints_as_the_bound_allows(
 )
 def test_an_unfit_endpoint_is_never_picked(unfit: dict[str, object]) -> None:
     bad = endpoint("10.0.0.1:1", **unfit)
-    assert pick([bad], demand(adapter="a"), load_factor=1.25) is None
-    assert pick([bad, endpoint("10.0.0.1:2", 99)], demand(adapter="a"), load_factor=1.25) == "10.0.0.1:2"
+    assert picked([bad], demand(adapter="a"), load_factor=1.25) is None
+    assert picked([bad, endpoint("10.0.0.1:2", 99)], demand(adapter="a"), load_factor=1.25) == "10.0.0.1:2"
 
 
 def test_no_endpoint_no_pick() -> None:
-    assert pick([], demand(), load_factor=1.25) is None
+    assert picked([], demand(), load_factor=1.25) is None
 
 
 def test_base_requests_need_no_adapter() -> None:
@@ -165,7 +171,7 @@ def test_an_unfit_endpoint_does_not_loosen_the_bound_of_the_others() -> None:
     idle_but_draining = [endpoint(f"10.0.1.1:{port}", draining=True) for port in range(1, 9)]
     busy, free = endpoint("10.0.0.1:1", 4), endpoint("10.0.0.1:2", 0)
     for key in (b"a", b"b", b"c", b"d"):
-        assert pick([busy, free, *idle_but_draining], demand(key), load_factor=1.25) == "10.0.0.1:2"
+        assert picked([busy, free, *idle_but_draining], demand(key), load_factor=1.25) == "10.0.0.1:2"
 
 
 def test_a_conversation_keeps_its_key_as_it_grows() -> None:

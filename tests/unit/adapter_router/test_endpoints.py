@@ -1,0 +1,224 @@
+"""Endpoints on real sockets: how they are found, when they are healthy, what becomes of those that leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from adapter_router.endpoints.endpoint import EndpointOptions
+from adapter_router.endpoints.pool import EndpointSet
+from adapter_router.policy import Demand, rendezvous_order
+from alora_serve.errors import InvalidRequestError, UnavailableError
+from alora_serve.metrics import RouterMetrics
+from alora_serve.rpc.channels import internal_channel
+from alora_serve.types import EndpointStatus
+from fake_services import (
+    FAST,
+    FakePrefill,
+    FakeWorker,
+    Names,
+    endpoint_sets,
+    healthy,
+    model,
+    start_prefill,
+    start_worker,
+    until,
+)
+
+BASE = Demand(b"key", {model().model_digest})
+
+
+@asynccontextmanager
+async def pool_on(
+    targets: list[str], *, options: EndpointOptions = FAST, names: Any = None, registry: CollectorRegistry | None = None
+) -> AsyncIterator[EndpointSet[Any]]:
+    metrics = RouterMetrics(registry or CollectorRegistry())
+    async with endpoint_sets([], targets, options=options, resolve=names or Names(), metrics=metrics) as (_, workers):
+        yield workers
+
+
+async def test_an_endpoint_is_healthy_once_its_status_stream_answers() -> None:
+    server = await start_worker(FakeWorker())
+    async with pool_on([server.address]) as workers:
+        assert healthy(workers) == 0
+        await until(lambda: healthy(workers) == 1)
+        snapshot = workers.snapshots()[0]
+        assert snapshot.model_digest == model().model_digest
+        assert snapshot.serves("jailbreak")
+        assert not snapshot.serves("broken")
+    await server.kill()
+
+
+async def test_a_base_prefill_is_watched_the_same_way() -> None:
+    server = await start_prefill(FakePrefill())
+    metrics = RouterMetrics(CollectorRegistry())
+    async with endpoint_sets([server.address], [], resolve=Names(), metrics=metrics) as (prefills, _):
+        await until(lambda: healthy(prefills) == 1)
+    await server.kill()
+
+
+async def test_a_dead_endpoint_is_unhealthy_and_comes_back_when_its_stream_answers() -> None:
+    server = await start_worker(FakeWorker())
+    async with pool_on([server.address]) as workers:
+        await until(lambda: healthy(workers) == 1)
+        await server.kill()
+        await until(lambda: healthy(workers) == 0)
+        again = await start_worker(FakeWorker(), server.address)
+        await until(lambda: healthy(workers) == 1)
+    await again.kill()
+
+
+async def test_an_endpoint_that_falls_silent_is_unhealthy_though_its_connection_lives() -> None:
+    worker = FakeWorker()
+    server = await start_worker(worker)
+    async with pool_on([server.address], options=dataclasses.replace(FAST, status_timeout_seconds=0.2)) as workers:
+        await until(lambda: healthy(workers) == 1)
+        await until(lambda: healthy(workers) == 0)
+        # It is asked anew, and answers, as often as it falls silent.
+        await until(lambda: worker.watches > 1 and healthy(workers) == 1)
+    await server.kill()
+
+
+async def test_a_status_that_cannot_be_read_is_not_health() -> None:
+    async def unreadable(stub: Any) -> AsyncGenerator[EndpointStatus, None]:
+        opened.append(stub)
+        if stub:
+            raise InvalidRequestError.of("adapter.invocation_token_ids", "three bytes are no tokens")
+        yield EndpointStatus(model())
+
+    opened: list[Any] = []
+    workers = EndpointSet[Any](
+        "adapter_decode",
+        ["127.0.0.1:1"],
+        connect=internal_channel,
+        make_stub=lambda channel: channel,
+        watch=unreadable,
+        options=FAST,
+        metrics=RouterMetrics(CollectorRegistry()),
+    )
+    async with workers:
+        await until(lambda: len(opened) > 1)
+        assert healthy(workers) == 0
+
+
+async def test_an_unreachable_call_makes_an_endpoint_unhealthy_until_its_stream_speaks() -> None:
+    worker = FakeWorker()
+    server = await start_worker(worker)
+    async with pool_on([server.address]) as workers:
+        await until(lambda: healthy(workers) == 1)
+        async with workers.lease(BASE) as endpoint:
+            workers.mark_unreachable(endpoint)
+            assert healthy(workers) == 0
+            with pytest.raises(UnavailableError, match="no adapter_decode endpoint can take a request for the base"):
+                async with workers.lease(BASE):
+                    raise AssertionError("an unreachable endpoint was leased")
+        worker.repeat()
+        await until(lambda: healthy(workers) == 1)
+    await server.kill()
+
+
+async def test_a_lease_waits_for_an_endpoint_that_is_about_to_be_fit() -> None:
+    server = await start_worker(FakeWorker())
+    options = dataclasses.replace(FAST, wait_seconds=20)
+    async with pool_on([server.address], options=options) as workers, workers.lease(BASE) as endpoint:
+        assert endpoint.address == server.address
+    await server.kill()
+
+
+async def test_a_draining_endpoint_takes_nothing_new() -> None:
+    worker = FakeWorker()
+    server = await start_worker(worker)
+    registry = CollectorRegistry()
+    async with pool_on([server.address], registry=registry) as workers:
+        await until(lambda: healthy(workers) == 1)
+        worker.report(draining=True)
+        await until(lambda: workers.snapshots()[0].draining)
+        with pytest.raises(UnavailableError):
+            async with workers.lease(BASE):
+                raise AssertionError("a draining endpoint was leased")
+        labels = {"role": "adapter_decode", "state": "draining"}
+        assert registry.get_sample_value("alora_router_endpoints", labels) == 1
+    await server.kill()
+
+
+async def test_leases_are_counted_as_they_are_picked_and_spill_over_by_the_bound() -> None:
+    servers = [await start_worker(FakeWorker()) for _ in range(2)]
+    registry = CollectorRegistry()
+    async with pool_on([server.address for server in servers], registry=registry) as workers:
+        await until(lambda: healthy(workers) == 2)
+        preferred, other = rendezvous_order(BASE.key, [server.address for server in servers])
+        async with workers.lease(BASE) as first, workers.lease(BASE) as second, workers.lease(BASE) as third:
+            # Bound of the third: ceil(1.25 x 3 / 2) = 2 an endpoint.
+            assert [first.address, second.address, third.address] == [preferred, preferred, other]
+            assert {e.address: e.in_flight for e in workers.members()} == {preferred: 2, other: 1}
+        assert [e.in_flight for e in workers.members()] == [0, 0]
+        picks = [
+            registry.get_sample_value("alora_router_picks_total", {"role": "adapter_decode", "reason": reason})
+            for reason in ("preferred", "overflow")
+        ]
+        assert picks == [2, 1]
+    for server in servers:
+        await server.kill()
+
+
+async def test_failed_endpoints_are_taken_again_only_when_no_other_may_be() -> None:
+    servers = [await start_worker(FakeWorker()) for _ in range(2)]
+    addresses = [server.address for server in servers]
+    async with pool_on(addresses) as workers:
+        await until(lambda: healthy(workers) == 2)
+        async with workers.lease(BASE, avoid={addresses[0]}) as endpoint:
+            assert endpoint.address == addresses[1]
+        assert workers.has_other(BASE, {addresses[0]})
+        assert not workers.has_other(BASE, addresses)
+        async with workers.lease(BASE, avoid=addresses) as endpoint:
+            assert endpoint.address in addresses
+    for server in servers:
+        await server.kill()
+
+
+async def test_addresses_of_a_name_come_and_go_while_running() -> None:
+    servers = [await start_worker(FakeWorker()) for _ in range(2)]
+    first, second = (server.address for server in servers)
+    names = Names({"workers:1": {first}})
+    async with pool_on(["workers:1"], names=names) as workers:
+        await until(lambda: healthy(workers) == 1)
+        names.known["workers:1"] = {first, second}
+        await until(lambda: healthy(workers) == 2)
+        names.known["workers:1"] = {second}
+        await until(lambda: [e.address for e in workers.members()] == [second])
+    for server in servers:
+        await server.kill()
+
+
+async def test_a_removed_endpoint_keeps_its_channel_until_its_last_request_is_done() -> None:
+    server = await start_worker(FakeWorker())
+    names = Names({"workers:1": {server.address}})
+    async with pool_on(["workers:1"], names=names) as workers:
+        await until(lambda: healthy(workers) == 1)
+        async with workers.lease(BASE) as endpoint:
+            names.known["workers:1"] = set()
+            await until(lambda: not workers.members())
+            assert endpoint.channel.get_state().name != "SHUTDOWN"
+        await until(lambda: endpoint.channel.get_state().name == "SHUTDOWN")
+    await server.kill()
+
+
+async def test_a_failed_look_up_keeps_what_was_known() -> None:
+    server = await start_worker(FakeWorker())
+    looked_up = 0
+
+    async def flaky(target: str) -> frozenset[str]:
+        nonlocal looked_up
+        looked_up += 1
+        if looked_up > 1:
+            raise UnavailableError("no such name")
+        return frozenset({server.address})
+
+    async with pool_on(["workers:1"], names=flaky) as workers:
+        await until(lambda: looked_up > 3 and healthy(workers) == 1)
+    await server.kill()
