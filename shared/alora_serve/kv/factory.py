@@ -47,7 +47,7 @@ def open_store(
 def _backend(url: str, *, budget_bytes: int, ttl_seconds: float) -> KVStore:
     scheme = url.partition(":")[0]
     makers: dict[str, Callable[[], KVStore]] = {
-        "lmdb": lambda: LmdbStore(_lmdb_root(url), budget_bytes=budget_bytes),
+        "lmdb": lambda: LmdbStore(lmdb_root(url), budget_bytes=budget_bytes),
         "redis": lambda: RedisStore(url, ttl_seconds=ttl_seconds),
         "unix": lambda: RedisStore(url, ttl_seconds=ttl_seconds),
     }
@@ -58,7 +58,8 @@ def _backend(url: str, *, budget_bytes: int, ttl_seconds: float) -> KVStore:
     return makers[scheme]()
 
 
-def _lmdb_root(url: str) -> Path:
+def lmdb_root(url: str) -> Path:
+    """The directory of an LMDB URL. Raises ConfigError when it names none."""
     parts = urlsplit(url)
     if parts.netloc or parts.query or parts.fragment:
         raise url_error(url, "write lmdb: or lmdb:///absolute/directory")
