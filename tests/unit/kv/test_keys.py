@@ -1,0 +1,212 @@
+"""No two different runs share a block name, equal runs share all of them, and neither depends on the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alora_serve.kv.keys import (
+    BlockChain,
+    BlockHash,
+    RootFields,
+    block_hash,
+    digest_fields,
+    part_key,
+    root_hash,
+    storage_digest,
+)
+
+ROOT = RootFields(
+    weights_digest=b"w" * 32,
+    forward_config_digest=b"c" * 32,
+    compute_dtype="float32",
+    weight_quantization="none",
+    kv_dtype="float32",
+    kv_layout="layers=2;order=layer,kv,head,token,dim;kv_heads=1;head_dim=4",
+    block_tokens=16,
+    tenant_salt=b"salt",
+)
+CHANGED: dict[str, object] = {
+    "weights_digest": b"x" * 32,
+    "forward_config_digest": b"d" * 32,
+    "compute_dtype": "bfloat16",
+    "weight_quantization": "int8",
+    "kv_dtype": "bfloat16",
+    "kv_layout": "layers=3;order=layer,kv,head,token,dim;kv_heads=1;head_dim=4",
+    "block_tokens": 32,
+    "tenant_salt": b"",
+}
+
+# A change here is a change of schema: raise KEY_SCHEMA_VERSION with it, or old and new records get mixed up.
+GOLDEN_ROOT = "359fe2047f61ffd0ace33c021be7a1a629a96421cb14e40d2b390fe7c37e3d1a"
+GOLDEN_STORAGE = "8cefb2f1cfe0f08731f3a327d77bad422e939bd612529d196351ba6100cdc73b"
+GOLDEN_SECOND_BLOCK = "a28419d47555c957c29ec0f76884c507a6925c656bc9c7dc29ddb22944dc8d20"
+GOLDEN_TAIL = "1ce9416bb90b458bec99ae579d73e741ea5586424302ff05d935295b4eb25d86"
+GOLDEN_PART = "c1ea98ef725b072d37f007634730aa62ea3ccd219f2d8ccca95c2de747fd3b07"
+
+tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+small_tokens = st.lists(st.integers(0, 1), max_size=12)
+roots = st.builds(
+    RootFields,
+    weights_digest=st.binary(max_size=2),
+    forward_config_digest=st.binary(max_size=2),
+    compute_dtype=st.text("ab", max_size=2),
+    weight_quantization=st.text("ab", max_size=2),
+    kv_dtype=st.text("ab", max_size=2),
+    kv_layout=st.text("ab", max_size=2),
+    block_tokens=st.integers(1, 4),
+    tenant_salt=st.binary(max_size=2),
+)
+
+
+def _chain(token_ids: list[int], root: RootFields = ROOT) -> BlockChain:
+    return BlockChain(root_hash(root), token_ids, root.block_tokens)
+
+
+def _names(chain: BlockChain) -> dict[int, BlockHash]:
+    """Every name there is for a prefix of the chain's tokens, by the position where it ends."""
+    return {end: chain.name_of(end) for end in range(1, len(chain) + 1)}
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(RootFields)])
+def test_each_root_field_changes_every_name(name: str) -> None:
+    changed = replace(ROOT, **{name: CHANGED[name]})
+    assert root_hash(changed) != root_hash(ROOT)
+    token_ids = list(range(40))
+    assert not set(_names(_chain(token_ids)).values()) & set(_names(_chain(token_ids, changed)).values())
+
+
+def test_the_storage_digest_covers_all_that_the_model_digest_does_not() -> None:
+    """Routers pair endpoints by the model digest and expect shared blocks only where this one is equal too."""
+    for item in fields(RootFields):
+        changed = storage_digest(replace(ROOT, **{item.name: CHANGED[item.name]})) != storage_digest(ROOT)
+        assert changed == (item.name not in {"weights_digest", "forward_config_digest"}), item.name
+
+
+@given(roots, small_tokens, roots, small_tokens)
+def test_different_roots_or_tokens_never_share_a_name(
+    root_a: RootFields, tokens_a: list[int], root_b: RootFields, tokens_b: list[int]
+) -> None:
+    names_a, names_b = _names(_chain(tokens_a, root_a)), _names(_chain(tokens_b, root_b))
+    for end_a, name_a in names_a.items():
+        for end_b, name_b in names_b.items():
+            same = root_a == root_b and tokens_a[:end_a] == tokens_b[:end_b]
+            assert (name_a == name_b) == same
+
+
+@given(tokens)
+def test_no_two_blocks_or_tails_of_one_chain_share_a_name(token_ids: list[int]) -> None:
+    names = list(_names(_chain(token_ids)).values())
+    assert len(set(names)) == len(names)
+
+
+@given(
+    st.lists(
+        st.tuples(st.text(max_size=3), st.one_of(st.binary(max_size=3), st.text(max_size=3), st.integers())),
+        max_size=3,
+    ),
+    st.lists(
+        st.tuples(st.text(max_size=3), st.one_of(st.binary(max_size=3), st.text(max_size=3), st.integers())),
+        max_size=3,
+    ),
+)
+def test_fields_are_told_apart_by_name_type_and_length(
+    some: list[tuple[str, bytes | str | int]], others: list[tuple[str, bytes | str | int]]
+) -> None:
+    assert (digest_fields("d", *some) == digest_fields("d", *others)) == (some == others)
+
+
+def test_a_number_its_text_and_its_bytes_are_three_values() -> None:
+    values: list[bytes | str | int] = [16, "16", b"16"]
+    assert len({digest_fields("d", ("f", value)) for value in values}) == 3
+    assert digest_fields("d", ("a", "bc")) != digest_fields("d", ("ab", "c")) != digest_fields("da", ("b", "c"))
+
+
+def test_token_ids_are_four_bytes_each_so_that_no_two_lists_run_together() -> None:
+    parent = BlockHash(bytes(32))
+    assert block_hash(parent, [1, 0]) != block_hash(parent, [1])
+    assert block_hash(parent, [256]) != block_hash(parent, [1, 0])
+    with pytest.raises(OverflowError):
+        block_hash(parent, [2**32])
+
+
+@given(tokens, st.integers(0, 40))
+def test_a_tail_is_a_leaf(token_ids: list[int], cut: int) -> None:
+    """What a conversation goes on with never changes or reuses the name of a tail on its way: full chains skip it."""
+    cut = min(cut, len(token_ids))
+    shorter, longer = _chain(token_ids[:cut]), _chain(token_ids)
+    assert longer.full[: len(shorter.full)] == shorter.full
+    if shorter.tail_tokens:
+        tail = shorter.name_of(cut)
+        assert tail == longer.tail(len(shorter.full), shorter.tail_tokens)
+        assert tail not in longer.full
+        parents = [root_hash(ROOT), *longer.full]
+        for index, name in enumerate(longer.full):
+            start = index * ROOT.block_tokens
+            assert name == block_hash(parents[index], token_ids[start : start + ROOT.block_tokens])
+
+
+def test_a_tail_is_shorter_than_a_block_and_not_empty() -> None:
+    chain = _chain(list(range(40)))
+    for count in (0, 16):
+        with pytest.raises(ValueError, match="1 to 15"):
+            chain.tail(0, count)
+
+
+@given(tokens, tokens)
+def test_extending_a_chain_equals_building_it_from_scratch(first: list[int], more: list[int]) -> None:
+    before = _chain(first)
+    names = _names(before)
+    extended, built = before.extended(more), _chain(first + more)
+    assert extended.tokens == built.tokens
+    assert extended.full == built.full
+    assert _names(extended) == _names(built)
+    assert _names(before) == names
+    assert len(extended) == len(first) + len(more)
+    assert extended.tail_tokens == (len(first) + len(more)) % ROOT.block_tokens
+
+
+@given(tokens, st.integers(0, 3))
+def test_a_block_has_as_many_keys_as_parts_and_none_is_its_name(token_ids: list[int], part: int) -> None:
+    for name in _names(_chain(token_ids)).values():
+        assert part_key(name, part) != name
+        assert part_key(name, part) != part_key(name, part + 1)
+
+
+def _golden() -> tuple[str, ...]:
+    chain = _chain(list(range(37)))
+    return tuple(
+        name.hex()
+        for name in (
+            root_hash(ROOT),
+            storage_digest(ROOT),
+            chain.full[1],
+            chain.name_of(37),
+            part_key(chain.full[1], 1),
+        )
+    )
+
+
+def test_names_are_those_that_earlier_releases_stored_under() -> None:
+    assert _golden() == (GOLDEN_ROOT, GOLDEN_STORAGE, GOLDEN_SECOND_BLOCK, GOLDEN_TAIL, GOLDEN_PART)
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_names_do_not_depend_on_the_process(seed: str) -> None:
+    """Python's own ``hash`` does, which is why no store was ever hit by keys made of it."""
+    script = (
+        "from alora_serve.kv.keys import *; r = RootFields(b'w', b'c', 'f', 'n', 'f', 'l', 4, b's');"
+        "print(BlockChain(root_hash(r), range(11), 4).name_of(11).hex())"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    root = RootFields(b"w", b"c", "f", "n", "f", "l", 4, b"s")
+    assert printed.stdout.strip() == BlockChain(root_hash(root), range(11), 4).name_of(11).hex()
