@@ -139,9 +139,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 await _abort(context, internal_error(request_id), request_id)
             finally:
                 seconds = time.perf_counter() - started
-                self._observer.handled(method, code, seconds)
                 level = log.debug if is_status_stream else log.info
                 level("rpc", method=method, code=code, seconds=round(seconds, 6), **facts)
+                self._observer.handled(method, code, seconds)
 
 
 async def _abort(context: Context, error: AloraServeError, request_id: str) -> NoReturn:

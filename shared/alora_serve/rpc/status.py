@@ -152,10 +152,12 @@ def _rebuild(code: grpc.StatusCode, message: str, status: status_pb2.Status) -> 
     for detail in status.details:
         # Unpack fills the one message of its type and leaves the others alone.
         any(detail.Unpack(target) for target in (info, request, bad, retry))
-    metadata = dict(info.metadata)
+    # Proxies and other services have reasons of their own, which may be spelt like ours.
+    ours = info if info.domain == ERROR_DOMAIN else error_details_pb2.ErrorInfo()
+    metadata = dict(ours.metadata)
     if request.request_id:
         metadata["request_id"] = request.request_id
-    return _error_class(code, info.reason)(
+    return _error_class(code, ours.reason)(
         message,
         violations=[FieldViolation(violation.field, violation.description) for violation in bad.field_violations],
         retry_after_seconds=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,

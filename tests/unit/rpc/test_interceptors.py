@@ -1,0 +1,336 @@
+"""Around every call: request id, deadline, errors, undecodable requests, metrics and a log line that quotes nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from alora_serve.errors import (
+    AdapterNotFoundError,
+    AloraServeError,
+    DeadlinePassedError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+from alora_serve.rpc.channels import internal_channel, server_options
+from alora_serve.rpc.in_flight import InFlightCalls
+from alora_serve.rpc.interceptors import CallInterceptor
+from alora_serve.rpc.status import error_from_rpc
+from alora_serve.v1 import base_prefill_pb2 as pb2
+from alora_serve.v1.base_prefill_pb2_grpc import (
+    BasePrefillServiceServicer,
+    BasePrefillServiceStub,
+    add_BasePrefillServiceServicer_to_server,
+)
+
+TIMEOUT_SECONDS = 30.0
+PREFILL = "/alora_serve.v1.BasePrefillService/Prefill"
+WATCH = "/alora_serve.v1.BasePrefillService/WatchStatus"
+Request = pb2.BasePrefillServicePrefillRequest
+WatchRequest = pb2.BasePrefillServiceWatchStatusRequest
+
+
+class Counts:
+    """Remembers what was counted."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self._ended: list[tuple[str, str]] = []
+        self._more = asyncio.Event()
+
+    def started(self, method: str) -> None:
+        self.begun.append(method)
+
+    def handled(self, method: str, code: str, seconds: float) -> None:
+        assert seconds >= 0
+        self._ended.append((method, code))
+        self._more.set()
+
+    async def ended(self, count: int = 1) -> list[tuple[str, str]]:
+        """The calls that have ended, once there are so many: a client may hear of the end before it is counted."""
+        while len(self._ended) < count:
+            self._more.clear()
+            await self._more.wait()
+        return self._ended
+
+
+class Servicer(BasePrefillServiceServicer):
+    """Raises what it is told to, or waits for ever."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.wait = False
+        self.calls = 0
+        self.bound_ids: list[str] = []
+        self.entered = asyncio.Event()
+        self.left = asyncio.Event()
+        self.full = asyncio.Event()
+
+    async def Prefill(self, request: Any, context: Any) -> pb2.BasePrefillServicePrefillResponse:  # noqa: N802
+        self.calls += 1
+        self.bound_ids.append(structlog.contextvars.get_contextvars()["request_id"])
+        self.entered.set()
+        if self.error:
+            raise self.error
+        try:
+            if self.wait:
+                await asyncio.Event().wait()
+        finally:
+            self.left.set()
+        return pb2.BasePrefillServicePrefillResponse()
+
+    async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        self.calls += 1
+        try:
+            for _ in range(3):
+                yield pb2.BasePrefillServiceWatchStatusResponse()
+            if self.error:
+                raise self.error
+            while self.wait:
+                # Fills the window of a client that does not read, so that a write waits.
+                status = pb2.BasePrefillServiceWatchStatusResponse()
+                status.status.model.name = "x" * 100_000
+                self.full.set()
+                yield status
+        finally:
+            self.left.set()
+
+
+async def finish(call: Any) -> None:
+    """Wait for the end of a call, unary or streaming."""
+    if hasattr(call, "read"):
+        async for _ in call:
+            pass
+    else:
+        await call
+
+
+class Server:
+    """A served servicer and a stub for it."""
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self.in_flight = InFlightCalls()
+        self.servicer = Servicer()
+        self.server = grpc.aio.server(
+            interceptors=[CallInterceptor(self.counts, self.in_flight)], options=server_options()
+        )
+        add_BasePrefillServiceServicer_to_server(self.servicer, self.server)
+        self.channel = internal_channel(f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}")
+        self.stub: Any = BasePrefillServiceStub(self.channel)
+
+    def prefill(self, **options: Any) -> Any:
+        return self.stub.Prefill(Request(), **{"timeout": TIMEOUT_SECONDS, "wait_for_ready": True} | options)
+
+    def watch(self, **options: Any) -> Any:
+        return self.stub.WatchStatus(WatchRequest(), **{"timeout": TIMEOUT_SECONDS, "wait_for_ready": True} | options)
+
+    async def failure(self, call: Any) -> AloraServeError:
+        """The domain error that a call ends with."""
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await finish(call)
+        return error_from_rpc(caught.value)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    served = Server()
+    await served.server.start()
+    yield served
+    await served.channel.close()
+    await served.server.stop(0)
+
+
+async def test_a_clients_request_id_is_bound_and_echoed_in_both_metadata(server: Server) -> None:
+    call = server.prefill(metadata=(("x-request-id", "mine-1"),))
+    await call
+    assert dict(await call.initial_metadata())["x-request-id"] == "mine-1"
+    assert dict(await call.trailing_metadata())["x-request-id"] == "mine-1"
+    assert server.servicer.bound_ids == ["mine-1"]
+    stream = server.watch(metadata=(("x-request-id", "mine-2"),))
+    assert [message async for message in stream] == [pb2.BasePrefillServiceWatchStatusResponse()] * 3
+    assert dict(await stream.initial_metadata())["x-request-id"] == "mine-2"
+    assert dict(await stream.trailing_metadata())["x-request-id"] == "mine-2"
+
+
+@pytest.mark.parametrize("given", [None, "", "x" * 129, "two words", '"quoted"'])
+async def test_a_missing_or_unfit_request_id_is_replaced(server: Server, given: str | None) -> None:
+    call = server.prefill(metadata=() if given is None else (("x-request-id", given),))
+    await call
+    assert len(dict(await call.initial_metadata())["x-request-id"]) == 32
+    assert structlog.contextvars.get_contextvars() == {}, "the server's context must not leak"
+
+
+async def test_errors_of_ours_arrive_whole_from_unary_and_streaming_calls(server: Server) -> None:
+    server.servicer.error = OverloadedError("the queue is full", retry_after_seconds=1.5)
+    for start in (server.prefill, server.watch):
+        call = start()
+        error = await server.failure(call)
+        assert type(error) is OverloadedError
+        assert error.retry_after_seconds == 1.5
+        assert dict(await call.trailing_metadata())["x-request-id"] == error.metadata["request_id"]
+    assert server.counts.begun == [PREFILL, WATCH]
+    assert await server.counts.ended(2) == [(PREFILL, "RESOURCE_EXHAUSTED"), (WATCH, "RESOURCE_EXHAUSTED")]
+
+
+async def test_a_bug_is_internal_tells_nothing_and_is_logged_with_its_traceback(server: Server) -> None:
+    server.servicer.error = ValueError("password=hunter2")
+    for start in (server.prefill, server.watch):
+        with capture_logs() as logs:
+            error = await server.failure(start())
+            await server.counts.ended(len(server.counts.begun))
+        assert type(error) is AloraServeError
+        assert str(error) == f"internal error; report request id {error.metadata['request_id']}"
+        [bug] = [line for line in logs if line["event"] == "rpc_bug"]
+        assert bug["exc_info"] is True
+    assert [code for _, code in await server.counts.ended(2)] == ["INTERNAL", "INTERNAL"]
+
+
+async def test_a_deadline_that_passes_ends_the_work_and_is_counted_as_such(server: Server) -> None:
+    server.servicer.wait = True
+    call = server.prefill(timeout=0.2)
+    error = await server.failure(call)
+    assert type(error) is DeadlinePassedError
+    await server.servicer.left.wait()
+    assert await server.counts.ended() == [(PREFILL, "DEADLINE_EXCEEDED")]
+
+
+class LateContext:
+    """A context of a call whose deadline is over, as a busy server meets it."""
+
+    def __init__(self) -> None:
+        self.aborted: list[grpc.StatusCode] = []
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> float:
+        return 0.0
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        pass
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        pass
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None:
+        self.aborted.append(code)
+        raise grpc.aio.AbortError
+
+
+async def test_a_call_that_is_looked_at_too_late_does_no_work() -> None:
+    counts, context, servicer = Counts(), LateContext(), Servicer()
+    interceptor = CallInterceptor(counts, InFlightCalls())
+    handler = grpc.unary_unary_rpc_method_handler(servicer.Prefill, request_deserializer=Request.FromString)
+
+    async def continuation(details: Any) -> Any:
+        return handler
+
+    class Details:
+        method = PREFILL
+
+    surrounded: Any = await interceptor.intercept_service(continuation, Details())  # type: ignore[arg-type]
+    with pytest.raises(grpc.aio.AbortError):
+        await surrounded.unary_unary(Request(), context)
+    assert servicer.calls == 0
+    assert context.aborted == [grpc.StatusCode.DEADLINE_EXCEEDED]
+    assert await counts.ended() == [(PREFILL, "DEADLINE_EXCEEDED")]
+
+
+async def test_a_client_that_leaves_ends_the_work_and_is_counted(server: Server) -> None:
+    server.servicer.wait = True
+    call = server.prefill()
+    await server.servicer.entered.wait()
+    call.cancel()
+    await server.servicer.left.wait()
+    assert await server.counts.ended() == [(PREFILL, "CANCELLED")]
+
+
+async def test_a_client_that_stops_reading_and_leaves_closes_the_handlers_stream(server: Server) -> None:
+    server.servicer.wait = True
+    stream = server.watch()
+    await stream.read()
+    await server.servicer.full.wait()
+    stream.cancel()
+    await server.servicer.left.wait()
+    assert await server.counts.ended() == [(WATCH, "CANCELLED")]
+
+
+def raw(server: Server, data: bytes) -> Any:
+    """A call whose request is exactly these bytes."""
+    method: Any = server.channel.unary_unary(
+        PREFILL,
+        request_serializer=lambda _: data,
+        response_deserializer=pb2.BasePrefillServicePrefillResponse.FromString,
+    )
+    return method(None, timeout=TIMEOUT_SECONDS, wait_for_ready=True)
+
+
+async def test_a_string_that_is_not_utf8_is_an_invalid_argument_that_names_it(server: Server) -> None:
+    data = Request(request_id="needle").SerializeToString().replace(b"needle", b"need\xff\xfe")
+    error = await server.failure(raw(server, data))
+    assert type(error) is InvalidRequestError
+    assert [violation.field for violation in error.violations] == ["request_id"]
+    assert server.servicer.calls == 0
+    assert await server.counts.ended() == [(PREFILL, "INVALID_ARGUMENT")]
+
+
+async def test_bytes_that_are_no_message_are_an_invalid_argument(server: Server) -> None:
+    error = await server.failure(raw(server, b"\xff\xff"))
+    assert type(error) is InvalidRequestError
+    assert "alora_serve.v1.BasePrefillServicePrefillRequest" in str(error)
+
+
+async def test_a_method_that_nobody_serves_is_unimplemented(server: Server) -> None:
+    method: Any = server.channel.unary_unary("/alora_serve.v1.BasePrefillService/Nothing")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await method(b"", timeout=TIMEOUT_SECONDS, wait_for_ready=True)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert server.counts.begun == []
+
+
+async def test_the_log_names_the_bad_fields_but_does_not_quote_the_request(server: Server) -> None:
+    server.servicer.error = InvalidRequestError.of("prompt.messages[0].role", "'my secret diary' is no role")
+    with capture_logs() as logs:
+        await server.failure(server.prefill())
+        await server.counts.ended()
+    [line] = [line for line in logs if line["event"] == "rpc"]
+    assert (line["code"], line["reason"]) == ("INVALID_ARGUMENT", "REQUEST_INVALID")
+    assert line["fields"] == ["prompt.messages[0].role"]
+    assert "diary" not in str(line)
+
+
+async def test_the_log_says_why_a_call_was_refused_for_our_own_reasons(server: Server) -> None:
+    server.servicer.error = AdapterNotFoundError("no adapter jailbrake; nearest: jailbreak")
+    with capture_logs() as logs:
+        await server.failure(server.prefill())
+        await server.counts.ended()
+    [line] = [line for line in logs if line["event"] == "rpc"]
+    assert line["error"] == "no adapter jailbrake; nearest: jailbreak"
+
+
+async def test_while_draining_new_calls_are_unavailable_and_status_streams_go_on(server: Server) -> None:
+    assert await server.in_flight.drain(0) == 0
+    error = await server.failure(server.prefill())
+    assert type(error) is UnavailableError
+    assert server.servicer.calls == 0
+    assert len([message async for message in server.watch()]) == 3
+
+
+async def test_a_drain_waits_for_running_calls_but_not_for_status_streams(server: Server) -> None:
+    server.servicer.wait = True
+    stream = server.watch()
+    await stream.read()
+    call = server.prefill()
+    await server.servicer.entered.wait()
+    assert await server.in_flight.drain(0) == 1
+    call.cancel()
+    assert await server.in_flight.drain(TIMEOUT_SECONDS) == 0
+    stream.cancel()
