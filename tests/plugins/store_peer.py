@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import psutil
 
+from alora_serve.errors import StoreError
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.guarded import BreakerState, Direction, Operation, Outcome
 from alora_serve.kv.store import KVStore, Put, StoreKey
@@ -73,6 +74,7 @@ class Peer:
             [sys.executable, str(Path(__file__).resolve()), url, str(budget_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
             env=environment,
         )
@@ -122,7 +124,8 @@ class Peer:
 
 
 class _Obedient:
-    def __init__(self, url: str, budget_bytes: int) -> None:
+    def __init__(self, url: str, budget_bytes: int, replies: TextIO) -> None:
+        self._replies = replies
         self._url = url
         self._store = open_store(
             url,
@@ -171,19 +174,24 @@ class _Obedient:
             self.put(names, size, version)
             self.get(names)
             if version == 0:
-                _say("churning")
+                self.say("churning")
             version += 1
 
-
-def _say(reply: Any) -> None:
-    print(json.dumps(reply), flush=True)
+    def say(self, reply: Any) -> None:
+        print(json.dumps(reply), file=self._replies, flush=True)
 
 
 def _main() -> None:
-    obedient = _Obedient(sys.argv[1], int(sys.argv[2]))
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # log lines go where they do not get between the replies
+    obedient = _Obedient(sys.argv[1], int(sys.argv[2]), replies)
     for line in sys.stdin:
         command = json.loads(line)
-        _say(getattr(obedient, command.pop("operation"))(**command))
+        try:
+            reply = getattr(obedient, command.pop("operation"))(**command)
+        except StoreError as error:
+            reply = {"error": type(error).__name__}
+        obedient.say(reply)
 
 
 if __name__ == "__main__":

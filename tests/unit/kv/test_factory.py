@@ -1,0 +1,81 @@
+"""Which URL gives which store, and that refusals say why without saying the password."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alora_serve.errors import ConfigError
+from alora_serve.kv.factory import open_store
+from alora_serve.kv.guarded import InstrumentedStore
+from alora_serve.kv.lmdb import LmdbStore, default_location
+from alora_serve.kv.redis import RedisStore
+from store_peer import RecordingMetrics
+
+
+def made(url: str) -> InstrumentedStore:
+    store = open_store(
+        url,
+        budget_bytes=1 << 20,
+        ttl_seconds=60,
+        breaker_failures=3,
+        breaker_reset_seconds=1,
+        metrics=RecordingMetrics(),
+    )
+    assert isinstance(store, InstrumentedStore)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("url", "backend"),
+    [
+        ("lmdb:", LmdbStore),
+        ("lmdb:///var/cache/alora", LmdbStore),
+        ("redis://127.0.0.1:6379/0", RedisStore),
+        ("redis://user:p%40ss@[::1]:6379", RedisStore),
+        ("unix:///run/valkey.sock?db=3", RedisStore),
+    ],
+)
+def test_the_scheme_chooses_the_backend(url: str, backend: type) -> None:
+    store = made(url)
+    assert isinstance(store._inner._inner, backend)  # type: ignore[attr-defined]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "root"),
+    [("lmdb:", default_location()), ("lmdb:///a/b%20c", Path("/a/b c")), ("lmdb:/a/b", Path("/a/b"))],
+)
+def test_an_lmdb_url_names_a_directory(url: str, root: Path) -> None:
+    assert made(url)._inner._inner._slot._root == root  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("memcached://host", "memcached://host: the scheme must be one of lmdb, redis, unix"),
+        ("nonsense", "nonsense: the scheme must be one of"),
+        ("rediss://user:secret@host:6379/0", "rediss://host:6379/0: TLS"),
+        ("redis+cluster://user:secret@host", "redis+cluster://host: TLS, Cluster"),
+        ("redis+sentinel://host/primary", "Sentinel"),
+        ("redis://user:secret@host/abc", "redis://host/abc: the database must be a number"),
+        ("redis://user:secret@host:port", "redis://host:port: malformed"),
+        ("redis://user:sec/ret@host:1", "redis://host:1: malformed"),
+        ("redis:user:secret@host:1", "redis:host:1: malformed"),
+        ("redis://user:secret@host?ssl=secret", "redis://host: unknown options ssl"),
+        ("unix://", "needs the absolute path"),
+        ("unix:///socket?db=secret", "unix:///socket: malformed"),
+        ("lmdb:relative", "lmdb:relative: the directory must be absolute"),
+        ("lmdb://host/path", "lmdb:///absolute/directory"),
+        ("lmdb:///path?budget=1", "lmdb:///absolute/directory"),
+    ],
+)
+def test_other_urls_are_refused_with_the_reason_and_without_the_password(url: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        made(url)
+    assert says in str(caught.value)
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "sec" not in str(error)
+        error = error.__cause__
