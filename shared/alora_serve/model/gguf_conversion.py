@@ -17,13 +17,10 @@ _CHECK_CONTINUATION = " Paris"
 
 
 def convert_gguf(gguf_file: Path, output_directory: Path) -> None:
-    """Write ``output_directory`` (created if missing) from ``gguf_file`` and check that the result is a sane model.
+    """Write ``output_directory`` (created if missing) from ``gguf_file``.
 
     The quantised weights are dequantised once and stored as bfloat16, so that a run in bfloat16 and a run in float32
     compute with the same numbers.
-
-    Raises:
-        RuntimeError: the saved model does not load back as an ordinary model, or predicts nonsense.
     """
     import torch
     from tokenizers import pre_tokenizers
@@ -53,12 +50,13 @@ def convert_gguf(gguf_file: Path, output_directory: Path) -> None:
     tokenizer.save_pretrained(output_directory)
     print("save", flush=True)
 
-    _check(output_directory)
-    print("check", flush=True)
 
+def check_model(directory: Path) -> None:
+    """Load ``directory`` as any user would and ask it for one token.
 
-def _check(directory: Path) -> None:
-    """Load ``directory`` as any user would and ask it for one token."""
+    Raises:
+        RuntimeError: it lost its chat template or end token, or predicts nonsense.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,6 +80,8 @@ def main() -> None:
     parser.add_argument("output_directory", type=Path)
     arguments = parser.parse_args()
     convert_gguf(arguments.gguf_file, arguments.output_directory)
+    check_model(arguments.output_directory)
+    print("check", flush=True)
 
 
 if __name__ == "__main__":
