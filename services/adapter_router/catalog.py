@@ -43,8 +43,8 @@ def find_adapter(name: str, workers: Sequence[EndpointSnapshot]) -> AdapterInfo:
     known = {adapter.name: adapter for adapter in merged_adapters(workers)}
     adapter = known.get(name)
     if adapter is None:
-        nearest = difflib.get_close_matches(name, known, n=_NEAREST_NAMES, cutoff=0.4)
-        hint = f"nearest: {', '.join(nearest)}" if nearest else "ListAdapters names those that exist"
+        nearest = difflib.get_close_matches(name, known, n=_NEAREST_NAMES, cutoff=0)
+        hint = f"nearest: {', '.join(nearest)}" if nearest else "no adapter is served at all"
         raise AdapterNotFoundError(f"no adapter named {name!r}; {hint}", metadata={"nearest": ",".join(nearest)})
     if adapter.problem:
         raise AdapterRefusedError(f"adapter {name!r} cannot be served: {adapter.problem}")

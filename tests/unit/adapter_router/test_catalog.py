@@ -1,0 +1,96 @@
+"""What endpoints serve between them, from their reports."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from adapter_router.catalog import find_adapter, live_models, merged_adapters, paired_models, prevailing_model
+from adapter_router.policy import EndpointSnapshot
+from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, UnavailableError
+from alora_serve.types import AdapterDigest, AdapterInfo
+from fake_services import adapter, model
+
+
+def endpoint(*adapters: AdapterInfo, name: str = "m", **changes: bool) -> EndpointSnapshot:
+    known = {info.name: info for info in adapters}
+    return dataclasses.replace(
+        EndpointSnapshot("h:1", model_digest=model(name).model_digest, adapters=known), **changes
+    )
+
+
+def other(info: AdapterInfo, digest: str) -> AdapterInfo:
+    return dataclasses.replace(info, digest=AdapterDigest(digest))
+
+
+def test_an_adapter_that_any_worker_can_serve_is_shown_as_served() -> None:
+    refused, served = adapter("a", problem="old"), adapter("a")
+    assert merged_adapters([endpoint(refused), endpoint(served)]) == [served]
+
+
+def test_residency_counts_only_for_the_weights_that_are_shown() -> None:
+    cold, warm = other(adapter("a"), "1"), other(adapter("a", resident=True), "2")
+    assert not merged_adapters([endpoint(warm), endpoint(cold)])[0].resident
+    assert merged_adapters([endpoint(adapter("a")), endpoint(adapter("a", resident=True))])[0].resident
+
+
+def test_adapters_are_sorted_by_name() -> None:
+    assert [a.name for a in merged_adapters([endpoint(adapter("b")), endpoint(adapter("a"))])] == ["a", "b"]
+
+
+def test_an_adapter_known_only_to_an_unreachable_worker_is_still_known() -> None:
+    assert find_adapter("a", [endpoint(adapter("a"), healthy=False)]) == adapter("a")
+
+
+def test_an_unknown_adapter_is_answered_with_the_nearest_names() -> None:
+    workers = [endpoint(*(adapter(name) for name in ("answerability", "certainty", "jailbreak", "rewrite")))]
+    with pytest.raises(AdapterNotFoundError, match="no adapter named 'jailbraek'; nearest: jailbreak, ") as caught:
+        find_adapter("jailbraek", workers)
+    assert len(caught.value.metadata["nearest"].split(",")) == 3
+
+
+def test_where_no_adapter_exists_the_answer_says_so() -> None:
+    with pytest.raises(AdapterNotFoundError, match="no adapter is served at all"):
+        find_adapter("a", [endpoint()])
+
+
+def test_a_refused_adapter_says_why() -> None:
+    with pytest.raises(AdapterRefusedError, match="use_dora"):
+        find_adapter("a", [endpoint(adapter("a", problem="use_dora"))])
+
+
+def test_before_any_report_nothing_is_known_to_be_missing() -> None:
+    with pytest.raises(UnavailableError):
+        find_adapter("a", [EndpointSnapshot("h:1", healthy=False)])
+
+
+def test_a_model_needs_both_services() -> None:
+    assert live_models([endpoint(name="m")], [endpoint(name="n")]) == frozenset()
+    assert live_models([endpoint(name="m"), endpoint(name="n")], [endpoint(name="n")]) == {model("n").model_digest}
+
+
+@pytest.mark.parametrize("why", ["unhealthy", "draining"])
+def test_endpoints_that_take_nothing_make_no_live_model(why: str) -> None:
+    changes = {"healthy": False} if why == "unhealthy" else {"draining": True}
+    assert live_models([endpoint()], [endpoint(**changes)]) == frozenset()
+    # While nothing lives, what was last known says which endpoints to wait for.
+    assert paired_models([endpoint()], [endpoint(**changes)]) == {model().model_digest}
+    assert paired_models([endpoint(), endpoint(name="n")], [endpoint(**changes), endpoint(name="n")]) == {
+        model("n").model_digest
+    }
+
+
+def test_a_models_workers_must_serve_the_adapter() -> None:
+    assert live_models([endpoint()], [endpoint(adapter("a", problem="no"))], "a") == frozenset()
+    assert live_models([endpoint()], [endpoint(adapter("a"))], "a") == {model().model_digest}
+
+
+def test_the_model_of_most_workers_prevails() -> None:
+    old, new = model("old"), model("new")
+    both = {old.model_digest, new.model_digest}
+    assert prevailing_model([old, new, new], both) == new
+    assert prevailing_model([old, new, new], {old.model_digest}) == old
+    assert prevailing_model([old, new], both) == prevailing_model([new, old], both)
+    with pytest.raises(UnavailableError):
+        prevailing_model([old], set())

@@ -1,0 +1,40 @@
+"""The router's settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapter_router.config import Settings
+from adapter_router.endpoints.endpoint import EndpointOptions
+from adapter_router.servicer import RouterLimits
+from alora_serve.config import load_settings
+from alora_serve.errors import ConfigError
+from fake_services import handle
+
+FLAGS = (
+    "--handle-secrets=a secret of the tests",
+    "--base-prefill-endpoints=dns:///prefill:1",
+    "--decode-endpoints=h:1,[::1]:2",
+)
+
+
+def test_settings_reach_the_parts_they_are_for() -> None:
+    more = ("--bounded-load-factor=2", "--resolve-seconds=7", "--max-attempts=4", "--max-in-flight=5")
+    settings = load_settings(Settings, [*FLAGS, *more, "--default-deadline-seconds=6"])
+    settings.check_endpoints()
+    assert settings.decode_endpoints == ("h:1", "[::1]:2")
+    assert settings.endpoint_options() == EndpointOptions(load_factor=2, resolve_seconds=7)
+    assert settings.limits() == RouterLimits(max_attempts=4, max_in_flight=5, default_deadline_seconds=6)
+    settings.signer().verify(handle())
+
+
+@pytest.mark.parametrize("missing", ["base_prefill_endpoints", "decode_endpoints"])
+def test_a_router_without_endpoints_does_not_start(missing: str) -> None:
+    flags = [flag for flag in FLAGS if missing.replace("_", "-") not in flag]
+    with pytest.raises(ConfigError, match=f"{missing} is empty"):
+        load_settings(Settings, flags).check_endpoints()
+
+
+def test_a_router_without_a_secret_does_not_start() -> None:
+    with pytest.raises(ConfigError, match="handle_secrets"):
+        load_settings(Settings, FLAGS[1:]).signer()
