@@ -50,8 +50,7 @@ class CatalogEntry:
         Raises:
             AdapterRefusedError: from ``reader``; or the files cannot be read, or do not stay the same.
         """
-        # Until an outcome is known, `info` is about no files: a failure nobody foresaw must not pass for their reading.
-        self._signature = signature = None
+        signature: Signature | None = None
         try:
             for _ in range(_READ_ATTEMPTS):
                 files = self._find_files()

@@ -84,15 +84,15 @@ def _real_file(path: Path, root: Path, adapter_name: str, max_bytes: int) -> Pat
     return real
 
 
-def digest_of(config: bytes, weights: Iterable[Buffer], *, weights_bytes: int) -> AdapterDigest:
-    """SHA-256 over the canonical config and the weights file, each preceded by its length.
+def digest_of(config: bytes, weights: Iterable[Buffer]) -> AdapterDigest:
+    """SHA-256 over the length of the canonical config, that config, and the weights file.
 
     Canonical is JSON with sorted keys and no spaces, so that formatting a config anew does not make another adapter.
     ``config`` must be JSON.
     """
     canonical = json.dumps(json.loads(config), sort_keys=True, separators=(",", ":")).encode()
     hasher = hashlib.sha256()
-    hasher.update(len(canonical).to_bytes(8, "little") + canonical + weights_bytes.to_bytes(8, "little"))
+    hasher.update(len(canonical).to_bytes(8, "little") + canonical)
     for chunk in weights:
         hasher.update(chunk)
     return AdapterDigest(hasher.hexdigest())

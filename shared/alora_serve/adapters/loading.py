@@ -59,8 +59,7 @@ def inspect_adapter(files: AdapterFiles, *, name: str, base: BaseModel) -> Adapt
     except safetensors.SafetensorError as error:
         raise _damaged(name, error) from error
     plan.check_tensors(specs)
-    size = files.weights.stat().st_size
-    return plan.info(digest_of(plan.raw_config, files.weights_chunks(), weights_bytes=size))
+    return plan.info(digest_of(plan.raw_config, files.weights_chunks()))
 
 
 def load_adapter(files: AdapterFiles, *, name: str, base: BaseModel) -> LoadedAdapter:
@@ -75,7 +74,7 @@ def load_adapter(files: AdapterFiles, *, name: str, base: BaseModel) -> LoadedAd
     """
     plan = _Plan.read(files, name, base)
     content = files.weights.read_bytes()
-    info = plan.info(digest_of(plan.raw_config, [content], weights_bytes=len(content)))
+    info = plan.info(digest_of(plan.raw_config, [content]))
     try:
         tensors = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:

@@ -134,7 +134,6 @@ class Residency:
 
     def _hold(self, key: _Key, resident: _Resident) -> Lease:
         resident.leases += 1
-        self._residents.move_to_end(key)
         return Lease(resident.adapter, lambda: self._give_back(key))
 
     def _retire(self, applies: Callable[[_Key], bool]) -> None:
@@ -157,7 +156,7 @@ class Residency:
     def _give_back(self, key: _Key) -> None:
         with self._lock:
             self._residents[key].leases -= 1
-            self._residents.move_to_end(key)  # used until now
+            self._residents.move_to_end(key)  # used until now; while leased, its place does not matter
             dropped = self._drop_unleased()
         self._report(dropped)
 

@@ -206,6 +206,11 @@ def test_what_is_no_peft_config_is_refused(raw: bytes) -> None:
         parse_adapter_config(raw, adapter_name="x")
 
 
+def test_a_config_that_names_no_peft_type_is_refused() -> None:
+    with pytest.raises(AdapterRefusedError, match="peft_type = null"):
+        parse_adapter_config(b'{"target_modules": ["q_proj"]}', adapter_name="x")
+
+
 def test_an_empty_invocation_is_a_plain_lora_as_in_peft(fresh_model: Callable[..., PreTrainedModel]) -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[])
     layer = peft.get_peft_model(fresh_model("llama"), config).base_model.model.model.layers[0].self_attn.q_proj

@@ -108,18 +108,18 @@ def test_the_signature_changes_with_either_file(root: Path) -> None:
 def test_the_digest_is_of_meaning_and_weights_not_of_layout() -> None:
     config = {"r": 8, "target_modules": ["q_proj"]}
     weights = b"12345678"
-    digest = digest_of(json.dumps(config).encode(), [weights], weights_bytes=8)
+    digest = digest_of(json.dumps(config).encode(), [weights])
     reordered = json.dumps(dict(reversed(config.items())), indent=4).encode()
-    assert digest_of(reordered, [weights[:3], weights[3:]], weights_bytes=8) == digest
+    assert digest_of(reordered, [weights[:3], weights[3:]]) == digest
     assert len(digest) == 64
     changed = [
-        digest_of(json.dumps(config | {"r": 4}).encode(), [weights], weights_bytes=8),
-        digest_of(json.dumps(config).encode(), [b"12345679"], weights_bytes=8),
-        digest_of(json.dumps(config).encode(), [weights[:7]], weights_bytes=7),
+        digest_of(json.dumps(config | {"r": 4}).encode(), [weights]),
+        digest_of(json.dumps(config).encode(), [b"12345679"]),
+        digest_of(json.dumps(config).encode(), [weights[:7]]),
     ]
     assert len({digest, *changed}) == 4
 
 
 def test_bytes_cannot_move_between_config_and_weights_unnoticed() -> None:
-    # Without lengths, both would hash the same bytes `1` + `11`.
-    assert digest_of(b"1", [b"11"], weights_bytes=2) != digest_of(b"11", [b"1"], weights_bytes=1)
+    # Without the length, both would hash the same bytes `1` + `11`.
+    assert digest_of(b"1", [b"11"]) != digest_of(b"11", [b"1"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -122,6 +123,17 @@ def test_a_refused_adapter_is_served_once_it_is_repaired(root: Path, opened: Ope
     assert opened.info("certainty").problem == ""
 
 
+def test_an_adapter_that_loses_a_file_is_refused_until_it_is_back(root: Path, opened: Opened) -> None:
+    opened.registry.load("certainty")
+    weights = root / "certainty" / WEIGHTS_NAME
+    weights.rename(root / "kept")
+    with pytest.raises(AdapterRefusedError, match=f"cannot read {WEIGHTS_NAME}"):
+        opened.registry.acquire("certainty")
+    (root / "kept").rename(weights)
+    opened.registry.acquire("certainty").release()
+    assert opened.info("certainty").problem == ""
+
+
 def test_of_two_adapters_of_one_name_the_first_root_counts_and_the_other_is_listed(
     root: Path, tmp_path: Path, llama: BaseModel, save_adapter: SaveAdapter
 ) -> None:
@@ -167,7 +179,21 @@ def test_a_small_budget_keeps_what_was_used_last(root: Path, llama: BaseModel) -
     opened.registry.acquire("jailbreak").release()
     assert not opened.info("certainty").resident
     assert opened.info("jailbreak").resident
-    assert opened.kinds() == ["load", "drop", "load"], "room is made before reading"
+    assert opened.kinds() == ["load", "drop", "load"]
+
+
+def test_room_is_made_before_reading(root: Path, llama: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, held = registry.load_adapter, []
+
+    def watched(files: Any, **kwargs: Any) -> Any:
+        held.append(opened.registry.resident_bytes())
+        return real(files, **kwargs)
+
+    opened = Opened(root, base=llama, max_resident_bytes=10_000)
+    monkeypatch.setattr(registry, "load_adapter", watched)
+    opened.registry.acquire("certainty").release()
+    opened.registry.acquire("jailbreak").release()
+    assert held == [0, 0], "else the old and the new weights stand in memory together"
 
 
 def test_a_large_weights_file_is_refused(root: Path, llama: BaseModel) -> None:
@@ -340,6 +366,7 @@ def test_concurrent_first_uses_read_once(opened: Opened, monkeypatch: pytest.Mon
 
     def counted(files: Any, **kwargs: Any) -> Any:
         reads.append(kwargs["name"])
+        time.sleep(0.1)  # long enough for the others to come; they have no business here
         return real(files, **kwargs)
 
     def acquire(_: int) -> object:

@@ -132,6 +132,13 @@ def test_a_new_version_retires_the_old_and_running_sequences_keep_theirs(held: H
     assert ("a", AdapterDigest("v2")) in held.residency
 
 
+def test_a_retired_version_makes_room_before_anything_current_does(held: Held) -> None:
+    held.insert("a", "b", "c")
+    held.residency.insert(adapter("c", "v2")).release()
+    assert held.names() == {"a", "b"}
+    assert ("c", AdapterDigest("v2")) in held.residency
+
+
 def test_a_version_that_is_still_held_is_not_held_twice(held: Held) -> None:
     lease = held.residency.insert(adapter("a"))
     held.residency.retire(lambda name: name == "a")

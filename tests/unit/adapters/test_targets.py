@@ -41,7 +41,9 @@ LLAMA_CASES: list[dict[str, Any]] = [
     {"target_modules": ["proj"], "_matches_nothing": True},
     {"target_modules": r"model\.layers\.[02]\..*(q|k)_proj"},
     {"target_modules": "q_proj", "_matches_nothing": True},
+    {"target_modules": r"model\.layers\.0\.self_attn\.q_pro", "_matches_nothing": True},
     {"target_modules": ".*proj", "exclude_modules": r".*layers\.1\..*"},
+    {"target_modules": ["q_proj"], "exclude_modules": r"model\.layers\.1"},
     {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj", "o_proj"]},
     {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
     {"target_modules": "All-Linear"},
@@ -117,11 +119,11 @@ def test_what_peft_saves_for_all_linear_resolves_to_the_same_modules(
 
 def test_the_layer_is_the_first_number_in_a_name_not_the_expert() -> None:
     shape = ModuleShape(4, 4)
-    names = ["model.layers.0.experts.1.w1", "model.layers.1.experts.0.w1"]
+    names = ["model.layers.0.experts.layers.1.w1", "model.layers.1.experts.layers.0.w1"]
     base = BaseModel(dict.fromkeys(names, shape), 10, str)
     for fields in [{}, {"layers_pattern": "layers"}]:
         found = resolve(base, target_modules=["w1"], layers_to_transform=[1], **fields)
-        assert list(found) == names[1:], "a greedy match would give layers.0.experts.1"
+        assert list(found) == names[1:], "a greedy match would give the other one"
 
 
 def test_a_module_without_layer_is_left_out_when_layers_are_chosen() -> None:
