@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Final
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
+from adapter_router.catalog import live_models
 from adapter_router.config import Settings
 from adapter_router.peers import prefill_pool, worker_pool
 from adapter_router.servicer import AloraServicer
 from alora_serve.metrics import RequestMetrics, RouterMetrics, RpcMetrics
+from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.server import Service, run_service, serve
 from alora_serve.v1.alora_pb2_grpc import add_AloraServiceServicer_to_server
+
+SERVICE: Final = "alora_serve.v1.AloraService"
 
 
 async def main(settings: Settings) -> int:
@@ -21,8 +26,13 @@ async def main(settings: Settings) -> int:
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     metrics, options = RouterMetrics(registry), settings.endpoint_options()
-    prefills = prefill_pool(settings.base_prefill_endpoints, options, metrics)
-    workers = worker_pool(settings.decode_endpoints, options, metrics)
+    health = HealthServicer([SERVICE], serving=False)
+
+    def tell_health() -> None:
+        health.set_serving(bool(live_models(prefills.snapshots(), workers.snapshots())))
+
+    prefills = prefill_pool(settings.base_prefill_endpoints, options, metrics, on_change=tell_health)
+    workers = worker_pool(settings.decode_endpoints, options, metrics, on_change=tell_health)
     servicer = AloraServicer(
         prefills,
         workers,
@@ -35,9 +45,10 @@ async def main(settings: Settings) -> int:
         return await serve(
             "adapter-router",
             settings,
-            [Service("alora_serve.v1.AloraService", partial(add_AloraServiceServicer_to_server, servicer))],
+            [Service(SERVICE, partial(add_AloraServiceServicer_to_server, servicer))],
             observer=RpcMetrics(registry),
             registry=registry,
+            health=health,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from adapter_router.endpoints.endpoint import EndpointOptions
@@ -28,7 +28,12 @@ if TYPE_CHECKING:  # the asyncio stubs are types only
 
 
 def prefill_pool(
-    targets: Sequence[str], options: EndpointOptions, metrics: RouterMetrics, *, resolve: Resolver = resolve_target
+    targets: Sequence[str],
+    options: EndpointOptions,
+    metrics: RouterMetrics,
+    *,
+    on_change: Callable[[], None],
+    resolve: Resolver = resolve_target,
 ) -> Prefills:
     """The base prefill endpoints at ``targets``, to be entered."""
     return EndpointSet(
@@ -39,12 +44,18 @@ def prefill_pool(
         watch=_watch_prefill,
         options=options,
         metrics=metrics,
+        on_change=on_change,
         resolve=resolve,
     )
 
 
 def worker_pool(
-    targets: Sequence[str], options: EndpointOptions, metrics: RouterMetrics, *, resolve: Resolver = resolve_target
+    targets: Sequence[str],
+    options: EndpointOptions,
+    metrics: RouterMetrics,
+    *,
+    on_change: Callable[[], None],
+    resolve: Resolver = resolve_target,
 ) -> Workers:
     """The decode workers at ``targets``, to be entered."""
     return EndpointSet(
@@ -55,6 +66,7 @@ def worker_pool(
         watch=_watch_worker,
         options=options,
         metrics=metrics,
+        on_change=on_change,
         resolve=resolve,
     )
 

@@ -328,8 +328,8 @@ async def endpoint_sets(
     metrics: RouterMetrics,
 ) -> AsyncIterator[tuple[EndpointSet[Any], EndpointSet[Any]]]:
     """Both pools, started."""
-    prefills = prefill_pool(prefill_targets, options, metrics, resolve=resolve)
-    workers = worker_pool(worker_targets, options, metrics, resolve=resolve)
+    prefills = prefill_pool(prefill_targets, options, metrics, on_change=lambda: None, resolve=resolve)
+    workers = worker_pool(worker_targets, options, metrics, on_change=lambda: None, resolve=resolve)
     async with prefills, workers:
         yield prefills, workers
 

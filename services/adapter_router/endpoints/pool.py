@@ -44,8 +44,8 @@ class EndpointSet(Generic[StubT]):
         watch: Callable[[StubT], AsyncGenerator[EndpointStatus, None]],
         options: EndpointOptions,
         metrics: RouterMetrics,
+        on_change: Callable[[], None],
         resolve: Resolver = resolve_target,
-        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare; nothing runs before the context is entered.
 
@@ -57,8 +57,8 @@ class EndpointSet(Generic[StubT]):
             watch: the status stream on a stub; waits for the connection, ends or raises when the stream does.
             options: see :class:`EndpointOptions`.
             metrics: told of picks and health.
-            resolve: looks a target up.
             on_change: called after health, status or membership changed.
+            resolve: looks a target up.
         """
         self.service = service
         self._targets = tuple(targets)

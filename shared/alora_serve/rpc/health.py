@@ -1,4 +1,4 @@
-"""``grpc.health.v1`` for one process: its services all serve until it drains, and then none does.
+"""``grpc.health.v1`` for one process: its services all serve, or none does, and none after the drain began.
 
 The servicer of grpcio-health-checking drops the wake-up of every watcher of a service when one of them leaves, so the
 others would never hear of the drain; this one tells them all.
@@ -20,13 +20,19 @@ OVERALL = ""
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Serving from its construction until :meth:`shut_down`. Belongs to one event loop."""
+    """Serving until :meth:`shut_down`, except while it is told otherwise. Belongs to one event loop."""
 
-    def __init__(self, services: Iterable[str]) -> None:
-        """``services`` are full names, as in ``alora_serve.v1.AloraService``."""
+    def __init__(self, services: Iterable[str], *, serving: bool = True) -> None:
+        """Begin; the process as a whole and all its services have one status.
+
+        Args:
+            services: full names, as in ``alora_serve.v1.AloraService``.
+            serving: False until the process has what it needs to answer.
+        """
         self._services = frozenset([OVERALL, *services])
+        self._serving = serving
         self._shutting_down = False
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
 
     async def Check(  # noqa: N802
         self,
@@ -44,20 +50,29 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """The status now and after every change."""
+        told = None
         while True:
-            status = self._status(request.service)
-            yield _Status(status=status)
-            async with self._changed:
-                while self._status(request.service) == status:
-                    await self._changed.wait()
+            changed, status = self._changed, self._status(request.service)
+            if status != told:
+                told = status
+                yield _Status(status=status)
+            await changed.wait()
 
-    async def shut_down(self) -> None:
+    def set_serving(self, serving: bool) -> None:
+        """The process has, or has lost, what it needs to answer. Nothing serves again after :meth:`shut_down`."""
+        self._serving = serving
+        self._tell()
+
+    def shut_down(self) -> None:
         """From now on nothing is serving."""
-        async with self._changed:
-            self._shutting_down = True
-            self._changed.notify_all()
+        self._shutting_down = True
+        self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _status(self, service: str) -> Any:
         if service not in self._services:
             return _Status.SERVICE_UNKNOWN
-        return _Status.NOT_SERVING if self._shutting_down else _Status.SERVING
+        return _Status.SERVING if self._serving and not self._shutting_down else _Status.NOT_SERVING

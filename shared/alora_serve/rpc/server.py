@@ -55,6 +55,7 @@ async def serve(
     observer: CallObserver,
     registry: CollectorRegistry,
     max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    health: HealthServicer | None = None,
     on_drain: Callable[[], None] = lambda: None,
     cleanup: Sequence[Callable[[], Awaitable[None]]] = (),
     essential: Sequence[asyncio.Future[Any]] = (),
@@ -74,6 +75,7 @@ async def serve(
         observer: counts calls.
         registry: what ``/metrics`` shows.
         max_message_bytes: larger requests are RESOURCE_EXHAUSTED.
+        health: of these services, where the caller decides when they serve; unset: from the start.
         on_drain: called when the drain begins, to tell routers.
         cleanup: run one after the other at the end, also after a failure.
         essential: what the service can't do without, such as its engine: when one ends, so does the process.
@@ -86,7 +88,7 @@ async def serve(
     """
     stop = _stop_on_signals()
     in_flight = InFlightCalls()
-    health = HealthServicer(service.full_name for service in services)
+    health = health or HealthServicer(service.full_name for service in services)
     server = grpc.aio.server(
         interceptors=[CallInterceptor(observer, in_flight)], options=server_options(max_message_bytes)
     )
@@ -105,7 +107,7 @@ async def serve(
             print(json.dumps(line), flush=True)
             log.info("listening", address=address, metrics_address=metrics_address)
             failed = await _first(stop, essential)
-            await health.shut_down()
+            health.shut_down()
             on_drain()
             log.info("draining", seconds=settings.drain_seconds)
             left = await in_flight.drain(settings.drain_seconds)

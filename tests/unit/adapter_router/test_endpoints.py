@@ -100,6 +100,7 @@ async def test_a_status_that_cannot_be_read_is_not_health() -> None:
         watch=unreadable,
         options=FAST,
         metrics=RouterMetrics(CollectorRegistry()),
+        on_change=lambda: None,
     )
     async with workers:
         await until(lambda: len(opened) > 1)
