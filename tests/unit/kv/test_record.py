@@ -48,7 +48,7 @@ def test_header_and_record_have_the_sizes_that_the_format_says() -> None:
 def test_the_format_of_this_version_does_not_change() -> None:
     """Other processes read what was written: a new layout of the same version would be corruption to them."""
     layout = KVLayout(1, 1, 1, "float32")
-    record = _record(RecordSpec(StoreKey(b"k" * 32), layout, range(0, 1), 1), b"\0\1\2\3\4\5\6\7")
+    record = _record(RecordSpec(StoreKey(b"k" * 32), layout, range(1), 1), b"\0\1\2\3\4\5\6\7")
     assert record.hex() == (
         "614c4b5601000100" + "6b" * 32 + "0000"
         "0100"
@@ -103,7 +103,7 @@ def test_another_version_is_told_apart_from_damage() -> None:
     "spec",
     [
         replace(SPEC, key=StoreKey(b"o" * 32)),
-        replace(SPEC, group=range(0, 2)),
+        replace(SPEC, group=range(2)),
         replace(SPEC, layout=KVLayout(3, 4, 2, "bfloat16")),
         replace(SPEC, layout=KVLayout(3, 2, 4, "float16")),
         replace(SPEC, layout=KVLayout(3, 1, 4, "float32")),
