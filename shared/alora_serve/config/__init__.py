@@ -1,0 +1,38 @@
+"""Settings: what each means, where values come from, and how a wrong one stops the start."""
+
+from alora_serve.config.groups import (
+    ENV_PREFIX,
+    GROUPS,
+    AdapterSettings,
+    EngineSettings,
+    ModelSettings,
+    RouterSettings,
+    SecretSettings,
+    ServerSettings,
+    SettingsGroup,
+    StoreSettings,
+    env_name,
+    flag_name,
+    known_names,
+)
+from alora_serve.config.loading import load_settings, run_with_settings
+from alora_serve.config.reference import configuration_table
+
+__all__ = [
+    "ENV_PREFIX",
+    "GROUPS",
+    "AdapterSettings",
+    "EngineSettings",
+    "ModelSettings",
+    "RouterSettings",
+    "SecretSettings",
+    "ServerSettings",
+    "SettingsGroup",
+    "StoreSettings",
+    "configuration_table",
+    "env_name",
+    "flag_name",
+    "known_names",
+    "load_settings",
+    "run_with_settings",
+]

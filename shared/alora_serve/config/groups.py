@@ -1,0 +1,146 @@
+"""Every setting there is, in groups that the services mix; a service may change a default, never add a name.
+
+All names live here, so that one environment or one file serves all services and a misspelt name is still found.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr
+from pydantic_settings import BaseSettings, CliSuppress, NoDecode, SettingsConfigDict
+
+ENV_PREFIX: Final = "ALORA_"
+
+
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""``a,b,c`` in the environment and on the command line, a list in YAML."""
+PathList = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
+SecretList = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+
+
+class SettingsGroup(BaseSettings):
+    """Base of all groups."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, cli_kebab_case=True, cli_hide_none_type=True
+    )
+
+    config: Path | None = Field(None, description="YAML file with settings; flags and environment override it.")
+
+
+class ServerSettings(SettingsGroup):
+    """Where a service listens and how it ends."""
+
+    listen: str = Field("127.0.0.1:0", description="host:port of the gRPC server; port 0 takes a free one.")
+    metrics_listen: str = Field("127.0.0.1:0", description="host:port of Prometheus /metrics; port 0 takes a free one.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
+    log_format: Literal["json", "console"] = Field("json", description="json for machines, console for people.")
+    drain_seconds: float = Field(30.0, ge=0, description="On SIGTERM, how long running requests may take to finish.")
+    reflection: bool = Field(True, description="Serve gRPC reflection.")
+
+
+class ModelSettings(SettingsGroup):
+    """The base model."""
+
+    model: str = Field("demo", description="Directory, Hugging Face hub id, or demo (SmolLM2-135M-Instruct).")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Compute dtype; auto is bfloat16 where the processor multiplies it natively."
+    )
+    device: str = Field("cpu", description="torch device.")
+    threads: int = Field(0, ge=0, description="torch threads of the process; 0 leaves torch's default.")
+    context_tokens: int | None = Field(None, ge=2, description="Longest prompt plus answer; unset: the model's.")
+
+
+class StoreSettings(SettingsGroup):
+    """The shared KV store."""
+
+    store_url: str = Field("lmdb:", description="lmdb:, lmdb:///dir, redis://host:port/db or unix:///socket.")
+    store_budget_bytes: ByteSize = Field(
+        ByteSize(4 << 30), description="LMDB: bytes kept before the oldest are dropped."
+    )
+    store_ttl_seconds: int = Field(86400, ge=1, description="Redis/Valkey: a block not written for so long expires.")
+    store_timeout_seconds: float = Field(0.5, gt=0, description="Longest a store call may take, besides its transfer.")
+    store_bytes_per_second: float = Field(20e6, gt=0, description="Slowest transfer the store is waited for.")
+    breaker_failures: int = Field(5, ge=1, description="Store failures in a row that open the circuit breaker.")
+    breaker_reset_seconds: float = Field(5.0, gt=0, description="Time until an open breaker lets a probe through.")
+    block_tokens: int | None = Field(None, ge=1, le=4096, description="Tokens a stored block; unset: by KV size.")
+
+
+class EngineSettings(SettingsGroup):
+    """The batch."""
+
+    max_batch_sequences: int = Field(32, ge=1, description="Sequences in one batch.")
+    max_step_tokens: int = Field(256, ge=1, description="Prompt tokens of one step: the chunk of a prefill.")
+    max_queue: int = Field(100, ge=0, description="Requests that may wait for a place before RESOURCE_EXHAUSTED.")
+    prefix_cache_bytes: ByteSize = Field(ByteSize(1 << 30), description="Memory for resident base KV.")
+
+
+class AdapterSettings(SettingsGroup):
+    """Where adapters are."""
+
+    adapter_roots: PathList = Field((), description="Directories whose subdirectories are PEFT adapters.")
+    adapter_cache_bytes: ByteSize = Field(ByteSize(1 << 30), description="Memory for adapter weights not in use.")
+    adapter_scan_seconds: float = Field(5.0, gt=0, description="How often the roots are looked at for changes.")
+
+
+class SecretSettings(SettingsGroup):
+    """What signs handles and keeps deployments apart. The same on every replica. Secrets are never flags."""
+
+    handle_secrets: CliSuppress[SecretList] = Field(
+        (), description="Secrets that sign prefix handles, >= 16 bytes each; the first signs, all verify. Required."
+    )
+    tenant_salt: CliSuppress[SecretStr] = Field(
+        SecretStr(""), description="Mixed into block names and handles; another salt shares none."
+    )
+    handle_ttl_seconds: int = Field(86400, ge=1, description="How long a prefix handle is accepted.")
+
+
+class RouterSettings(SettingsGroup):
+    """Whom the router talks to."""
+
+    base_prefill_endpoints: CommaList = Field(
+        (),
+        description="host:port of base prefill services, or dns:///name:port, resolved again and again. Required.",
+    )
+    decode_endpoints: CommaList = Field((), description="The same for decode workers. Required.")
+    resolve_seconds: float = Field(2.0, gt=0, description="How often names are resolved.")
+    bounded_load_factor: float = Field(1.25, ge=1, description="A worker takes at most so many times the mean load.")
+    max_attempts: int = Field(3, ge=1, description="Endpoints tried for one request.")
+    max_in_flight: int = Field(1000, ge=1, description="Requests in the router before RESOURCE_EXHAUSTED.")
+    default_deadline_seconds: float = Field(600.0, gt=0, description="Deadline of calls whose client sets none.")
+
+
+GROUPS: tuple[type[SettingsGroup], ...] = (
+    ServerSettings,
+    ModelSettings,
+    StoreSettings,
+    EngineSettings,
+    AdapterSettings,
+    SecretSettings,
+    RouterSettings,
+)
+"""Every group; together they define which names exist."""
+
+SECRET_NAMES: Final = frozenset({"handle_secrets", "tenant_salt"})
+"""Settings whose values are never shown, and which are never flags: every user of a machine can read those."""
+
+
+def known_names() -> frozenset[str]:
+    """Names of all settings of all groups."""
+    return frozenset(name for group in GROUPS for name in group.model_fields)
+
+
+def env_name(name: str) -> str:
+    """The environment variable of a setting."""
+    return ENV_PREFIX + name.upper()
+
+
+def flag_name(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
