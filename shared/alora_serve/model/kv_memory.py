@@ -42,7 +42,10 @@ class KVSegment:
     def allocate(cls, layout: KVLayout, capacity: int, start: int, device: torch.device) -> KVSegment:
         """An empty segment. Memory is not touched until it is written."""
         shape = (layout.layers, 2, layout.kv_heads, capacity, layout.head_dim)
-        return cls(torch.empty(shape, dtype=getattr(torch, layout.dtype), device=device), start)
+        # The engine allocates under inference mode, whose tensors nobody outside it may write: a fetch that goes on in
+        # the same segment could not.
+        with torch.inference_mode(mode=False):
+            return cls(torch.empty(shape, dtype=getattr(torch, layout.dtype), device=device), start)
 
     @property
     def capacity(self) -> int:
