@@ -194,42 +194,58 @@ class LocalDeployment:
 
     def _prepare(self) -> dict[str, str]:
         """The environment of all services. Blocks: may convert the demo model."""
-        chosen = self._chosen()
-        settings = load_settings(LocalSettings, [f"{flag_name(name)}={value}" for name, value in chosen.items()])
+        options, settings = self.options, resolve_settings(self.options)
         if settings.model == "demo":
             ensure_demo_model()
         place = place_store(settings.store_url, settings.store_budget_bytes)
         for notice in place.notices:
             self._emit(Notice(notice))
-        chosen |= {"store_url": place.url, "store_budget_bytes": str(place.budget_bytes)}
         roots = settings.adapter_roots or example_adapter_roots()
-        chosen["adapter_roots"] = ",".join(str(root) for root in roots)
-        if not settings.handle_secrets and "handle_secrets" not in self.options.settings:
-            chosen["handle_secrets"] = secrets.token_urlsafe(32)
         self._settings = settings.model_copy(update={"store_url": place.url, "adapter_roots": roots})
-        chosen |= {"log_format": self.options.log_format, "drain_seconds": str(self.options.drain_seconds)}
-        ours = {env_name(name): value for name, value in {**self.options.settings, **chosen}.items()}
-        return machine.service_environment({**os.environ, **ours}, threads=settings.threads)
-
-    def _chosen(self) -> dict[str, str]:
-        """The settings that options name and the supervisor itself reads."""
-        options = self.options
-        named = {
-            "model": options.model,
-            "store_url": options.store_url,
-            "dtype": options.dtype,
-            "threads": options.threads,
-            "adapter_roots": ",".join(str(root.absolute()) for root in options.adapter_roots) or None,
+        chosen = {
+            **options.settings,
+            **_named_settings(options),
+            "store_url": place.url,
+            "store_budget_bytes": str(place.budget_bytes),
+            "adapter_roots": ",".join(map(str, roots)),
+            "log_format": options.log_format,
+            "drain_seconds": str(options.drain_seconds),
         }
-        chosen = {name: str(value) for name, value in named.items() if value is not None}
-        readable = LocalSettings.model_fields.keys() - SecretSettings.model_fields.keys()
-        return chosen | {name: value for name, value in options.settings.items() if name in readable}
+        if not settings.handle_secrets:
+            # One for this deployment's life: handles of an earlier one are refused, as after a change of secrets.
+            chosen.setdefault("handle_secrets", secrets.token_urlsafe(32))
+        ours = {env_name(name): value for name, value in chosen.items()}
+        return machine.service_environment({**os.environ, **ours}, threads=settings.threads)
 
     def _spec(self, name: str, module: str, environment: Mapping[str, str], listen: str | None = None) -> ProcessSpec:
         free = f"{self.options.host}:0"
         # -P: a file in the current directory must not stand in for a module.
         command = (sys.executable, "-P", "-m", module)
         return ProcessSpec(name, command, dict(environment), listen or free, free)
+
+
+def resolve_settings(options: DeploymentOptions) -> LocalSettings:
+    """What options, environment, settings file and defaults come to.
+
+    Raises:
+        ConfigError: a setting that does not exist or does not fit; names it.
+    """
+    readable = LocalSettings.model_fields.keys() - SecretSettings.model_fields.keys()
+    chosen = {**options.settings, **_named_settings(options)}
+    argv = [f"{flag_name(name)}={value}" for name, value in chosen.items() if name in readable]
+    return load_settings(LocalSettings, argv)
+
+
+def _named_settings(options: DeploymentOptions) -> dict[str, str]:
+    """The settings that options have fields for, where they are given."""
+    named = {
+        "model": options.model,
+        "store_url": options.store_url,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "adapter_roots": ",".join(str(root.absolute()) for root in options.adapter_roots) or None,
+    }
+    return {name: str(value) for name, value in named.items() if value is not None}
 
 
 def example_adapter_roots() -> tuple[Path, ...]:

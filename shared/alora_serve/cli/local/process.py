@@ -126,9 +126,13 @@ class SupervisedProcess:
             UnavailableError: it is not running.
         """
         pid = self.pid
-        if pid is None:
-            raise UnavailableError(f"{self.name} is not running")
-        os.kill(pid, number)
+        try:
+            if pid is None:
+                raise ProcessLookupError
+            # Not Process.send_signal: it polls, and may take the exit status away from asyncio's own watcher.
+            os.kill(pid, number)
+        except ProcessLookupError as error:
+            raise UnavailableError(f"{self.name} is not running") from error
 
     async def kill(self) -> None:
         """SIGKILL it and return when it is dead. It is started again as after any death.
@@ -181,7 +185,6 @@ class SupervisedProcess:
             delay = 0.0 if self._restarting else self._policy.delay_seconds(deaths)
             ends = self._stop.is_set() or not has_listened
             expected = self._stop.is_set() or self._restarting
-            self._restarting = False
             self._forget_listening()
             self._emit(Exited(self.name, process.pid, status, expected, None if ends else delay))
             if ends or await self._told_to_stop_within(delay):
@@ -191,6 +194,7 @@ class SupervisedProcess:
     async def _spawn(self) -> Process:
         self._last_lines.clear()
         self._listening_since = None
+        self._restarting = False
         listen, metrics_listen = self._addresses
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", str(Path(tether.__file__)), TETHER, str(os.getpid())),
@@ -261,16 +265,23 @@ class SupervisedProcess:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Lines as they come, however long; one without an end is cut every megabyte, since it must not fill the memory."""
+    """Lines as they come, however long; one without an end is cut every megabyte, since it must not fill the memory.
+
+    What a carriage return would overwrite on a terminal, such as earlier states of a progress bar, is left out.
+    """
     rest = b""
     while chunk := await stream.read(1 << 16):
         *whole, rest = (rest + chunk).split(b"\n")
         if len(rest) > _MAX_LINE_BYTES:
             whole, rest = [*whole, rest], b""
         for line in whole:
-            yield line.decode(errors="replace").rstrip("\r")
+            yield _shown(line)
     if rest:
-        yield rest.decode(errors="replace")
+        yield _shown(rest)
+
+
+def _shown(line: bytes) -> str:
+    return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
 
 
 def _listening_addresses(line: str) -> tuple[str, str] | None:

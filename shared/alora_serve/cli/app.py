@@ -1,0 +1,26 @@
+"""``alora-serve``: one command a thing to do. Each is imported when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import typer
+
+from alora_serve.cli.commands import machine
+
+app = typer.Typer(
+    name="alora-serve",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Serve stock PEFT Activated-LoRA adapters over gRPC, from one shared, exact base-model KV cache.",
+)
+app.add_typer(machine.commands)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+DEFAULT_PORT: Final = 50051
+DEFAULT_ADDRESS: Final = f"127.0.0.1:{DEFAULT_PORT}"
+ADDRESS_VARIABLE: Final = "ALORA_ADDRESS"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Address = Annotated[
+    str, typer.Option(envvar=ADDRESS_VARIABLE, metavar="HOST:PORT", help="Where the router's gRPC API is.")
+]
+Timeout = Annotated[float, typer.Option(min=0.001, metavar="SECONDS", help="Give up after this long.")]
+
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Directory, Hugging Face hub id, or demo (SmolLM2-135M-Instruct, the default)."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="DTYPE", help="auto (default: what the processor is fast at), float32 or bfloat16."),
+]
+Threads = Annotated[int | None, typer.Option(min=0, help="torch threads of each process; 0 is one a core.")]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="lmdb: (default: LMDB in /dev/shm, or the cache directory), lmdb:///dir, redis://host:port/0 or "
+        "unix:///path.sock.",
+    ),
+]
+AdapterRoots = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--adapters",
+        exists=True,
+        file_okay=False,
+        metavar="DIR",
+        help="Directory whose subdirectories are PEFT adapters; repeat for more. In a checkout: examples/intrinsics.",
+    ),
+]
+
+Messages = Annotated[
+    list[str] | None,
+    typer.Option("--message", "-m", metavar="TEXT", help="A turn of the user; repeat to alternate user, assistant."),
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system's turn, before all others.")]
+ConversationFile = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", metavar="FILE", help="Conversation as JSON; - is standard input."),
+]
+HandleFile = Annotated[
+    Path | None,
+    typer.Option("--handle", metavar="FILE", help="Go on from a handle that prefill --save or generate --save wrote."),
+]
+SaveHandle = Annotated[
+    Path | None, typer.Option("--save", metavar="FILE", help="Write the handle here, to go on with --handle.")
+]
+
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus mass in (0, 1].")]
+TopK = Annotated[int, typer.Option(min=0, help="Keep the k most likely tokens; 0 keeps all.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the most likely one.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the random numbers.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeat for more.")]
