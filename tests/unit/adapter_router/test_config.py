@@ -9,13 +9,17 @@ from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.servicer import RouterLimits
 from alora_serve.config import load_settings
 from alora_serve.errors import ConfigError
-from fake_services import handle
+from fake_services import SECRET, handle
 
 FLAGS = (
-    "--handle-secrets=a secret of the tests",
     "--base-prefill-endpoints=dns:///prefill:1",
     "--decode-endpoints=h:1,[::1]:2",
 )
+
+
+@pytest.fixture(autouse=True)
+def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALORA_HANDLE_SECRETS", SECRET.decode())
 
 
 def test_settings_reach_the_parts_they_are_for() -> None:
@@ -35,6 +39,7 @@ def test_a_router_without_endpoints_does_not_start(missing: str) -> None:
         load_settings(Settings, flags).check_endpoints()
 
 
-def test_a_router_without_a_secret_does_not_start() -> None:
+def test_a_router_without_a_secret_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ALORA_HANDLE_SECRETS")
     with pytest.raises(ConfigError, match="handle_secrets"):
-        load_settings(Settings, FLAGS[1:]).signer()
+        load_settings(Settings, FLAGS).signer()
