@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -214,7 +215,7 @@ def test_an_interrupted_step_leaves_no_child_process() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     with pytest.raises(KeyboardInterrupt), demo_weights.stopped_on_exit(process):
         raise KeyboardInterrupt
-    assert process.returncode is not None
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_finding_the_model_loads_no_torch(demo_model_directory: Path) -> None:
