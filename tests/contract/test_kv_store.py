@@ -116,7 +116,6 @@ def test_a_sinks_error_reaches_the_caller_and_the_store_stays_usable(store: KVSt
     put(store, *(Put(key, pattern(key, 5000)) for key in keys))
 
     def sink(index: int, value: memoryview) -> None:
-        still_held = memoryview(value)  # noqa: F841 - lives in the traceback
         if index == 3:
             raise error
 

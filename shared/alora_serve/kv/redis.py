@@ -19,7 +19,6 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.redis_connection import Link, LinkPool
-from alora_serve.kv.sinks import hand_out
 from alora_serve.kv.store import Put, Sink, StoreKey
 
 _READS_PER_CHUNK = 8  # about 8 MiB: enough to hide the round trip, few enough to share among connections
@@ -65,7 +64,8 @@ class RedisStore:
                 with _translating():
                     value = link.receive()
                 if value is not None:
-                    hand_out(sink, index, memoryview(value))
+                    with memoryview(value) as view:  # released afterwards, so that a kept one cannot be read
+                        sink(index, view)
 
         self._spread(_ranges(len(keys), _READS_PER_CHUNK), read, deadline)
 

@@ -294,6 +294,16 @@ def test_the_map_being_full_is_a_full_store_and_the_next_put_fits(root: Path) ->
     store.close()
 
 
+def test_running_out_of_reader_slots_is_an_error_that_passes(store: LmdbStore) -> None:
+    put(store, block("a"))
+    with store._slot.lease(time.monotonic() + 1) as opened:
+        readers = [opened.env.begin() for _ in range(opened.env.max_readers())]
+        with pytest.raises(StoreError, match="reader slots"):
+            held(store, "a")
+        del readers
+    assert held(store, "a") == [True]
+
+
 # --- opening and closing ----------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from alora_serve.kv.lmdb.environment import EnvironmentSlot
 from alora_serve.kv.lmdb.files import remaining_seconds
 from alora_serve.kv.lmdb.index import value_key
 from alora_serve.kv.lmdb.writer import Job, Writer
-from alora_serve.kv.sinks import hand_out
 from alora_serve.kv.store import Put, Sink, StoreKey
 
 
@@ -47,7 +46,8 @@ class LmdbStore:
                     with txn:
                         if value is not None:
                             found.append(key)
-                            hand_out(sink, index, value)
+                            with value:  # released afterwards: a kept view would be of pages that change
+                                sink(index, value)
         finally:
             self._writer.touch(found)
 
