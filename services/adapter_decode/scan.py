@@ -7,7 +7,7 @@ import asyncio
 import structlog
 
 from adapter_decode.config import AdapterDecodeSettings
-from alora_serve.adapters.loading import BaseModel as AdapterHost
+from alora_serve.adapters.loading import AdapterHost
 from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.adapters.residency import AdapterEvent

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alora_serve.adapters.loading import BaseModel as AdapterHost
+from alora_serve.adapters.loading import AdapterHost
 from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.engine.core import CoreOptions, ServingCore

@@ -30,7 +30,7 @@ _FOREIGN_TENSORS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class BaseModel:
+class AdapterHost:
     """What adapters are checked against.
 
     Attributes:
@@ -44,7 +44,7 @@ class BaseModel:
     decode: Callable[[TokenIds], str]
 
 
-def inspect_adapter(files: AdapterFiles, *, name: str, base: BaseModel) -> AdapterInfo:
+def inspect_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> AdapterInfo:
     """Everything about an adapter but its numbers: of the weights, only the header is parsed. Not resident.
 
     Raises:
@@ -62,7 +62,7 @@ def inspect_adapter(files: AdapterFiles, *, name: str, base: BaseModel) -> Adapt
     return plan.info(digest_of(plan.raw_config, files.weights_chunks()))
 
 
-def load_adapter(files: AdapterFiles, *, name: str, base: BaseModel) -> LoadedAdapter:
+def load_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> LoadedAdapter:
     """Read an adapter into memory. The bytes loaded are the bytes that the digest names.
 
     Weights become float32 whatever the file and the base model hold: so ``PeftModel.from_pretrained`` makes them
@@ -105,13 +105,13 @@ class _Plan:
     """What an adapter's config asks of the base model and of the weights file."""
 
     name: str
-    base: BaseModel
+    base: AdapterHost
     raw_config: bytes
     config: AdapterConfig
     targets: Mapping[str, ResolvedTarget]
 
     @classmethod
-    def read(cls, files: AdapterFiles, name: str, base: BaseModel) -> _Plan:
+    def read(cls, files: AdapterFiles, name: str, base: AdapterHost) -> _Plan:
         raw = files.config.read_bytes()
         config = parse_adapter_config(raw, adapter_name=name)
         if any(token >= base.vocabulary_size for token in config.invocation_tokens):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alora_serve.adapters.catalog import CatalogEntry, scan
 from alora_serve.adapters.files import DEFAULT_MAX_WEIGHTS_BYTES
-from alora_serve.adapters.loading import BaseModel, inspect_adapter, load_adapter
+from alora_serve.adapters.loading import AdapterHost, inspect_adapter, load_adapter
 from alora_serve.adapters.residency import AdapterEvent, Lease, Residency
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError
 from alora_serve.types import AdapterDigest, AdapterInfo
@@ -42,7 +42,7 @@ class AdapterRegistry:
         self,
         roots: Sequence[Path],
         *,
-        base: BaseModel,
+        base: AdapterHost,
         max_resident_bytes: int,
         max_weights_bytes: int = DEFAULT_MAX_WEIGHTS_BYTES,
         on_event: Callable[[AdapterEvent], None] = _ignore,

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from alora_serve.adapters.loading import BaseModel
+from alora_serve.adapters.loading import AdapterHost
 from alora_serve.adapters.modules import module_shapes
 
 VOCABULARY_SIZE = 64
@@ -75,9 +75,9 @@ def fresh_model() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
-def base_of(fresh_model: Callable[..., PreTrainedModel]) -> Callable[[str], BaseModel]:
-    def base(architecture: str) -> BaseModel:
-        return BaseModel(
+def base_of(fresh_model: Callable[..., PreTrainedModel]) -> Callable[[str], AdapterHost]:
+    def base(architecture: str) -> AdapterHost:
+        return AdapterHost(
             module_shapes=module_shapes(fresh_model(architecture)),
             vocabulary_size=VOCABULARY_SIZE,
             decode=lambda tokens: " ".join(f"<{token}>" for token in tokens),
@@ -87,7 +87,7 @@ def base_of(fresh_model: Callable[..., PreTrainedModel]) -> Callable[[str], Base
 
 
 @pytest.fixture(scope="session")
-def llama(base_of: Callable[[str], BaseModel]) -> BaseModel:
+def llama(base_of: Callable[[str], AdapterHost]) -> AdapterHost:
     return base_of("llama")
 
 

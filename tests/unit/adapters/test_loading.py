@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alora_serve.adapters.files import WEIGHTS_NAME, AdapterFiles, find_files
-from alora_serve.adapters.loading import BaseModel, inspect_adapter, load_adapter
+from alora_serve.adapters.loading import AdapterHost, inspect_adapter, load_adapter
 from alora_serve.errors import AdapterRefusedError
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -25,7 +25,7 @@ def files_of(directory: Path) -> AdapterFiles:
     return find_files(directory, root=directory, adapter_name="certainty")
 
 
-def refusal(directory: Path, base: BaseModel) -> str:
+def refusal(directory: Path, base: AdapterHost) -> str:
     """The refusal's text, which listing and loading must agree on."""
     with pytest.raises(AdapterRefusedError) as inspecting:
         inspect_adapter(files_of(directory), name="certainty", base=base)
@@ -47,7 +47,7 @@ def adapter(tmp_path: Path, save_adapter: Callable[..., Path]) -> Path:
     return save_adapter(tmp_path / "certainty", alora_invocation_tokens=[40, 41])
 
 
-def test_listing_and_loading_agree(adapter: Path, llama: BaseModel) -> None:
+def test_listing_and_loading_agree(adapter: Path, llama: AdapterHost) -> None:
     info = inspect_adapter(files_of(adapter), name="certainty", base=llama)
     assert info == load_adapter(files_of(adapter), name="certainty", base=llama).info
     assert not info.resident
@@ -67,20 +67,20 @@ def test_listing_and_loading_agree(adapter: Path, llama: BaseModel) -> None:
     ],
 )
 def test_a_tensor_that_is_not_consumed_refuses_the_adapter(
-    adapter: Path, llama: BaseModel, extra: str, why: str
+    adapter: Path, llama: AdapterHost, extra: str, why: str
 ) -> None:
     edit_tensors(adapter, lambda tensors: tensors.update({extra: torch.zeros(4)}))
     assert f"tensor {extra} cannot be used: {why}" in refusal(adapter, llama)
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])
-def test_a_missing_tensor_refuses_the_adapter(adapter: Path, llama: BaseModel, factor: str) -> None:
+def test_a_missing_tensor_refuses_the_adapter(adapter: Path, llama: AdapterHost, factor: str) -> None:
     # PEFT warns and goes on with a random A or a zero B: another adapter than the one trained.
     edit_tensors(adapter, lambda tensors: tensors.pop(f"{Q0}.lora_{factor}.weight"))
     assert f"tensor {Q0}.lora_{factor}.weight is missing" in refusal(adapter, llama)
 
 
-def test_another_base_models_shapes_are_refused_with_both_shapes(adapter: Path, llama: BaseModel) -> None:
+def test_another_base_models_shapes_are_refused_with_both_shapes(adapter: Path, llama: AdapterHost) -> None:
     wide = {name: replace(shape, in_features=64) for name, shape in llama.module_shapes.items()}
     message = refusal(adapter, replace(llama, module_shapes=wide))
     assert f"{Q0}.lora_A.weight has shape [4, 32]" in message
@@ -88,18 +88,18 @@ def test_another_base_models_shapes_are_refused_with_both_shapes(adapter: Path, 
 
 
 def test_a_rank_that_the_weights_do_not_have_is_refused(
-    adapter: Path, llama: BaseModel, edit_config: Callable[..., None]
+    adapter: Path, llama: AdapterHost, edit_config: Callable[..., None]
 ) -> None:
     edit_config(adapter, r=8)
     assert "has shape [4, 32], but its rank and this base model need [8, 32]" in refusal(adapter, llama)
 
 
-def test_an_adapter_of_another_architecture_is_refused(adapter: Path, base_of: Callable[[str], BaseModel]) -> None:
+def test_an_adapter_of_another_architecture_is_refused(adapter: Path, base_of: Callable[[str], AdapterHost]) -> None:
     assert "matches no linear module of the base model" in refusal(adapter, base_of("gpt2"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn], ids=str)
-def test_other_dtypes_are_refused(adapter: Path, llama: BaseModel, dtype: torch.dtype) -> None:
+def test_other_dtypes_are_refused(adapter: Path, llama: AdapterHost, dtype: torch.dtype) -> None:
     edit_tensors(adapter, lambda tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()}))
     for read in (inspect_adapter, load_adapter):
         with pytest.raises(AdapterRefusedError, match=r"has dtype .*, not one of"):
@@ -107,7 +107,7 @@ def test_other_dtypes_are_refused(adapter: Path, llama: BaseModel, dtype: torch.
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_at_load(adapter: Path, llama: BaseModel, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused_at_load(adapter: Path, llama: AdapterHost, value: float) -> None:
     edit_tensors(adapter, lambda tensors: tensors[f"{Q0}.lora_B.weight"][3].fill_(value))
     with pytest.raises(AdapterRefusedError, match=rf"{Q0}.lora_B.weight holds infinities or NaNs"):
         load_adapter(files_of(adapter), name="certainty", base=llama)
@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_refused_at_load(adapter: Path, llama: B
     ],
     ids=["empty", "cut-in-length", "cut-at-end", "too-long", "huge-header", "a-zip-in-disguise"],
 )
-def test_a_damaged_weights_file_is_refused(adapter: Path, llama: BaseModel, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_weights_file_is_refused(adapter: Path, llama: AdapterHost, damage: Callable[[bytes], bytes]) -> None:
     path = adapter / WEIGHTS_NAME
     path.write_bytes(damage(path.read_bytes()))
     for read in (inspect_adapter, load_adapter):
@@ -134,7 +134,7 @@ def test_a_damaged_weights_file_is_refused(adapter: Path, llama: BaseModel, dama
 
 
 def test_an_invocation_outside_the_vocabulary_is_refused(
-    adapter: Path, llama: BaseModel, edit_config: Callable[..., None]
+    adapter: Path, llama: AdapterHost, edit_config: Callable[..., None]
 ) -> None:
     edit_config(adapter, alora_invocation_tokens=[40, 64])
     assert "alora_invocation_tokens = [40, 64] leave the base model's vocabulary of 64" in refusal(adapter, llama)
@@ -158,14 +158,14 @@ def test_real_adapters_of_kinds_that_are_not_served_are_refused_by_name(
     fields: dict[str, Any],
     named: str,
     tmp_path: Path,
-    llama: BaseModel,
+    llama: AdapterHost,
     save_adapter: Callable[..., Path],
 ) -> None:
     assert named in refusal(save_adapter(tmp_path / "certainty", **fields), llama)
 
 
 def test_peft_accepts_what_we_accept(
-    adapter: Path, llama: BaseModel, fresh_model: Callable[..., PreTrainedModel], recwarn: pytest.WarningsRecorder
+    adapter: Path, llama: AdapterHost, fresh_model: Callable[..., PreTrainedModel], recwarn: pytest.WarningsRecorder
 ) -> None:
     load_adapter(files_of(adapter), name="certainty", base=llama)
     peft.PeftModel.from_pretrained(fresh_model("llama"), str(adapter))

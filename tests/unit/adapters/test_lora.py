@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from alora_serve.adapters.files import find_files
-from alora_serve.adapters.loading import BaseModel, load_adapter
+from alora_serve.adapters.loading import AdapterHost, load_adapter
 from alora_serve.adapters.lora import LoadedAdapter, LoraPair, add_delta_, lora_delta
 
 PROMPT = torch.tensor([[5, 9, 3, 11, 40, 41, 8, 3, 40, 41, 6, 7]])
@@ -25,7 +25,7 @@ INVOCATION_START = 8
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def load(directory: Path, base: BaseModel) -> LoadedAdapter:
+def load(directory: Path, base: AdapterHost) -> LoadedAdapter:
     files = find_files(directory, root=directory, adapter_name=directory.name)
     return load_adapter(files, name=directory.name, base=base)
 
@@ -54,7 +54,7 @@ def test_logits_are_bit_equal_to_pefts(
     dtype: torch.dtype,
     tmp_path: Path,
     save_adapter: Callable[..., Path],
-    base_of: Callable[[str], BaseModel],
+    base_of: Callable[[str], AdapterHost],
     fresh_model: Callable[..., PreTrainedModel],
 ) -> None:
     tokens = INVOCATION if kind == "alora" else None
@@ -77,7 +77,7 @@ def test_weights_are_held_as_peft_holds_them(
     base_dtype: torch.dtype,
     tmp_path: Path,
     save_adapter: Callable[..., Path],
-    llama: BaseModel,
+    llama: AdapterHost,
     fresh_model: Callable[..., PreTrainedModel],
 ) -> None:
     directory = save_adapter(tmp_path / "x", dtype=file_dtype)
@@ -170,7 +170,9 @@ def test_rows_outside_the_view_keep_their_base_output() -> None:
     assert not torch.equal(adapted[10:20], output[10:20])
 
 
-def test_a_loaded_adapter_says_what_it_is(tmp_path: Path, save_adapter: Callable[..., Path], llama: BaseModel) -> None:
+def test_a_loaded_adapter_says_what_it_is(
+    tmp_path: Path, save_adapter: Callable[..., Path], llama: AdapterHost
+) -> None:
     fields: dict[str, Any] = {"alora_invocation_tokens": INVOCATION, "rank_pattern": {"v_proj": 6}}
     adapter = load(save_adapter(tmp_path / "certainty", **fields), llama)
     assert adapter.invocation_tokens == (40, 41)

@@ -16,7 +16,7 @@ import torch
 
 from alora_serve.adapters import catalog, registry
 from alora_serve.adapters.files import CONFIG_NAME, WEIGHTS_NAME
-from alora_serve.adapters.loading import BaseModel
+from alora_serve.adapters.loading import AdapterHost
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.adapters.residency import AdapterEvent
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, ConfigError
@@ -36,7 +36,7 @@ def root(tmp_path: Path, save_adapter: SaveAdapter) -> Path:
 class Opened:
     """A registry over ``roots`` and the events it reported."""
 
-    def __init__(self, *roots: Path, base: BaseModel, **settings: Any) -> None:
+    def __init__(self, *roots: Path, base: AdapterHost, **settings: Any) -> None:
         self.events: list[AdapterEvent] = []
         settings = {"max_resident_bytes": 1 << 20, "on_event": self.events.append} | settings
         self.registry = AdapterRegistry(roots, base=base, **settings)
@@ -50,7 +50,7 @@ class Opened:
 
 
 @pytest.fixture
-def opened(root: Path, llama: BaseModel) -> Opened:
+def opened(root: Path, llama: AdapterHost) -> Opened:
     return Opened(root, base=llama)
 
 
@@ -84,7 +84,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(opened: Opened) -> None:
 
 
 def test_refused_adapters_are_listed_with_their_problem_and_refused_with_it(
-    root: Path, llama: BaseModel, save_adapter: SaveAdapter
+    root: Path, llama: AdapterHost, save_adapter: SaveAdapter
 ) -> None:
     save_adapter(root / "dora", use_dora=True)
     opened = Opened(root, base=llama)
@@ -135,7 +135,7 @@ def test_an_adapter_that_loses_a_file_is_refused_until_it_is_back(root: Path, op
 
 
 def test_of_two_adapters_of_one_name_the_first_root_counts_and_the_other_is_listed(
-    root: Path, tmp_path: Path, llama: BaseModel, save_adapter: SaveAdapter
+    root: Path, tmp_path: Path, llama: AdapterHost, save_adapter: SaveAdapter
 ) -> None:
     save_adapter(tmp_path / "more" / "certainty", seed=9)
     save_adapter(tmp_path / "more" / "support", seed=9)
@@ -148,7 +148,7 @@ def test_of_two_adapters_of_one_name_the_first_root_counts_and_the_other_is_list
         assert lease.adapter.digest == served.digest
 
 
-def test_only_folders_with_a_config_are_adapters(root: Path, llama: BaseModel) -> None:
+def test_only_folders_with_a_config_are_adapters(root: Path, llama: AdapterHost) -> None:
     (root / "notes").mkdir()
     (root / "README.md").write_text("hello")
     shutil.copytree(root / "certainty", root / ".cache")
@@ -157,7 +157,7 @@ def test_only_folders_with_a_config_are_adapters(root: Path, llama: BaseModel) -
 
 
 @pytest.mark.parametrize("name", ["missing", "file"])
-def test_a_root_that_is_no_directory_stops_the_start(tmp_path: Path, llama: BaseModel, name: str) -> None:
+def test_a_root_that_is_no_directory_stops_the_start(tmp_path: Path, llama: AdapterHost, name: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=f"adapter root .*{name} cannot be listed"):
         Opened(tmp_path / name, base=llama)
@@ -172,7 +172,7 @@ def test_a_root_that_vanishes_leaves_the_catalog_as_it_was(root: Path, opened: O
         opened.registry.acquire("certainty")
 
 
-def test_a_small_budget_keeps_what_was_used_last(root: Path, llama: BaseModel) -> None:
+def test_a_small_budget_keeps_what_was_used_last(root: Path, llama: AdapterHost) -> None:
     size = Opened(root, base=llama).info("certainty").size_bytes
     opened = Opened(root, base=llama, max_resident_bytes=size)
     opened.registry.acquire("certainty").release()
@@ -182,7 +182,7 @@ def test_a_small_budget_keeps_what_was_used_last(root: Path, llama: BaseModel) -
     assert opened.kinds() == ["load", "drop", "load"]
 
 
-def test_room_is_made_before_reading(root: Path, llama: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_made_before_reading(root: Path, llama: AdapterHost, monkeypatch: pytest.MonkeyPatch) -> None:
     real, held = registry.load_adapter, []
 
     def watched(files: Any, **kwargs: Any) -> Any:
@@ -196,7 +196,7 @@ def test_room_is_made_before_reading(root: Path, llama: BaseModel, monkeypatch: 
     assert held == [0, 0], "else the old and the new weights stand in memory together"
 
 
-def test_a_large_weights_file_is_refused(root: Path, llama: BaseModel) -> None:
+def test_a_large_weights_file_is_refused(root: Path, llama: AdapterHost) -> None:
     assert "more than 100" in Opened(root, base=llama, max_weights_bytes=100).info("certainty").problem
 
 
@@ -403,7 +403,7 @@ def test_a_slow_read_delays_neither_other_adapters_nor_the_listing(
 
 
 def test_many_threads_on_a_small_budget_with_changing_files_always_get_whole_adapters(
-    root: Path, llama: BaseModel, save_adapter: SaveAdapter
+    root: Path, llama: AdapterHost, save_adapter: SaveAdapter
 ) -> None:
     versions = {}
     for seed in (1, 2):

@@ -13,14 +13,14 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from alora_serve.adapters.config import parse_adapter_config
-from alora_serve.adapters.loading import BaseModel
+from alora_serve.adapters.loading import AdapterHost
 from alora_serve.adapters.targets import ModuleShape, ResolvedTarget, resolve_targets
 from alora_serve.errors import AdapterRefusedError
 
 ALL = ["llama", "phi3", "gemma2", "gpt2"]
 
 
-def resolve(base: BaseModel, **fields: Any) -> dict[str, ResolvedTarget]:
+def resolve(base: AdapterHost, **fields: Any) -> dict[str, ResolvedTarget]:
     config = parse_adapter_config(json.dumps({"peft_type": "LORA"} | fields).encode(), adapter_name="certainty")
     return resolve_targets(config, base.module_shapes, adapter_name="certainty")
 
@@ -66,7 +66,7 @@ LLAMA_CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("case", LLAMA_CASES, ids=json.dumps)
 def test_targets_ranks_and_scalings_are_pefts(
-    case: dict[str, Any], llama: BaseModel, fresh_model: Callable[..., PreTrainedModel]
+    case: dict[str, Any], llama: AdapterHost, fresh_model: Callable[..., PreTrainedModel]
 ) -> None:
     matches_nothing = case.get("_matches_nothing", False)
     fields = {"r": 6, "lora_alpha": 11} | {name: value for name, value in case.items() if name[0] != "_"}
@@ -81,7 +81,7 @@ def test_targets_ranks_and_scalings_are_pefts(
 
 @pytest.mark.parametrize("architecture", ALL)
 def test_all_linear_is_every_linear_and_conv1d_but_the_output_layer(
-    architecture: str, base_of: Callable[[str], BaseModel], fresh_model: Callable[..., PreTrainedModel]
+    architecture: str, base_of: Callable[[str], AdapterHost], fresh_model: Callable[..., PreTrainedModel]
 ) -> None:
     targets = resolve(base_of(architecture), target_modules="all-linear", r=2)
     assert targets == injected_by_peft(fresh_model(architecture), target_modules="all-linear", r=2)
@@ -100,14 +100,14 @@ def test_all_linear_is_every_linear_and_conv1d_but_the_output_layer(
 def test_fused_and_transposed_modules_resolve_as_in_peft(
     architecture: str,
     fields: dict[str, Any],
-    base_of: Callable[[str], BaseModel],
+    base_of: Callable[[str], AdapterHost],
     fresh_model: Callable[..., PreTrainedModel],
 ) -> None:
     assert resolve(base_of(architecture), **fields) == injected_by_peft(fresh_model(architecture), **fields)
 
 
 def test_what_peft_saves_for_all_linear_resolves_to_the_same_modules(
-    tmp_path: Path, llama: BaseModel, save_adapter: Callable[..., Path]
+    tmp_path: Path, llama: AdapterHost, save_adapter: Callable[..., Path]
 ) -> None:
     # PEFT replaces the shorthand by a list when it saves.
     raw = (save_adapter(tmp_path / "x", target_modules="all-linear") / "adapter_config.json").read_bytes()
@@ -120,19 +120,19 @@ def test_what_peft_saves_for_all_linear_resolves_to_the_same_modules(
 def test_the_layer_is_the_first_number_in_a_name_not_the_expert() -> None:
     shape = ModuleShape(4, 4)
     names = ["model.layers.0.experts.layers.1.w1", "model.layers.1.experts.layers.0.w1"]
-    base = BaseModel(dict.fromkeys(names, shape), 10, str)
+    base = AdapterHost(dict.fromkeys(names, shape), 10, str)
     for fields in [{}, {"layers_pattern": "layers"}]:
         found = resolve(base, target_modules=["w1"], layers_to_transform=[1], **fields)
         assert list(found) == names[1:], "a greedy match would give the other one"
 
 
 def test_a_module_without_layer_is_left_out_when_layers_are_chosen() -> None:
-    base = BaseModel({"proj.q": ModuleShape(4, 4), "model.layers.1.q": ModuleShape(4, 4)}, 10, str)
+    base = AdapterHost({"proj.q": ModuleShape(4, 4), "model.layers.1.q": ModuleShape(4, 4)}, 10, str)
     assert list(resolve(base, target_modules=["q"], layers_to_transform=[1])) == ["model.layers.1.q"]
 
 
 @pytest.mark.parametrize("target", [["lm_head", "q_proj"], ".*(lm_head|q_proj)"])
-def test_the_output_layer_is_refused_by_name(target: object, llama: BaseModel) -> None:
+def test_the_output_layer_is_refused_by_name(target: object, llama: AdapterHost) -> None:
     with pytest.raises(AdapterRefusedError, match="adapts the output layer 'lm_head'"):
         resolve(llama, target_modules=target)
 
@@ -147,6 +147,6 @@ def test_the_output_layer_is_refused_by_name(target: object, llama: BaseModel) -
     ],
     ids=json.dumps,
 )
-def test_a_broken_regular_expression_refuses_the_adapter(fields: dict[str, Any], llama: BaseModel) -> None:
+def test_a_broken_regular_expression_refuses_the_adapter(fields: dict[str, Any], llama: AdapterHost) -> None:
     with pytest.raises(AdapterRefusedError, match=r"'certainty': .*is not a regular expression"):
         resolve(llama, **fields)
