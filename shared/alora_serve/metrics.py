@@ -157,6 +157,7 @@ class AdapterMetrics:
         self._load_seconds = Histogram(
             "alora_adapter_load_seconds", "Reading an adapter.", buckets=FAST_SECONDS, registry=registry
         )
+        self._resident = Gauge("alora_adapters_resident", "Adapters in memory.", registry=registry)
         self._bytes = Gauge("alora_adapter_resident_bytes", "Adapter weights in memory.", registry=registry)
 
     def event(self, kind: str, size_bytes: int, seconds: float) -> None:
@@ -164,8 +165,10 @@ class AdapterMetrics:
         self._events.labels(kind).inc()
         if kind == "load":
             self._load_seconds.observe(seconds)
+            self._resident.inc()
             self._bytes.inc(size_bytes)
         elif kind == "drop":
+            self._resident.dec()
             self._bytes.dec(size_bytes)
 
 
