@@ -1,0 +1,145 @@
+"""``make bench``: an adapter's answer from stored KV against recomputing the conversation, in one run on this machine.
+
+Timed through the whole gRPC path (client, router, decode worker, store): the KV in the store but not in the worker; the
+prefix already in the worker; the plain LoRA twin, which must recompute the conversation. Beside them, PEFT's aLoRA in a
+process of its own with the base prefix cached. Rounds alternate between the systems, so that a noisy moment of the
+machine meets all of them; each round of the first row uses a conversation the worker has never seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+
+from conversations import conversation
+from harness import REPOSITORY, Row, Sample, machine, show, write
+from rich.console import Console
+
+from alora_serve.cli.local.deployment import DeploymentOptions, LocalDeployment
+from alora_serve.client import AsyncClient
+from alora_serve.types import ChatMessage, Finished, PrefixHandle, TokenChunk, TokenIds
+
+ADAPTER, TWIN = "jailbreak", "jailbreak-lora"
+ANSWER_TOKENS = 16
+STORED = "aLoRA over gRPC, KV in the store"
+RESIDENT = "aLoRA over gRPC, prefix in the worker"
+RECOMPUTE = "plain LoRA over gRPC, recomputed"
+IN_PROCESS = "PEFT aLoRA in process, prefix cached"
+ADAPTERS = REPOSITORY / "examples" / "intrinsics"
+DATA = REPOSITORY / "examples" / "data" / "jailbreak" / "train.jsonl"
+
+
+async def ask(client: AsyncClient, handle: PrefixHandle, adapter: str) -> tuple[Sample, Finished]:
+    """One timed call on a prefilled conversation."""
+    began = perf_counter()
+    first = 0.0
+    finished: Finished | None = None
+    async for event in client.generate(handle=handle, adapter=adapter, max_tokens=ANSWER_TOKENS, ignore_eos=True):
+        if isinstance(event, TokenChunk):
+            first = first or perf_counter() - began
+        elif isinstance(event, Finished):
+            finished = event
+    if finished is None:
+        raise RuntimeError("the stream ended without its last message")
+    return Sample(first, perf_counter() - began), finished
+
+
+async def measure(client: AsyncClient, tokens: int, rounds: int, console: Console) -> tuple[list[Row], list[TokenIds]]:
+    """All rows that go through gRPC at one length, and the prefixes of their conversations."""
+
+    def count(messages: Sequence[ChatMessage]) -> TokenIds:
+        return tokenizer(messages)
+
+    tokenizer = demo_tokenizer()
+    samples: dict[str, list[Sample]] = defaultdict(list)
+    prefixes: list[TokenIds] = []
+    fetched_bytes = 0
+    for round_number in range(rounds + 1):
+        # One more than counted: the first warms every path up.
+        messages = conversation(DATA, tokens, seed=tokens + round_number, count=count)
+        handle = (await client.prefill(messages=messages)).handle
+        stored, finished = await ask(client, handle, ADAPTER)
+        resident, _ = await ask(client, handle, ADAPTER)
+        recomputed, _ = await ask(client, handle, TWIN)
+        console.print(f"{tokens:5} tokens, round {round_number} of {rounds}", style="dim")
+        if round_number:
+            fetched_bytes = finished.usage.fetched_bytes
+            for name, sample in ((STORED, stored), (RESIDENT, resident), (RECOMPUTE, recomputed)):
+                samples[name].append(sample)
+            prefixes.append(handle.prefix_tokens)
+    length = len(prefixes[0])
+    rows = [Row(name, length, tuple(taken), fetched_bytes if name == STORED else 0) for name, taken in samples.items()]
+    return rows, prefixes
+
+
+def demo_tokenizer():  # type: ignore[no-untyped-def] # returns a closure
+    """Counts a conversation's tokens as the services do."""
+    from transformers import AutoTokenizer
+
+    from alora_serve.model.chat import ChatTokenizer
+    from alora_serve.model.demo_model import ensure_demo_model
+
+    tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(ensure_demo_model()))
+    return lambda messages: tokenizer.render(messages).prefix_tokens
+
+
+def measure_peft(prefixes: Sequence[TokenIds], dtype: str, rounds: int, environment: dict[str, str]) -> Row:
+    """The in-process baseline on the first of these conversations."""
+    from alora_serve.model.demo_model import ensure_demo_model
+
+    command = [sys.executable, str(Path(__file__).with_name("peft_cached.py"))]
+    arguments = [str(ensure_demo_model()), str(ADAPTERS / ADAPTER), dtype, str(rounds)]
+    done = subprocess.run(
+        [*command, *arguments],
+        input=json.dumps([prefixes[0]]),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    timed = json.loads(done.stdout)[0]
+    return Row(IN_PROCESS, len(prefixes[0]), tuple(Sample(first, total) for first, total in timed))
+
+
+async def run(lengths: Sequence[int], rounds: int, dtype: str | None, console: Console) -> tuple[list[Row], str]:
+    """Every row, and the compute dtype."""
+    rows: list[Row] = []
+    async with LocalDeployment(DeploymentOptions(adapter_roots=(ADAPTERS,), dtype=dtype)) as deployment:
+        async with AsyncClient(deployment.router_address) as client:
+            used = (await client.get_model()).dtype
+            for tokens in lengths:
+                measured, prefixes = await measure(client, tokens, rounds, console)
+                # The services stand still meanwhile, so the cores are the baseline's.
+                peft = await asyncio.to_thread(measure_peft, prefixes, used, rounds, dict(os.environ))
+                rows += [*measured, peft]
+    return rows, used
+
+
+def main() -> None:
+    """Parse flags, measure, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="lengths of the conversation")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds after one warm-up")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: what the processor does natively")
+    parser.add_argument("--json", action="store_true", help="print the file's path alone")
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    rows, dtype = asyncio.run(run(arguments.tokens, arguments.rounds, arguments.dtype, console))
+    path = write("main", rows, {"dtype": dtype, "rounds": arguments.rounds, "answer_tokens": ANSWER_TOKENS})
+    if not arguments.json:
+        facts = machine()
+        console.print(f"{facts['processor']}, {facts['cores']} cores, {dtype}, SmolLM2-135M-Instruct")
+        show(rows, baseline=RECOMPUTE, console=Console())
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
