@@ -61,7 +61,6 @@ async def run_sequence(engine: Engine, request: SequenceRequest) -> AsyncIterato
     Leaving the block early, for whatever reason, cancels the sequence: its place is free at the next step.
 
     Raises:
-        OverloadedError: queue full.
         UnavailableError: the engine is closed.
     """
     running = RunningSequence(engine)

@@ -74,6 +74,7 @@ class Decoder:
         self._signer.verify(request.handle, field="handle")
         check_model(request.handle, self._model_digest)
         with ExitStack() as held:
+            held.enter_context(self._core.engine.place())
             adapter = None
             if request.adapter:
                 digest = request.resume.adapter_digest if request.resume else None
@@ -87,14 +88,14 @@ class Decoder:
                 seed=request.sampling.seed or 0,
                 prompt_tokens=len(plan.prompt),
             )
-            # The last prompt token is always run: its logits choose the first generated token.
-            limit = min(plan.base_tokens, len(plan.prompt) - 1)
-            chain = self._core.blocks.chain(plan.prompt if adapter is None else request.handle.prefix_tokens)
-            loaded = await self._core.loader.load(chain, limit) if limit else LoadedPrefix(Prefix())
             text = TextStream(self._core.model.tokenizer.decode, request.sampling.stop)
             generated = request.resume.generated_tokens if request.resume else ()
             if generated:
                 text.restore(generated)
+            # The last prompt token is always run: its logits choose the first generated token.
+            limit = min(plan.base_tokens, len(plan.prompt) - 1)
+            chain = self._core.blocks.chain(plan.prompt if adapter is None else request.handle.prefix_tokens)
+            loaded = await self._core.loader.load(chain, limit) if limit else LoadedPrefix(Prefix())
             sequence = SequenceRequest(
                 prompt=plan.prompt,
                 prefix=loaded.prefix,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
@@ -37,6 +39,8 @@ from alora_serve.types import FinishReason, Heartbeat, SamplingParams, TokenChun
 
 _log = structlog.get_logger(__name__)
 
+RETRY_AFTER_SECONDS = 1.0
+"""What a client that found the queue full is told: about one short answer's time."""
 HEARTBEAT_SECONDS = 1.0
 """Longest silence on a stream whose sequence is alive, but for the step in progress."""
 
@@ -104,8 +108,8 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._ids = itertools.count()
-        self._live = 0
-        self._live_lock = threading.Lock()
+        self._places = 0
+        self._state_lock = threading.Lock()
         self._closed = False
         self._step_seconds = 0.0
         self._prefill_rate = 0.0
@@ -124,12 +128,36 @@ class Engine:
         """How busy the engine is; approximate while it runs."""
         return EngineLoad(len(self._running), len(self._waiting), self._step_seconds, self._prefill_rate)
 
-    def submit(self, request: SequenceRequest, sink: Sink) -> SequenceId:
-        """Queue a sequence. The pin on ``request.prefix`` passes to the engine, also when this raises.
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in batch or queue, held while the block runs. Take it before loading anything for a sequence.
+
+        Counted from here and not from :meth:`submit`, so that a burst is turned away before its prefixes fill memory.
 
         Raises:
-            OverloadedError: batch and queue are full; says when to retry.
+            OverloadedError: all places are taken; says when to retry.
             UnavailableError: the engine is closed.
+        """
+        with self._state_lock:
+            if self._closed:
+                raise UnavailableError("the engine is shutting down; ask another endpoint")
+            if self._places >= self._limits.max_sequences + self._limits.max_queue:
+                raise OverloadedError(
+                    f"{self._limits.max_queue} requests wait already; retry later or on another endpoint",
+                    retry_after_seconds=RETRY_AFTER_SECONDS,
+                )
+            self._places += 1
+        try:
+            yield
+        finally:
+            with self._state_lock:
+                self._places -= 1
+
+    def submit(self, request: SequenceRequest, sink: Sink) -> SequenceId:
+        """Queue a sequence; the caller holds a :meth:`place`. The pin on ``request.prefix`` passes to the engine.
+
+        Raises:
+            UnavailableError: the engine is closed; the pin is given back.
         """
         sequence = Sequence(
             id=SequenceId(next(self._ids)),
@@ -140,21 +168,13 @@ class Engine:
             device=self._model.device,
             submitted_at=monotonic(),
         )
-        with self._live_lock:
-            if self._closed:
-                error: AloraServeError | None = UnavailableError("the engine is shutting down; ask another endpoint")
-            elif self._live >= self._limits.max_sequences + self._limits.max_queue:
-                error = OverloadedError(
-                    f"{self._limits.max_queue} sequences wait already; retry later or on another endpoint",
-                    retry_after_seconds=1.0,
-                )
-            else:
-                error = None
-                self._live += 1
-        if error is not None:
+        with self._state_lock:
+            closed = self._closed
+            if not closed:
+                self._inbox.put(sequence)
+        if closed:
             sequence.release()
-            raise error
-        self._inbox.put(sequence)
+            raise UnavailableError("the engine is shutting down; ask another endpoint")
         return sequence.id
 
     def cancel(self, sequence_id: SequenceId) -> None:
@@ -163,7 +183,7 @@ class Engine:
 
     def close(self) -> None:
         """Fail what is left with ``UnavailableError`` and end the thread. Idempotent."""
-        with self._live_lock:
+        with self._state_lock:
             self._closed = True
         self._inbox.put(_Close())
         self._thread.join()
@@ -175,7 +195,7 @@ class Engine:
             self._run()
         except BaseException as error:
             # Only a defect gets here; whoever watches ``ended`` ends the process, and a supervisor starts a new one.
-            with self._live_lock:
+            with self._state_lock:
                 self._closed = True
             self.ended.set_exception(error)
             raise
@@ -322,8 +342,6 @@ class Engine:
         for group in (self._running, self._waiting):
             if sequence in group:
                 group.remove(sequence)
-        with self._live_lock:
-            self._live -= 1
 
     def _beat(self) -> None:
         now = monotonic()

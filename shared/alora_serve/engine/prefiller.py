@@ -46,8 +46,9 @@ class Prefiller:
             usage = Usage(prompt_tokens=len(tokens), computed_tokens=0)
             return PrefillResult(self._signer.sign(unsigned), usage, Timings(total_seconds=monotonic() - started))
         chain = self._core.blocks.chain(tokens)
-        loaded = await self._core.loader.load(chain, len(tokens))
-        computed, stored, stats = await self._compute_and_store(chain, loaded)
+        with self._core.engine.place():
+            loaded = await self._core.loader.load(chain, len(tokens))
+            computed, stored, stats = await self._compute_and_store(chain, loaded)
         usage = Usage(
             prompt_tokens=len(tokens),
             cached_tokens=len(tokens) - computed,
