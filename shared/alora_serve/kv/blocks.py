@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Protocol
@@ -182,7 +182,7 @@ class BlockStore:
             fetched_bytes += self._size_bytes(block)
             present.add(block.name)
         if end < destination.end and not misses.keys() & {"timeout", "unavailable"}:
-            tail = self._longest_tail(chain, end, destination.end, misses)
+            tail = self._longest_tail(chain, end, destination.end, {block.name for block in wanted}, misses)
             if tail is not None and self._read([tail], destination, misses):
                 end = tail.end
                 fetched_bytes += self._size_bytes(tail)
@@ -193,14 +193,18 @@ class BlockStore:
             end, fetched_bytes, {str(reason): blocks for reason, blocks in misses.items()}, frozenset(present)
         )
 
-    def _longest_tail(self, chain: BlockChain, start: int, end: int, misses: Counter[MissReason]) -> StoredBlock | None:
-        """The longest stored tail of the block at ``start`` that reaches beyond it; at most one batch of look-ups."""
+    def _longest_tail(
+        self, chain: BlockChain, start: int, end: int, tried: Collection[BlockHash], misses: Counter[MissReason]
+    ) -> StoredBlock | None:
+        """The longest stored tail, none of ``tried``, of the block at ``start`` that reaches beyond it.
+
+        At most one batch of look-ups.
+        """
         index = start // self._block_tokens
         first = index * self._block_tokens
         longest = min(self._block_tokens - 1, end - first)
-        candidates = [
-            StoredBlock(first, count, chain.tail(index, count)) for count in range(longest, start - first, -1)
-        ]
+        tails = [StoredBlock(first, count, chain.tail(index, count)) for count in range(longest, start - first, -1)]
+        candidates = [tail for tail in tails if tail.name not in tried]
         keys = [part_key(block.name, 0) for block in candidates]
         if not keys:
             return None
@@ -218,6 +222,7 @@ class BlockStore:
         specs = [(block, spec) for block in blocks for spec in self._specs(block)]
         parts_left = Counter({block.name: len(self._groups) for block in blocks})
         rejected: dict[BlockHash, MissReason] = {}
+        details: set[str] = set()
         lock = threading.Lock()  # the sink may run on several threads
 
         def sink(index: int, value: memoryview) -> None:
@@ -227,7 +232,7 @@ class BlockStore:
             except RecordRejected as verdict:
                 with lock:
                     rejected[block.name] = verdict.reason
-                _log.warning("stored block rejected", reason=verdict.reason, detail=str(verdict))
+                    details.add(str(verdict))
                 return
             low, high = max(block.start, destination.start), min(block.end, destination.end)
             stored = torch.frombuffer(payload, dtype=getattr(torch, self._layout.dtype)).view(spec.shape)
@@ -248,6 +253,8 @@ class BlockStore:
         for block in blocks:
             if block.name not in good:
                 misses[rejected.get(block.name, failure)] += 1
+        if rejected:
+            _log.warning("stored blocks rejected", blocks=len(rejected), details=sorted(details)[:3])
         corrupt = [spec.key for block, spec in specs if rejected.get(block.name) == "corrupt"]
         if corrupt:
             self._delete(corrupt)
