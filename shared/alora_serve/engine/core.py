@@ -103,9 +103,9 @@ class ServingCore:
             queued=load.waiting,
             running=load.running,
             max_running=self._limits.max_sequences,
-            step_seconds=load.step_seconds,
+            step_seconds=load.rates.step_seconds,
             kv_bytes=self.cache.size_bytes,
-            prefill_tokens_per_second=load.prefill_tokens_per_second,
+            prefill_tokens_per_second=load.rates.prefill_tokens_per_second,
         )
 
     async def drain(self) -> None:

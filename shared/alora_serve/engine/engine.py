@@ -8,10 +8,9 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Protocol
 
@@ -20,7 +19,9 @@ import torch
 
 from alora_serve.engine.batch import Batch, adapter_rows, arrange
 from alora_serve.engine.lora_rows import LoraRows
+from alora_serve.engine.places import Places
 from alora_serve.engine.prefix_cache import PrefixCache
+from alora_serve.engine.rates import StepRates
 from alora_serve.engine.sampling import choose_tokens
 from alora_serve.engine.scheduler import share_step
 from alora_serve.engine.sequence import (
@@ -32,15 +33,13 @@ from alora_serve.engine.sequence import (
     SequenceStats,
     Sink,
 )
-from alora_serve.errors import AloraServeError, OverloadedError, UnavailableError
+from alora_serve.errors import AloraServeError, UnavailableError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
 from alora_serve.types import FinishReason, Heartbeat, SamplingParams, TokenChunk
 
 _log = structlog.get_logger(__name__)
 
-RETRY_AFTER_SECONDS = 1.0
-"""What a client that found the queue full is told: about one short answer's time."""
 HEARTBEAT_SECONDS = 1.0
 """Longest silence on a stream whose sequence is alive, but for the step in progress."""
 
@@ -72,12 +71,11 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """A snapshot for routers: ``step_seconds`` is a running mean of steps that only decode, 0 before the first."""
+    """A snapshot for routers: sequences in the batch and without a place, and recent speed."""
 
     running: int
     waiting: int
-    step_seconds: float
-    prefill_tokens_per_second: float
+    rates: StepRates
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +106,10 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._ids = itertools.count()
-        self._places = 0
+        self._places = Places(limits.max_sequences, limits.max_queue)
+        self._rates = StepRates()
         self._state_lock = threading.Lock()
         self._closed = False
-        self._step_seconds = 0.0
-        self._prefill_rate = 0.0
         self.ended: Future[None] = Future()
         """Done when the engine's thread is: after :meth:`close`, or with the error that broke it."""
         self._thread = threading.Thread(target=self._guarded_run, name="engine", daemon=True)
@@ -126,32 +123,11 @@ class Engine:
     @property
     def load(self) -> EngineLoad:
         """How busy the engine is; approximate while it runs."""
-        return EngineLoad(len(self._running), len(self._waiting), self._step_seconds, self._prefill_rate)
+        return EngineLoad(len(self._running), len(self._waiting), replace(self._rates))
 
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place in batch or queue, held while the block runs. Take it before loading anything for a sequence.
-
-        Counted from here and not from :meth:`submit`, so that a burst is turned away before its prefixes fill memory.
-
-        Raises:
-            OverloadedError: all places are taken; says when to retry.
-            UnavailableError: the engine is closed.
-        """
-        with self._state_lock:
-            if self._closed:
-                raise UnavailableError("the engine is shutting down; ask another endpoint")
-            if self._places >= self._limits.max_sequences + self._limits.max_queue:
-                raise OverloadedError(
-                    f"{self._limits.max_queue} requests wait already; retry later or on another endpoint",
-                    retry_after_seconds=RETRY_AFTER_SECONDS,
-                )
-            self._places += 1
-        try:
-            yield
-        finally:
-            with self._state_lock:
-                self._places -= 1
+    def place(self) -> AbstractContextManager[None]:
+        """A place in batch or queue, held while the block runs: see :meth:`Places.hold`."""
+        return self._places.hold()
 
     def submit(self, request: SequenceRequest, sink: Sink) -> SequenceId:
         """Queue a sequence; the caller holds a :meth:`place`. The pin on ``request.prefix`` passes to the engine.
@@ -183,6 +159,7 @@ class Engine:
 
     def close(self) -> None:
         """Fail what is left with ``UnavailableError`` and end the thread. Idempotent."""
+        self._places.close()
         with self._state_lock:
             self._closed = True
         self._inbox.put(_Close())
@@ -265,7 +242,11 @@ class Engine:
                 if sequence in self._running:
                     self._fail(sequence, failure)
             return
-        self._measure(batch, monotonic() - started)
+        seconds, tokens = monotonic() - started, sum(len(span.tokens) for _, span in batch)
+        self._metrics.step(len(batch), tokens, seconds)
+        self._rates.observe(
+            sequences=len(batch), tokens=tokens, budget_tokens=self._limits.max_step_tokens, seconds=seconds
+        )
 
     def _advance(self, batch: Batch) -> None:
         output = [
@@ -349,15 +330,3 @@ class Engine:
             if now - max(sequence.last_event_at, sequence.submitted_at) >= HEARTBEAT_SECONDS:
                 sequence.last_event_at = now
                 sequence.sink(Heartbeat())
-
-    def _measure(self, batch: Batch, seconds: float) -> None:
-        tokens = sum(len(span.tokens) for _, span in batch)
-        self._metrics.step(len(batch), tokens, seconds)
-        if tokens == len(batch):
-            self._step_seconds = _mean(self._step_seconds, seconds)
-        elif tokens >= self._limits.max_step_tokens // 2:
-            self._prefill_rate = _mean(self._prefill_rate, tokens / seconds)
-
-
-def _mean(old: float, new: float) -> float:
-    return new if not old else 0.9 * old + 0.1 * new
