@@ -54,7 +54,7 @@ class PrefixCache:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._index: dict[BlockHash, Prefix] = {}
-        self._names: dict[KVSegment, list[BlockHash]] = {}
+        self._names: dict[KVSegment, set[BlockHash]] = {}
         self._size_bytes = 0
         self._clock = 0
 
@@ -117,7 +117,7 @@ class PrefixCache:
             size_bytes = capacity * self._layout.bytes_per_token
             self._evict(size_bytes)
             segment = KVSegment.allocate(self._layout, capacity, prefix.tokens, self._device)
-            self._names[segment] = []
+            self._names[segment] = set()
             self._size_bytes += segment.size_bytes
             self._metrics.prefix_bytes(self._size_bytes)
             return self._promise(segment, tokens)
@@ -160,7 +160,7 @@ class PrefixCache:
                     held = prefix.take(block_end)
                     self._index[name] = held
                     for part in held.slices:
-                        self._names[part.segment].append(name)
+                        self._names[part.segment].add(name)
 
     def _evict(self, incoming_bytes: int) -> None:
         """Drop unpinned segments, least recently used first, until the budget holds with ``incoming_bytes`` more."""
@@ -180,7 +180,10 @@ class PrefixCache:
 
     def _drop(self, segment: KVSegment) -> None:
         for name in self._names.pop(segment):
-            self._index.pop(name, None)
+            # Ancestors outlive many descendants and must not go on listing their names.
+            for part in self._index.pop(name).slices:
+                if part.segment is not segment:
+                    self._names[part.segment].discard(name)
         self._size_bytes -= segment.size_bytes
 
     def check_integrity(self) -> None:
