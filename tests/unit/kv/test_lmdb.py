@@ -1,4 +1,4 @@
-"""The LMDB store in one process: what it evicts, what it does with damaged files, how it opens and closes."""
+"""The LMDB store in one process: what it does with damaged files, how it opens and closes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
+from alora_serve.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.lmdb import LmdbStore, default_location, files
-from alora_serve.kv.store import Put
+from lmdb_blocks import BLOCK_BYTES, BUDGET_BYTES, block, held, put
 from store_peer import PATIENCE_SECONDS, key_of, pattern, read
-
-BUDGET_BYTES = 8 << 20
-BLOCK_BYTES = 1_000_000
-BLOCKS = 8  # of 245 pages each: what fits into the budget
 
 
 @pytest.fixture
@@ -32,106 +28,6 @@ def store(root: Path) -> Iterator[LmdbStore]:
     store = LmdbStore(root, budget_bytes=BUDGET_BYTES, recency_seconds=3600)
     yield store
     store.close()
-
-
-def block(name: str | int, *, evict_first: bool = False) -> Put:
-    return Put(key_of(name), pattern(key_of(name), BLOCK_BYTES), evict_first=evict_first)
-
-
-def put(store: LmdbStore, *puts: Put) -> None:
-    store.put_many(puts, timeout_seconds=PATIENCE_SECONDS)
-
-
-def held(store: LmdbStore, *names: str | int) -> list[bool]:
-    return store.contains_many([key_of(name) for name in names], timeout_seconds=PATIENCE_SECONDS)
-
-
-# --- eviction ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_oldest_go_first_and_the_budget_holds(store: LmdbStore, root: Path) -> None:
-    for number in range(40):
-        put(store, block(number))
-        assert sum(held(store, *range(40))) == min(number + 1, BLOCKS)
-    assert held(store, *range(40)) == [False] * (40 - BLOCKS) + [True] * BLOCKS
-    assert (root / "v1" / "data.mdb").stat().st_size < 2 * BUDGET_BYTES
-
-
-def test_reading_makes_recent(store: LmdbStore) -> None:
-    put(store, *(block(number) for number in range(BLOCKS)))
-    read(store, [key_of(BLOCKS - 1), key_of("absent")])
-    put(store, block("new"))
-    assert held(store, BLOCKS - 1, "new") == [True, True]
-    assert sum(held(store, *range(BLOCKS - 1))) == BLOCKS - 2
-
-
-def test_partial_tails_go_before_full_blocks_however_recent(store: LmdbStore) -> None:
-    put(store, block("old"))
-    put(store, block("tail", evict_first=True))
-    put(store, *(block(number) for number in range(BLOCKS - 2)))
-    read(store, [key_of("tail")])
-    put(store, block("new"))
-    assert held(store, "tail", "old", "new") == [False, True, True]
-
-
-def test_of_one_request_the_end_of_the_chain_goes_first(store: LmdbStore) -> None:
-    put(store, *(block(number) for number in range(BLOCKS)))
-    put(store, block("x"), block("y"), block("z"))
-    assert held(store, *range(BLOCKS)) == [True] * (BLOCKS - 3) + [False] * 3
-    read(store, [key_of(name) for name in (*range(BLOCKS - 3), "x", "y", "z")])
-    put(store, block("new"))
-    assert held(store, *range(BLOCKS - 3), "x", "y", "z") == [True] * (BLOCKS - 1) + [False]
-
-
-def test_nothing_of_the_same_request_is_evicted_not_even_its_tail(store: LmdbStore) -> None:
-    put(store, *(block(number) for number in range(BLOCKS)))
-    put(store, block("tail", evict_first=True), *(block(f"new-{number}") for number in range(BLOCKS - 1)))
-    assert held(store, "tail", *(f"new-{number}" for number in range(BLOCKS - 1))) == [True] * BLOCKS
-
-
-def test_a_request_larger_than_the_budget_is_full_and_the_store_goes_on(store: LmdbStore) -> None:
-    with pytest.raises(StoreFullError, match="budget"):
-        put(store, *(block(number) for number in range(BLOCKS + 1)))
-    put(store, block("next"))
-    assert held(store, "next") == [True]
-
-
-def test_a_value_larger_than_the_budget_evicts_nothing(store: LmdbStore) -> None:
-    put(store, *(block(number) for number in range(BLOCKS)))
-    with pytest.raises(StoreFullError):
-        put(store, Put(key_of("huge"), bytes(BUDGET_BYTES + 1)))
-    assert held(store, *range(BLOCKS), "huge") == [True] * BLOCKS + [False]
-
-
-def test_a_replacement_that_does_not_fit_leaves_the_old_value(store: LmdbStore) -> None:
-    put(store, block("a"))
-    with pytest.raises(StoreFullError):
-        put(store, Put(key_of("a"), bytes(BUDGET_BYTES + 1)))
-    assert read(store, [key_of("a")]) == {0: pattern(key_of("a"), BLOCK_BYTES)}
-
-
-def test_replacing_and_deleting_free_the_budget(store: LmdbStore) -> None:
-    put(store, *(block(number) for number in range(BLOCKS)))
-    for _ in range(3):
-        put(store, *(block(number) for number in range(BLOCKS)))
-        assert held(store, *range(BLOCKS)) == [True] * BLOCKS
-    store.delete_many([key_of(0), key_of(1), key_of("absent")], timeout_seconds=PATIENCE_SECONDS)
-    put(store, block("x"), block("y"))
-    assert held(store, *range(2, BLOCKS), "x", "y") == [True] * BLOCKS
-
-
-def test_recency_reaches_the_files_without_a_put(root: Path) -> None:
-    store = LmdbStore(root, budget_bytes=BUDGET_BYTES, recency_seconds=0.01)
-    put(store, *(block(number) for number in range(BLOCKS)))
-    read(store, [key_of(BLOCKS - 1)])
-    until = time.monotonic() + PATIENCE_SECONDS
-    while store._writer._touched and time.monotonic() < until:
-        time.sleep(0.01)
-    store.close()
-    again = LmdbStore(root, budget_bytes=BUDGET_BYTES)
-    put(again, block("new"))
-    assert held(again, BLOCKS - 1, BLOCKS - 2) == [True, False]
-    again.close()
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -159,6 +55,15 @@ def truncated_within_the_header(data: Path) -> None:
     os.truncate(data, 100)
 
 
+def of_another_lmdb_version(data: Path) -> None:
+    content = bytearray(data.read_bytes())
+    for page in range(2):
+        version = 4096 * page + 20
+        assert content[version] == 1
+        content[version] = 2
+    data.write_bytes(content)
+
+
 def replaced_by_a_file(data: Path) -> None:
     data.unlink()
     (data.parent / "lock.mdb").unlink()
@@ -172,6 +77,7 @@ DAMAGE = [
     truncated,
     truncated_by_one_page,
     truncated_within_the_header,
+    of_another_lmdb_version,
     replaced_by_a_file,
 ]
 
@@ -227,6 +133,48 @@ def test_damage_found_by_many_threads_at_once_is_set_aside_once(store: LmdbStore
     assert held(store, "after") == [True]
 
 
+def test_only_the_environment_that_was_damaged_is_set_aside(store: LmdbStore, root: Path) -> None:
+    """Another thread or process may have replaced it before we come to it."""
+    put(store, block("old"))
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with store._slot.lease(deadline) as damaged:
+        (root / "v1").rename(root / "elsewhere")
+        put(store, block("new"))
+        with pytest.raises(StoreError, match="set aside"), store._slot.translating(damaged, deadline):
+            raise lmdb.CorruptedError("as a late reader would find")
+        assert held(store, "new", "old") == [True, False]
+    assert not (root / "v1.aside").exists()
+
+
+def test_a_thread_that_waits_for_the_old_files_to_close_takes_the_new_ones(store: LmdbStore, root: Path) -> None:
+    put(store, block("a"))
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with store._slot.lease(deadline) as old:
+        with store._slot._changed:
+            store._slot._retire(old)
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(held, store, "a", "b")
+            while not store._slot._changed._waiters:  # type: ignore[attr-defined]
+                time.sleep(0.001)
+            (root / "v1").rename(root / "elsewhere")
+            put(store, block("b"))
+            with store._slot._changed:
+                store._slot._changed.notify_all()
+            assert waiting.result() == [False, True]
+    assert held(store, "b") == [True]
+    assert not (root / "v1.aside").exists()
+
+
+def test_a_second_store_on_the_same_files_in_one_process_is_refused_and_harms_nothing(
+    store: LmdbStore, root: Path
+) -> None:
+    put(store, block("a"))
+    second = LmdbStore(root, budget_bytes=BUDGET_BYTES)
+    with pytest.raises(StoreUnavailableError, match="already open"):
+        held(second, "a")
+    assert held(store, "a") == [True]
+
+
 def test_damage_in_our_own_bookkeeping_is_damage_too(store: LmdbStore, root: Path) -> None:
     put(store, block("a"))
     with store._slot.lease(time.monotonic() + 1) as opened, opened.env.begin(write=True) as txn:
@@ -255,43 +203,6 @@ def test_a_whole_file_is_extended_to_the_end_that_lmdb_did_not_write(store: Lmdb
         files.extend_to_last_page(opened.env, data, opened.page_bytes)
         assert data.stat().st_size == size
         files.refuse_truncated(opened.env, data, opened.page_bytes)
-
-
-def test_the_budget_is_clamped_to_the_file_system_and_old_damage_makes_room(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    aside = root / "v1.aside"
-    aside.mkdir(parents=True)
-    real = os.statvfs(root)
-
-    class SmallFilesystem:
-        f_frsize = 4096
-        f_bavail = (4 << 20) // 4096
-
-    monkeypatch.setattr(os, "statvfs", lambda path: SmallFilesystem if aside.parent == Path(path) else real)
-    store = LmdbStore(root, budget_bytes=BUDGET_BYTES)
-    put(store, block(1), block(2), block(3))
-    put(store, block(4))
-    assert sum(held(store, 1, 2, 3, 4)) == 3
-    assert not aside.exists()
-    store.close()
-
-
-def test_the_map_being_full_is_a_full_store_and_the_next_put_fits(root: Path) -> None:
-    store = LmdbStore(root, budget_bytes=BUDGET_BYTES)
-    put(store, *(block(number) for number in range(BLOCKS)))
-    with store._slot.lease(time.monotonic() + 1) as opened:
-        opened.env.set_mapsize(BUDGET_BYTES)
-        with opened.env.begin():  # pins every page
-            with pytest.raises(StoreFullError, match="full"):
-                put(store, *(block(f"new-{number}") for number in range(4)))
-            for number in range(20):
-                with pytest.raises(StoreFullError):
-                    put(store, block(f"again-{number}"))
-            assert sum(held(store, *range(BLOCKS))) >= BLOCKS // 2 - 1, "put after put must not empty the store"
-    put(store, block("fits"))
-    assert held(store, "fits") == [True]
-    store.close()
 
 
 def test_running_out_of_reader_slots_is_an_error_that_passes(store: LmdbStore) -> None:

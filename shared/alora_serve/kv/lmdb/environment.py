@@ -58,9 +58,6 @@ _DAMAGE = (
 )
 """What is raised when the tree makes no sense."""
 
-_NOT_DAMAGE_AT_OPEN = (lmdb.DiskError, lmdb.ReadonlyError, lmdb.LockError, lmdb.MemoryError)
-"""Refusals of the operating system: setting the environment aside would not help."""
-
 
 @dataclass(slots=True, eq=False)
 class OpenEnvironment:
@@ -138,6 +135,19 @@ class EnvironmentSlot:
 
     # --- under self._changed ------------------------------------------------------------------------------------------
 
+    def _usable(self) -> OpenEnvironment | None:
+        if self._closed:
+            raise StoreUnavailableError("the LMDB store is closed")
+        current = self._current
+        if current is None:
+            return None
+        if current.pid != os.getpid():
+            raise StoreUnavailableError("the LMDB store was opened before a fork; open one in each process")
+        if file_identity(current.data_file) == current.identity:
+            return current
+        self._retire(current)
+        return None
+
     def _retire(self, opened: OpenEnvironment) -> None:
         if opened is self._current:
             self._current = None
@@ -158,18 +168,15 @@ class EnvironmentSlot:
         if not self._changed.acquire(timeout=remaining_seconds(deadline)):
             raise StoreTimeoutError("the LMDB store is still being opened")
         try:
-            if self._closed:
-                raise StoreUnavailableError("the LMDB store is closed")
-            current = self._current
-            if current is not None and current.pid != os.getpid():
-                raise StoreUnavailableError("the LMDB store was opened before a fork; open one in each process")
-            if current is not None and file_identity(current.data_file) != current.identity:
-                self._retire(current)
-                current = None
-            if current is None:
-                while self._draining and self._on_disk_identity() in [old.identity for old in self._draining]:
+            current = self._usable()
+            while current is None:
+                # LMDB must not open a file that this process still has open, and while we wait for its closing another
+                # thread may have opened the next one.
+                if self._on_disk_identity() in [old.identity for old in self._draining]:
                     self._changed.wait(remaining_seconds(deadline))
-                current = self._current = self._open(deadline)
+                    current = self._usable()
+                else:
+                    current = self._current = self._open(deadline)
             current.leases += 1
             return current
         finally:
@@ -185,9 +192,7 @@ class EnvironmentSlot:
             with file_lock(self._root / "open.lock", deadline):
                 try:
                     return self._open_files()
-                except _NOT_DAMAGE_AT_OPEN:
-                    raise
-                except (lmdb.Error, TruncatedError, NotADirectoryError, FileExistsError) as error:
+                except (*_DAMAGE, TruncatedError, FileExistsError) as error:
                     self._rename_aside(error)
                     return self._open_files()
         except (lmdb.Error, TruncatedError, OSError) as error:
