@@ -112,14 +112,16 @@ def measure_peft(prefixes: Sequence[TokenIds], dtype: str, rounds: int, environm
 async def run(lengths: Sequence[int], rounds: int, dtype: str | None, console: Console) -> tuple[list[Row], str]:
     """Every row, and the compute dtype."""
     rows: list[Row] = []
-    async with LocalDeployment(DeploymentOptions(adapter_roots=(ADAPTERS,), dtype=dtype)) as deployment:
-        async with AsyncClient(deployment.router_address) as client:
-            used = (await client.get_model()).dtype
-            for tokens in lengths:
-                measured, prefixes = await measure(client, tokens, rounds, console)
-                # The services stand still meanwhile, so the cores are the baseline's.
-                peft = await asyncio.to_thread(measure_peft, prefixes, used, rounds, dict(os.environ))
-                rows += [*measured, peft]
+    async with (
+        LocalDeployment(DeploymentOptions(adapter_roots=(ADAPTERS,), dtype=dtype)) as deployment,
+        AsyncClient(deployment.router_address) as client,
+    ):
+        used = (await client.get_model()).dtype
+        for tokens in lengths:
+            measured, prefixes = await measure(client, tokens, rounds, console)
+            # The services stand still meanwhile, so the cores are the baseline's.
+            peft = await asyncio.to_thread(measure_peft, prefixes, used, rounds, dict(os.environ))
+            rows += [*measured, peft]
     return rows, used
 
 

@@ -1,6 +1,6 @@
 """Every failure this project raises on purpose, and the one gRPC status each maps to.
 
-The list is closed: a service turns an :class:`AloraServeError` into a ``google.rpc.Status`` by the attributes below, and
+The list is closed: a service turns an :class:`AloraServeError` into a ``google.rpc.Status`` by the attributes below;
 anything else is a bug that becomes ``INTERNAL``. This module imports nothing of the project and nothing of gRPC.
 """
 
@@ -95,7 +95,7 @@ class InvalidRequestError(AloraServeError):
 
 
 class HandleInvalidError(InvalidRequestError):
-    """A prefix handle whose MAC does not verify here: forged, damaged, or issued under another secret or tenant salt."""
+    """A prefix handle whose MAC does not verify: forged, damaged, or issued under another secret or tenant salt."""
 
     reason = "HANDLE_INVALID"
 

@@ -233,7 +233,7 @@ class TokenChunk:
     Attributes:
         token_ids: in order.
         text: what they add to the answer's text; may be empty while a character or a possible stop string is open.
-        logprobs: one natural-log probability per token, after temperature 1 and before any truncation; empty unless asked.
+        logprobs: one natural-log probability per token, at temperature 1 and before any truncation; empty unless asked.
     """
 
     token_ids: TokenIds

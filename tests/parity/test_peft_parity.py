@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_process import MemoryStore, open_stack
-from tiny_models import FAMILIES, VOCABULARY, Reference, peft_generate, save_adapter, save_model
 
 from alora_serve.engine.core import CoreOptions
 from alora_serve.engine.engine import EngineLimits
 from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.types import Prompt
+from in_process import MemoryStore, open_stack
+from tiny_models import FAMILIES, VOCABULARY, Reference, peft_generate, save_adapter, save_model
 
 GUARD = (258, 10, 258)
 TARGETS = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"]}

@@ -1,4 +1,4 @@
-"""Seeded models of the served families, two to four layers deep, saved in milliseconds, and stock PEFT adapters on them.
+"""Seeded models of the served families, a few layers deep, saved in milliseconds, and stock PEFT adapters on them.
 
 Queries and keys are scaled up so that scores are large: a forgotten soft cap or window then changes tokens, which it
 does not at the scores of a freshly initialised model.
