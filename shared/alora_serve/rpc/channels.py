@@ -88,7 +88,12 @@ def internal_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Opt
 
 def public_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Option]:
     """Arguments of a user's channel to the router; proxies in the environment are honoured."""
-    return _channel_options(PUBLIC_KEEPALIVE_MILLISECONDS, max_message_bytes)
+    return [
+        *_channel_options(PUBLIC_KEEPALIVE_MILLISECONDS, max_message_bytes),
+        # A router that restarts is found again soon; the defaults wait up to two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+    ]
 
 
 def internal_channel(address: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> grpc.aio.Channel:

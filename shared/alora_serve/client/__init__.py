@@ -1,0 +1,60 @@
+"""The Python client of ``AloraService``: :class:`Client` for threads, :class:`AsyncClient` for asyncio.
+
+Everything a caller needs is importable from here; errors are those of :mod:`alora_serve.errors`.
+"""
+
+from alora_serve.client.arguments import Messages
+from alora_serve.client.asynchronous import AsyncClient, AsyncFanOutStream, AsyncGenerationStream
+from alora_serve.client.results import GenerationResult
+from alora_serve.client.retry import RetryPolicy
+from alora_serve.client.synchronous import Client, FanOutStream, GenerationStream
+from alora_serve.rpc.convert import Target
+from alora_serve.types import (
+    AdapterInfo,
+    ChatMessage,
+    Document,
+    Finished,
+    FinishReason,
+    Heartbeat,
+    ModelInfo,
+    PrefillResult,
+    PrefixHandle,
+    Prompt,
+    SamplingParams,
+    Started,
+    StreamEvent,
+    Timings,
+    TokenChunk,
+    ToolCall,
+    Usage,
+)
+
+__all__ = [
+    "AdapterInfo",
+    "AsyncClient",
+    "AsyncFanOutStream",
+    "AsyncGenerationStream",
+    "ChatMessage",
+    "Client",
+    "Document",
+    "FanOutStream",
+    "FinishReason",
+    "Finished",
+    "GenerationResult",
+    "GenerationStream",
+    "Heartbeat",
+    "Messages",
+    "ModelInfo",
+    "PrefillResult",
+    "PrefixHandle",
+    "Prompt",
+    "RetryPolicy",
+    "SamplingParams",
+    "Started",
+    "StreamEvent",
+    "Target",
+    "Timings",
+    "TokenChunk",
+    "ToolCall",
+    "Usage",
+]

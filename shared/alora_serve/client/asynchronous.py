@@ -1,0 +1,314 @@
+"""The client for asyncio: the same calls as :class:`alora_serve.client.Client`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
+
+from alora_serve.client.arguments import (
+    GenerateFields,
+    Messages,
+    PromptFields,
+    fan_out_request,
+    generate_request,
+    prefill_request,
+)
+from alora_serve.client.results import FanOutTranscript, GenerationResult, Transcript
+from alora_serve.client.retry import Retries, RetryPolicy
+from alora_serve.errors import AloraServeError, DeadlinePassedError, RequestCancelledError, UnavailableError
+from alora_serve.rpc.channels import public_options
+from alora_serve.rpc.convert import (
+    Target,
+    adapter_from_proto,
+    event_from_proto,
+    model_from_proto,
+    prefill_result_from_proto,
+)
+from alora_serve.rpc.status import error_from_rpc
+from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult, StreamEvent
+from alora_serve.v1 import alora_pb2
+from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
+
+ItemT = TypeVar("ItemT")
+ResponseT = TypeVar("ResponseT")
+
+
+class AsyncClient:
+    """A connection to a router for one event loop. Use it as an async context manager or close it.
+
+    In use::
+
+        async with AsyncClient("127.0.0.1:50051") as client:
+            answer = await client.generate("Why is the sky blue?", max_tokens=64).result()
+            async for event in client.generate(handle=answer.handle, adapter="jailbreak"):
+                ...
+
+    Errors and ``timeout_seconds`` are those of :class:`alora_serve.client.Client`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """Prepare; the first call connects.
+
+        Args:
+            address: ``host:port`` of a router.
+            credentials: for TLS; None is plain text.
+            retry: see :class:`RetryPolicy`.
+        """
+        options = public_options()
+        self._address = address
+        self._channel = (
+            grpc.aio.insecure_channel(address, options)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options)
+        )
+        self._stub = AloraServiceStub(self._channel)
+        self._retry = retry or RetryPolicy()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls that still run are cancelled."""
+        await self._channel.close()
+
+    def generate(
+        self,
+        messages: Messages | None = None,
+        *,
+        adapter: str | None = None,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[GenerateFields],
+    ) -> AsyncGenerationStream:
+        """Continue a conversation; the stream has begun when this returns, and iterating or ``result()`` reads it.
+
+        Args:
+            messages: the conversation, or with ``handle`` only its new turns.
+            adapter: who answers; None or empty is the base model.
+            timeout_seconds: of the whole call.
+            **fields: the rest of the prompt and the sampling parameters.
+        """
+        request = generate_request(messages, adapter, fields)
+        return AsyncGenerationStream(
+            lambda timeout: self._stub.Generate(request, timeout=timeout), Retries(self._retry, timeout_seconds)
+        )
+
+    def fanout(
+        self,
+        messages: Messages | None,
+        adapters: Sequence[str | Target | None],
+        *,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[GenerateFields],
+    ) -> AsyncFanOutStream:
+        """Ask 1 to 256 adapters about one conversation in one call; the conversation is prefilled once.
+
+        Args:
+            messages: as in :meth:`generate`; None when ``fields`` has a handle.
+            adapters: names, None for the base model, or a :class:`Target` with sampling parameters of its own.
+            timeout_seconds: of the whole call.
+            **fields: as in :meth:`generate`, for all targets that bring none of their own.
+        """
+        request = fan_out_request(messages, adapters, fields)
+        return AsyncFanOutStream(
+            lambda timeout: self._stub.FanOut(request, timeout=timeout),
+            Retries(self._retry, timeout_seconds),
+            num_targets=len(adapters),
+        )
+
+    async def prefill(
+        self,
+        messages: Messages | None = None,
+        *,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[PromptFields],
+    ) -> PrefillResult:
+        """Compute and store a conversation's KV; pass the handle of the result to later calls."""
+        request = prefill_request(messages, fields)
+        return prefill_result_from_proto(await self._call(self._stub.Prefill, request, timeout_seconds))
+
+    async def list_adapters(self, *, timeout_seconds: float | None = None) -> list[AdapterInfo]:
+        """Every adapter by name; one with a ``problem`` cannot be served."""
+        response = await self._call(self._stub.ListAdapters, alora_pb2.ListAdaptersRequest(), timeout_seconds)
+        return [adapter_from_proto(adapter) for adapter in response.adapters]
+
+    async def load_adapter(self, name: str, *, timeout_seconds: float | None = None) -> AdapterInfo:
+        """Read an adapter's weights into the memory of the worker that will serve it."""
+        response = await self._call(self._stub.LoadAdapter, alora_pb2.LoadAdapterRequest(name=name), timeout_seconds)
+        return adapter_from_proto(response.adapter)
+
+    async def unload_adapter(self, name: str, *, timeout_seconds: float | None = None) -> None:
+        """Drop an adapter's weights from the memory of every worker once running requests are done."""
+        await self._call(self._stub.UnloadAdapter, alora_pb2.UnloadAdapterRequest(name=name), timeout_seconds)
+
+    async def get_model(self, *, timeout_seconds: float | None = None) -> ModelInfo:
+        """The base model."""
+        response = await self._call(self._stub.GetModel, alora_pb2.GetModelRequest(), timeout_seconds)
+        return model_from_proto(response.model)
+
+    async def wait_ready(self, timeout_seconds: float = 60.0) -> None:
+        """Return once the router serves: it is up, and a base prefill and a worker of one model are too.
+
+        Raises:
+            UnavailableError: it did not in time.
+        """
+        health: Any = health_pb2_grpc.HealthStub(self._channel)
+        retries = Retries(RetryPolicy(max_attempts=2**31), timeout_seconds)
+        try:
+            while True:
+                watch = health.Watch(
+                    health_pb2.HealthCheckRequest(), timeout=retries.remaining_seconds(), wait_for_ready=True
+                )
+                try:
+                    async for response in watch:
+                        if response.status == health_pb2.HealthCheckResponse.SERVING:
+                            return
+                except grpc.aio.AioRpcError as error:
+                    await asyncio.sleep(retries.pause_after(error_from_rpc(error)))
+                finally:
+                    watch.cancel()
+        except (DeadlinePassedError, UnavailableError) as error:
+            raise UnavailableError(f"{self._address} is not ready after {timeout_seconds:g} s: {error}") from error
+
+    async def _call(
+        self, method: Callable[..., Awaitable[ResponseT]], request: object, timeout_seconds: float | None
+    ) -> ResponseT:
+        retries = Retries(self._retry, timeout_seconds)
+        while True:
+            try:
+                return await method(request, timeout=retries.remaining_seconds())
+            except grpc.aio.AioRpcError as error:
+                await asyncio.sleep(retries.pause_after(error_from_rpc(error)))
+
+
+class AsyncResponseStream(Generic[ItemT]):
+    """A running call. Iterate it; :meth:`close` it, or leave its context, to cancel what is not read."""
+
+    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
+        """Begin the call that ``open_call`` makes with a time-out in seconds."""
+        self._open_call = open_call
+        self._retries = retries
+        self._received = False
+        self._closed = False
+        self._call = open_call(retries.remaining_seconds())
+        self._responses = aiter(self._call)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        # An asyncio call lives on in its own tasks when nobody refers to it any more.
+        if "_call" in vars(self):
+            self._call.cancel()
+
+    def __aiter__(self) -> AsyncIterator[ItemT]:
+        return self
+
+    async def __anext__(self) -> ItemT:
+        while not self._closed:
+            try:
+                response = await anext(self._responses)
+            except grpc.aio.AioRpcError as error:
+                await self._recover(error_from_rpc(error))
+                continue
+            except asyncio.CancelledError:
+                self._explain_cancellation()
+                break
+            self._received = True
+            return self._item(response)
+        raise StopAsyncIteration
+
+    async def close(self) -> None:
+        """Cancel the call; the server stops working on it."""
+        self._closed = True
+        self._call.cancel()
+
+    def _explain_cancellation(self) -> None:
+        """Return if :meth:`close` did it. To gRPC, a call cancelled here looks like a reading task cancelled."""
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError
+        if not self._closed:
+            raise RequestCancelledError("the client was closed while the call ran") from None
+
+    async def _recover(self, error: AloraServeError) -> None:
+        """Begin again if nothing was received and the policy allows it."""
+        if self._closed:
+            return
+        if self._received:
+            raise error
+        await asyncio.sleep(self._retries.pause_after(error))
+        self._call = self._open_call(self._retries.remaining_seconds())
+        self._responses = aiter(self._call)
+
+    def _item(self, response: Any) -> ItemT:
+        raise NotImplementedError
+
+
+class AsyncGenerationStream(AsyncResponseStream[StreamEvent]):
+    """The events of one generation: ``Started``, chunks and heartbeats, ``Finished``."""
+
+    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
+        super().__init__(open_call, retries)
+        self._transcript = Transcript()
+
+    @property
+    def text(self) -> str:
+        """The answer as far as it has been read."""
+        return self._transcript.text
+
+    async def result(self) -> GenerationResult:
+        """Read what is left and return the whole.
+
+        Raises:
+            AloraServeError: the generation failed, or was closed before its end.
+        """
+        async for _ in self:
+            pass
+        return self._transcript.result()
+
+    def _item(self, response: alora_pb2.GenerateResponse) -> StreamEvent:
+        event = event_from_proto(response.event)
+        self._transcript.add(event)
+        return event
+
+
+class AsyncFanOutStream(AsyncResponseStream[tuple[int, StreamEvent | AloraServeError]]):
+    """Events of all targets as they come, each with its target's index. A target that failed ends with its error."""
+
+    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries, *, num_targets: int) -> None:
+        super().__init__(open_call, retries)
+        self._transcript = FanOutTranscript(num_targets)
+
+    async def results(self) -> list[GenerationResult | AloraServeError]:
+        """Read what is left and return a result, or the error it failed with, for each target in order.
+
+        Raises:
+            AloraServeError: the call as a whole failed.
+        """
+        async for _ in self:
+            pass
+        return self._transcript.results()
+
+    def _item(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError]:
+        return self._transcript.add(response)

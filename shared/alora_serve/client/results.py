@@ -1,0 +1,130 @@
+"""Puts a stream's events together. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alora_serve.errors import AloraServeError, UnavailableError
+from alora_serve.rpc.convert import event_from_proto
+from alora_serve.rpc.status import error_from_failure
+from alora_serve.types import (
+    AdapterDigest,
+    Finished,
+    FinishReason,
+    PrefixHandle,
+    Started,
+    StreamEvent,
+    Timings,
+    TokenChunk,
+    TokenIds,
+    Usage,
+)
+from alora_serve.v1 import alora_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished generation.
+
+    Attributes:
+        text: the whole answer.
+        token_ids: its tokens, in order.
+        finish_reason: why it ended.
+        usage: where tokens came from, over all services.
+        timings: where time went, in seconds, as the router measured.
+        handle: for a base turn, names prompt and answer: pass it with the next messages. None with an adapter.
+        stop_string: the stop string that ended it, if one did.
+        logprobs: one natural-log probability a token; empty unless asked for.
+        adapter_digest: the adapter that answered; empty for the base model.
+        seed: the seed in use; pass it again, with the same prompt, to draw the same.
+    """
+
+    text: str
+    token_ids: TokenIds
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    handle: PrefixHandle | None
+    stop_string: str
+    logprobs: tuple[float, ...]
+    adapter_digest: AdapterDigest
+    seed: int
+
+
+class Transcript:
+    """The events of one generation so far. ``text`` is the answer as far as it has come."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._started: Started | None = None
+        self._finished: Finished | None = None
+
+    def add(self, event: StreamEvent) -> None:
+        """Note the next event."""
+        match event:
+            case Started():
+                self._started = event
+            case TokenChunk():
+                self.text += event.text
+                self._token_ids += event.token_ids
+                self._logprobs += event.logprobs
+            case Finished():
+                self.text += event.text
+                self._finished = event
+
+    def result(self) -> GenerationResult:
+        """The generation as a whole.
+
+        Raises:
+            UnavailableError: the stream ended before it was finished.
+        """
+        finished = self._finished
+        if finished is None:
+            raise UnavailableError("the stream ended before the generation was finished")
+        return GenerationResult(
+            text=self.text,
+            token_ids=tuple(self._token_ids),
+            finish_reason=finished.finish_reason,
+            usage=finished.usage,
+            timings=finished.timings,
+            handle=finished.handle,
+            stop_string=finished.stop_string,
+            logprobs=tuple(self._logprobs),
+            adapter_digest=self._started.adapter_digest if self._started else AdapterDigest(""),
+            seed=self._started.seed if self._started else 0,
+        )
+
+
+class FanOutTranscript:
+    """The events of all targets of a fan-out so far."""
+
+    def __init__(self, num_targets: int) -> None:
+        self._targets: list[Transcript | AloraServeError] = [Transcript() for _ in range(num_targets)]
+
+    def add(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError]:
+        """Note the next response; returns its target's index and what happened to it."""
+        index = response.index
+        if response.HasField("failure"):
+            failure = error_from_failure(response.failure)
+            self._targets[index] = failure
+            return index, failure
+        event = event_from_proto(response.event)
+        target = self._targets[index]
+        if isinstance(target, Transcript):
+            target.add(event)
+        return index, event
+
+    def results(self) -> list[GenerationResult | AloraServeError]:
+        """A result or a failure a target, in their order."""
+        return [_outcome(target) for target in self._targets]
+
+
+def _outcome(target: Transcript | AloraServeError) -> GenerationResult | AloraServeError:
+    if isinstance(target, AloraServeError):
+        return target
+    try:
+        return target.result()
+    except UnavailableError as error:
+        return error

@@ -1,0 +1,63 @@
+"""When a failed call is made again, and how long before. Pure but for chance and the clock."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+from alora_serve.errors import AloraServeError, OverloadedError, UnavailableError
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Repeats calls that found nobody, as long as nothing was received.
+
+    Attributes:
+        max_attempts: calls in all; 1 never repeats.
+        backoff_seconds: longest pause before the first repetition; doubles with each. Pauses are drawn from its half.
+        max_backoff_seconds: where doubling ends.
+        retry_overloaded: also repeat calls refused for load, after the time the server asked for.
+    """
+
+    max_attempts: int = 3
+    backoff_seconds: float = 0.2
+    max_backoff_seconds: float = 2.0
+    retry_overloaded: bool = False
+
+
+class Retries:
+    """The attempts of one call, within its time. Call :meth:`pause_after` for each failure."""
+
+    def __init__(self, policy: RetryPolicy, timeout_seconds: float | None) -> None:
+        self._policy = policy
+        self._failures = 0
+        self._due_seconds = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+
+    def remaining_seconds(self) -> float | None:
+        """Time left for the next attempt; None is without limit."""
+        return None if self._due_seconds is None else max(0.0, self._due_seconds - time.monotonic())
+
+    def pause_after(self, error: AloraServeError) -> float:
+        """How many seconds to wait before calling again.
+
+        Raises:
+            AloraServeError: ``error``, when it is final.
+        """
+        self._failures += 1
+        pause = self._pause_seconds(error)
+        remaining = self.remaining_seconds()
+        if pause is None or (remaining is not None and pause >= remaining):
+            raise error
+        return pause
+
+    def _pause_seconds(self, error: AloraServeError) -> float | None:
+        policy = self._policy
+        if self._failures >= policy.max_attempts:
+            return None
+        if not isinstance(error, UnavailableError) and not (
+            policy.retry_overloaded and isinstance(error, OverloadedError)
+        ):
+            return None
+        longest = min(policy.max_backoff_seconds, policy.backoff_seconds * 2.0 ** (self._failures - 1))
+        return max(error.retry_after_seconds or 0.0, random.uniform(longest / 2, longest))

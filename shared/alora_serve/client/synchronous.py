@@ -1,0 +1,293 @@
+"""The client for threads, on gRPC's synchronous channel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
+
+from alora_serve.client.arguments import (
+    GenerateFields,
+    Messages,
+    PromptFields,
+    fan_out_request,
+    generate_request,
+    prefill_request,
+)
+from alora_serve.client.results import FanOutTranscript, GenerationResult, Transcript
+from alora_serve.client.retry import Retries, RetryPolicy
+from alora_serve.errors import AloraServeError, DeadlinePassedError, UnavailableError
+from alora_serve.rpc.channels import public_options
+from alora_serve.rpc.convert import (
+    Target,
+    adapter_from_proto,
+    event_from_proto,
+    model_from_proto,
+    prefill_result_from_proto,
+)
+from alora_serve.rpc.status import error_from_rpc
+from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult, StreamEvent
+from alora_serve.v1 import alora_pb2
+from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
+
+ItemT = TypeVar("ItemT")
+ResponseT = TypeVar("ResponseT")
+
+
+class Client:
+    """A connection to a router. Thread-safe; its streams are not. Use it as a context manager or close it.
+
+    In use::
+
+        with Client("127.0.0.1:50051") as client:
+            answer = client.generate("Why is the sky blue?", max_tokens=64).result()
+            verdict = client.generate(handle=answer.handle, adapter="jailbreak").result()
+
+    Every call may raise an :class:`alora_serve.errors.AloraServeError`: its class says what kind, ``violations`` name
+    bad fields, ``metadata["request_id"]`` finds the request in the server's logs. ``timeout_seconds`` of a call bounds
+    it in all, repetitions included; without one, the router's default applies.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """Prepare; the first call connects.
+
+        Args:
+            address: ``host:port`` of a router.
+            credentials: for TLS; None is plain text.
+            retry: see :class:`RetryPolicy`.
+        """
+        options = public_options()
+        self._address = address
+        self._channel = (
+            grpc.insecure_channel(address, options)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options)
+        )
+        self._stub = AloraServiceStub(self._channel)
+        self._retry = retry or RetryPolicy()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls that still run are cancelled."""
+        self._channel.close()
+
+    def generate(
+        self,
+        messages: Messages | None = None,
+        *,
+        adapter: str | None = None,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[GenerateFields],
+    ) -> GenerationStream:
+        """Continue a conversation; the stream has begun when this returns, and iterating or ``result()`` reads it.
+
+        Args:
+            messages: the conversation, or with ``handle`` only its new turns.
+            adapter: who answers; None or empty is the base model.
+            timeout_seconds: of the whole call.
+            **fields: the rest of the prompt and the sampling parameters.
+        """
+        request = generate_request(messages, adapter, fields)
+        return GenerationStream(
+            lambda timeout: self._stub.Generate(request, timeout=timeout), Retries(self._retry, timeout_seconds)
+        )
+
+    def fanout(
+        self,
+        messages: Messages | None,
+        adapters: Sequence[str | Target | None],
+        *,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[GenerateFields],
+    ) -> FanOutStream:
+        """Ask 1 to 256 adapters about one conversation in one call; the conversation is prefilled once.
+
+        Args:
+            messages: as in :meth:`generate`; None when ``fields`` has a handle.
+            adapters: names, None for the base model, or a :class:`Target` with sampling parameters of its own.
+            timeout_seconds: of the whole call.
+            **fields: as in :meth:`generate`, for all targets that bring none of their own.
+        """
+        request = fan_out_request(messages, adapters, fields)
+        return FanOutStream(
+            lambda timeout: self._stub.FanOut(request, timeout=timeout),
+            Retries(self._retry, timeout_seconds),
+            num_targets=len(adapters),
+        )
+
+    def prefill(
+        self,
+        messages: Messages | None = None,
+        *,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[PromptFields],
+    ) -> PrefillResult:
+        """Compute and store a conversation's KV; pass the handle of the result to later calls."""
+        request = prefill_request(messages, fields)
+        return prefill_result_from_proto(self._call(self._stub.Prefill, request, timeout_seconds))
+
+    def list_adapters(self, *, timeout_seconds: float | None = None) -> list[AdapterInfo]:
+        """Every adapter by name; one with a ``problem`` cannot be served."""
+        response = self._call(self._stub.ListAdapters, alora_pb2.ListAdaptersRequest(), timeout_seconds)
+        return [adapter_from_proto(adapter) for adapter in response.adapters]
+
+    def load_adapter(self, name: str, *, timeout_seconds: float | None = None) -> AdapterInfo:
+        """Read an adapter's weights into the memory of the worker that will serve it."""
+        response = self._call(self._stub.LoadAdapter, alora_pb2.LoadAdapterRequest(name=name), timeout_seconds)
+        return adapter_from_proto(response.adapter)
+
+    def unload_adapter(self, name: str, *, timeout_seconds: float | None = None) -> None:
+        """Drop an adapter's weights from the memory of every worker once running requests are done."""
+        self._call(self._stub.UnloadAdapter, alora_pb2.UnloadAdapterRequest(name=name), timeout_seconds)
+
+    def get_model(self, *, timeout_seconds: float | None = None) -> ModelInfo:
+        """The base model."""
+        return model_from_proto(self._call(self._stub.GetModel, alora_pb2.GetModelRequest(), timeout_seconds).model)
+
+    def wait_ready(self, timeout_seconds: float = 60.0) -> None:
+        """Return once the router serves: it is up, and a base prefill and a worker of one model are too.
+
+        Raises:
+            UnavailableError: it did not in time.
+        """
+        health: Any = health_pb2_grpc.HealthStub(self._channel)
+        retries = Retries(RetryPolicy(max_attempts=2**31), timeout_seconds)
+        try:
+            while True:
+                watch = health.Watch(
+                    health_pb2.HealthCheckRequest(), timeout=retries.remaining_seconds(), wait_for_ready=True
+                )
+                try:
+                    if any(response.status == health_pb2.HealthCheckResponse.SERVING for response in watch):
+                        return
+                except grpc.RpcError as error:
+                    time.sleep(retries.pause_after(error_from_rpc(error)))
+                finally:
+                    watch.cancel()
+        except (DeadlinePassedError, UnavailableError) as error:
+            raise UnavailableError(f"{self._address} is not ready after {timeout_seconds:g} s: {error}") from error
+
+    def _call(self, method: Callable[..., ResponseT], request: object, timeout_seconds: float | None) -> ResponseT:
+        retries = Retries(self._retry, timeout_seconds)
+        while True:
+            try:
+                return method(request, timeout=retries.remaining_seconds())
+            except grpc.RpcError as error:
+                time.sleep(retries.pause_after(error_from_rpc(error)))
+
+
+class ResponseStream(Generic[ItemT]):
+    """A running call. Iterate it; :meth:`close` it, or leave its context, to cancel what is not read."""
+
+    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
+        """Begin the call that ``open_call`` makes with a time-out in seconds."""
+        self._open_call = open_call
+        self._retries = retries
+        self._received = False
+        self._closed = False
+        self._call = open_call(retries.remaining_seconds())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[ItemT]:
+        return self
+
+    def __next__(self) -> ItemT:
+        while not self._closed:
+            try:
+                response = next(self._call)
+            except grpc.RpcError as error:
+                self._recover(error_from_rpc(error))
+                continue
+            self._received = True
+            return self._item(response)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel the call; the server stops working on it."""
+        self._closed = True
+        self._call.cancel()
+
+    def _recover(self, error: AloraServeError) -> None:
+        """Begin again if nothing was received and the policy allows it."""
+        if self._closed:
+            return
+        if self._received:
+            raise error
+        time.sleep(self._retries.pause_after(error))
+        self._call = self._open_call(self._retries.remaining_seconds())
+
+    def _item(self, response: Any) -> ItemT:
+        raise NotImplementedError
+
+
+class GenerationStream(ResponseStream[StreamEvent]):
+    """The events of one generation: ``Started``, chunks and heartbeats, ``Finished``."""
+
+    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
+        super().__init__(open_call, retries)
+        self._transcript = Transcript()
+
+    @property
+    def text(self) -> str:
+        """The answer as far as it has been read."""
+        return self._transcript.text
+
+    def result(self) -> GenerationResult:
+        """Read what is left and return the whole.
+
+        Raises:
+            AloraServeError: the generation failed, or was closed before its end.
+        """
+        for _ in self:
+            pass
+        return self._transcript.result()
+
+    def _item(self, response: alora_pb2.GenerateResponse) -> StreamEvent:
+        event = event_from_proto(response.event)
+        self._transcript.add(event)
+        return event
+
+
+class FanOutStream(ResponseStream[tuple[int, StreamEvent | AloraServeError]]):
+    """Events of all targets as they come, each with its target's index. A target that failed ends with its error."""
+
+    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries, *, num_targets: int) -> None:
+        super().__init__(open_call, retries)
+        self._transcript = FanOutTranscript(num_targets)
+
+    def results(self) -> list[GenerationResult | AloraServeError]:
+        """Read what is left and return a result, or the error it failed with, for each target in order.
+
+        Raises:
+            AloraServeError: the call as a whole failed.
+        """
+        for _ in self:
+            pass
+        return self._transcript.results()
+
+    def _item(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError]:
+        return self._transcript.add(response)

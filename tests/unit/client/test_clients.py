@@ -1,0 +1,366 @@
+"""Both clients on real sockets: against a router with scripted services behind it, and against a scripted router."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2_grpc
+
+from alora_serve.client import AsyncClient, Client, Finished, FinishReason, RetryPolicy, Started, TokenChunk
+from alora_serve.errors import (
+    AdapterNotFoundError,
+    AloraServeError,
+    DeadlinePassedError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestCancelledError,
+    UnavailableError,
+)
+from alora_serve.rpc.convert import event_to_proto
+from alora_serve.rpc.health import HealthServicer
+from alora_serve.types import GenerateRequest
+from alora_serve.v1 import alora_pb2
+from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer, add_AloraServiceServicer_to_server
+from fake_services import SIGNER, FakePrefill, FakeWorker, Server, answer, deployment, handle, start_server, until
+
+AnyClient: TypeAlias = Client | AsyncClient
+FAST = RetryPolicy(backoff_seconds=0.01)
+
+
+async def done(value: Any) -> Any:
+    """The value of either kind of call."""
+    return await value if inspect.isawaitable(value) else value
+
+
+async def run(client: AnyClient, work: Callable[[AnyClient], Any]) -> Any:
+    """The result of ``work``; what a synchronous client does blocks a thread of its own."""
+    return await asyncio.to_thread(work, client) if isinstance(client, Client) else await done(work(client))
+
+
+async def events_of(client: AnyClient, open_stream: Callable[[AnyClient], Any]) -> list[Any]:
+    if isinstance(client, Client):
+        return await asyncio.to_thread(lambda: list(open_stream(client)))
+    return [event async for event in open_stream(client)]
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+def connect(request: pytest.FixtureRequest) -> Any:
+    """Opens a client of one of the two kinds for a block."""
+
+    @asynccontextmanager
+    async def connected(address: str, **options: Any) -> AsyncIterator[AnyClient]:
+        client = request.param(address, **options)
+        try:
+            yield client
+        finally:
+            await done(client.close())
+
+    return connected
+
+
+async def test_a_stream_is_iterated_event_by_event(connect: Any) -> None:
+    async with deployment([FakePrefill()], [FakeWorker()]) as (router, _), connect(router.address) as client:
+        events = await events_of(client, lambda c: c.generate("Hi", adapter="jailbreak", seed=3))
+        assert isinstance(events[0], Started)
+        assert events[0].seed == 3
+        assert [event.text for event in events if isinstance(event, TokenChunk)] == ["Hello", " world"]
+        assert isinstance(events[-1], Finished)
+
+
+async def test_a_result_is_the_whole_answer(connect: Any) -> None:
+    worker = FakeWorker()
+    async with deployment([FakePrefill()], [worker]) as (router, _), connect(router.address) as client:
+        result = await run(client, lambda c: c.generate("Hi", max_tokens=7).result())
+        assert (result.text, result.token_ids, result.finish_reason) == ("Hello world!", (10, 11), FinishReason.STOP)
+        assert result.usage.prompt_tokens == 2
+        assert worker.requests[0].sampling.max_tokens == 7
+        SIGNER.verify(result.handle)
+        again = await run(client, lambda c: c.generate(handle=result.handle, adapter="jailbreak").result())
+        assert again.handle is None
+
+
+async def test_text_grows_while_a_stream_is_read(connect: Any) -> None:
+    async with deployment([FakePrefill()], [FakeWorker()]) as (router, _), connect(router.address) as client:
+        stream = client.generate("Hi")
+        assert stream.text == ""
+        assert (await run(client, lambda c: stream.result())).text == stream.text == "Hello world!"
+
+
+async def test_a_fan_out_gives_events_by_index_and_results_in_order(connect: Any) -> None:
+    async with deployment([FakePrefill()], [FakeWorker()]) as (router, _), connect(router.address) as client:
+        events = await events_of(client, lambda c: c.fanout("Hi", ["jailbreak", "nope", None]))
+        assert {index for index, _ in events} == {0, 1, 2}
+        assert next(event for index, event in events if index == 1).reason == "ADAPTER_NOT_FOUND"
+        first, second, third = await run(
+            client, lambda c: c.fanout(None, ["jailbreak", "nope", None], handle=handle()).results()
+        )
+        assert first.text == third.text == "Hello world!"
+        assert isinstance(second, AdapterNotFoundError)
+
+
+async def test_prefill_adapters_and_model(connect: Any) -> None:
+    worker = FakeWorker()
+    async with deployment([FakePrefill()], [worker]) as (router, _), connect(router.address) as client:
+        prefilled = await run(client, lambda c: c.prefill([{"role": "user", "content": "Hi"}]))
+        assert prefilled.handle.prefix_tokens == (1,)
+        assert [a.name for a in await run(client, lambda c: c.list_adapters())] == [
+            "broken",
+            "certainty",
+            "jailbreak",
+            "plain",
+        ]
+        assert (await run(client, lambda c: c.load_adapter("jailbreak"))).resident
+        await run(client, lambda c: c.unload_adapter("jailbreak"))
+        assert (worker.loaded, worker.unloaded) == (["jailbreak"], ["jailbreak"])
+        assert (await run(client, lambda c: c.get_model())).context_tokens == 256
+
+
+async def test_errors_are_ours_with_all_details(connect: Any) -> None:
+    async with deployment([FakePrefill()], [FakeWorker()]) as (router, _), connect(router.address) as client:
+        with pytest.raises(InvalidRequestError) as caught:
+            await run(client, lambda c: c.generate("Hi", top_p=0).result())
+        assert caught.value.violations[0].field == "sampling.top_p"
+        assert caught.value.metadata["request_id"]
+        with pytest.raises(AdapterNotFoundError, match="nearest: jailbreak"):
+            await run(client, lambda c: c.load_adapter("jailbrake"))
+
+
+async def test_a_time_out_is_ours_and_reaches_the_worker(connect: Any) -> None:
+    async def never(request: GenerateRequest, attempt: int) -> Any:
+        await asyncio.Event().wait()
+        yield await anext(answer(request, attempt))
+
+    worker = FakeWorker(never)
+    async with deployment([FakePrefill()], [worker]) as (router, _), connect(router.address) as client:
+        with pytest.raises(DeadlinePassedError):
+            await run(client, lambda c: c.generate("Hi", timeout_seconds=0.3).result())
+        await until(lambda: worker.cancelled == 1)
+
+
+def endless_worker() -> FakeWorker:
+    async def endless(request: GenerateRequest, attempt: int) -> Any:
+        async for event in answer(request, attempt):
+            yield event
+            await asyncio.Event().wait()
+
+    return FakeWorker(endless)
+
+
+async def test_leaving_a_sync_stream_cancels_it() -> None:
+    worker = endless_worker()
+    async with deployment([FakePrefill()], [worker]) as (router, _):
+
+        def read_one() -> list[Any]:
+            with Client(router.address) as client, client.generate("Hi") as stream:
+                first = next(stream)
+                stream.close()
+                return [first, *stream]
+
+        assert len(await asyncio.to_thread(read_one)) == 1
+        await until(lambda: worker.cancelled == 1)
+
+
+async def test_leaving_an_async_stream_cancels_it() -> None:
+    worker = endless_worker()
+    async with deployment([FakePrefill()], [worker]) as (router, _), AsyncClient(router.address) as client:
+        async with client.generate("Hi") as stream:
+            await anext(stream)
+        assert [event async for event in stream] == []
+        await until(lambda: worker.cancelled == 1)
+
+
+async def test_dropping_a_sync_stream_cancels_it() -> None:
+    worker = endless_worker()
+    async with deployment([FakePrefill()], [worker]) as (router, _):
+
+        def read_one(client: Client) -> None:
+            for _ in client.generate("Hi"):
+                break
+
+        with Client(router.address) as client:
+            await asyncio.to_thread(read_one, client)
+            await until(lambda: worker.cancelled == 1)
+
+
+async def test_dropping_an_async_stream_cancels_it() -> None:
+    worker = endless_worker()
+    async with deployment([FakePrefill()], [worker]) as (router, _), AsyncClient(router.address) as client:
+        async for _ in client.generate("Hi"):
+            break
+        await until(lambda: worker.cancelled == 1)
+
+
+async def test_closing_an_async_stream_ends_its_reader_and_cancels_no_task() -> None:
+    worker = endless_worker()
+    async with deployment([FakePrefill()], [worker]) as (router, _), AsyncClient(router.address) as client:
+        stream = client.generate("Hi")
+        reader = asyncio.create_task(_collect(stream))
+        await until(lambda: len(worker.requests) == 1)
+        await stream.close()
+        assert len(await reader) <= 1
+        with pytest.raises(UnavailableError):
+            await stream.result()
+
+
+async def test_closing_the_async_client_fails_its_readers() -> None:
+    worker = endless_worker()
+    async with deployment([FakePrefill()], [worker]) as (router, _):
+        client = AsyncClient(router.address)
+        reader = asyncio.create_task(_collect(client.generate("Hi")))
+        await until(lambda: len(worker.requests) == 1)
+        await client.close()
+        with pytest.raises(RequestCancelledError):
+            await reader
+
+
+async def test_cancelling_the_reading_task_cancels_the_call() -> None:
+    worker = endless_worker()
+    async with deployment([FakePrefill()], [worker]) as (router, _), AsyncClient(router.address) as client:
+        reader = asyncio.create_task(_collect(client.generate("Hi")))
+        await until(lambda: len(worker.requests) == 1)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        await until(lambda: worker.cancelled == 1)
+
+
+async def _collect(stream: Any) -> list[Any]:
+    return [event async for event in stream]
+
+
+class ScriptedRouter(AloraServiceServicer):
+    """Fails as told, then answers. ``after`` is how many events it sends before each failure."""
+
+    def __init__(self, *failures: AloraServeError, after: int = 0) -> None:
+        self.failures = list(failures)
+        self.after = after
+        self.calls = 0
+
+    async def Generate(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.calls += 1
+        sent = 0
+        async for event in answer(GenerateRequest(handle()), 0):
+            if self.failures and sent == self.after:
+                raise self.failures.pop(0)
+            yield alora_pb2.GenerateResponse(event=event_to_proto(event))
+            sent += 1
+
+    async def ListAdapters(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.calls += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        return alora_pb2.ListAdaptersResponse()
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[Server]:
+        server = await start_server(partial(add_AloraServiceServicer_to_server, self))
+        try:
+            yield server
+        finally:
+            await server.kill()
+
+
+async def test_calls_that_found_nobody_are_repeated(connect: Any) -> None:
+    router = ScriptedRouter(UnavailableError("starting"), UnavailableError("starting"))
+    async with router.served() as server, connect(server.address, retry=FAST) as client:
+        assert (await run(client, lambda c: c.generate("Hi").result())).text == "Hello world!"
+        assert router.calls == 3
+        router.failures = [UnavailableError("starting")]
+        assert await run(client, lambda c: c.list_adapters()) == []
+        assert router.calls == 5
+
+
+async def test_repetitions_are_bounded(connect: Any) -> None:
+    router = ScriptedRouter(*[UnavailableError("starting")] * 9)
+    async with router.served() as server, connect(server.address, retry=FAST) as client:
+        with pytest.raises(UnavailableError):
+            await run(client, lambda c: c.generate("Hi").result())
+        assert router.calls == 3
+
+
+async def test_nothing_is_repeated_after_the_first_event(connect: Any) -> None:
+    router = ScriptedRouter(UnavailableError("gone"), after=1)
+    async with router.served() as server, connect(server.address, retry=FAST) as client:
+        with pytest.raises(UnavailableError):
+            await run(client, lambda c: c.generate("Hi").result())
+        assert router.calls == 1
+
+
+async def test_overload_is_repeated_only_when_asked_for(connect: Any) -> None:
+    router = ScriptedRouter(OverloadedError("full", retry_after_seconds=0.05))
+    async with router.served() as server:
+        async with connect(server.address, retry=FAST) as client:
+            with pytest.raises(OverloadedError) as caught:
+                await run(client, lambda c: c.generate("Hi").result())
+            assert caught.value.retry_after_seconds == 0.05
+        router.failures = [OverloadedError("full", retry_after_seconds=0.05)]
+        async with connect(server.address, retry=RetryPolicy(backoff_seconds=0.01, retry_overloaded=True)) as client:
+            assert (await run(client, lambda c: c.generate("Hi").result())).text == "Hello world!"
+
+
+async def test_a_stream_without_its_last_message_has_no_result(connect: Any) -> None:
+    class Short(ScriptedRouter):
+        async def Generate(self, request: Any, context: Any) -> Any:  # noqa: N802
+            return
+            yield
+
+    async with Short().served() as server, connect(server.address) as client:
+        with pytest.raises(UnavailableError, match="ended before"):
+            await run(client, lambda c: c.generate("Hi").result())
+
+
+async def test_waiting_for_readiness_ends_when_the_router_serves(connect: Any) -> None:
+    health = HealthServicer([], serving=False)
+    server = await start_server(partial(health_pb2_grpc.add_HealthServicer_to_server, health))
+    async with connect(server.address) as client:
+        waiting = asyncio.create_task(run(client, lambda c: c.wait_ready(20)))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        health.set_serving(True)
+        await waiting
+    await server.kill()
+
+
+async def test_waiting_for_readiness_survives_a_router_that_restarts(connect: Any) -> None:
+    health = HealthServicer([], serving=False)
+    server = await start_server(partial(health_pb2_grpc.add_HealthServicer_to_server, health))
+    async with connect(server.address) as client:
+        waiting = asyncio.create_task(run(client, lambda c: c.wait_ready(20)))
+        await asyncio.sleep(0.05)
+        await server.kill()
+        again = await start_server(
+            partial(health_pb2_grpc.add_HealthServicer_to_server, HealthServicer([])), server.address
+        )
+        await waiting
+    await again.kill()
+
+
+async def test_waiting_for_readiness_gives_up_in_time(connect: Any) -> None:
+    health = HealthServicer([], serving=False)
+    server = await start_server(partial(health_pb2_grpc.add_HealthServicer_to_server, health))
+    async with connect(server.address) as client:
+        with pytest.raises(UnavailableError, match=r"is not ready after 0\.2 s"):
+            await run(client, lambda c: c.wait_ready(0.2))
+    await server.kill()
+
+
+async def test_a_router_that_is_not_there_is_unavailable(connect: Any) -> None:
+    async with connect("127.0.0.1:1", retry=FAST) as client:
+        with pytest.raises(UnavailableError):
+            await run(client, lambda c: c.get_model())
+
+
+async def test_clients_take_credentials() -> None:
+    secured = {"credentials": grpc.ssl_channel_credentials(), "retry": RetryPolicy(max_attempts=1)}
+    with Client("127.0.0.1:1", **secured) as client, pytest.raises(UnavailableError):
+        await asyncio.to_thread(client.get_model)
+    async with AsyncClient("127.0.0.1:1", **secured) as other:
+        with pytest.raises(UnavailableError):
+            await other.get_model()

@@ -1,0 +1,43 @@
+"""When a failed call is made again."""
+
+from __future__ import annotations
+
+import pytest
+
+from alora_serve.client.retry import Retries, RetryPolicy
+from alora_serve.errors import AloraServeError, InvalidRequestError, OverloadedError, UnavailableError
+
+GONE = UnavailableError("gone")
+FULL = OverloadedError("full", retry_after_seconds=1.5)
+
+
+def test_pauses_double_up_to_a_limit_and_end_with_the_attempts() -> None:
+    retries = Retries(RetryPolicy(max_attempts=6, backoff_seconds=0.2, max_backoff_seconds=1.0), None)
+    pauses = [retries.pause_after(GONE) for _ in range(5)]
+    for pause, longest in zip(pauses, (0.2, 0.4, 0.8, 1.0, 1.0), strict=True):
+        assert longest / 2 <= pause <= longest
+    with pytest.raises(UnavailableError):
+        retries.pause_after(GONE)
+
+
+@pytest.mark.parametrize("error", [FULL, InvalidRequestError("bad"), AloraServeError("bug")])
+def test_only_what_found_nobody_is_repeated(error: AloraServeError) -> None:
+    with pytest.raises(type(error)):
+        Retries(RetryPolicy(), None).pause_after(error)
+
+
+def test_overload_is_repeated_when_asked_for_and_not_before_the_server_said() -> None:
+    assert Retries(RetryPolicy(retry_overloaded=True), None).pause_after(FULL) >= 1.5
+
+
+def test_nothing_is_repeated_that_would_begin_too_late() -> None:
+    retries = Retries(RetryPolicy(retry_overloaded=True), 1.0)
+    with pytest.raises(OverloadedError):
+        retries.pause_after(FULL)
+    assert 0 < (retries.remaining_seconds() or 0) <= 1.0
+    assert Retries(RetryPolicy(), None).remaining_seconds() is None
+
+
+def test_one_attempt_never_repeats() -> None:
+    with pytest.raises(UnavailableError):
+        Retries(RetryPolicy(max_attempts=1), None).pause_after(GONE)
