@@ -13,7 +13,7 @@ import pytest
 
 PACKAGES = {"alora_serve", "base_prefill", "adapter_decode", "adapter_router"}
 STUB_SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
-SOURCES = ("pyproject.toml", "hatch_build.py", ".gitignore", "LICENSE", "NOTICE", "CHANGELOG.md", "proto")
+SOURCES = ("pyproject.toml", "hatch_build.py", ".gitignore", "LICENSE", "NOTICE", "README.md", "CHANGELOG.md", "proto")
 
 
 def build(project: Path, target: str, output: Path) -> Path:
