@@ -203,9 +203,8 @@ class Scorer:
 
     @torch.no_grad()
     def _prefix(self, tokens: tuple[int, ...]) -> list[LayerKV]:
-        kept = self._kept.get(tokens)
-        if kept is not None:
-            return kept
+        if tokens in self._kept:
+            return self._kept[tokens]
         with self.model.disable_adapter():
             # The inner model, not the language model head: nobody reads the logits of a prefix.
             inner: Any = self.model.get_base_model().base_model
