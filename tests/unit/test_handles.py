@@ -92,6 +92,13 @@ def test_tokens_cannot_move_between_fields() -> None:
         signer().verify(moved)
 
 
+def test_bytes_cannot_move_between_fields() -> None:
+    # Without lengths, these two would be signed as the same string of bytes.
+    one = dataclasses.replace(HANDLE, model_digest=b"Xstorage_digestbytesY", storage_digest=b"Z")
+    other = dataclasses.replace(HANDLE, model_digest=b"X", storage_digest=b"Ystorage_digestbytesZ")
+    assert signer().sign(one).mac != signer().sign(other).mac
+
+
 def test_an_older_secret_still_verifies_after_rotation_and_a_foreign_one_does_not() -> None:
     signed = signer(OLD_SECRET).sign(HANDLE)
     signer(SECRET, OLD_SECRET).verify(signed)

@@ -86,8 +86,13 @@ class Servicer(BasePrefillServiceServicer):
             self.left.set()
         return pb2.BasePrefillServicePrefillResponse()
 
-    async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         self.calls += 1
+        # Kept, so that nothing but a deliberate close ends it.
+        self.stream = self._watch()
+        return self.stream
+
+    async def _watch(self) -> AsyncIterator[Any]:
         try:
             for _ in range(3):
                 yield pb2.BasePrefillServiceWatchStatusResponse()

@@ -65,13 +65,23 @@ def test_what_is_not_protobuf_has_no_path(data: bytes) -> None:
     assert find_invalid_utf8(DESCRIPTOR, data) is None
 
 
-def test_nesting_deeper_than_protobuf_reads_is_not_followed() -> None:
-    value = b"\x1a\x01\xff"  # Value.string_value
-    for _ in range(2000):
-        value = _field(1, _field(6, value))  # ListValue.values, Value.list_value
-    entry = _field(1, b"k") + _field(2, value)
-    data = _field(1, _field(4, _field(1, entry)))
-    assert find_invalid_utf8(DESCRIPTOR, data) is None
+def nested(depth: int) -> bytes:
+    """A request with a template argument of lists in lists, whose innermost string is not UTF-8."""
+    value = _field(3, b"\xff")  # Value.string_value
+    for _ in range(depth):
+        value = _field(6, _field(1, value))  # Value.list_value, ListValue.values
+    return _field(1, _field(4, _field(1, _field(1, b"k") + _field(2, value))))
+
+
+def test_nesting_is_followed_as_deep_as_protobuf_reads() -> None:
+    path = find_invalid_utf8(DESCRIPTOR, nested(2))
+    assert path == "prompt.template_arguments.fields[0].value.list_value.values[0].list_value.values[0].string_value"
+    assert find_invalid_utf8(DESCRIPTOR, nested(2000)) is None
+
+
+def test_a_string_cut_off_in_a_character_is_not_blamed() -> None:
+    data = alora_pb2.GenerateRequest(adapter="é").SerializeToString()
+    assert find_invalid_utf8(DESCRIPTOR, data[:-1]) is None
 
 
 def _field(number: int, content: bytes) -> bytes:
