@@ -143,7 +143,7 @@ def test_an_unknown_variable_is_named_with_its_value_and_the_nearest(monkeypatch
         load()
 
 
-@pytest.mark.parametrize("variable", ["ALORA_TEST_REQUIRE_ALL", "ALORA_CACHE_DIR"])
+@pytest.mark.parametrize("variable", ["ALORA_TEST_REQUIRE_ALL", "ALORA_CACHE_DIR", "ALORA_ADDRESS"])
 def test_variables_that_are_no_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "1")
     load()

@@ -23,7 +23,7 @@ from alora_serve.errors import ConfigError
 
 TEST_PREFIX: Final = "ALORA_TEST_"
 """Variables of the tests."""
-OTHER_VARIABLES: Final = frozenset({"ALORA_CACHE_DIR"})
+OTHER_VARIABLES: Final = frozenset({"ALORA_ADDRESS", "ALORA_CACHE_DIR"})
 """Variables of our prefix that are not settings of a service."""
 
 CONFIG_EXIT_CODE: Final = 2
