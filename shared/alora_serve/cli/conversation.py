@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,11 @@ def save_handle(handle: PrefixHandle, file: Path) -> None:
         file.write_bytes(handle_to_proto(handle).SerializeToString())
     except OSError as error:
         raise InvalidRequestError.of("save", f"cannot write {file}: {error.strerror}") from error
+
+
+def handle_text(handle: PrefixHandle) -> str:
+    """What :func:`save_handle` writes, as base64 for JSON."""
+    return base64.b64encode(handle_to_proto(handle).SerializeToString()).decode()
 
 
 def load_handle(file: Path) -> PrefixHandle:

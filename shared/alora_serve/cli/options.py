@@ -26,7 +26,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(metavar="DTYPE", help="auto (default: what the processor is fast at), float32 or bfloat16."),
 ]
-Threads = Annotated[int | None, typer.Option(min=0, help="torch threads of each process; 0 is one a core.")]
+Threads = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="torch threads of each process; 0 is one a core.")
+]
 StoreUrl = Annotated[
     str | None,
     typer.Option(
@@ -63,10 +65,11 @@ SaveHandle = Annotated[
     Path | None, typer.Option("--save", metavar="FILE", help="Write the handle here, to go on with --handle.")
 ]
 
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Nucleus mass in (0, 1].")]
-TopK = Annotated[int, typer.Option(min=0, help="Keep the k most likely tokens; 0 keeps all.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the most likely one.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the random numbers.")]
+MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(metavar="X", help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(metavar="X", help="Nucleus mass in (0, 1].")]
+TopK = Annotated[int, typer.Option(min=0, metavar="N", help="Keep the N most likely tokens; 0 keeps all.")]
+MinP = Annotated[float, typer.Option(metavar="X", help="Drop tokens less likely than this share of the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(metavar="X", help="As in transformers; 1 is off.")]
+Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Of the random numbers; unset, one is drawn.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeat for more.")]

@@ -24,8 +24,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-BFLOAT16_TOLERANCE: Final = 0.5
-"""In logits."""
+BFLOAT16_TOLERANCE: Final = 0.25
+"""In logits. Stock SmolLM2 in bfloat16 fell at most 0.115 short of its float32 self, over 576 greedy tokens."""
 
 
 def check(request: dict[str, Any]) -> dict[str, Any]:

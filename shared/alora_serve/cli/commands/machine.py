@@ -23,11 +23,13 @@ commands = typer.Typer()
 
 @commands.command()
 def up(
-    workers: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Decode workers.")] = 1,
     store: StoreUrl = None,
     model: Model = None,
     adapters: AdapterRoots = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 takes a free one.")] = DEFAULT_PORT,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="PORT", help="Of the router; 0 takes a free one.")
+    ] = DEFAULT_PORT,
     dtype: Dtype = None,
     threads: Threads = None,
     as_json: AsJson = False,

@@ -1,0 +1,115 @@
+"""Commands that look at a running deployment: `adapters` and `model`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from alora_serve.cli.options import DEFAULT_ADDRESS, Address, AsJson, Timeout
+from alora_serve.cli.output import console, errors_reported, print_json, print_table
+
+commands = typer.Typer()
+adapters = typer.Typer(no_args_is_help=True, help="List the adapters, or bring one into memory or out of it.")
+commands.add_typer(adapters, name="adapters")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As listed.")]
+
+
+@commands.command()
+def model(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 30.0, as_json: AsJson = False) -> None:
+    """Describe the base model.
+
+    ```
+    alora-serve model
+    alora-serve model --address router.example:50051 --json
+    ```
+    """
+    with errors_reported(as_json=as_json):
+        from alora_serve.cli.connection import connected
+        from alora_serve.cli.output import to_json
+
+        with connected(address) as client:
+            info = client.get_model(timeout_seconds=timeout)
+        if as_json:
+            print_json(info)
+        else:
+            print_table(info.name, [{"": name, "value": value} for name, value in to_json(info).items()])
+
+
+@adapters.command("list")
+def list_adapters(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 30.0, as_json: AsJson = False) -> None:
+    """List every adapter; one that cannot be served says why.
+
+    ```
+    alora-serve adapters list
+    alora-serve adapters list --json | jq -r '.[] | select(.problem != "") | .name'
+    ```
+    """
+    with errors_reported(as_json=as_json):
+        from rich.text import Text
+
+        from alora_serve.cli.connection import connected
+
+        with connected(address) as client:
+            listed = client.list_adapters(timeout_seconds=timeout)
+        if as_json:
+            print_json(listed)
+        elif not listed:
+            console().print("no adapters: give the workers a directory, as with up --adapters", markup=False)
+        else:
+            rows = [
+                {
+                    "name": adapter.name,
+                    "kind": adapter.kind,
+                    "rank": adapter.rank,
+                    "targets": ", ".join(adapter.target_modules),
+                    "invocation": repr(adapter.invocation_text) if adapter.invocation_text else "",
+                    "state": Text(adapter.problem, style="red")
+                    if adapter.problem
+                    else ("in memory" if adapter.resident else "on disk"),
+                    "digest": adapter.digest[:12],
+                }
+                for adapter in listed
+            ]
+            print_table("", rows)
+
+
+@adapters.command()
+def load(name: Name, address: Address = DEFAULT_ADDRESS, timeout: Timeout = 120.0, as_json: AsJson = False) -> None:
+    """Read an adapter's weights into the memory of its preferred worker, ahead of its first use.
+
+    ```
+    alora-serve adapters load jailbreak
+    ```
+    """
+    with errors_reported(as_json=as_json):
+        from alora_serve.cli.connection import connected
+
+        with connected(address) as client:
+            info = client.load_adapter(name, timeout_seconds=timeout)
+        if as_json:
+            print_json(info)
+        else:
+            console().print(
+                f"{info.name} is in memory: {info.kind}, rank {info.rank}, {info.digest[:12]}", markup=False
+            )
+
+
+@adapters.command()
+def unload(name: Name, address: Address = DEFAULT_ADDRESS, timeout: Timeout = 120.0, as_json: AsJson = False) -> None:
+    """Drop an adapter's weights from every worker's memory once running requests are done.
+
+    ```
+    alora-serve adapters unload jailbreak
+    ```
+    """
+    with errors_reported(as_json=as_json):
+        from alora_serve.cli.connection import connected
+
+        with connected(address) as client:
+            client.unload_adapter(name, timeout_seconds=timeout)
+        if as_json:
+            print_json({"unloaded": name})
+        else:
+            console().print(f"{name} is out of memory; its next use reads it again", markup=False)

@@ -1,0 +1,1 @@
+"""The newcomer's first minute: one conversation with a base model and adapters, measured and checked against PEFT."""

@@ -1,0 +1,41 @@
+"""Runs the demo for a person or for a machine."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from alora_serve.cli.demo.run import run_demo
+from alora_serve.cli.demo.script import DemoScript
+from alora_serve.cli.demo.view import RichView, SilentView
+from alora_serve.cli.local import DeploymentOptions
+from alora_serve.cli.output import console, print_json
+from alora_serve.model.demo_model import ensure_demo_model
+
+
+def show(dtype: str | None, threads: int | None, *, as_json: bool) -> bool:
+    """Run it and print the result; whether all tokens were those of PEFT.
+
+    Raises:
+        AloraServeError: it could not run; says why.
+        KeyboardInterrupt: it was interrupted, by SIGTERM or SIGHUP as well; nothing is left behind.
+    """
+    script = DemoScript.load()
+    options = DeploymentOptions(dtype=dtype, threads=threads)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    if as_json:
+        result = asyncio.run(run_demo(script, options, SilentView()))
+        print_json(result.to_json())
+        return result.equal_to_peft
+    out = console()
+    ensure_demo_model(console=out)
+    with out.status("starting") as status:
+        view = RichView(out, status)
+        result = asyncio.run(run_demo(script, options, view))
+        view.result(result)
+    return result.equal_to_peft
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
