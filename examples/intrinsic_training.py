@@ -205,10 +205,10 @@ class Scorer:
     def _prefix(self, tokens: tuple[int, ...]) -> list[LayerKV]:
         if tokens in self._kept:
             return self._kept[tokens]
-        with self.model.disable_adapter():
-            # The inner model, not the language model head: nobody reads the logits of a prefix.
-            inner: Any = self.model.get_base_model().base_model
-            cache = inner(input_ids=torch.tensor([tokens]), use_cache=True).cache
+        # Called without PEFT's wrapper, which alone tells the layers where the adapter begins, an aLoRA stays off; and
+        # without the language model head, since nobody reads the logits of a prefix.
+        inner: Any = self.model.get_base_model().base_model
+        cache = inner(input_ids=torch.tensor([tokens]), use_cache=True).cache
         computed = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
         num_bytes = sum(keys.nbytes + values.nbytes for keys, values in computed)
         if num_bytes <= self._budget_bytes:

@@ -86,6 +86,27 @@ def test_the_scores_of_a_batch_are_pefts_own_on_each_whole_prompt(
     assert (scorer.next_token_logits(batch[:1])[0] - base).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("budget_bytes", "times"), [(1 << 30, 1), (0, 2)])
+def test_a_prefix_is_computed_once_if_the_budget_allows(
+    budget_bytes: int,
+    times: int,
+    training: ModuleType,
+    tokenizer: PreTrainedTokenizerBase,
+    build: Callable[[str], PeftModel],
+    examples: Callable[[str], list[Any]],
+) -> None:
+    model = build("alora").eval()
+    example = examples("alora")[5]
+    widths: list[int] = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda module, arguments: widths.append(arguments[0].shape[1]))
+    scorer = training.Scorer(model, tokenizer, budget_bytes)
+    for _ in range(2):
+        scorer.next_token_logits([example])
+    assert widths.count(len(example.prefix_tokens)) == times
+    assert widths.count(len(example.cue_tokens)) == 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_that_of_the_answers_in_the_whole_prompt(
     kind: str,

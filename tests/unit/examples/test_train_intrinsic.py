@@ -70,6 +70,10 @@ def test_an_activated_adapter_is_trained_and_saved(
     measured = training.accuracy(scorer, examples, ["no", "yes"], 8)
     assert f"| alora | {measured} |" in card
     assert measured.correct >= 36
+    with model.disable_adapter():
+        base_measured = training.accuracy(scorer, examples, ["no", "yes"], 8)
+    assert f"| base, same prompt | {base_measured} |" in card
+    assert base_measured.correct < 36
 
 
 def test_a_plain_twin_has_no_invocation(
@@ -85,6 +89,16 @@ def test_a_plain_twin_has_no_invocation(
     assert "A plain LoRA adapter for named." in card
     assert "none kept" in card
     assert "16 (rows.jsonl)" in card
+
+
+def test_rows_beyond_the_longest_prompt_are_left_out(
+    script: ModuleType, tiny_model_directory: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    long = {"messages": [{"role": "user", "content": "long " * 200}], "target": "yes"}
+    rows_file.write_text(rows_file.read_text() + json.dumps(long) + "\n")
+    more = ("--epochs", "1", "--validation-fraction", "0", "--max-tokens", "100")
+    script.main(arguments(tiny_model_directory, rows_file, tmp_path / "out", *more))
+    assert "40 (rows.jsonl)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_free_text_targets_are_refused(
