@@ -55,6 +55,23 @@ class _SliceDestination:
         return self.target.segment.data[:, :, :, start - base : end - base]
 
 
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """What a fetch came to; ``prefix`` is all that is resident now."""
+
+    result: FetchResult
+    prefix: Prefix
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A fetch in progress. It pins what it brings until everyone who waits for it has."""
+
+    task: asyncio.Task[_Fetched]
+    waiting: int = 0
+    landed: bool = False
+
+
 class PrefixLoader:
     """Loads prefixes for one process; one event loop.
 
@@ -66,7 +83,7 @@ class PrefixLoader:
         self._cache = cache
         self._blocks = blocks
         self._executor = executor
-        self._flights: dict[BlockHash, asyncio.Task[FetchResult]] = {}
+        self._flights: dict[BlockHash, _Flight] = {}
 
     async def load(self, chain: BlockChain, limit: int) -> LoadedPrefix:
         """The longest prefix of ``chain`` up to ``limit`` positions that memory or the store holds, pinned.
@@ -77,44 +94,60 @@ class PrefixLoader:
         prefix = self._cache.acquire(chain, limit)
         if prefix.tokens >= limit:
             return LoadedPrefix(prefix)
-        flight = chain.name_of(limit)
-        task = self._flights.get(flight)
-        leading = task is None
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._fetch(chain, prefix, limit))
-            self._flights[flight] = task
-            task.add_done_callback(lambda _: self._flights.pop(flight, None))
+        name = chain.name_of(limit)
+        leading = name not in self._flights
+        if leading:
+            self._flights[name] = self._take_off(name, chain, prefix, limit)
+        flight = self._flights[name]
+        flight.waiting += 1
         try:
             # Shielded: a caller that goes away does not take the fetch from those who share it.
-            result = await asyncio.shield(task)
+            fetched = await asyncio.shield(flight.task)
+            longer = max(fetched.prefix, prefix, key=lambda held: held.tokens)
+            self._cache.pin(longer)
         finally:
             self._cache.release(prefix)
-        loaded = self._cache.acquire(chain, limit)
-        if not leading:
-            return LoadedPrefix(loaded, seconds=monotonic() - started, misses=result.misses, present=result.present)
+            flight.waiting -= 1
+            self._let_go(flight)
         return LoadedPrefix(
-            loaded,
-            fetched_tokens=max(0, result.end - prefix.tokens),
-            fetched_bytes=result.fetched_bytes,
+            longer,
+            fetched_tokens=longer.tokens - prefix.tokens if leading else 0,
+            fetched_bytes=fetched.result.fetched_bytes if leading else 0,
             seconds=monotonic() - started,
-            misses=result.misses,
-            present=result.present,
+            misses=fetched.result.misses,
+            present=fetched.result.present,
         )
 
-    async def _fetch(self, chain: BlockChain, prefix: Prefix, limit: int) -> FetchResult:
-        """Fetch what follows ``prefix`` into memory reserved for it and publish it."""
+    def _take_off(self, name: BlockHash, chain: BlockChain, prefix: Prefix, limit: int) -> _Flight:
+        flight = _Flight(asyncio.get_running_loop().create_task(self._fetch(chain, prefix, limit)))
+
+        def land(_: asyncio.Task[_Fetched]) -> None:
+            del self._flights[name]
+            flight.landed = True
+            self._let_go(flight)
+
+        flight.task.add_done_callback(land)
+        return flight
+
+    def _let_go(self, flight: _Flight) -> None:
+        """Drop a landed flight's pin once nobody waits for it any more."""
+        if flight.landed and not flight.waiting and not flight.task.cancelled() and not flight.task.exception():
+            self._cache.release(flight.task.result().prefix)
+
+    async def _fetch(self, chain: BlockChain, prefix: Prefix, limit: int) -> _Fetched:
+        """Fetch what follows ``prefix`` into memory reserved for it and publish it; the result's prefix is pinned."""
         self._cache.pin(prefix)
         promised = self._cache.reserve(prefix, limit - prefix.tokens)
-        written = 0
+        fetched = prefix
         try:
             result = await asyncio.get_running_loop().run_in_executor(
                 self._executor, self._blocks.fetch, chain, _SliceDestination(promised)
             )
-            written = result.end - promised.start
-            if written:
-                fetched = prefix.append(KVSlice(promised.segment, promised.offset, written))
+            if result.end > promised.start:
+                fetched = prefix.append(KVSlice(promised.segment, promised.offset, result.end - promised.start))
                 self._cache.publish(chain, fetched, promised.start, result.end)
-            return result
+            self._cache.pin(fetched)
+            return _Fetched(result, fetched)
         finally:
-            self._cache.settle(promised, written)
+            self._cache.settle(promised, fetched.tokens - prefix.tokens)
             self._cache.release(prefix)

@@ -1,0 +1,298 @@
+"""A prefix is in memory or fetched once, whoever asks and however many at a time, and every pin comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from alora_serve.engine.block_writer import BlockWriter
+from alora_serve.engine.prefix_cache import PrefixCache
+from alora_serve.engine.prefix_loader import PrefixLoader
+from alora_serve.errors import StoreUnavailableError
+from alora_serve.kv.blocks import BlockStore, StoreTiming
+from alora_serve.kv.keys import BlockHash, part_key
+from alora_serve.kv.layout import KVLayout
+from alora_serve.kv.store import Sink, StoreKey
+from alora_serve.model.kv_memory import Prefix
+from faulty_store import FaultyStore
+from in_process import CountingMetrics
+
+LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32")
+BLOCK_TOKENS = 4
+TOKENS = tuple(range(30))
+SIZE_BYTES = len(TOKENS) * LAYOUT.bytes_per_token
+
+
+@dataclass
+class GatedStore(FaultyStore):
+    """Reads wait until the gate is open."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
+        assert self.gate.wait(30)
+        super().get_many(keys, sink, timeout_seconds=timeout_seconds)
+
+
+class Process:
+    """One process's cache, loader and writer on a store."""
+
+    def __init__(self, store: FaultyStore, executor: ThreadPoolExecutor, budget_bytes: int = 1 << 20) -> None:
+        self.metrics = CountingMetrics()
+        self.cache = PrefixCache(LAYOUT, budget_bytes=budget_bytes, device=torch.device("cpu"), metrics=self.metrics)
+        self.blocks = BlockStore(
+            store,
+            layout=LAYOUT,
+            block_tokens=BLOCK_TOKENS,
+            root=BlockHash(b"r" * 32),
+            timing=StoreTiming(),
+            metrics=self.metrics,
+        )
+        self.loader = PrefixLoader(self.cache, self.blocks, executor)
+        self.writer = BlockWriter(self.cache, self.blocks, executor)
+
+    def compute(self, count: int = len(TOKENS)) -> Prefix:
+        """Stand in for the engine: KV of the first tokens, each position's value its number, pinned."""
+        chain = self.blocks.chain(TOKENS[:count])
+        promised = self.cache.reserve(Prefix(), count)
+        promised.segment.data[:, :, :, :count] = torch.arange(count).view(1, 1, 1, count, 1)
+        prefix = Prefix((promised,))
+        self.cache.publish(chain, prefix, 0, count)
+        self.cache.pin(prefix)
+        self.cache.settle(promised, count)
+        return prefix
+
+    @property
+    def pins(self) -> int:
+        return sum(segment.pins for segment in self.cache._names)
+
+    def check(self, prefix: Prefix, tokens: int) -> None:
+        """The prefix has so many right positions; gives it back and sees that nobody else holds anything."""
+        assert prefix.tokens == tokens
+        values = [value for part in prefix.slices for value in part.layer(1)[1][0, :, 0].tolist()]
+        assert values == list(range(tokens))
+        self.cache.release(prefix)
+        self.cache.check_integrity()
+
+
+@pytest.fixture
+async def executor() -> AsyncIterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+async def store(executor: ThreadPoolExecutor) -> GatedStore:
+    """A store that another process has filled."""
+    store = GatedStore()
+    writer = Process(store, executor)
+    result = await writer.writer.write(writer.blocks.chain(TOKENS), writer.compute(), 0)
+    assert result.stored_bytes == SIZE_BYTES
+    assert writer.pins == 0
+    store.gate.set()
+    return store
+
+
+async def test_what_is_not_resident_is_fetched_and_then_resident(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    process = Process(store, executor)
+    chain = process.blocks.chain(TOKENS)
+    first = await process.loader.load(chain, 30)
+    assert (first.fetched_tokens, first.fetched_bytes, first.misses) == (30, SIZE_BYTES, {})
+    assert len(first.present) == 8
+    process.check(first.prefix, 30)
+    again = await process.loader.load(chain, 30)
+    assert (again.fetched_tokens, again.fetched_bytes, store.calls["get"]) == (0, 0, 1)
+    process.check(again.prefix, 30)
+    assert process.pins == 0
+    # One look-up a load: the first found nothing, the second all.
+    assert process.metrics.counts["resident tokens"] == 30
+
+
+async def test_only_what_is_not_resident_is_fetched(store: GatedStore, executor: ThreadPoolExecutor) -> None:
+    process = Process(store, executor)
+    process.cache.release(process.compute(16))
+    loaded = await process.loader.load(process.blocks.chain(TOKENS), 30)
+    assert (loaded.fetched_tokens, loaded.fetched_bytes) == (14, 14 * LAYOUT.bytes_per_token)
+    assert len(loaded.prefix.slices) == 1
+    process.check(loaded.prefix, 30)
+    assert process.pins == 0
+
+
+async def test_a_limit_cuts_a_block(store: GatedStore, executor: ThreadPoolExecutor) -> None:
+    process = Process(store, executor)
+    process.check((await process.loader.load(process.blocks.chain(TOKENS), 21)).prefix, 21)
+    process.check((await process.loader.load(process.blocks.chain(TOKENS), 19)).prefix, 19)
+    assert process.pins == 0
+
+
+async def test_a_hole_in_the_store_gives_what_stands_before_it(store: GatedStore, executor: ThreadPoolExecutor) -> None:
+    process = Process(store, executor)
+    chain = process.blocks.chain(TOKENS)
+    del store.values[part_key(chain.full[2], 0)]
+    loaded = await process.loader.load(chain, 30)
+    assert (loaded.fetched_tokens, loaded.misses) == (8, {"absent": 1})
+    process.check(loaded.prefix, 8)
+    assert process.pins == 0
+    # What was reserved for the rest is free, not half-filled memory that somebody finds.
+    process.check((await process.loader.load(chain, 8)).prefix, 8)
+
+
+async def test_a_dead_store_gives_what_is_resident(store: GatedStore, executor: ThreadPoolExecutor) -> None:
+    process = Process(store, executor)
+    process.cache.release(process.compute(8))
+    store.faults["get", -1] = StoreUnavailableError("refused")
+    loaded = await process.loader.load(process.blocks.chain(TOKENS), 30)
+    assert (loaded.fetched_tokens, loaded.misses) == (0, {"unavailable": 6})
+    process.check(loaded.prefix, 8)
+    assert process.pins == 0
+
+
+async def _burst(process: Process, count: int) -> list[asyncio.Task]:
+    tasks = [asyncio.create_task(process.loader.load(process.blocks.chain(TOKENS), 30)) for _ in range(count)]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_a_fan_out_fetches_its_prefix_once(store: GatedStore, executor: ThreadPoolExecutor) -> None:
+    process = Process(store, executor)
+    store.gate.clear()
+    tasks = await _burst(process, 5)
+    store.gate.set()
+    loaded = await asyncio.gather(*tasks)
+    assert store.calls["get"] == 1
+    assert sorted(each.fetched_bytes for each in loaded) == [0, 0, 0, 0, SIZE_BYTES]
+    assert sorted(each.fetched_tokens for each in loaded) == [0, 0, 0, 0, 30]
+    assert len({each.prefix for each in loaded}) == 1
+    for each in loaded:
+        process.check(each.prefix, 30)
+    assert process.pins == 0
+
+
+@pytest.mark.parametrize("leaving", [[0], [1, 2], [0, 1, 2, 3, 4]])
+async def test_those_who_go_away_leave_the_fetch_to_the_others(
+    store: GatedStore, executor: ThreadPoolExecutor, leaving: list[int]
+) -> None:
+    process = Process(store, executor)
+    store.gate.clear()
+    tasks = await _burst(process, 5)
+    for index in leaving:
+        tasks[index].cancel()
+    await asyncio.sleep(0)
+    store.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    for index, result in enumerate(results):
+        if index in leaving:
+            assert isinstance(result, asyncio.CancelledError)
+        else:
+            process.check(result.prefix, 30)
+    # Nobody may be left to wait for the fetch, but what it brings is kept all the same.
+    await asyncio.gather(*(flight.task for flight in process.loader._flights.values()))
+    await asyncio.sleep(0)
+    assert process.pins == 0
+    assert store.calls["get"] == 1
+    process.check(process.cache.acquire(process.blocks.chain(TOKENS), 30), 30)
+
+
+async def test_one_who_joins_late_keeps_what_became_resident_meanwhile(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    process = Process(store, executor)
+    store.gate.clear()
+    store.values.clear()
+    [early] = await _burst(process, 1)
+    process.cache.release(process.compute(12))
+    [late] = await _burst(process, 1)
+    store.gate.set()
+    process.check((await early).prefix, 0)
+    process.check((await late).prefix, 12)
+    assert process.pins == 0
+
+
+async def test_a_prefix_larger_than_the_budget_is_used_by_all_who_wait_for_it(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    """If the fetch let go of it before they took hold, it would be evicted at once and everyone would recompute it."""
+    process = Process(store, executor, budget_bytes=0)
+    loaded = await asyncio.gather(*await _burst(process, 3))
+    for each in loaded:
+        process.check(each.prefix, 30)
+    assert process.pins == 0
+    assert process.cache.size_bytes == 0
+
+
+async def test_a_defect_while_fetching_reaches_everyone_and_leaves_no_pin(
+    store: GatedStore, executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = Process(store, executor)
+    process.cache.release(process.compute(8))
+    monkeypatch.setattr(process.blocks, "fetch", lambda *_: 1 / 0)
+    results = await asyncio.gather(*await _burst(process, 3), return_exceptions=True)
+    assert [type(result) for result in results] == [ZeroDivisionError] * 3
+    assert process.pins == 0
+    monkeypatch.undo()
+    process.check((await process.loader.load(process.blocks.chain(TOKENS), 30)).prefix, 30)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+async def test_only_blocks_from_the_start_are_written(store: GatedStore, executor: ThreadPoolExecutor) -> None:
+    process = Process(store, executor)
+    store.values.clear()
+    result = await process.writer.write(process.blocks.chain(TOKENS), process.compute(), 18)
+    assert result.stored_bytes == (30 - 16) * LAYOUT.bytes_per_token
+    assert process.pins == 0
+
+
+async def test_with_known_blocks_given_all_others_are_made_sure_of(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    """A resident block may have left the store since: a handle that named it would send workers to nothing."""
+    process = Process(store, executor)
+    chain = process.blocks.chain(TOKENS)
+    for block in (0, 3):
+        del store.values[part_key(chain.full[block], 0)]
+    known = {chain.full[1], chain.full[3]}
+    result = await process.writer.write(chain, process.compute(), 30, known=known)
+    # Block 3 is believed to be there because it was just seen; block 0 is asked for and written.
+    assert result.stored_bytes == 4 * LAYOUT.bytes_per_token
+    assert part_key(chain.full[0], 0) in store.values
+    assert process.pins == 0
+
+
+async def test_a_prefix_shorter_than_its_chain_is_written_with_its_own_tail(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    process = Process(store, executor)
+    store.values.clear()
+    await process.writer.write(process.blocks.chain(TOKENS), process.compute(10), 0)
+    loaded = await Process(store, executor).loader.load(process.blocks.chain(TOKENS[:10]), 10)
+    assert (loaded.fetched_tokens, loaded.misses) == (10, {})
+
+
+async def test_a_write_that_fails_is_counted_and_gives_its_pin_back(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    process = Process(store, executor)
+    store.faults["put", -1] = StoreUnavailableError("refused")
+    result = await process.writer.write(process.blocks.chain(TOKENS), process.compute(), 0)
+    assert result.drops == {"unavailable": 8}
+    assert process.pins == 0
+
+
+async def test_background_writes_are_waited_for_when_draining(store: GatedStore, executor: ThreadPoolExecutor) -> None:
+    process = Process(store, executor)
+    await process.writer.drain()
+    store.values.clear()
+    process.writer.write_in_background(process.blocks.chain(TOKENS), process.compute(), 0)
+    await process.writer.drain()
+    assert len(store.values) == 8
+    assert process.pins == 0
