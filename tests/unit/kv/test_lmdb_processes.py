@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +119,31 @@ def test_a_reader_stopped_in_its_transaction_costs_puts_but_never_the_budget(
     peer.kill()
     put(store, "after")
     assert read(store, [key_of("after")]) == {0: pattern(key_of("after"), BLOCK_BYTES)}
+
+
+def test_killed_readers_do_not_make_the_file_grow(store: LmdbStore, root: Path) -> None:
+    for round_number in range(3):
+        put(store, "pinned")
+        with Peer(f"lmdb://{root}", BUDGET_BYTES) as peer:
+            peer.tell("stop_while_reading", name="pinned")
+            peer.wait_until_stopped()
+        for number in range(50):  # three budgets
+            put(store, f"block-{round_number}-{number}")
+    assert (root / "v1" / "data.mdb").stat().st_size < 2 * BUDGET_BYTES
+
+
+def test_the_map_does_not_grow_with_the_file(store: LmdbStore, root: Path, peer: Peer) -> None:
+    put(store, "pinned")
+    peer.tell("stop_while_reading", name="pinned")
+    peer.wait_until_stopped()
+    for _ in range(2):
+        for number in range(100):
+            with suppress(StoreFullError):
+                put(store, f"block-{number}")
+        store.close()
+        store = LmdbStore(root, budget_bytes=BUDGET_BYTES)
+    assert (root / "v1" / "data.mdb").stat().st_size <= 4 * BUDGET_BYTES
+    store.close()
 
 
 def test_a_reader_that_goes_on_after_a_stop_sees_its_old_value(store: LmdbStore, peer: Peer) -> None:

@@ -40,6 +40,7 @@ _log = structlog.get_logger(__name__)
 
 _LAYOUT = "v1"
 _MAP_PER_BUDGET = 4  # pages pinned by a stopped reader pile up outside the budget; this is how far they may
+_SMALLEST_MAP_BYTES = 1 << 20
 _CAPACITY_SHARE = 0.75  # of the file system's room; the rest is for copy-on-write and fragmentation
 _MAX_READERS = 1024
 
@@ -202,10 +203,9 @@ class EnvironmentSlot:
         directory = self._root / _LAYOUT
         directory.mkdir(mode=0o700, exist_ok=True)
         data_file = directory / "data.mdb"
-        file_bytes = data_file.stat().st_size if data_file.exists() else 0
         env = lmdb.open(
             str(directory),
-            map_size=max(_MAP_PER_BUDGET * self._requested_budget_bytes, 2 * file_bytes, 1 << 20),
+            map_size=0,  # whatever the largest budget so far asked for; the file remembers
             mode=0o700,
             sync=False,
             metasync=False,
@@ -217,6 +217,9 @@ class EnvironmentSlot:
             lib_version=0,
         )
         try:
+            map_bytes = max(_MAP_PER_BUDGET * self._requested_budget_bytes, _SMALLEST_MAP_BYTES)
+            if env.info()["map_size"] < map_bytes:
+                env.set_mapsize(map_bytes)
             page_bytes = env.stat()["psize"]
             refuse_truncated(env, data_file, page_bytes)
             env.reader_check()

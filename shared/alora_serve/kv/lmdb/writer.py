@@ -169,7 +169,6 @@ class Writer:
         While a stopped reader pins every page, evicting gains nothing, and put after put would empty the store.
         """
         try:
-            opened.env.reader_check()
             with self._transaction(opened, job) as txn:
                 index = WriteIndex(txn, opened.page_bytes)
                 wanted_bytes = sum(index.cost_bytes(memoryview(put.value).nbytes) for _, put in batch)
@@ -202,7 +201,12 @@ class Writer:
 
     @contextmanager
     def _transaction(self, opened: OpenEnvironment, job: Job) -> Iterator[lmdb.Transaction[bytes]]:
-        """A write transaction. The wait for the lock comes first, and the caller may leave until it is over."""
+        """A write transaction. The wait for the lock comes first, and the caller may leave until it is over.
+
+        Readers left by killed processes are cleared each time: it takes microseconds, and the pages they pin would
+        otherwise make the file grow to the whole map, which it never gives back.
+        """
+        opened.env.reader_check()
         with opened.env.begin(write=True) as txn:
             with self._state:
                 if job.abandoned or time.monotonic() >= job.deadline:
