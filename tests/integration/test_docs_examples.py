@@ -1,0 +1,77 @@
+"""The examples of README and API guide, run as a reader would run them, on one real deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from alora_serve.cli.local import DeploymentOptions, LocalDeployment
+from tiny_models import save_adapter
+
+PAGES = ("README.md", "docs/api.md")
+PUBLISHED_ADDRESS = "127.0.0.1:50051"
+COMMANDS = (".venv/bin/buf ", ".venv/bin/alora-serve generate ", ".venv/bin/alora-serve prefill ")
+_BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def _examples(page: Path) -> Iterator[tuple[str, str]]:
+    """Language and text: a page's Python as one program, and each block of commands that call a server."""
+    blocks = _BLOCK.findall(page.read_text())
+    yield "python", "".join(text for language, text in blocks if language == "python")
+    yield from (block for block in blocks if block[0] == "bash" and block[1].startswith(COMMANDS))
+
+
+async def _run(language: str, text: str, address: str, directory: Path) -> tuple[int | None, str]:
+    tools = Path(sys.executable).parent
+    text = text.replace(PUBLISHED_ADDRESS, address).replace(".venv/bin", str(tools))
+    command = (sys.executable, "-c", text) if language == "python" else ("bash", "-euo", "pipefail", "-c", text)
+    environment = {**os.environ, "ALORA_ADDRESS": address}
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=directory,
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    return process.returncode, output.decode()
+
+
+def _save_jailbreak(demo_model_directory: Path, root: Path) -> None:
+    """An adapter of the examples' name, invoked by the generation prompt as theirs is."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_directory)
+    invocation = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+    settings = {"r": 4, "target_modules": ["q_proj"], "alora_invocation_tokens": invocation}
+    save_adapter(demo_model_directory, root / "jailbreak", seed=0, **settings)
+
+
+@pytest.mark.timeout(400)
+async def test_published_examples_run(
+    demo_model_directory: Path, tmp_path: Path, pytestconfig: pytest.Config, subtests: pytest.Subtests
+) -> None:
+    roots = tmp_path / "adapters"
+    _save_jailbreak(demo_model_directory, roots)
+    options = DeploymentOptions(
+        model=str(demo_model_directory),
+        store_url=f"lmdb://{tmp_path / 'store'}",
+        adapter_roots=(roots,),
+        threads=1,
+        settings={"store_budget_bytes": "256MiB"},
+    )
+    languages = set()
+    async with LocalDeployment(options) as deployment:
+        for page in PAGES:
+            for language, text in _examples(pytestconfig.rootpath / page):
+                languages.add((page, language))
+                with subtests.test(page=page, example=text.splitlines()[0]):
+                    status, output = await _run(language, text, deployment.router_address, tmp_path)
+                    assert status == 0, f"{text}\n{output}"
+                    assert output
+    assert languages == {(page, language) for page in PAGES for language in ("python", "bash")}

@@ -1,0 +1,114 @@
+"""The documentation holds: links resolve, tables are those of the code, and named files and tests exist."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from alora_serve import errors, metrics
+from alora_serve.config.reference import configuration_table
+from alora_serve.errors import AloraServeError, ConfigError, ModelUnsupportedError, StoreError
+
+_LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
+_CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+_MODULE = re.compile(r"`((?:kv|model|adapters|engine|rpc|client|cli|config|endpoints)/[\w/]*(?:\.py)?|[a-z_]+\.py)`")
+_METRIC_ROW = re.compile(r"^\| `(alora_\w+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
+_ERROR_ROW = re.compile(r"^\| `([A-Z_]+)` \| `([A-Z_]+)` \|", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def root(pytestconfig: pytest.Config) -> Path:
+    return pytestconfig.rootpath
+
+
+def _pages(root: Path) -> list[Path]:
+    return [*root.glob("*.md"), *(page for folder in ("docs", "examples") for page in (root / folder).rglob("*.md"))]
+
+
+def _links(page: Path) -> Iterator[str]:
+    yield from _LINK.findall(_CODE_BLOCK.sub("", page.read_text()))
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", _CODE_BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_relative_links_resolve(root: Path) -> None:
+    broken = []
+    for page in _pages(root):
+        for link in _links(page):
+            path, _, anchor = link.partition("#")
+            if re.match(r"[a-z]+:", link):
+                continue
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (anchor and anchor not in _anchors(target)):
+                broken.append(f"{page.relative_to(root)}: {link}")
+    assert not broken
+
+
+def test_the_index_links_every_page(root: Path) -> None:
+    docs = root / "docs"
+    linked = {(docs / link.partition("#")[0]).resolve() for link in _links(docs / "index.md")}
+    assert set(docs.rglob("*.md")) - linked == {docs / "index.md"}
+
+
+def test_decisions_are_numbered_without_a_gap(root: Path) -> None:
+    pages = sorted((root / "docs" / "adr").glob("*.md"))
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith(f"# {int(page.name[:4])}. ")
+        assert {"Context", "Decision", "Consequences"} <= set(re.findall(r"^## (.+)$", text, re.MULTILINE))
+
+
+def test_the_configuration_page_is_what_the_settings_say(root: Path) -> None:
+    page = (root / "docs" / "configuration.md").read_text()
+    assert page.endswith(f"\n\n{configuration_table()}"), "regenerate its end: python -m alora_serve.config"
+
+
+def test_the_metrics_page_names_every_metric_with_type_and_labels(root: Path) -> None:
+    documented = {
+        name: (kind, tuple(re.findall(r"`(\w+)`", labels)))
+        for name, kind, labels in _METRIC_ROW.findall((root / "docs" / "metrics.md").read_text())
+    }
+    declared = {}
+    for owner in vars(metrics).values():
+        if inspect.isclass(owner) and owner.__name__.endswith("Metrics") and owner is not metrics.CoreMetrics:
+            registry = CollectorRegistry()
+            owner(registry)
+            # The library lists labels only with their values, of which there are none yet.
+            for metric in registry._collector_to_names:
+                name = metric._name + ("_total" if metric._type == "counter" else "")
+                declared[name] = (metric._type, tuple(metric._labelnames))
+    assert documented == declared
+
+
+def test_the_api_page_names_every_error_that_a_client_can_get(root: Path) -> None:
+    documented = _ERROR_ROW.findall((root / "docs" / "api.md").read_text())
+    ours = [found for found in vars(errors).values() if inspect.isclass(found) and issubclass(found, AloraServeError)]
+    internal = (StoreError, ConfigError, ModelUnsupportedError)
+    assert sorted(documented) == sorted((e.status, e.reason) for e in ours if not issubclass(e, internal))
+
+
+def test_named_tests_exist(root: Path) -> None:
+    cited = [(page, *found) for page in _pages(root) for found in _TEST.findall(page.read_text())]
+    assert cited
+    for page, file, test in cited:
+        tree = ast.parse((root / file).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert test in functions, f"{page.relative_to(root)} names {file}::{test}"
+
+
+def test_modules_named_in_the_architecture_exist(root: Path) -> None:
+    places = (root / "shared" / "alora_serve", root / "services" / "adapter_router")
+    named = set(_MODULE.findall((root / "docs" / "architecture.md").read_text()))
+    assert len(named) > 20
+    assert {name for name in named if not any((place / name).exists() for place in places)} == set()
