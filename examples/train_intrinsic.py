@@ -76,7 +76,7 @@ class Measured:
 
     rows: int
     steps: int
-    seconds: float
+    cpu_seconds: float
     validation: list[Accuracy]
     tests: dict[str, dict[str, Accuracy]]
 
@@ -164,7 +164,7 @@ def trained_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
 
 def model_card(arguments: argparse.Namespace, base_name: str, measured: Measured) -> str:
     """README.md of the adapter."""
-    kind = "Activated LoRA (aLoRA)" if arguments.kind == "alora" else "plain LoRA"
+    kind = "An Activated LoRA (aLoRA)" if arguments.kind == "alora" else "A plain LoRA"
     note = arguments.card_note.read_text() if arguments.card_note else ""
     invocation = f"| invocation | `{arguments.invocation}` |\n" if arguments.kind == "alora" else ""
     tests = "".join(
@@ -173,13 +173,13 @@ def model_card(arguments: argparse.Namespace, base_name: str, measured: Measured
         for who, result in results.items()
     )
     return (
-        f"# {arguments.output.name}\n\nA {kind} adapter for {base_name}.\n\n{note}\n## Training\n\n"
+        f"# {arguments.output.name}\n\n{kind} adapter for {base_name}.\n\n{note}\n## Training\n\n"
         f"| | |\n|---|---|\n{invocation}"
         f"| rank, alpha, targets | {arguments.rank}, {arguments.alpha}, {', '.join(arguments.targets)} |\n"
         f"| rows | {measured.rows} ({', '.join(path.name for path in arguments.train)}) |\n"
         f"| steps | {measured.steps} of {arguments.batch_size} rows, {arguments.epochs} epochs, learning rate "
         f"{arguments.lr}, weight decay {arguments.weight_decay}, dropout {arguments.dropout}, seed {arguments.seed} |\n"
-        f"| time | {measured.seconds:.0f} s on {arguments.threads} CPU thread(s), base in {arguments.dtype} |\n"
+        f"| cost | {measured.cpu_seconds:.0f} CPU-seconds, {arguments.threads} thread(s), base in {arguments.dtype} |\n"
         f"| validation after each epoch | {'; '.join(map(str, measured.validation)) or 'none kept'} |\n\n"
         "The loss covers the answer and its end of turn only.\n\n## Held-out accuracy\n\n"
         "Share of rows after whose prompt the right answer's first token is more probable than the other answers';\n"
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.epochs, arguments.batch_size, arguments.lr, arguments.weight_decay, arguments.seed
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    started = time.monotonic()
+    started = time.process_time()
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("step", total=None)
 
@@ -226,10 +226,10 @@ def main(argv: list[str] | None = None) -> None:
         def on_epoch(epoch: int) -> None:
             if validation_examples:
                 validation.append(accuracy(scorer, validation_examples, candidates, arguments.batch_size))
-                bar.print(f"epoch {epoch}: validation {validation[-1]}, {time.monotonic() - started:.0f} s")
+                bar.print(f"epoch {epoch}: validation {validation[-1]}, {time.process_time() - started:.0f} CPU-s")
 
         steps = train(scorer, examples, settings, on_step, on_epoch)
-    seconds = time.monotonic() - started
+    cpu_seconds = time.process_time() - started
 
     with torch.no_grad():  # what is measured is what is saved
         for parameter in trained_parameters(model):
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         for path in arguments.test
     }
     save(model, arguments.output, base_name)
-    card = model_card(arguments, base_name, Measured(len(examples), steps, seconds, validation, tests))
+    card = model_card(arguments, base_name, Measured(len(examples), steps, cpu_seconds, validation, tests))
     (arguments.output / "README.md").write_text(card)
     console.print(card)
 
