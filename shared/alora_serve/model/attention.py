@@ -150,11 +150,15 @@ class PackedAttention:
         step = self._step
         if step is None:
             raise RuntimeError("attention called outside a step")
-        unknown = sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS)
-        if attention_mask is not None or unknown or dropout:
-            named = unknown or ["attention_mask" if attention_mask is not None else "dropout"]
+        refused = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
+        # Attention in both directions would depend on tokens that are not there yet.
+        causal = others.get("is_causal")
+        both_ways = not (getattr(module, "is_causal", True) if causal is None else causal)
+        found = {"attention_mask": attention_mask is not None, "dropout": bool(dropout), "is_causal=False": both_ways}
+        refused += [name for name, given in found.items() if given]
+        if refused:
             raise ModelUnsupportedError(
-                f"{type(module).__name__} passes {', '.join(named)} to attention, which this engine does not serve"
+                f"{type(module).__name__} passes {', '.join(refused)} to attention, which this engine does not serve"
             )
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.windows_seen[layer] = sliding_window
