@@ -70,14 +70,14 @@ def machine() -> dict[str, object]:
 
 def show(rows: Sequence[Row], *, baseline: str, console: Console) -> None:
     """Print a table; the last column says how many times faster than ``baseline`` at the same length."""
-    table = Table(title="Adapter output of 16 tokens; medians (smallest to largest), seconds")
-    for column in ("conversation", "system", "first token", "end to end", "fetched", "first token against recompute"):
-        table.add_column(column, justify="left" if column == "system" else "right")
+    table = Table(title="Adapter output of 16 tokens: medians (smallest-largest) in seconds")
+    for column in ("tokens", "system", "first token", "end to end", "fetched", "against recompute"):
+        table.add_column(column, justify="left" if column == "system" else "right", no_wrap=column != "system")
     for row in rows:
         slow = next(r for r in rows if r.system == baseline and r.prompt_tokens == row.prompt_tokens)
         ratio = slow.median("first_token_seconds") / row.median("first_token_seconds")
         table.add_row(
-            f"{row.prompt_tokens:,} tokens",
+            f"{row.prompt_tokens:,}",
             row.system,
             _figure(row, "first_token_seconds"),
             _figure(row, "total_seconds"),

@@ -91,12 +91,14 @@ def demo_tokenizer():  # type: ignore[no-untyped-def] # returns a closure
     return lambda messages: tokenizer.render(messages).prefix_tokens
 
 
-def measure_peft(prefixes: Sequence[TokenIds], dtype: str, rounds: int, environment: dict[str, str]) -> Row:
+def measure_peft(
+    adapters: Path, prefixes: Sequence[TokenIds], dtype: str, rounds: int, environment: dict[str, str]
+) -> Row:
     """The in-process baseline on the first of these conversations."""
     from alora_serve.model.demo_model import ensure_demo_model
 
     command = [sys.executable, str(Path(__file__).with_name("peft_cached.py"))]
-    arguments = [str(ensure_demo_model()), str(ADAPTERS / ADAPTER), dtype, str(rounds)]
+    arguments = [str(ensure_demo_model()), str(adapters / ADAPTER), dtype, str(rounds)]
     done = subprocess.run(
         [*command, *arguments],
         input=json.dumps([prefixes[0]]),
@@ -109,18 +111,20 @@ def measure_peft(prefixes: Sequence[TokenIds], dtype: str, rounds: int, environm
     return Row(IN_PROCESS, len(prefixes[0]), tuple(Sample(first, total) for first, total in timed))
 
 
-async def run(lengths: Sequence[int], rounds: int, dtype: str | None, console: Console) -> tuple[list[Row], str]:
+async def run(
+    adapters: Path, lengths: Sequence[int], rounds: int, dtype: str | None, console: Console
+) -> tuple[list[Row], str]:
     """Every row, and the compute dtype."""
     rows: list[Row] = []
     async with (
-        LocalDeployment(DeploymentOptions(adapter_roots=(ADAPTERS,), dtype=dtype)) as deployment,
+        LocalDeployment(DeploymentOptions(adapter_roots=(adapters,), dtype=dtype)) as deployment,
         AsyncClient(deployment.router_address) as client,
     ):
         used = (await client.get_model()).dtype
         for tokens in lengths:
             measured, prefixes = await measure(client, tokens, rounds, console)
             # The services stand still meanwhile, so the cores are the baseline's.
-            peft = await asyncio.to_thread(measure_peft, prefixes, used, rounds, dict(os.environ))
+            peft = await asyncio.to_thread(measure_peft, adapters, prefixes, used, rounds, dict(os.environ))
             rows += [*measured, peft]
     return rows, used
 
@@ -131,15 +135,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="lengths of the conversation")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds after one warm-up")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: what the processor does natively")
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help=f"holds {ADAPTER} and {TWIN}")
     parser.add_argument("--json", action="store_true", help="print the file's path alone")
     arguments = parser.parse_args()
     console = Console(stderr=True)
-    rows, dtype = asyncio.run(run(arguments.tokens, arguments.rounds, arguments.dtype, console))
+    rows, dtype = asyncio.run(run(arguments.adapters, arguments.tokens, arguments.rounds, arguments.dtype, console))
     path = write("main", rows, {"dtype": dtype, "rounds": arguments.rounds, "answer_tokens": ANSWER_TOKENS})
     if not arguments.json:
         facts = machine()
         console.print(f"{facts['processor']}, {facts['cores']} cores, {dtype}, SmolLM2-135M-Instruct")
-        show(rows, baseline=RECOMPUTE, console=Console())
+        show(rows, baseline=RECOMPUTE, console=Console(width=None if sys.stdout.isatty() else 140))
     print(path)
 
 
