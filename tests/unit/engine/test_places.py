@@ -1,0 +1,36 @@
+"""A burst beyond batch and queue is turned away at the door, with a time to come back."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from alora_serve.engine.places import RETRY_AFTER_SECONDS, Places
+from alora_serve.errors import OverloadedError, UnavailableError
+
+
+def test_places_of_batch_and_queue_are_given_and_no_more() -> None:
+    places = Places(running=2, waiting=3)
+    with ExitStack() as held:
+        for _ in range(5):
+            held.enter_context(places.hold())
+        with pytest.raises(OverloadedError) as refused, places.hold():
+            pytest.fail("a sixth place was given")
+        assert refused.value.retry_after_seconds == RETRY_AFTER_SECONDS
+    with places.hold():
+        pass
+
+
+def test_a_place_comes_back_when_its_holder_fails() -> None:
+    places = Places(running=1, waiting=0)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), places.hold():
+            raise ZeroDivisionError
+
+
+def test_a_closed_engine_gives_no_place() -> None:
+    places = Places(running=1, waiting=0)
+    places.close()
+    with pytest.raises(UnavailableError), places.hold():
+        pytest.fail("a closed engine took a request in")
