@@ -52,7 +52,7 @@ class ModelSettings(SettingsGroup):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Compute dtype; auto is bfloat16 where the processor multiplies it natively."
     )
-    device: str = Field("cpu", description="torch device.")
+    device: Literal["cpu"] = Field("cpu", description="Where the model runs; this release serves on the CPU alone.")
     threads: int = Field(0, ge=0, description="torch threads of the process; 0 leaves torch's default.")
     context_tokens: int | None = Field(None, ge=2, description="Longest prompt plus answer; unset: the model's.")
 
