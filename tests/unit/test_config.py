@@ -64,13 +64,13 @@ def test_flags_beat_variables_beat_the_file_beats_defaults(
     monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], str]
 ) -> None:
     assert load().max_queue == 100
-    monkeypatch.setenv("ALORA_CONFIG", config_file("max_queue: 1\nthreads: 1\ndevice: file"))
-    assert (load().max_queue, load().threads, load().device) == (1, 1, "file")
+    monkeypatch.setenv("ALORA_CONFIG", config_file("max_queue: 1\nthreads: 1\nmodel: file"))
+    assert (load().max_queue, load().threads, load().model) == (1, 1, "file")
     monkeypatch.setenv("ALORA_MAX_QUEUE", "2")
     monkeypatch.setenv("ALORA_THREADS", "2")
-    assert (load().max_queue, load().threads, load().device) == (2, 2, "file")
+    assert (load().max_queue, load().threads, load().model) == (2, 2, "file")
     loaded = load("--max-queue", "3")
-    assert (loaded.max_queue, loaded.threads, loaded.device) == (3, 2, "file")
+    assert (loaded.max_queue, loaded.threads, loaded.model) == (3, 2, "file")
 
 
 def test_the_flag_for_the_file_beats_the_variable(
