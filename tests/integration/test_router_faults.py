@@ -11,7 +11,7 @@ import pytest
 
 from adapter_router.policy import adapter_key, rendezvous_order
 from adapter_router.servicer import RouterLimits
-from alora_serve.errors import OverloadedError, UnavailableError
+from alora_serve.errors import OverloadedError, RequestCancelledError, UnavailableError
 from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import Finished, GenerateRequest, Heartbeat, StreamEvent, TokenChunk
 from alora_serve.v1 import alora_pb2, types_pb2
@@ -120,6 +120,18 @@ async def test_a_stream_that_ends_without_finishing_counts_as_a_death() -> None:
     async with deployment([FakePrefill()], workers) as (router, servers):
         (first, _), (second, _) = ranked(router, workers, servers[1:])
         first.script = stopping_before(TokenChunk, and_then=nothing)
+        assert kinds(await events_of(router.stub.Generate(ASK)))[-1] == "finished"
+        assert len(second.requests) == 1
+
+
+async def test_a_worker_that_cancels_what_nobody_cancelled_counts_as_a_death() -> None:
+    async def cut_off() -> None:
+        raise RequestCancelledError("shutting down")
+
+    workers = [FakeWorker(), FakeWorker()]
+    async with deployment([FakePrefill()], workers) as (router, servers):
+        (first, _), (second, _) = ranked(router, workers, servers[1:])
+        first.script = stopping_before(TokenChunk, and_then=cut_off)
         assert kinds(await events_of(router.stub.Generate(ASK)))[-1] == "finished"
         assert len(second.requests) == 1
 

@@ -99,7 +99,7 @@ async def test_the_request_id_the_deadline_and_a_seed_reach_the_worker() -> None
         await events_of(router.stub.Generate(ask(), timeout=50, metadata=(("x-request-id", "abc"),)))
         assert prefill.requests[0].request_id == worker.requests[0].request_id == "abc"
         assert worker.request_ids == ["abc"]
-        assert 0 < worker.remaining_seconds[0] <= 50
+        assert 0 < worker.remaining_seconds[0] <= 51  # gRPC rounds time-outs up on the wire
         assert worker.requests[0].sampling.HasField("seed")
         await events_of(router.stub.Generate(ask(seed=7)))
         assert worker.requests[1].sampling.seed == 7
@@ -110,7 +110,7 @@ async def test_a_call_without_a_deadline_gets_the_routers() -> None:
     limits = RouterLimits(default_deadline_seconds=33)
     async with deployment([FakePrefill()], [worker], limits=limits) as (router, _):
         await events_of(router.stub.Generate(ask()))
-        assert 0 < worker.remaining_seconds[0] <= 33
+        assert 0 < worker.remaining_seconds[0] <= 34
 
 
 async def test_a_closed_handle_alone_skips_prefill_and_reports_the_workers_figures() -> None:

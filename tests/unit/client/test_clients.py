@@ -13,7 +13,16 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2_grpc
 
-from alora_serve.client import AsyncClient, Client, Finished, FinishReason, RetryPolicy, Started, TokenChunk
+from alora_serve.client import (
+    AsyncClient,
+    Client,
+    Finished,
+    FinishReason,
+    GenerationStream,
+    RetryPolicy,
+    Started,
+    TokenChunk,
+)
 from alora_serve.errors import (
     AdapterNotFoundError,
     AloraServeError,
@@ -157,14 +166,16 @@ async def test_leaving_a_sync_stream_cancels_it() -> None:
     worker = endless_worker()
     async with deployment([FakePrefill()], [worker]) as (router, _):
 
-        def read_one() -> list[Any]:
-            with Client(router.address) as client, client.generate("Hi") as stream:
-                first = next(stream)
-                stream.close()
-                return [first, *stream]
+        def read_one(client: Client) -> tuple[GenerationStream, list[Any]]:
+            with client.generate("Hi") as stream:
+                next(stream)
+            return stream, list(stream)
 
-        assert len(await asyncio.to_thread(read_one)) == 1
-        await until(lambda: worker.cancelled == 1)
+        with Client(router.address) as client:
+            # The stream is kept, so that it is not its end that cancels the call.
+            _stream, rest = await asyncio.to_thread(read_one, client)
+            assert rest == []
+            await until(lambda: worker.cancelled == 1)
 
 
 async def test_leaving_an_async_stream_cancels_it() -> None:
