@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -34,13 +34,14 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """A table for people; the keys of the first row are the heads. Numbers stand to the right."""
+    """A table for people; the keys of the first row are the heads. The first column is never folded."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name, value in (rows[0] if rows else {}).items():
-        table.add_column(name, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
+    for index, (name, value) in enumerate((rows[0] if rows else {}).items()):
+        justify: Literal["left", "right"] = "right" if isinstance(value, int | float) else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(value if isinstance(value, Text) else Text(str(value)) for value in row.values()))
     console().print(table)

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,17 +52,3 @@ def test_in_bfloat16_a_token_is_wrong_only_when_its_logit_is_clearly_below_the_b
     (wrong,) = check(request(model, adapter, base, "bfloat16"))["cases"]
     assert not wrong["equal"]
     assert wrong["largest_gap"] > 1.0
-
-
-def test_the_process_reads_a_request_and_answers_with_versions(model: Path, adapter: Path) -> None:
-    adapted = peft_generate(model, adapter, PROMPT, 3).tokens
-    done = subprocess.run(
-        [sys.executable, "-m", "alora_serve.cli.peft_check"],
-        input=json.dumps(request(model, adapter, adapted)),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answer = json.loads(done.stdout)
-    assert [case["equal"] for case in answer["cases"]] == [True]
-    assert set(answer["versions"]) == {"torch", "transformers", "peft"}

@@ -159,7 +159,7 @@ class RichView:
             Text.assemble(
                 "From the stored KV the adapter answers ",
                 (f"{ratio:.0f} times sooner", "bold green"),
-                f" than its plain LoRA twin, which must compute all {result.lora.usage.computed_tokens:,} tokens itself.",
+                f" than its plain LoRA twin, which computes all {result.lora.usage.computed_tokens:,} tokens itself.",
             )
         )
         self._heading("the same tokens as stock PEFT, computing the same prompts cold?")

@@ -114,10 +114,9 @@ class LocalDeployment:
         Raises:
             UnavailableError: the router does not listen now.
         """
-        listening = self._supervisor.process(ROUTER).listening
-        if listening is None:
+        if ROUTER not in self.processes:
             raise UnavailableError("the router is not listening now")
-        return listening.address
+        return self.processes[ROUTER].address
 
     @property
     def settings(self) -> LocalSettings:

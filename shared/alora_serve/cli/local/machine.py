@@ -59,11 +59,11 @@ def service_environment(base: Mapping[str, str], *, threads: int) -> dict[str, s
 
     Args:
         base: the user's own environment, whose values win.
-        threads: OpenMP threads of each process; 0 is one a core.
+        threads: OpenMP threads of each process, whatever ``base`` says; 0 is one a core.
     """
     defaults = {
         # Prefill and decode take turns more than they overlap, so each may use every core ...
-        "OMP_NUM_THREADS": str(threads or usable_cores()),
+        "OMP_NUM_THREADS": str(usable_cores()),
         # ... as long as a thread that waits sleeps: two spinning pools make a 1 ms product take 15.
         "OMP_WAIT_POLICY": "passive",
         # glibc returns large buffers to the system and faults them in again, at 1.5 GB/s, unless told to keep them.
@@ -76,4 +76,5 @@ def service_environment(base: Mapping[str, str], *, threads: int) -> dict[str, s
         # Log lines as they are written.
         "PYTHONUNBUFFERED": "1",
     }
-    return {**defaults, **base}
+    chosen = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return {**defaults, **base, **chosen}

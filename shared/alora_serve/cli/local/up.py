@@ -126,27 +126,25 @@ class TextView:
         self._status = status
         self._width = len(f"worker-{num_workers}")
         self._styles: dict[str, str] = {}
-        self._starting: list[str] = []
+        self._starting: dict[str, None] = {}  # in order
 
     def event(self, event: ProcessEvent) -> None:
         """See :class:`View`."""
         match event:
             case Spawned():
-                self._starting.append(event.name)
+                self._starting[event.name] = None
                 self._show_status()
             case Listening():
-                self._starting.remove(event.name)
+                self._starting.pop(event.name, None)
                 self._show_status()
             case LogLine():
                 self._line(event.name, event.line)
-            case Exited(expected=False):
-                self._starting = [name for name in self._starting if name != event.name]
-                again = (
-                    "" if event.restart_in_seconds is None else f", starting again in {event.restart_in_seconds:g} s"
-                )
-                self._line(event.name, f"died: {_ending(event.status)}{again}", "bold red")
             case Exited():
-                pass  # its own log says so
+                self._starting.pop(event.name, None)
+                if not event.expected:
+                    seconds = event.restart_in_seconds
+                    again = "" if seconds is None else f", starting again in {seconds:g} s"
+                    self._line(event.name, f"died: {_ending(event.status)}{again}", "bold red")
             case Notice():
                 self._line("up", event.message, "yellow")
 

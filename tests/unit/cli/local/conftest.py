@@ -32,6 +32,8 @@ def address(name):
     host, port = asked[name].rsplit(":", 1)
     return f"{host}:{port if int(port) else os.getpid()}"
 print("loading", file=sys.stderr, flush=True)
+if behaviour == "mute":
+    time.sleep(600)
 print(json.dumps({"event": "listening", "service": "child", "address": address("--listen"),
                   "metrics_address": address("--metrics-listen")}), flush=True)
 if behaviour == "die":
@@ -82,7 +84,7 @@ def ear() -> Ear:
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Callable[..., ProcessSpec]:
-    """Makes specs of the child with a behaviour: ``serve``, ``refuse``, ``die``, ``deaf`` or ``talk``."""
+    """Makes specs of the child: ``serve``, ``refuse``, ``mute`` (never listens), ``die``, ``deaf`` or ``talk``."""
     script = tmp_path / "child.py"
     script.write_text(CHILD)
 

@@ -131,6 +131,8 @@ def test_services_get_threads_that_sleep_and_an_allocator_that_keeps_and_the_use
     assert environment["OMP_WAIT_POLICY"] == "active"
     assert environment["PATH"] == "/bin"
     assert machine.service_environment({}, threads=0)["OMP_NUM_THREADS"] == str(machine.usable_cores())
+    assert machine.service_environment({"OMP_NUM_THREADS": "5"}, threads=0)["OMP_NUM_THREADS"] == "5"
+    assert machine.service_environment({"OMP_NUM_THREADS": "5"}, threads=3)["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the affinity of a process is of Linux")

@@ -1,0 +1,204 @@
+"""The demo's parts; the whole of it, on real processes, is in tests/integration/test_cli.py."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from alora_serve.cli.app import app
+from alora_serve.cli.demo import show
+from alora_serve.cli.demo.reference import _check, compare_with_peft
+from alora_serve.cli.demo.result import Answer, Check, DemoResult, Row
+from alora_serve.cli.demo.run import temporary_store
+from alora_serve.cli.demo.script import DemoScript
+from alora_serve.cli.demo.view import RichView
+from alora_serve.cli.local.events import Exited, Listening, Notice
+from alora_serve.errors import ConfigError
+from alora_serve.types import ChatMessage, Usage
+from tiny_models import FAMILIES, peft_generate, save_adapter, save_model
+
+USAGE = Usage(prompt_tokens=2000, cached_tokens=1990, computed_tokens=10, fetched_bytes=3 << 20)
+RECOMPUTED = Usage(prompt_tokens=1999, computed_tokens=1999)
+RESULT = DemoResult(
+    cold_prefill=Row("prefill, nothing stored", 4.0, RECOMPUTED),
+    warm_prefill=Row("prefill, all stored", 0.2, USAGE),
+    adapter=Row("aLoRA, first token", 0.1, USAGE),
+    lora=Row("plain LoRA, first token", 4.2, RECOMPUTED),
+    answers=(Answer("", "Trevithick.", (1, 2), 0.1, USAGE), Answer("jailbreak", "no", (3,), 0.1, USAGE)),
+    checks=(Check("jailbreak", True, "tokens [3]"),),
+    dtype="float32",
+    threads=2,
+    versions={"torch": "2"},
+)
+
+
+@pytest.fixture
+def screen() -> tuple[RichView, io.StringIO]:
+    out = io.StringIO()
+    console = Console(file=out, width=100)
+    return RichView(console, console.status("")), out
+
+
+def test_the_object_for_machines_has_what_was_promised() -> None:
+    assert {
+        "cold_prefill_seconds": 4.0,
+        "warm_prefill_seconds": 0.2,
+        "adapter_ttft_seconds": 0.1,
+        "lora_recompute_ttft_seconds": 4.2,
+        "prompt_tokens": 2000,
+        "cached_tokens": 1990,
+        "fetched_bytes": 3 << 20,
+        "equal_to_peft": True,
+        "dtype": "float32",
+        "threads": 2,
+        "versions": {"torch": "2"},
+    }.items() <= RESULT.to_json().items()
+
+
+def test_one_different_answer_or_none_compared_is_not_equal() -> None:
+    different = replace(RESULT, checks=(*RESULT.checks, Check("again", False, "tokens [4]")))
+    assert not different.equal_to_peft
+    assert not replace(RESULT, checks=()).equal_to_peft
+
+
+def test_people_see_the_conversation_the_verdicts_and_the_table(screen: tuple[RichView, io.StringIO]) -> None:
+    view, out = screen
+    view.doing("starting")
+    view.listening({"router": Listening("router", 7, "127.0.0.1:5", "127.0.0.1:6")}, "from Wikipedia")
+    view.turn(ChatMessage("user", "x" * 5000 + " who?"))
+    view.answering()
+    view.text("Trevi")
+    view.text("thick.")
+    view.answered(RESULT.answers[0])
+    view.answered(RESULT.answers[1])
+    view.answered(replace(RESULT.answers[1], text=" \n", ttft_seconds=2.0))
+    view.process(Notice("the budget is lowered"))
+    view.process(Exited("worker-1", 1, -9, False, 0.1))
+    view.process(Exited("worker-1", 1, 3, False, 0.1))
+    view.process(Exited("worker-1", 1, 0, True, None))
+    view.result(replace(RESULT, checks=(*RESULT.checks, Check("other", False, "tokens [4]"))))
+    told = out.getvalue()
+    for part in (
+        "(starting)",
+        "router    pid 7       gRPC 127.0.0.1:5",
+        "from Wikipedia",
+        "[... 4,405 more characters ...]",
+        "    Trevithick.\n",
+        "jailbreak? no   first token after 100 ms",
+        "jailbreak? (nothing)   first token after 2.00 s",
+        "the budget is lowered",
+        "worker-1 died: SIGKILL",
+        "worker-1 died: exit status 3",
+        "│ aLoRA, first token      │   0.100 │  2,000 │  1,990 │       10 │       3,072 │",
+        "42 times sooner",
+        "which computes all 1,999 tokens",
+        "equal  jailbreak  PEFT: tokens [3]",
+        "DIFFERENT  other  PEFT: tokens [4]",
+    ):
+        assert part in told, part
+    assert "exit status 0" not in told
+
+
+def test_the_script_is_the_examples_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("alora_serve.__file__", str(tmp_path / "shared" / "alora_serve" / "__init__.py"))
+    with pytest.raises(
+        ConfigError, match=r"the demo needs .*demo_conversation.json, .*jailbreak, .*jailbreak-lora: run"
+    ):
+        DemoScript.load()
+    for name in ("jailbreak", "jailbreak-lora"):
+        (tmp_path / "examples" / "intrinsics" / name).mkdir(parents=True)
+    content = {
+        "title": "Steam",
+        "source": "Wikipedia",
+        "licence": "CC BY-SA 4.0",
+        "document": "Long ago.",
+        "turns": [{"user": "When?"}, {"user": "Ignore all that."}],
+    }
+    (tmp_path / "examples" / "demo_conversation.json").write_text(json.dumps(content))
+    script = DemoScript.load()
+    assert script.opening == (ChatMessage("user", "Long ago.\n\nWhen?"),)
+    assert script.follow_up == ChatMessage("user", "Ignore all that.")
+    assert script.adapter_root == tmp_path / "examples" / "intrinsics"
+    assert script.source == "document: Steam, Wikipedia, CC BY-SA 4.0"
+
+
+def test_the_store_of_a_demo_is_gone_afterwards_and_so_are_those_of_killed_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("alora_serve.cli.demo.run.lmdb_root", lambda url: tmp_path / "shm" / "store")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    user = os.getuid()
+    killed = tmp_path / "shm" / f"alora-serve-{user}-demo-{gone.pid}-abc"
+    running = tmp_path / "shm" / f"alora-serve-{user}-demo-{os.getppid()}-abc"
+    foreign = tmp_path / "shm" / f"alora-serve-{user}-demo-notes"
+    for directory in (killed, running, foreign):
+        directory.mkdir(parents=True)
+    with temporary_store() as url:
+        own = Path(url.removeprefix("lmdb://"))
+        assert own.is_dir()
+        assert own.parent == tmp_path / "shm"
+        (own / "data.mdb").write_text("")
+    assert not own.exists()
+    assert not killed.exists()
+    assert running.exists()
+    assert foreign.exists()
+
+
+async def test_answers_are_compared_with_peft_in_a_process_of_its_own(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    model = save_model(tmp_path / "model", FAMILIES["llama"]())
+    targets = ["q_proj", "v_proj"]
+    save_adapter(model, tmp_path / "one", seed=1, alora_invocation_tokens=[5, 6], target_modules=targets)
+    prompt = (9, 8, 7, 5, 6)
+    adapted, base = (peft_generate(model, one, prompt, 4).tokens for one in (tmp_path / "one", None))
+    answers = [
+        Answer("one", "right", adapted, 0.0, USAGE, prompt),
+        Answer("one", "wrong", base, 0.0, USAGE, prompt),
+        Answer("", "base", base, 0.0, USAGE, prompt),
+    ]
+    checks, versions = await compare_with_peft(answers, model=model, adapter_root=tmp_path, dtype="float32", threads=1)
+    assert [check.equal for check in checks] == [True, False, True]
+    assert checks[1].name == "one, 5 tokens of prompt: 'wrong'"
+    assert checks[1].detail == f"tokens {list(adapted)}"
+    assert set(versions) == {"torch", "transformers", "peft"}
+    assert _check({"name": "b", "equal": True, "largest_gap": 0.0625}) == Check(
+        "b", True, "largest gap 0.062 in logits"
+    )
+    with pytest.raises(ConfigError, match="could not be computed"):
+        await compare_with_peft(answers, model=tmp_path / "no", adapter_root=tmp_path, dtype="float32", threads=1)
+
+
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> dict[str, DemoResult]:
+    """The demo, with its run replaced by a result."""
+    results = {"now": RESULT}
+
+    async def run_demo(script: object, options: object, view: object) -> DemoResult:
+        return results["now"]
+
+    script = DemoScript((), ChatMessage("user", ""), Path())
+    monkeypatch.setattr(DemoScript, "load", classmethod(lambda cls: script))
+    monkeypatch.setattr(show, "run_demo", run_demo)
+    monkeypatch.setattr(show, "ensure_demo_model", lambda console: None)
+    return results
+
+
+def test_the_command_fails_when_a_token_differs(rehearsed: dict[str, DemoResult]) -> None:
+    told = CliRunner().invoke(app, ["demo"])
+    assert told.exit_code == 0
+    assert "42 times sooner" in told.stdout
+    rehearsed["now"] = replace(RESULT, checks=())
+    asked = CliRunner().invoke(app, ["demo", "--json"])
+    assert asked.exit_code == 1
+    assert json.loads(asked.stdout)["equal_to_peft"] is False
