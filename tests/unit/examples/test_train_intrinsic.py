@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -122,3 +123,13 @@ def test_a_question_is_never_on_both_sides_of_the_split(script: ModuleType, trai
     assert not asked[0] & asked[1]
     assert script.split_rows(rows, 0.2, seed=1) == (train, validation)
     assert script.split_rows(rows, 0.2, seed=2) != (train, validation)
+
+
+def test_the_commands_in_the_readme_are_understood(script: ModuleType, examples_directory: Path) -> None:
+    text = (examples_directory / "README.md").read_text().replace("\\\n", "")
+    commands = [line.partition("train_intrinsic.py ")[2] for line in text.splitlines() if line.startswith("$ python")]
+    parsed = [script.parse_arguments(shlex.split(command)) for command in commands]
+    assert [arguments.kind for arguments in parsed] == ["alora", "alora", "lora"]
+    for arguments in parsed[1:]:
+        for path in (*arguments.train, *arguments.test, arguments.card_note, arguments.output):
+            assert (examples_directory.parent / path).exists()
