@@ -180,7 +180,9 @@ class PackedAttention:
         return merged.result(query.dtype).unsqueeze(0), None
 
 
-_HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position"})
+_HARMLESS = frozenset(
+    {"position_ids", "use_cache", "output_attentions", "output_router_logits", "is_causal", "cache_position"}
+)
 """Keyword arguments transformers hands to every attention function and that do not change the result here."""
 
 

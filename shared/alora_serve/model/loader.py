@@ -123,7 +123,7 @@ def load_base_model(
     module.train(False).requires_grad_(False)
     attention = PackedAttention()
     # One registration a loaded model: the function finds its step without process-wide state.
-    implementation = f"alora_packed_{id(attention):x}"
+    implementation = _implementation(attention)
     ALL_ATTENTION_FUNCTIONS.register(implementation, attention)
     module.set_attn_implementation(implementation)
     layout = _probe(module, attention, dtype)
@@ -148,6 +148,10 @@ def load_base_model(
     )
 
 
+def _implementation(attention: PackedAttention) -> str:
+    return f"alora_packed_{id(attention):x}"
+
+
 def _ids(value: int | list[int] | None) -> list[int]:
     if value is None:
         return []
@@ -161,6 +165,11 @@ def _check_config(config: PreTrainedConfig) -> None:
         if kind not in SERVED_LAYER_TYPES:
             raise ModelUnsupportedError(
                 f"layer type {kind!r} of {config.model_type} is not served; served are {sorted(SERVED_LAYER_TYPES)}"
+            )
+    for field in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        if not hasattr(config, field):
+            raise ModelUnsupportedError(
+                f"the config of {config.model_type} has no {field}; only text decoders are served"
             )
 
 
@@ -188,20 +197,25 @@ def _probe(module: PreTrainedModel, attention: PackedAttention, dtype: str) -> K
     """Run two tokens and see that every layer's attention came to us, with the window its config says."""
     config = module.config
     layers = int(config.num_hidden_layers)
-    shapes: list[torch.Size] = []
+    calls: list[nn.Module] = []
 
     class _Recorder(PackedAttention):
         def __call__(self, part: nn.Module, query, key, value, mask, **kwargs):  # type: ignore[no-untyped-def, override]
-            shapes.append(key.shape)
-            if key.shape != value.shape:
-                raise ModelUnsupportedError(f"{type(part).__name__} has keys {key.shape} but values {value.shape}")
+            calls.append(part)
+            if not tuple(key.shape) == tuple(value.shape) == expected:
+                raise ModelUnsupportedError(
+                    f"{type(part).__name__} has keys {tuple(key.shape)} and values {tuple(value.shape)}, "
+                    f"not the {expected} that its config says"
+                )
             return super().__call__(part, query, key, value, mask, **kwargs)
 
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     layout = KVLayout(layers=layers, kv_heads=heads, head_dim=head_dim, dtype=dtype)
+    expected = (1, heads, 2, head_dim)
     recorder = _Recorder()
-    name = module.config._attn_implementation
+    # Not the name in the config: a model that refused ours still says "eager" there, which is everyone's.
+    name = _implementation(attention)
     ALL_ATTENTION_FUNCTIONS.register(name, recorder)
     try:
         segment = KVSegment.allocate(layout, 2, 0, module.device)
@@ -211,14 +225,11 @@ def _probe(module: PreTrainedModel, attention: PackedAttention, dtype: str) -> K
             module(input_ids=step.token_ids[None], position_ids=step.positions[None], use_cache=False)
     finally:
         ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    if sorted(recorder.windows_seen) != list(range(layers)) or len(shapes) != layers:
+    if sorted(recorder.windows_seen) != list(range(layers)) or len(calls) != layers:
         raise ModelUnsupportedError(
-            f"{type(module).__name__} sent {len(shapes)} of {layers} layers through the attention interface; "
+            f"{type(module).__name__} sent {len(calls)} of {layers} layers through the attention interface; "
             "layers with attention code or state of their own are not served"
         )
-    if any(tuple(shape) != (1, heads, 2, head_dim) for shape in shapes):
-        unequal = {tuple(shape) for shape in shapes}
-        raise ModelUnsupportedError(f"{type(module).__name__} has layers of unequal KV shape: {unequal}")
     _check_windows(config, recorder.windows_seen)
     return layout
 
