@@ -13,7 +13,8 @@ def merged_usage(prefill: PrefillResult | None, decode: Usage) -> Usage:
     """Usage of the whole request.
 
     A prompt token counts as computed for each service that ran it, so after a lost store both may have; cached is what
-    none had to run. ``prompt_tokens``, ``fetched_tokens`` and ``invocation_start`` are the worker's.
+    none had to run, and fetched is what of it the worker had from the store: tokens that it fetched because prefill had
+    just computed and stored them are computed ones. ``prompt_tokens`` and ``invocation_start`` are the worker's.
 
     Args:
         prefill: what preparing the conversation cost; None when nothing was prepared for this request.
@@ -22,9 +23,11 @@ def merged_usage(prefill: PrefillResult | None, decode: Usage) -> Usage:
     if prefill is None:
         return decode
     computed = prefill.usage.computed_tokens + decode.computed_tokens
+    cached = max(0, decode.prompt_tokens - computed)
     return replace(
         decode,
-        cached_tokens=max(0, decode.prompt_tokens - computed),
+        cached_tokens=cached,
+        fetched_tokens=min(decode.fetched_tokens, cached),
         computed_tokens=computed,
         fetched_bytes=prefill.usage.fetched_bytes + decode.fetched_bytes,
         stored_bytes=prefill.usage.stored_bytes + decode.stored_bytes,

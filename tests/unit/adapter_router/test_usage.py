@@ -20,7 +20,7 @@ def test_what_prefill_computed_is_not_cached_though_the_worker_fetched_it() -> N
     assert merged == Usage(
         110,
         cached_tokens=60,
-        fetched_tokens=100,
+        fetched_tokens=60,
         computed_tokens=50,
         fetched_bytes=1600,
         stored_bytes=400,
