@@ -4,10 +4,12 @@ Everything a caller needs is importable from here; errors are those of :mod:`alo
 """
 
 from alora_serve.client.arguments import Messages
-from alora_serve.client.asynchronous import AsyncClient, AsyncFanOutStream, AsyncGenerationStream
+from alora_serve.client.async_streams import AsyncFanOutStream, AsyncGenerationStream
+from alora_serve.client.asynchronous import AsyncClient
 from alora_serve.client.results import GenerationResult
 from alora_serve.client.retry import RetryPolicy
-from alora_serve.client.synchronous import Client, FanOutStream, GenerationStream
+from alora_serve.client.streams import FanOutStream, GenerationStream
+from alora_serve.client.synchronous import Client
 from alora_serve.rpc.convert import Target
 from alora_serve.types import (
     AdapterInfo,

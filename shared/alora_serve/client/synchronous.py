@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
@@ -18,23 +18,21 @@ from alora_serve.client.arguments import (
     generate_request,
     prefill_request,
 )
-from alora_serve.client.results import FanOutTranscript, GenerationResult, Transcript
 from alora_serve.client.retry import Retries, RetryPolicy
-from alora_serve.errors import AloraServeError, DeadlinePassedError, UnavailableError
+from alora_serve.client.streams import FanOutStream, GenerationStream
+from alora_serve.errors import DeadlinePassedError, UnavailableError
 from alora_serve.rpc.channels import public_options
 from alora_serve.rpc.convert import (
     Target,
     adapter_from_proto,
-    event_from_proto,
     model_from_proto,
     prefill_result_from_proto,
 )
 from alora_serve.rpc.status import error_from_rpc
-from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult, StreamEvent
+from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
 
-ItemT = TypeVar("ItemT")
 ResponseT = TypeVar("ResponseT")
 
 
@@ -191,103 +189,3 @@ class Client:
                 return method(request, timeout=retries.remaining_seconds())
             except grpc.RpcError as error:
                 time.sleep(retries.pause_after(error_from_rpc(error)))
-
-
-class ResponseStream(Generic[ItemT]):
-    """A running call. Iterate it; :meth:`close` it, or leave its context, to cancel what is not read."""
-
-    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
-        """Begin the call that ``open_call`` makes with a time-out in seconds."""
-        self._open_call = open_call
-        self._retries = retries
-        self._received = False
-        self._closed = False
-        self._call = open_call(retries.remaining_seconds())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[ItemT]:
-        return self
-
-    def __next__(self) -> ItemT:
-        while not self._closed:
-            try:
-                response = next(self._call)
-            except grpc.RpcError as error:
-                self._recover(error_from_rpc(error))
-                continue
-            self._received = True
-            return self._item(response)
-        raise StopIteration
-
-    def close(self) -> None:
-        """Cancel the call; the server stops working on it."""
-        self._closed = True
-        self._call.cancel()
-
-    def _recover(self, error: AloraServeError) -> None:
-        """Begin again if nothing was received and the policy allows it."""
-        if self._closed:
-            return
-        if self._received:
-            raise error
-        time.sleep(self._retries.pause_after(error))
-        self._call = self._open_call(self._retries.remaining_seconds())
-
-    def _item(self, response: Any) -> ItemT:
-        raise NotImplementedError
-
-
-class GenerationStream(ResponseStream[StreamEvent]):
-    """The events of one generation: ``Started``, chunks and heartbeats, ``Finished``."""
-
-    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
-        super().__init__(open_call, retries)
-        self._transcript = Transcript()
-
-    @property
-    def text(self) -> str:
-        """The answer as far as it has been read."""
-        return self._transcript.text
-
-    def result(self) -> GenerationResult:
-        """Read what is left and return the whole.
-
-        Raises:
-            AloraServeError: the generation failed, or was closed before its end.
-        """
-        for _ in self:
-            pass
-        return self._transcript.result()
-
-    def _item(self, response: alora_pb2.GenerateResponse) -> StreamEvent:
-        event = event_from_proto(response.event)
-        self._transcript.add(event)
-        return event
-
-
-class FanOutStream(ResponseStream[tuple[int, StreamEvent | AloraServeError]]):
-    """Events of all targets as they come, each with its target's index. A target that failed ends with its error."""
-
-    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries, *, num_targets: int) -> None:
-        super().__init__(open_call, retries)
-        self._transcript = FanOutTranscript(num_targets)
-
-    def results(self) -> list[GenerationResult | AloraServeError]:
-        """Read what is left and return a result, or the error it failed with, for each target in order.
-
-        Raises:
-            AloraServeError: the call as a whole failed.
-        """
-        for _ in self:
-            pass
-        return self._transcript.results()
-
-    def _item(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError]:
-        return self._transcript.add(response)
