@@ -14,7 +14,9 @@ from alora_serve.types import SamplingParams
 
 def uniform(seed: int, sample_index: int, position: int) -> float:
     """The random number in [0, 1) of one draw: Philox keyed by seed and sample index, counted by position."""
-    generator = np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, sample_index], counter=[position, 0, 0, 0])
+    # Typed: numpy makes floats of a list that holds numbers on both sides of 2**63, and seeds would run together.
+    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, sample_index], dtype=np.uint64)
+    generator = np.random.Philox(key=key, counter=[position, 0, 0, 0])
     return float(np.random.Generator(generator).random())
 
 
@@ -67,7 +69,9 @@ def _penalize(row: Tensor, param: SamplingParams, prompt: Sequence[int], generat
 
 def _draw(row: Tensor, param: SamplingParams, position: int) -> int:
     """Inverse-transform sampling over the sorted, truncated distribution, in float64: one random number a token."""
-    probabilities, order = torch.softmax(row.double() / param.temperature, dim=-1).sort(descending=True, stable=True)
+    # Largest first set to 0: however small the temperature, nothing but -inf can come of the division.
+    scaled = (row.double() - row.max().double()) / param.temperature
+    probabilities, order = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if param.top_k:
         keep[param.top_k :] = False

@@ -1,0 +1,240 @@
+"""Tokens are chosen as the parameters say, and the same again wherever a stream is taken up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from alora_serve.engine.sampling import choose_tokens, uniform
+from alora_serve.types import SamplingParams
+
+torch.set_num_threads(1)
+VOCABULARY = 12
+
+
+def _logits(seed: int, rows: int = 1, spread: float = 2.0) -> Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def _choose(
+    logits: Tensor, prompt: Sequence[int] = (0,), generated: Sequence[int] = (), **params: object
+) -> tuple[int, float | None]:
+    tokens, logprobs = choose_tokens(logits.clone(), [SamplingParams(**params)], [prompt], [generated])  # type: ignore[arg-type]
+    return tokens[0], logprobs[0]
+
+
+def _draws(logits: Tensor, count: int, **params: object) -> Counter[int]:
+    return Counter(_choose(logits, generated=[0] * position, temperature=1.0, **params)[0] for position in range(count))
+
+
+# --- greedy -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 999))
+def test_without_temperature_the_likeliest_token_is_taken(seed: int) -> None:
+    logits = _logits(seed)
+    assert _choose(logits)[0] == int(logits.argmax())
+    # A seed and truncation have no say in it.
+    assert _choose(logits, seed=3, top_k=2, top_p=0.1, min_p=0.5)[0] == int(logits.argmax())
+
+
+def test_of_equal_tokens_the_first_is_taken() -> None:
+    assert _choose(torch.tensor([[0.0, 5.0, 5.0, 1.0]]))[0] == 1
+
+
+def test_rows_are_chosen_each_by_its_own_parameters() -> None:
+    logits = torch.zeros(3, VOCABULARY)
+    logits[:, 4] = 1.0
+    params = [SamplingParams(), SamplingParams(logit_bias={7: 9.0}), SamplingParams(temperature=1.0, seed=1, top_k=1)]
+    tokens, logprobs = choose_tokens(logits, params, [(0,)] * 3, [()] * 3)
+    assert (tokens, logprobs) == ([4, 7, 4], [None, None, None])
+
+
+def test_logprobs_are_those_of_the_model_whatever_is_done_to_choose() -> None:
+    logits = _logits(5)
+    expected = torch.log_softmax(logits, dim=-1)[0]
+    for params in (
+        {},
+        {"logit_bias": {3: 100.0}},
+        {"temperature": 5.0, "seed": 1, "top_k": 2},
+        {"repetition_penalty": 9.0},
+    ):
+        token, logprob = _choose(logits, logprobs=True, **params)
+        assert logprob == pytest.approx(float(expected[token]), abs=1e-6)
+    assert _choose(logits)[1] is None
+
+
+# --- penalties and bias -----------------------------------------------------------------------------------------------
+
+some_tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=8)
+
+
+def _effective(logits: Tensor, prompt: Sequence[int], generated: Sequence[int], **params: object) -> Tensor:
+    """The logits that choosing works on, which it leaves in its input."""
+    changed = logits.clone()
+    choose_tokens(changed, [SamplingParams(**params)], [prompt], [generated])  # type: ignore[arg-type]
+    return changed
+
+
+@given(st.integers(0, 999), some_tokens, some_tokens, st.sampled_from([0.5, 1.0, 1.3, 2.0]))
+def test_the_repetition_penalty_is_that_of_transformers(
+    seed: int, prompt: list[int], generated: list[int], penalty: float
+) -> None:
+    logits = _logits(seed)
+    processor = RepetitionPenaltyLogitsProcessor(penalty)
+    expected = processor(torch.tensor([prompt + generated]), logits.clone())
+    assert torch.equal(_effective(logits, prompt, generated, repetition_penalty=penalty), expected)
+
+
+@given(st.integers(0, 999), some_tokens, some_tokens, st.floats(-2, 2), st.floats(-2, 2))
+def test_presence_and_frequency_count_generated_tokens_alone(
+    seed: int, prompt: list[int], generated: list[int], presence: float, frequency: float
+) -> None:
+    logits = _logits(seed)
+    expected = logits.clone()
+    for token, times in Counter(generated).items():
+        expected[0, token] -= presence + frequency * times
+    changed = _effective(logits, prompt, generated, presence_penalty=presence, frequency_penalty=frequency)
+    assert torch.allclose(changed, expected, atol=1e-5)
+    untouched = _effective(logits, prompt, (), presence_penalty=presence, frequency_penalty=frequency)
+    assert torch.equal(untouched, logits)
+
+
+def test_bias_is_added_to_just_the_tokens_named() -> None:
+    logits = _logits(1)
+    expected = logits.clone()
+    expected[0, 3] += 2.5
+    expected[0, 9] -= 100.0
+    assert torch.equal(_effective(logits, (0,), (), logit_bias={3: 2.5, 9: -100.0}), expected)
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_are_keyed_by_seed_sample_and_position() -> None:
+    drawn = {
+        uniform(seed, sample, position) for seed in (0, 1, 2**63, -1) for sample in (0, 1, 5) for position in range(50)
+    }
+    assert len(drawn) == 4 * 3 * 50
+    assert all(0.0 <= value < 1.0 for value in drawn)
+
+
+def test_random_numbers_are_those_of_earlier_releases() -> None:
+    """A stream that an old worker began goes on here: other numbers would be another answer."""
+    numbers = [round(uniform(*key), 12) for key in ((0, 0, 0), (42, 1, 7), (2**64 - 1, 3, 10_000))]
+    assert numbers == [
+        0.011546754286,
+        0.864717011321,
+        0.677487077893,
+    ]
+
+
+def test_a_stream_taken_up_anywhere_draws_the_same() -> None:
+    rows = [_logits(position) for position in range(30)]
+
+    def run(generated: list[int]) -> list[int]:
+        while len(generated) < len(rows):
+            position = len(generated)
+            token, _ = _choose(
+                rows[position], generated=generated, temperature=0.9, top_p=0.9, seed=7, frequency_penalty=0.3
+            )
+            generated.append(token)
+        return generated
+
+    whole = run([])
+    for position in range(len(rows)):
+        assert run(whole[:position]) == whole
+    assert len(set(whole)) > 3
+
+
+def test_the_samples_of_one_request_differ() -> None:
+    logits = _logits(0, spread=0.5)
+    answers = [
+        tuple(
+            _choose(logits, generated=[0] * position, temperature=1.0, seed=7, sample_index=sample)[0]
+            for position in range(10)
+        )
+        for sample in range(5)
+    ]
+    assert len(set(answers)) == 5
+
+
+def test_a_row_draws_the_same_in_any_batch() -> None:
+    logits = _logits(0, rows=4)
+    params = [SamplingParams(temperature=1.0, seed=row, sample_index=row) for row in range(4)]
+    together, _ = choose_tokens(logits.clone(), params, [(0,)] * 4, [()] * 4)
+    alone = [choose_tokens(logits[row : row + 1].clone(), [params[row]], [(0,)], [()])[0][0] for row in range(4)]
+    assert together == alone
+
+
+def test_drawing_without_a_seed_is_a_defect() -> None:
+    with pytest.raises(ValueError, match="must carry a seed"):
+        _choose(_logits(0), temperature=1.0)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-30, 1e-3])
+def test_hardly_any_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 40.0, -3.0, 39.0]])
+    assert _choose(logits, temperature=temperature, seed=1)[0] == 1
+
+
+def _allowed(probabilities: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Truncation written naively: each rule on the whole distribution, the likeliest token always kept."""
+    ranked = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
+    kept, mass = {ranked[0]}, 0.0
+    for rank, token in enumerate(ranked):
+        if (not top_k or rank < top_k) and mass < top_p and probabilities[token] >= min_p * probabilities[ranked[0]]:
+            kept.add(token)
+        mass += probabilities[token]
+    return kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 3, VOCABULARY, 99]),
+    top_p=st.sampled_from([1.0, 0.9, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3]),
+)
+def test_truncation_keeps_just_the_tokens_a_naive_one_keeps(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = _logits(seed)
+    probabilities = torch.softmax(logits[0].double() / temperature, dim=-1).tolist()
+    allowed = _allowed(probabilities, top_k, top_p, min_p)
+    drawn = {
+        _choose(
+            logits, generated=[0] * position, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=1
+        )[0]
+        for position in range(100)
+    }
+    assert drawn <= allowed
+    # What has a good chance of being drawn is.
+    total = sum(probabilities[token] for token in allowed)
+    assert {token for token in allowed if probabilities[token] / total > 0.2} <= drawn
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (2.0, 0), (1.0, 4)])
+def test_tokens_are_drawn_as_often_as_their_probability_says(temperature: float, top_k: int) -> None:
+    logits, count = _logits(3, spread=1.0), 4000
+    probabilities = torch.softmax(logits[0].double() / temperature, dim=-1)
+    if top_k:
+        probabilities[probabilities.argsort(descending=True)[top_k:]] = 0.0
+        probabilities /= probabilities.sum()
+    drawn = Counter(
+        _choose(logits, generated=range(position), temperature=temperature, top_k=top_k, seed=11)[0]
+        for position in range(count)
+    )
+    expected = [(token, float(p) * count) for token, p in enumerate(probabilities) if p > 0]
+    assert set(drawn) <= {token for token, _ in expected}
+    chi_square = sum((drawn[token] - often) ** 2 / often for token, often in expected)
+    # 99.9 % of right samplers stay below this for 11 degrees of freedom; the seed is fixed, so this one always does.
+    assert chi_square < 31.3
