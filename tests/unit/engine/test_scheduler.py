@@ -79,3 +79,7 @@ def test_a_prompt_moves_even_when_decoding_takes_the_whole_budget() -> None:
 
 def test_nothing_pending_is_nothing_to_do() -> None:
     assert share_step([], 256) == []
+
+
+def test_the_shortest_go_first_when_there_is_not_enough_for_all() -> None:
+    assert share_step([70, 50, 60], 2) == [0, 1, 1]
