@@ -22,7 +22,10 @@ class RunningSequence:
 
     def sink(self, event: SequenceEvent) -> None:
         """Take an event on the engine's thread."""
-        self._loop.call_soon_threadsafe(self._arrive, event)
+        try:
+            self._loop.call_soon_threadsafe(self._arrive, event)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            self._discard(event)
 
     def _arrive(self, event: SequenceEvent) -> None:
         if not self._left:

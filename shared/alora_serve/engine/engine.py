@@ -228,17 +228,18 @@ class Engine:
         for finished in [sequence for sequence in self._running if sequence.pending_tokens <= 0]:
             self._finish(finished, None)
         shares = share_step([sequence.pending_tokens for sequence in planned], self._limits.max_step_tokens)
-        batch = arrange([(sequence, share) for sequence, share in zip(planned, shares, strict=True) if share])
-        if not batch:
+        chosen = [(sequence, share) for sequence, share in zip(planned, shares, strict=True) if share]
+        if not chosen:
             return
         started = monotonic()
         try:
+            batch = arrange(chosen)
             self._advance(batch)
         except Exception as error:  # noqa: BLE001
             # The engine must outlive any one batch: its sequences fail with what happened, the rest go on.
-            _log.exception("step failed", sequences=len(batch))
+            _log.exception("step failed", sequences=len(chosen))
             failure = error if isinstance(error, AloraServeError) else AloraServeError(f"engine step failed: {error!r}")
-            for sequence, _ in batch:
+            for sequence, _ in chosen:
                 if sequence in self._running:
                     self._fail(sequence, failure)
             return

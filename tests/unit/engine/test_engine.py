@@ -1,0 +1,598 @@
+"""Sequences join, run, leave, fail and are cancelled, and the engine, its memory and the others go on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+from torch import Tensor
+
+from alora_serve.adapters.lora import LoadedAdapter, LoraPair
+from alora_serve.engine import engine as engine_module
+from alora_serve.engine.engine import Engine, EngineLimits
+from alora_serve.engine.prefix_cache import PrefixCache
+from alora_serve.engine.sequence import (
+    BaseComputed,
+    SequenceDone,
+    SequenceEvent,
+    SequenceFailed,
+    SequenceId,
+    SequenceRequest,
+)
+from alora_serve.errors import AloraServeError, InvalidRequestError, OverloadedError, UnavailableError
+from alora_serve.kv.keys import BlockChain, BlockHash
+from alora_serve.model.attention import Span
+from alora_serve.model.kv_memory import Prefix
+from alora_serve.model.loader import BaseModel, load_base_model
+from alora_serve.model.text import TextStream
+from alora_serve.types import AdapterDigest, AdapterInfo, FinishReason, Heartbeat, SamplingParams, TokenChunk
+from in_process import CountingMetrics
+from tiny_models import FAMILIES, VOCABULARY, load_reference, save_model
+
+torch.set_num_threads(1)
+
+BLOCK_TOKENS = 8
+ROOT = BlockHash(b"r" * 32)
+PATIENCE_SECONDS = 60.0
+
+
+def _prompt(seed: int, count: int = 20) -> tuple[int, ...]:
+    return tuple(torch.randint(1, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+@dataclass
+class Run:
+    """A submitted sequence and what it said so far."""
+
+    cache: PrefixCache
+    events: list[SequenceEvent] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+    id: SequenceId | None = None
+
+    def sink(self, event: SequenceEvent) -> None:
+        self.events.append(event)
+        if isinstance(event, BaseComputed):
+            self.cache.release(event.prefix)
+        if isinstance(event, SequenceDone | SequenceFailed):
+            self.ended.set()
+
+    def last(self) -> SequenceEvent:
+        assert self.ended.wait(PATIENCE_SECONDS)
+        return self.events[-1]
+
+    def done(self) -> SequenceDone:
+        last = self.last()
+        assert isinstance(last, SequenceDone)
+        return last
+
+    def error(self) -> AloraServeError:
+        last = self.last()
+        assert isinstance(last, SequenceFailed)
+        return last.error
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(token for event in self.events if isinstance(event, TokenChunk) for token in event.token_ids)
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, TokenChunk | SequenceDone))
+
+
+class Gate:
+    """Holds every forward pass until the test lets it run, and can make one fail."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._forward = engine._runner.forward
+        self._arrived: queue.SimpleQueue[Sequence[Span]] = queue.SimpleQueue()
+        self._go: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._open = False
+        engine._runner.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, spans: Sequence[Span], output: Sequence[bool]) -> Tensor | None:
+        if not self._open:
+            self._arrived.put(spans)
+            error = self._go.get(timeout=PATIENCE_SECONDS)
+            if error is not None:
+                raise error
+        return self._forward(spans, output)
+
+    def waiting(self) -> list[tuple[int, ...]]:
+        """The tokens of each span in the pass that stands at the gate."""
+        return [span.tokens for span in self._arrived.get(timeout=PATIENCE_SECONDS)]
+
+    def let(self, error: Exception | None = None) -> None:
+        self._go.put(error)
+
+    def open(self) -> None:
+        """Let the pass at the gate and all later ones run."""
+        self._open = True
+        self._go.put(None)
+
+
+@dataclass
+class Bench:
+    engine: Engine
+    cache: PrefixCache
+    metrics: CountingMetrics
+    model: BaseModel
+
+    def submit(
+        self,
+        prompt: tuple[int, ...],
+        *,
+        stop: tuple[str, ...] = (),
+        end_ids: tuple[int, ...] = (),
+        prefill: bool = False,
+        base_until: int | None = None,
+        adapter: LoadedAdapter | None = None,
+        prefix: Prefix | None = None,
+        generated: tuple[int, ...] = (),
+        **sampling: object,
+    ) -> Run:
+        chain = BlockChain(ROOT, prompt, BLOCK_TOKENS)
+        text = TextStream(self.model.tokenizer.decode, stop)
+        text.restore(generated)
+        run = Run(self.cache)
+        request = SequenceRequest(
+            prompt=prompt,
+            prefix=self.cache.acquire(chain, len(prompt) - 1) if prefix is None else prefix,
+            chain=chain,
+            base_until=base_until,
+            adapter=adapter,
+            sampling=None if prefill else SamplingParams(**{"max_tokens": 6, **sampling}),  # type: ignore[arg-type]
+            generated=generated,
+            end_ids=frozenset(end_ids),
+            text=None if prefill else text,
+        )
+        run.id = self.engine.submit(request, run.sink)
+        return run
+
+    @property
+    def pins(self) -> int:
+        return sum(segment.pins for segment in self.cache._names)
+
+    def settle(self) -> None:
+        """Wait until the engine has taken all messages so far: it runs one more sequence to its end."""
+        self.submit((1, 2), prefill=True).done()
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with capture_logs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 2
+    return save_model(tmp_path_factory.mktemp("models") / "llama", config)
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> BaseModel:
+    return load_base_model(directory, dtype="float32")
+
+
+@pytest.fixture
+def make_bench(model: BaseModel) -> Iterator[Callable[..., Bench]]:
+    """Engines that must leave no pin and no unbalanced book behind, whatever the test did to them."""
+    made: list[Bench] = []
+
+    def make(budget_bytes: int = 1 << 26, **limits: int) -> Bench:
+        metrics = CountingMetrics()
+        cache = PrefixCache(model.layout, budget_bytes=budget_bytes, device=model.device, metrics=metrics)
+        bench = Bench(Engine(model, cache, limits=EngineLimits(**limits), metrics=metrics), cache, metrics, model)
+        made.append(bench)
+        return bench
+
+    yield make
+    for bench in made:
+        bench.engine.close()
+        bench.cache.check_integrity()
+        assert bench.pins == 0
+
+
+@pytest.fixture
+def bench(make_bench: Callable[..., Bench]) -> Bench:
+    return make_bench()
+
+
+@pytest.fixture(scope="module")
+def greedy(directory: Path) -> Callable[[tuple[int, ...], int], tuple[int, ...]]:
+    """What the stock model says."""
+    reference = load_reference(directory)
+
+    def generate(prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(count):
+                tokens.append(int(reference(torch.tensor([tokens])).logits[0, -1].argmax()))
+        return tuple(tokens[len(prompt) :])
+
+    return generate
+
+
+# --- running and stopping ---------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_runs_to_max_tokens(bench: Bench, greedy: Callable[..., tuple[int, ...]]) -> None:
+    run = bench.submit(_prompt(1), logprobs=True)
+    done = run.done()
+    assert done.finish_reason is FinishReason.LENGTH
+    assert run.tokens == done.generated == greedy(_prompt(1), 6)
+    assert done.stats.computed_tokens == 20
+    assert done.stats.generated_tokens == 6
+    assert all(len(event.logprobs) == 1 for event in run.events if isinstance(event, TokenChunk))
+
+
+def test_a_token_of_the_end_ends_it(bench: Bench, greedy: Callable[..., tuple[int, ...]]) -> None:
+    whole = greedy(_prompt(1), 6)
+    end = next(token for token in whole if token != whole[0])
+    count = whole.index(end) + 1
+    done = bench.submit(_prompt(1), end_ids=(end,)).done()
+    assert (done.finish_reason, done.generated) == (FinishReason.STOP, whole[:count])
+
+
+def test_a_stop_string_ends_it_before_the_string(bench: Bench) -> None:
+    """Forced to say "ab" for ever by a bias on both letters and a penalty on the one just said."""
+    letters = [token for token in range(256) if bench.model.tokenizer.decode([token]) in ("a", "b")]
+    bias = dict.fromkeys(letters, 50.0)
+    free = bench.submit(_prompt(1), logit_bias=bias, frequency_penalty=2.0, max_tokens=12)
+    free.done()
+    text = free.text
+    assert set(text) == {"a", "b"}
+    stop = text[4:6]
+    run = bench.submit(_prompt(1), logit_bias=bias, frequency_penalty=2.0, max_tokens=12, stop=(stop,))
+    done = run.done()
+    assert (done.finish_reason, done.stop_string) == (FinishReason.STOP, stop)
+    assert run.text == text[: text.index(stop)]
+    assert len(done.generated) == text.index(stop) + len(stop)
+
+
+def test_text_held_back_for_a_stop_string_that_does_not_come_is_given_at_the_end(bench: Bench) -> None:
+    free = bench.submit(_prompt(1), logit_bias={101: 100.0}, max_tokens=4)
+    free.done()
+    run = bench.submit(_prompt(1), logit_bias={101: 100.0}, max_tokens=4, stop=(free.text + "x",))
+    assert run.done().text == free.text
+    assert run.text == free.text
+
+
+def test_a_prefill_generates_nothing_and_leaves_its_kv(bench: Bench) -> None:
+    run = bench.submit(_prompt(1), prefill=True)
+    done = run.done()
+    assert (done.finish_reason, done.generated, run.text) == (None, (), "")
+    [computed] = [event for event in run.events if isinstance(event, BaseComputed)]
+    assert (computed.start, computed.end) == (0, 20)
+    again = bench.submit(_prompt(1)).done()
+    assert again.stats.computed_tokens == 1
+
+
+def test_a_prefill_of_what_is_resident_ends_at_once(bench: Bench) -> None:
+    prompt = _prompt(1)
+    bench.submit(prompt, prefill=True).done()
+    steps = bench.metrics.counts["steps"]
+    prefix = bench.cache.acquire(BlockChain(ROOT, prompt, BLOCK_TOKENS), 20)
+    run = bench.submit(prompt, prefill=True, prefix=prefix)
+    assert run.done().stats.computed_tokens == 0
+    assert [type(event) for event in run.events] == [SequenceDone]
+    assert bench.metrics.counts["steps"] == steps
+
+
+def test_a_base_turn_leaves_its_answer_resident(bench: Bench, greedy: Callable[..., tuple[int, ...]]) -> None:
+    run = bench.submit(_prompt(1), max_tokens=10)
+    answer = run.done().generated
+    # All but the last token, whose KV nobody has computed.
+    found = bench.cache.acquire(BlockChain(ROOT, _prompt(1) + answer, BLOCK_TOKENS), 30)
+    assert found.tokens == 29
+    bench.cache.release(found)
+    assert bench.submit(_prompt(1) + answer).done().generated == greedy(_prompt(1) + answer, 6)
+
+
+def test_adapter_kv_is_never_resident(bench: Bench) -> None:
+    adapter = _adapter(bench.model)
+    bench.submit(_prompt(1), adapter=adapter, base_until=12).done()
+    found = bench.cache.acquire(BlockChain(ROOT, _prompt(1), BLOCK_TOKENS), 20)
+    assert found.tokens == 12
+    bench.cache.release(found)
+    bench.submit(_prompt(2), adapter=adapter, base_until=0).done()
+    assert bench.cache.acquire(BlockChain(ROOT, _prompt(2), BLOCK_TOKENS), 20) == Prefix()
+
+
+def test_a_long_answer_outgrows_its_first_memory(
+    bench: Bench, greedy: Callable[..., tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alora_serve.engine.sequence.FIRST_TAIL_TOKENS", 2)
+    monkeypatch.setattr("alora_serve.engine.sequence.BASE_GROWTH_TOKENS", 3)
+    monkeypatch.setattr("alora_serve.engine.prefix_cache.MIN_SLACK_TOKENS", 1)
+    idle = _adapter(bench.model, scale=0.0)
+    expected = greedy(_prompt(1), 40)
+    assert bench.submit(_prompt(1), max_tokens=40).done().generated == expected
+    bench.submit((*_prompt(1)[:19], 9), max_tokens=3).done()
+    assert bench.submit(_prompt(1), adapter=idle, base_until=7, max_tokens=40).done().generated == expected
+
+
+# --- joining and leaving ----------------------------------------------------------------------------------------------
+
+
+def test_sequences_join_and_leave_in_the_middle(bench: Bench, greedy: Callable[..., tuple[int, ...]]) -> None:
+    gate = Gate(bench.engine)
+    first = bench.submit(_prompt(1), max_tokens=4)
+    gate.waiting()
+    second = bench.submit(_prompt(2, 5), max_tokens=2)
+    gate.let()
+    assert [len(tokens) for tokens in gate.waiting()] == [1, 5]
+    third = bench.submit(_prompt(3, 7), max_tokens=9)
+    gate.let()
+    assert sorted(len(tokens) for tokens in gate.waiting()) == [1, 1, 7]
+    gate.let()
+    assert second.done().generated == greedy(_prompt(2, 5), 2)
+    assert len(gate.waiting()) == 2
+    gate.open()
+    assert first.done().generated == greedy(_prompt(1), 4)
+    assert third.done().generated == greedy(_prompt(3, 7), 9)
+
+
+def test_a_full_batch_makes_others_wait(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_sequences=2)
+    gate = Gate(bench.engine)
+    runs = [bench.submit(_prompt(seed), max_tokens=3) for seed in range(3)]
+    gate.waiting()
+    gate.let()
+    gate.waiting()
+    load = bench.engine.load
+    assert (load.running, load.waiting) == (2, 1)
+    gate.open()
+    for run in runs:
+        run.done()
+    assert bench.metrics.counts["peak running"] == 2
+
+
+def test_a_long_prompt_is_cut_and_does_not_hold_up_decoding(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_step_tokens=16)
+    gate = Gate(bench.engine)
+    talking = bench.submit(_prompt(1, 5), max_tokens=20)
+    gate.waiting()
+    long = bench.submit(_prompt(2, 50), prefill=True)
+    gate.let()
+    for _ in range(3):
+        assert [len(tokens) for tokens in gate.waiting()] == [1, 15]
+        gate.let()
+    gate.open()
+    long.done()
+    talking.done()
+
+
+# --- cancelling -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_sequence_gives_its_place_to_the_next_at_the_next_step(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_sequences=1)
+    gate = Gate(bench.engine)
+    gone = bench.submit(_prompt(1), max_tokens=50)
+    gate.waiting()
+    next_run = bench.submit(_prompt(2, 5), max_tokens=1)
+    bench.engine.cancel(gone.id)
+    gate.let()
+    assert gate.waiting() == [_prompt(2, 5)]
+    assert (bench.engine.load.running, bench.engine.load.waiting) == (1, 0)
+    gate.open()
+    next_run.done()
+    assert len(gone.tokens) == 1
+    assert not gone.ended.is_set()
+
+
+def test_one_that_waits_can_be_cancelled_too(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_sequences=1)
+    gate = Gate(bench.engine)
+    running = bench.submit(_prompt(1), max_tokens=2)
+    gate.waiting()
+    waiting = bench.submit(_prompt(2))
+    bench.engine.cancel(waiting.id)
+    gate.open()
+    running.done()
+    bench.settle()
+    assert waiting.events == []
+
+
+def test_what_a_cancelled_prefill_computed_is_kept(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_step_tokens=16)
+    gate = Gate(bench.engine)
+    gone = bench.submit(_prompt(1, 50), prefill=True)
+    gate.waiting()
+    bench.engine.cancel(gone.id)
+    gate.open()
+    bench.settle()
+    found = bench.cache.acquire(BlockChain(ROOT, _prompt(1, 50), BLOCK_TOKENS), 50)
+    assert found.tokens == 16
+    bench.cache.release(found)
+
+
+def test_cancelling_the_finished_and_the_unknown_does_nothing(bench: Bench) -> None:
+    run = bench.submit(_prompt(1))
+    run.done()
+    bench.engine.cancel(run.id)
+    bench.engine.cancel(SequenceId(999))
+    bench.settle()
+
+
+# --- too much ---------------------------------------------------------------------------------------------------------
+
+
+def test_places_are_bounded_and_say_when_to_come_back(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_sequences=2, max_queue=3)
+    held = [bench.engine.place() for _ in range(6)]
+    for place in held[:5]:
+        place.__enter__()
+    with pytest.raises(OverloadedError, match="3 requests wait already") as caught:
+        held[5].__enter__()
+    assert caught.value.retry_after_seconds is not None
+    assert caught.value.retry_after_seconds > 0
+    held[0].__exit__(None, None, None)
+    with bench.engine.place():
+        pass
+    for place in held[1:5]:
+        place.__exit__(None, None, None)
+
+
+# --- failing ----------------------------------------------------------------------------------------------------------
+
+
+def _adapter(model: BaseModel, *, in_features: int = 64, scale: float = 5.0) -> LoadedAdapter:
+    info = AdapterInfo("a", AdapterDigest("d" * 64), "alora", 2, ("q_proj",), (1,), "", 0, resident=True)
+    torch.manual_seed(3)
+    pair = LoraPair(torch.randn(2, in_features), torch.randn(64, 2), scale)
+    return LoadedAdapter(info, {"model.layers.0.self_attn.q_proj": pair, "model.layers.1.self_attn.q_proj": pair})
+
+
+def test_an_adapter_of_a_wrong_shape_fails_its_sequence_and_the_engine_lives_on(
+    make_bench: Callable[..., Bench], greedy: Callable[..., tuple[int, ...]]
+) -> None:
+    bench = make_bench(max_sequences=1)
+    bad = bench.submit(_prompt(1), adapter=_adapter(bench.model, in_features=63), base_until=12)
+    good = bench.submit(_prompt(1))
+    error = bad.error()
+    assert error.status == "INTERNAL"
+    assert "engine step failed" in str(error)
+    assert good.done().generated == greedy(_prompt(1), 6)
+    assert isinstance(bad.events[-1], SequenceFailed)
+    assert bad.tokens == ()
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [(RuntimeError("broken"), "engine step failed: RuntimeError"), (InvalidRequestError("named"), "named")],
+)
+def test_a_failing_step_fails_its_sequences_and_no_others(
+    make_bench: Callable[..., Bench], greedy: Callable[..., tuple[int, ...]], raised: Exception, message: str
+) -> None:
+    bench = make_bench(max_sequences=2)
+    gate = Gate(bench.engine)
+    failing = [bench.submit(_prompt(seed)) for seed in (1, 2)]
+    gate.waiting()
+    waiting = bench.submit(_prompt(3))
+    gate.let()
+    gate.waiting()
+    gate.let(raised)
+    for run in failing[: len(failing)]:
+        if len(run.tokens):
+            assert message in str(run.error())
+    gate.open()
+    assert waiting.done().generated == greedy(_prompt(3), 6)
+    # What the failed step may have half written is nobody's: the same prompts run right again.
+    for seed, run in zip((1, 2), failing, strict=True):
+        assert message in str(run.error())
+        assert bench.submit(_prompt(seed)).done().generated == greedy(_prompt(seed), 6)
+
+
+def test_a_step_without_memory_fails_its_sequences_and_no_others(
+    bench: Bench, greedy: Callable[..., tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = bench.cache.reserve, []
+
+    def reserve(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 1:
+            raise MemoryError("no room for a segment")
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench.cache, "reserve", reserve)
+    assert "no room for a segment" in str(bench.submit(_prompt(1)).error())
+    assert bench.submit(_prompt(1)).done().generated == greedy(_prompt(1), 6)
+
+
+def test_a_failure_after_a_token_fails_the_sequence_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(_: Sequence[int]) -> str:
+        raise ValueError("no such token")
+
+    monkeypatch.setattr(bench, "model", SimpleNamespace(tokenizer=SimpleNamespace(decode=decode)))
+    run = bench.submit(_prompt(1))
+    assert "no such token" in str(run.error())
+    assert sum(isinstance(event, SequenceFailed) for event in run.events) == 1
+
+
+# --- heartbeats and the end -------------------------------------------------------------------------------------------
+
+
+def test_silent_sequences_show_that_they_are_alive(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "HEARTBEAT_SECONDS", 0.0)
+    bench = make_bench(max_step_tokens=16, max_sequences=1)
+    gate = Gate(bench.engine)
+    running = bench.submit(_prompt(1, 40), max_tokens=1)
+    gate.waiting()
+    waiting = bench.submit(_prompt(2), max_tokens=1)
+    gate.open()
+    running.done()
+    waiting.done()
+    # Two steps of prompt in silence; the one that waits is in the books from the second on.
+    assert sum(isinstance(event, Heartbeat) for event in running.events) == 2
+    assert any(isinstance(event, Heartbeat) for event in waiting.events)
+
+
+def test_talking_sequences_need_no_heartbeat(bench: Bench) -> None:
+    run = bench.submit(_prompt(1))
+    run.done()
+    assert not any(isinstance(event, Heartbeat) for event in run.events)
+
+
+def test_closing_fails_what_is_left_and_takes_nothing_more(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_sequences=1)
+    gate = Gate(bench.engine)
+    running, waiting = bench.submit(_prompt(1)), bench.submit(_prompt(2))
+    gate.waiting()
+    closer = threading.Thread(target=bench.engine.close)
+    closer.start()
+    while not bench.engine._closed:
+        pass
+    with pytest.raises(UnavailableError, match="shutting down"):
+        bench.submit(_prompt(3))
+    with pytest.raises(UnavailableError, match="shutting down"), bench.engine.place():
+        pass
+    gate.open()
+    closer.join(PATIENCE_SECONDS)
+    for run in (running, waiting):
+        assert isinstance(run.error(), UnavailableError)
+    assert bench.engine.ended.result(0) is None
+    bench.engine.close()
+
+
+def test_a_defect_outside_a_step_is_told_to_whoever_watches(model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = CountingMetrics()
+    cache = PrefixCache(model.layout, budget_bytes=1 << 20, device=model.device, metrics=metrics)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(metrics, "load", lambda *_: 1 / 0)
+    engine = Engine(model, cache, limits=EngineLimits(), metrics=metrics)
+    Bench(engine, cache, metrics, model).submit(_prompt(1))
+    assert isinstance(engine.ended.exception(PATIENCE_SECONDS), ZeroDivisionError)
+    with pytest.raises(UnavailableError):
+        Bench(engine, cache, metrics, model).submit(_prompt(1))
+
+
+def test_generated_tokens_of_an_earlier_attempt_stay_generated(
+    bench: Bench, greedy: Callable[..., tuple[int, ...]]
+) -> None:
+    whole = greedy(_prompt(1), 6)
+    run = bench.submit(_prompt(1), generated=whole[:4])
+    assert run.done().generated == whole
+    assert run.tokens == whole[4:]
+    assert run.done().stats.generated_tokens == 6
+
+
+def test_load_tells_how_fast_it_is(bench: Bench) -> None:
+    assert bench.engine.load.rates.step_seconds == 0.0
+    bench.submit(_prompt(1, 200)).done()
+    bench.settle()
+    rates = bench.engine.load.rates
+    assert rates.step_seconds > 0.0
+    assert rates.prefill_tokens_per_second > 0.0
+    assert bench.model.vocabulary_size == VOCABULARY
