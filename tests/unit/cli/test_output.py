@@ -65,8 +65,11 @@ def test_ctrl_c_ends_quietly_and_a_bug_loudly() -> None:
         raise ZeroDivisionError
 
 
-def test_a_table_never_folds_what_its_rows_are_about(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table("things", [{"name": "a-name-of-thirty-characters-ok", "count": 5, "about": "many words " * 20}])
+def test_a_table_never_folds_what_its_rows_are_about(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    print_table("things", [{"name": "a-name-of-thirty-characters-ok", "count": 5, "about": "wordswords" * 20}])
     told = capsys.readouterr().out
     assert "a-name-of-thirty-characters-ok" in told
     assert told.startswith("things")

@@ -5,7 +5,8 @@ Run as a script, before the command, by :mod:`alora_serve.cli.local.supervisor`:
     python -I -S tether.py kernel|pipe SUPERVISOR_PID COMMAND...
 
 It replaces itself by the command, so the command's process id is the one the supervisor got. Standard library only and
-nothing of this package: it runs once a process start, without site packages.
+nothing of this package: it runs once a process start, without site packages. Coverage can't follow it there; what it
+promises is held by tests/unit/cli/local/test_tether.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def _ask_kernel(supervisor: int) -> None:
+def _ask_kernel(supervisor: int) -> None:  # pragma: no cover
     """Linux: the kernel kills this process, and what it becomes by exec, when the thread that started it ends."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -26,7 +27,7 @@ def _ask_kernel(supervisor: int) -> None:
         sys.exit(1)
 
 
-def _watch_pipe() -> None:
+def _watch_pipe() -> None:  # pragma: no cover
     """Elsewhere: leave a watcher behind that reads standard input, whose other end only the supervisor holds."""
     watched = os.getpid()
     if os.fork() != 0:

@@ -45,7 +45,7 @@ RESULT = DemoResult(
 @pytest.fixture
 def screen() -> tuple[RichView, io.StringIO]:
     out = io.StringIO()
-    console = Console(file=out, width=100)
+    console = Console(file=out, width=140)
     return RichView(console, console.status("")), out
 
 
@@ -101,7 +101,7 @@ def test_people_see_the_conversation_the_verdicts_and_the_table(screen: tuple[Ri
         "worker-1 died: exit status 3",
         "│ aLoRA, first token      │   0.100 │  2,000 │  1,990 │       10 │       3,072 │",
         "42 times sooner",
-        "which computes all 1,999 tokens",
+        "which computes all 1,999 tokens itself.",
         "equal  jailbreak  PEFT: tokens [3]",
         "DIFFERENT  other  PEFT: tokens [4]",
     ):

@@ -27,7 +27,7 @@ if behaviour == "refuse":
 def ended(signum, frame):
     os.write(1, b"drained\\n")
     os._exit(0)
-signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "deaf" else ended)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour in ("deaf", "mute") else ended)
 def address(name):
     host, port = asked[name].rsplit(":", 1)
     return f"{host}:{port if int(port) else os.getpid()}"
@@ -84,7 +84,7 @@ def ear() -> Ear:
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Callable[..., ProcessSpec]:
-    """Makes specs of the child: ``serve``, ``refuse``, ``mute`` (never listens), ``die``, ``deaf`` or ``talk``."""
+    """Makes specs of the child: ``serve``, ``refuse``, ``mute`` (never listens, and deaf), ``die``, ``deaf`` or ``talk``."""
     script = tmp_path / "child.py"
     script.write_text(CHILD)
 

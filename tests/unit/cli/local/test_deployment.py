@@ -9,7 +9,8 @@ import pytest
 
 from alora_serve.cli.local import deployment
 from alora_serve.cli.local.deployment import DeploymentOptions, LocalDeployment, example_adapter_roots
-from alora_serve.cli.local.events import Notice, ProcessEvent
+from alora_serve.cli.local.events import Exited, Notice, ProcessEvent
+from alora_serve.cli.local.process import ProcessSpec
 from alora_serve.cli.local.store_room import StorePlace
 from alora_serve.errors import ConfigError, UnavailableError
 
@@ -135,3 +136,16 @@ async def test_processes_are_killed_and_restarted_by_name_and_keep_their_address
     assert {name: one.address for name, one in after.items()} == {name: one.address for name, one in before.items()}
     assert after["prefill"].pid != before["prefill"].pid
     assert after["router"].pid == before["router"].pid
+
+
+async def test_a_start_that_fails_leaves_no_process_behind(monkeypatch, spec, tmp_path: Path) -> None:
+    def child(self: object, name: str, *rest: object) -> ProcessSpec:
+        return spec("refuse" if name == "prefill" else "deaf", name=name)
+
+    monkeypatch.setattr(LocalDeployment, "_spec", child)
+    told: list[ProcessEvent] = []
+    options = DeploymentOptions(model=str(tmp_path), store_url=f"lmdb://{tmp_path}/kv")
+    with pytest.raises(ConfigError, match="prefill did not start"):
+        async with LocalDeployment(options, emit=told.append):
+            pass
+    assert {event.name for event in told if isinstance(event, Exited)} == {"prefill", "worker-1"}

@@ -113,7 +113,7 @@ async def test_stop_before_the_process_exists_leaves_none_behind(process: Make, 
     child = process("deaf")
     starting = asyncio.create_task(child.start())
     await asyncio.sleep(0)
-    await child.stop(0.05)
+    await child.stop(600)
     with pytest.raises(UnavailableError):
         await starting
     assert all(not psutil.pid_exists(spawned.pid) for spawned in ear.of(Spawned))
