@@ -297,6 +297,16 @@ def test_a_base_turn_leaves_its_answer_resident(bench: Bench, greedy: Callable[.
     assert bench.submit(_prompt(1) + answer).done().generated == greedy(_prompt(1) + answer, 6)
 
 
+def test_room_that_an_answer_did_not_need_is_there_for_the_next_turn(bench: Bench) -> None:
+    conversation = (
+        _prompt(1) + bench.submit(_prompt(1), max_tokens=200, end_ids=tuple(range(VOCABULARY))).done().generated
+    )
+    assert len(conversation) == 21
+    size = bench.cache.size_bytes
+    bench.submit((*conversation, *_prompt(2, 100)), prefill=True).done()
+    assert bench.cache.size_bytes == size
+
+
 def test_adapter_kv_is_never_resident(bench: Bench) -> None:
     adapter = _adapter(bench.model)
     bench.submit(_prompt(1), adapter=adapter, base_until=12).done()
@@ -517,6 +527,24 @@ def test_a_failure_after_a_token_fails_the_sequence_once(bench: Bench, monkeypat
     run = bench.submit(_prompt(1))
     assert "no such token" in str(run.error())
     assert sum(isinstance(event, SequenceFailed) for event in run.events) == 1
+
+
+def test_who_was_done_before_a_step_failed_stays_done(
+    bench: Bench, greedy: Callable[..., tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(bench.engine)
+    opener = bench.submit(_prompt(9), max_tokens=1)
+    gate.waiting()
+    first = bench.submit(_prompt(1), max_tokens=1)
+    monkeypatch.setattr(bench, "model", SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda _: 1 / 0)))
+    second = bench.submit(_prompt(2))
+    gate.let()
+    opener.done()
+    assert len(gate.waiting()) == 2
+    gate.open()
+    assert "ZeroDivisionError" in str(second.error())
+    assert first.done().generated == greedy(_prompt(1), 1)
+    assert isinstance(first.events[-1], SequenceDone)
 
 
 # --- heartbeats and the end -------------------------------------------------------------------------------------------
