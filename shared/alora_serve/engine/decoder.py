@@ -23,6 +23,7 @@ from alora_serve.model.text import TextStream
 from alora_serve.types import (
     AdapterDigest,
     Finished,
+    FinishReason,
     GenerateRequest,
     Heartbeat,
     PrefixHandle,
@@ -90,11 +91,15 @@ class Decoder:
             )
             text = TextStream(self._core.model.tokenizer.decode, request.sampling.stop)
             generated = request.resume.generated_tokens if request.resume else ()
-            if generated:
-                text.restore(generated)
-            # The last prompt token is always run: its logits choose the first generated token.
-            limit = min(plan.base_tokens, len(plan.prompt) - 1)
+            restored = text.restore(generated)
+            end_ids = self._end_ids(request.sampling)
+            if (reason := _end_of(request.sampling, generated, end_ids, restored.stop_string)) is not None:
+                # The attempt before this one had said everything but that it was done.
+                yield self._said_already(request, plan, reason, text.finish(), restored.stop_string or "", started)
+                return
             chain = self._core.blocks.chain(plan.prompt if adapter is None else request.handle.prefix_tokens)
+            # The last prompt token is always run: its logits choose the first generated token.
+            limit = min(plan.base_tokens, len(plan.prompt) - 1, len(chain))
             loaded = await self._core.loader.load(chain, limit) if limit else LoadedPrefix(Prefix())
             sequence = SequenceRequest(
                 prompt=plan.prompt,
@@ -104,7 +109,7 @@ class Decoder:
                 adapter=adapter,
                 sampling=request.sampling,
                 generated=generated,
-                end_ids=self._end_ids(request.sampling),
+                end_ids=end_ids,
                 text=text,
             )
             stored = StoreResult()
@@ -205,6 +210,23 @@ class Decoder:
             handle=None if request.adapter else self._turn_handle(plan.prompt + done.generated),
         )
 
+    def _said_already(
+        self, request: GenerateRequest, plan: _Plan, reason: FinishReason, text: str, stop_string: str, started: float
+    ) -> Finished:
+        generated = request.resume.generated_tokens if request.resume else ()
+        return Finished(
+            finish_reason=reason,
+            usage=Usage(
+                prompt_tokens=len(plan.prompt),
+                generated_tokens=len(generated),
+                invocation_start=plan.activation.invocation_start,
+            ),
+            timings=Timings(total_seconds=monotonic() - started),
+            text=text,
+            stop_string=stop_string,
+            handle=None if request.adapter else self._turn_handle(plan.prompt + generated),
+        )
+
     def _turn_handle(self, tokens: TokenIds) -> PrefixHandle:
         """Names a base turn's prompt and answer, token for token; the assistant's turn is still open."""
         return self._signer.sign(
@@ -219,6 +241,15 @@ class Decoder:
                 expires_unix_seconds=0,  # the signer sets it
             )
         )
+
+
+def _end_of(
+    sampling: SamplingParams, generated: TokenIds, end_ids: frozenset[int], stop_string: str | None
+) -> FinishReason | None:
+    """Why an answer of these tokens is over, or None if it goes on; as the engine decides it after each token."""
+    if generated and (generated[-1] in end_ids or stop_string is not None):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(generated) >= sampling.max_tokens else None
 
 
 def _timings(done: SequenceDone, loaded: LoadedPrefix, adapter_load_seconds: float, total_seconds: float) -> Timings:

@@ -134,6 +134,8 @@ class BlockChain:
             raise ValueError(f"a tail has 1 to {self.block_tokens - 1} tokens, not {count}")
         parent = self.full[block - 1] if block else self._root
         start = block * self.block_tokens
+        if start + count > len(self.tokens):
+            raise ValueError(f"a tail that ends at {start + count} reaches beyond the {len(self.tokens)} tokens")
         return block_hash(parent, self.tokens[start : start + count])
 
     def name_of(self, end: int) -> BlockHash:

@@ -159,6 +159,14 @@ def test_a_tail_is_shorter_than_a_block_and_not_empty() -> None:
             chain.tail(0, count)
 
 
+def test_a_tail_beyond_the_tokens_is_refused() -> None:
+    """Cut to what there is, it would carry the name of a shorter one."""
+    chain = _chain(list(range(40)))
+    assert chain.tail(2, 8)
+    with pytest.raises(ValueError, match="ends at 41 reaches beyond the 40 tokens"):
+        chain.tail(2, 9)
+
+
 @given(tokens, tokens)
 def test_extending_a_chain_equals_building_it_from_scratch(first: list[int], more: list[int]) -> None:
     before = _chain(first)
