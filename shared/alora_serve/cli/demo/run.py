@@ -125,6 +125,8 @@ async def _tell(script: DemoScript, deployment: LocalDeployment, client: AsyncCl
     _, handle = await timed_prefill(client, "second turn", (*conversation, script.follow_up))
     second = await timed_answer(client, handle, adapter=adapter, model=model, max_tokens=VERDICT_TOKENS)
     view.answered(second)
+    if second.text.strip() == "yes":
+        view.note("an application would refuse here; the base model is not asked")
     return _Told(
         cold,
         warm,
