@@ -207,7 +207,7 @@ class Decoder:
             timings=timings,
             text=done.text,
             stop_string=done.stop_string,
-            handle=None if request.adapter else self._turn_handle(plan.prompt + done.generated),
+            handle=None if request.adapter else self._turn_handle(request.handle.kind, plan.prompt + done.generated),
         )
 
     def _said_already(
@@ -224,20 +224,21 @@ class Decoder:
             timings=Timings(total_seconds=monotonic() - started),
             text=text,
             stop_string=stop_string,
-            handle=None if request.adapter else self._turn_handle(plan.prompt + generated),
+            handle=None if request.adapter else self._turn_handle(request.handle.kind, plan.prompt + generated),
         )
 
-    def _turn_handle(self, tokens: TokenIds) -> PrefixHandle:
-        """Names a base turn's prompt and answer, token for token; the assistant's turn is still open."""
+    def _turn_handle(self, kind: PromptKind, tokens: TokenIds) -> PrefixHandle:
+        """Names a base turn's prompt and answer, token for token; in a conversation the turn is still open."""
+        in_turn = kind is PromptKind.CONVERSATION
         return self._signer.sign(
             PrefixHandle(
                 model_digest=self._model_digest,
                 storage_digest=self._core.storage_digest,
                 prefix_tokens=tokens,
                 generation_prompt_tokens=(),
-                kind=PromptKind.CONVERSATION,
-                last_role="assistant",
-                open_turn=True,
+                kind=kind,
+                last_role="assistant" if in_turn else "",
+                open_turn=in_turn,
                 expires_unix_seconds=0,  # the signer sets it
             )
         )

@@ -1,0 +1,182 @@
+"""A prompt becomes stored blocks and a signed handle, with an account of where each token came from."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from alora_serve.engine.core import CoreOptions
+from alora_serve.errors import (
+    HandleInvalidError,
+    InvalidRequestError,
+    ModelMismatchError,
+    OverloadedError,
+    StoreFullError,
+    StoreUnavailableError,
+)
+from alora_serve.handles import HandleSigner
+from alora_serve.model.loader import BaseModel
+from alora_serve.types import ChatMessage, Prompt, PromptKind
+from faulty_store import FaultyStore
+from in_process import SECRET, MemoryStore, Stack, open_stack
+
+OPTIONS = CoreOptions(block_tokens=16)
+CONVERSATION = (ChatMessage("user", "What is the capital of France? Think of the river."),)
+TOKENS = tuple(range(1, 81))
+
+
+@pytest.fixture
+def store() -> FaultyStore:
+    return FaultyStore()
+
+
+@pytest.fixture
+async def stack(model: BaseModel, store: FaultyStore) -> AsyncIterator[Stack]:
+    async with open_stack(model, store, options=OPTIONS) as opened:
+        yield opened
+        assert sum(segment.pins for segment in opened.core.cache._names) == 0
+
+
+async def test_a_new_conversation_is_computed_and_stored(stack: Stack, store: FaultyStore) -> None:
+    result = await stack.prefill(Prompt(messages=CONVERSATION))
+    usage, count = result.usage, len(result.handle.prefix_tokens)
+    assert (usage.prompt_tokens, usage.computed_tokens, usage.cached_tokens, usage.fetched_tokens) == (
+        count,
+        count,
+        0,
+        0,
+    )
+    assert usage.stored_bytes == count * stack.core.model.layout.bytes_per_token
+    assert len(store.values) == -(-count // 16)
+    assert usage.store_misses == {"absent": -(-count // 16)}
+    assert result.handle.kind is PromptKind.CONVERSATION
+    assert result.handle.last_role == "user"
+    assert result.timings.prefill_seconds > 0
+    assert result.timings.total_seconds >= result.timings.prefill_seconds
+
+
+async def test_the_same_conversation_again_computes_and_stores_nothing(stack: Stack) -> None:
+    first = await stack.prefill(Prompt(messages=CONVERSATION))
+    again = await stack.prefill(Prompt(messages=CONVERSATION))
+    assert again.handle.prefix_tokens == first.handle.prefix_tokens
+    usage = again.usage
+    assert (usage.cached_tokens, usage.computed_tokens, usage.fetched_tokens, usage.stored_bytes) == (
+        len(first.handle.prefix_tokens), 0, 0, 0,
+    )  # fmt: skip
+
+
+async def test_blocks_are_stored_before_the_answer_names_them(stack: Stack, store: FaultyStore) -> None:
+    """The handle goes to workers at once; they must not find less than it promises."""
+    result = await stack.prefill(Prompt(token_ids=TOKENS))
+    chain = stack.core.blocks.chain(result.handle.prefix_tokens)
+    assert stack.core.blocks.missing(stack.core.blocks.blocks(chain, 0)) == []
+
+
+async def test_blocks_that_left_the_store_are_written_again_from_memory(stack: Stack, store: FaultyStore) -> None:
+    await stack.prefill(Prompt(token_ids=TOKENS))
+    store.values.clear()
+    again = await stack.prefill(Prompt(token_ids=TOKENS))
+    assert (again.usage.computed_tokens, again.usage.fetched_tokens) == (0, 0)
+    assert again.usage.stored_bytes == len(TOKENS) * stack.core.model.layout.bytes_per_token
+    assert len(store.values) == 5
+
+
+async def test_a_longer_conversation_computes_only_what_is_new(stack: Stack) -> None:
+    await stack.prefill(Prompt(token_ids=TOKENS[:50]))
+    longer = await stack.prefill(Prompt(token_ids=TOKENS))
+    assert (longer.usage.cached_tokens, longer.usage.computed_tokens) == (50, 30)
+
+
+async def test_another_process_fetches_instead_of_computing(stack: Stack, store: FaultyStore, model: BaseModel) -> None:
+    await stack.prefill(Prompt(token_ids=TOKENS))
+    async with open_stack(model, store, options=OPTIONS) as other:
+        usage = (await other.prefill(Prompt(token_ids=TOKENS))).usage
+    assert (usage.cached_tokens, usage.fetched_tokens, usage.computed_tokens) == (80, 80, 0)
+    assert usage.fetched_bytes == 80 * model.layout.bytes_per_token
+    assert usage.stored_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(StoreUnavailableError("refused"), "unavailable"), (StoreFullError("full"), "full")]
+)
+async def test_a_store_that_takes_nothing_is_told_in_usage(
+    stack: Stack, store: FaultyStore, error: Exception, reason: str
+) -> None:
+    store.faults["put", -1] = error  # type: ignore[assignment]
+    result = await stack.prefill(Prompt(token_ids=TOKENS))
+    assert (result.usage.computed_tokens, result.usage.stored_bytes) == (80, 0)
+    assert result.usage.store_drops == {reason: 5}
+
+
+async def test_a_store_that_is_away_is_told_in_usage(stack: Stack, store: FaultyStore) -> None:
+    for operation in ("get", "contains", "put"):
+        store.faults[operation, -1] = StoreUnavailableError("refused")
+    usage = (await stack.prefill(Prompt(token_ids=TOKENS))).usage
+    assert (usage.computed_tokens, usage.store_misses, usage.store_drops) == (
+        80,
+        {"unavailable": 5},
+        {"unavailable": 5},
+    )
+
+
+async def test_tokenizing_alone_computes_and_stores_nothing(stack: Stack, store: FaultyStore) -> None:
+    result = await stack.prefiller.prefill(Prompt(messages=CONVERSATION), tokenize_only=True)
+    assert result.usage.prompt_tokens == len(result.handle.prefix_tokens)
+    assert result.usage.computed_tokens == 0
+    assert not store.calls
+    assert (await stack.prefill(Prompt(messages=CONVERSATION))).handle.prefix_tokens == result.handle.prefix_tokens
+
+
+async def test_a_handle_alone_is_renewed(stack: Stack) -> None:
+    first = await stack.prefill(Prompt(token_ids=TOKENS))
+    again = await stack.prefill(Prompt(handle=first.handle))
+    assert replace(again.handle, expires_unix_seconds=0, mac=b"") == replace(
+        first.handle, expires_unix_seconds=0, mac=b""
+    )
+    assert again.usage.computed_tokens == 0
+
+
+async def test_a_handle_and_new_messages_go_on_with_its_tokens(stack: Stack) -> None:
+    first = await stack.prefill(Prompt(messages=CONVERSATION))
+    more = (ChatMessage("assistant", "Paris."), ChatMessage("user", "And of Italy?"))
+    longer = await stack.prefill(Prompt(handle=first.handle, messages=more))
+    whole = await stack.prefill(Prompt(messages=CONVERSATION + more))
+    assert longer.handle.prefix_tokens == whole.handle.prefix_tokens
+    assert longer.usage.cached_tokens == len(first.handle.prefix_tokens)
+
+
+async def test_a_foreign_handle_is_refused(stack: Stack) -> None:
+    first = await stack.prefill(Prompt(token_ids=TOKENS))
+    with pytest.raises(HandleInvalidError):
+        await stack.prefill(Prompt(handle=replace(first.handle, prefix_tokens=TOKENS[:5])))
+    signer = HandleSigner([SECRET], b"", 3600)
+    with pytest.raises(ModelMismatchError):
+        await stack.prefill(Prompt(handle=signer.sign(replace(first.handle, model_digest=b"x" * 32))))
+
+
+async def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(stack: Stack) -> None:
+    limit = stack.core.model.context_tokens
+    tokens = tuple(1 + index % 250 for index in range(limit))
+    with pytest.raises(InvalidRequestError, match=f"{limit} tokens leave no room for an answer"):
+        await stack.prefill(Prompt(token_ids=tokens))
+    assert (await stack.prefill(Prompt(token_ids=tokens[:-1]))).usage.computed_tokens == limit - 1
+
+
+async def test_a_token_outside_the_vocabulary_is_refused_by_field(stack: Stack) -> None:
+    with pytest.raises(InvalidRequestError, match="token id 320 is outside the vocabulary of 320") as caught:
+        await stack.prefill(Prompt(token_ids=(1, 320, 2)))
+    assert [violation.field for violation in caught.value.violations] == ["prompt.token_ids"]
+
+
+async def test_too_many_at_once_are_turned_away(model: BaseModel) -> None:
+    async with open_stack(model, MemoryStore(), options=OPTIONS) as stack:
+        places = [stack.core.engine.place() for _ in range(132)]
+        for place in places:
+            place.__enter__()
+        with pytest.raises(OverloadedError):
+            await stack.prefill(Prompt(token_ids=TOKENS))
+        for place in places:
+            place.__exit__(None, None, None)
+        assert (await stack.prefill(Prompt(token_ids=TOKENS))).usage.computed_tokens == 80
