@@ -106,6 +106,10 @@ def test_stubs_of_a_removed_proto_go_and_unchanged_ones_stay_untouched(checkout:
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+OWN_PROCESSES = ("__main__", ".model_check", ".peft_check")
+"""Modules that are only ever run with ``python -m``; the last two exist so that the command line needs no torch."""
+
+
 @pytest.mark.parametrize("package", ["adapter_router", "alora_serve.rpc", "alora_serve.client", "alora_serve.cli"])
 def test_router_rpc_client_and_command_line_import_without_the_model_extra(package: str) -> None:
     code = (
@@ -113,7 +117,7 @@ def test_router_rpc_client_and_command_line_import_without_the_model_extra(packa
         "for name in ('torch', 'transformers', 'peft', 'safetensors', 'numpy', 'gguf'): sys.modules[name] = None\n"
         f"package = importlib.import_module({package!r})\n"
         "for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
-        "    module.name.endswith('__main__') or importlib.import_module(module.name)\n"
+        f"    module.name.endswith({OWN_PROCESSES!r}) or importlib.import_module(module.name)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
