@@ -1,0 +1,120 @@
+"""Rows of a step stand so that shared prefixes and adapters are runs, and adapters touch their own rows alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from alora_serve.adapters.lora import LoadedAdapter
+from alora_serve.engine.batch import adapter_rows, arrange
+from alora_serve.engine.prefix_cache import PrefixCache
+from alora_serve.engine.sequence import Sequence, SequenceId, SequenceRequest
+from alora_serve.kv.keys import BlockChain, BlockHash
+from alora_serve.kv.layout import KVLayout
+from alora_serve.model.kv_memory import Prefix
+from alora_serve.types import AdapterDigest, AdapterInfo, SamplingParams
+from in_process import CountingMetrics
+
+LAYOUT = KVLayout(1, 1, 1, "float32")
+CPU = torch.device("cpu")
+ROOT = BlockHash(b"r" * 32)
+
+
+def _adapter(name: str) -> LoadedAdapter:
+    return LoadedAdapter(AdapterInfo(name, AdapterDigest(name * 64), "alora", 1, (), (1,), "", 0, resident=True), {})
+
+
+A, B = _adapter("a"), _adapter("b")
+
+
+@dataclass
+class Bench:
+    cache: PrefixCache
+    made: int = 0
+
+    def prefix(self, tokens: int) -> Prefix:
+        promised = self.cache.reserve(Prefix(), tokens)
+        return Prefix((promised,))
+
+    def sequence(
+        self, prompt: int, *, prefix: Prefix | None = None, adapter: LoadedAdapter | None = None, base_until: int = 0
+    ) -> Sequence:
+        self.made += 1
+        tokens = tuple(range(prompt))
+        request = SequenceRequest(
+            prompt=tokens,
+            prefix=prefix or Prefix(),
+            chain=BlockChain(ROOT, tokens, 4),
+            base_until=base_until if adapter else None,
+            adapter=adapter,
+            sampling=SamplingParams(),
+        )
+        return Sequence(
+            id=SequenceId(self.made), request=request, sink=lambda _: None, cache=self.cache, layout=LAYOUT, device=CPU,
+            submitted_at=0.0,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench(PrefixCache(LAYOUT, budget_bytes=1 << 20, device=CPU, metrics=CountingMetrics()))
+
+
+def test_those_on_one_prefix_stand_together_and_in_it_those_of_one_adapter(bench: Bench) -> None:
+    shared, other = bench.prefix(8), bench.prefix(8)
+    makers = [(shared, B), (other, A), (shared, A), (None, None), (shared, B), (other, None), (shared, None)]
+    sequences = [bench.sequence(10, prefix=prefix, adapter=adapter, base_until=8) for prefix, adapter in makers]
+    batch = arrange([(sequence, 2) for sequence in sequences])
+    order = [sequences.index(sequence) for sequence, _ in batch]
+    assert order == [6, 2, 0, 4, 5, 1, 3]
+
+
+def test_equal_batches_stand_alike(bench: Bench) -> None:
+    shared = bench.prefix(8)
+    sequences = [bench.sequence(10, prefix=shared, adapter=adapter, base_until=8) for adapter in (A, B, A)]
+    for _ in range(3):
+        assert [s.id for s, _ in arrange([(s, 1) for s in sequences])] == [1, 3, 2]
+
+
+def test_an_adapter_is_on_for_its_rows_past_the_boundary_and_for_no_others(bench: Bench) -> None:
+    before = bench.sequence(10, adapter=A, base_until=6)
+    at = bench.sequence(10, prefix=bench.prefix(6), adapter=A, base_until=6)
+    lora = bench.sequence(3, adapter=B, base_until=0)
+    base = bench.sequence(4)
+    batch = [(sequence, sequence.span(sequence.pending_tokens)) for sequence in (before, at, base, lora)]
+    assert [len(span.tokens) for _, span in batch] == [6, 4, 4, 3]
+    assert adapter_rows(batch) == [(A, slice(6, 10)), (B, slice(14, 17))]
+
+
+def test_neighbours_of_one_adapter_make_one_run(bench: Bench) -> None:
+    sequences = [bench.sequence(count, adapter=adapter) for count, adapter in ((3, A), (2, A), (2, B), (1, A))]
+    batch = [(sequence, sequence.span(sequence.pending_tokens)) for sequence in sequences]
+    assert adapter_rows(batch) == [(A, slice(0, 5)), (B, slice(5, 7)), (A, slice(7, 8))]
+
+
+def test_a_span_never_crosses_the_boundary(bench: Bench) -> None:
+    """One span has one adapter state; a chunk across the boundary would adapt base tokens or leave it out."""
+    sequence = bench.sequence(10, adapter=A, base_until=6)
+    assert sequence.pending_tokens == 6
+    span = sequence.span(10)
+    assert span.tokens == tuple(range(6))
+    sequence.commit(span)
+    assert not sequence.in_base_phase
+    assert sequence.pending_tokens == 4
+    adapted = sequence.span(4)
+    assert (adapted.start, adapted.tokens) == (6, (6, 7, 8, 9))
+    assert adapted.own.segment not in bench.cache._names
+    assert span.destination.segment in bench.cache._names
+
+
+def test_base_turns_go_on_in_the_memory_of_their_prompt(bench: Bench) -> None:
+    sequence = bench.sequence(6)
+    first = sequence.span(6)
+    sequence.commit(first)
+    sequence.generated.append(7)
+    second = sequence.span(1)
+    assert second.own.segment is first.own.segment
+    assert second.own.tokens == 7
+    assert second.shared == ()

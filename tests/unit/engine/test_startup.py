@@ -1,0 +1,111 @@
+"""Settings become a running core, or an error that names the setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from alora_serve.engine import startup
+from alora_serve.engine.core import CoreOptions, ServingCore
+from alora_serve.engine.startup import CoreSettings, open_model, open_signer, service_registry, start_core
+from alora_serve.errors import ConfigError, UnavailableError
+from alora_serve.kv.keys import BlockHash
+from alora_serve.metrics import CoreMetrics
+from alora_serve.model.loader import BaseModel
+from alora_serve.types import PrefixHandle, PromptKind
+from in_process import CountingMetrics, MemoryStore
+
+SECRET = "a secret of at least 16 bytes"
+
+
+def _settings(model_directory: Path, tmp_path: Path, **fields: object) -> CoreSettings:
+    return CoreSettings(
+        model=str(model_directory), dtype="float32", store_url=f"lmdb://{tmp_path / 'store'}",
+        store_budget_bytes=1 << 24, handle_secrets=(SECRET,), **fields,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_a_core_is_what_its_settings_say(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    settings = _settings(
+        model_directory,
+        tmp_path,
+        threads=3,
+        context_tokens=200,
+        block_tokens=32,
+        max_batch_sequences=5,
+        tenant_salt="t",
+    )
+    started = start_core(settings, CoreMetrics(CollectorRegistry()))
+    status, info = started.core.status(), started.core.model_info()
+    started.close()
+    started.close()
+    assert threads == [3]
+    assert (info.name, info.architecture, info.dtype) == ("tiny-llama", "LlamaForCausalLM", "float32")
+    assert (info.context_tokens, info.vocabulary_size, info.block_tokens) == (200, 320, 32)
+    assert info.kv_bytes_per_token == started.core.model.layout.bytes_per_token
+    assert (status.model, status.max_running, status.running, status.queued, status.draining) == (info, 5, 0, 0, False)
+    with pytest.raises(UnavailableError), started.core.engine.place():
+        pass
+
+
+def test_the_tenants_salt_changes_every_name_and_the_storage_digest(model: BaseModel) -> None:
+    def core(salt: bytes, block_tokens: int = 16) -> tuple[bytes, BlockHash]:
+        made = ServingCore(
+            model, MemoryStore(), CoreOptions(block_tokens=block_tokens, tenant_salt=salt), CountingMetrics()
+        )
+        made.close()
+        return made.storage_digest, made.blocks.chain(range(16)).name_of(16)
+
+    for one, other in zip(core(b""), core(b"salt"), strict=True):
+        assert one != other
+    assert core(b"")[0] != core(b"", block_tokens=32)[0]
+    assert core(b"") == core(b"")
+
+
+def test_no_secret_stops_the_start_and_suggests_one(model_directory: Path, tmp_path: Path) -> None:
+    settings = _settings(model_directory, tmp_path).model_copy(update={"handle_secrets": ()})
+    with pytest.raises(ConfigError, match=r"handle_secrets is empty: set ALORA_HANDLE_SECRETS .* for example \S{32}$"):
+        start_core(settings, CoreMetrics(CollectorRegistry()))
+
+
+def test_the_salt_is_part_of_what_is_signed(model_directory: Path, tmp_path: Path) -> None:
+    handle = PrefixHandle(
+        b"m" * 32, b"s" * 32, (1,), (), PromptKind.TOKENS, "", open_turn=False, expires_unix_seconds=0
+    )
+    macs = {
+        open_signer(_settings(model_directory, tmp_path, tenant_salt=salt)).sign(handle).mac for salt in ("", "a", "b")
+    }
+    assert len(macs) == 3
+
+
+def test_a_model_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        start_core(_settings(tmp_path, tmp_path), CoreMetrics(CollectorRegistry()))
+
+
+def test_a_hub_model_goes_by_its_id(model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "resolve_model", lambda _: model_directory)
+    settings = _settings(model_directory, tmp_path).model_copy(update={"model": "org/tiny"})
+    assert open_model(settings).name == "org/tiny"
+
+
+def test_a_template_that_prints_the_date_is_warned_of(
+    model: BaseModel, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model.tokenizer), "prints_date", True)
+    with capture_logs() as logs:
+        open_model(_settings(model_directory, tmp_path))
+    assert any("prints the date" in line["event"] for line in logs)
+
+
+def test_a_services_registry_holds_the_process_metrics() -> None:
+    names = {metric.name for metric in service_registry().collect()}
+    assert {"python_info", "python_gc_objects_collected"} <= names
