@@ -250,7 +250,7 @@ def test_sigterm_drains_router_then_workers_then_prefill_and_leaves_nobody(up: U
 @pytest.mark.timeout(600)  # five processes load torch, on a machine that tests may share
 async def test_the_demo_measures_a_conversation_and_gives_the_tokens_of_peft(adapters: Path) -> None:
     script = DemoScript(
-        opening=(ChatMessage("user", CONVERSATION[0]["content"]),),
+        opening=(ChatMessage("user", f"{FACT[:200]} At how many degrees does water boil at sea level?"),),
         follow_up=ChatMessage("user", "And on a mountain?"),
         adapter_root=adapters,
     )
