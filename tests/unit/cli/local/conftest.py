@@ -84,7 +84,7 @@ def ear() -> Ear:
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Callable[..., ProcessSpec]:
-    """Makes specs of the child: ``serve``, ``refuse``, ``mute`` (deaf and never listens), ``die``, ``deaf``, ``talk``."""
+    """Specs of the child: ``serve``, ``refuse``, ``mute`` (deaf and never listens), ``die``, ``deaf`` or ``talk``."""
     script = tmp_path / "child.py"
     script.write_text(CHILD)
 
