@@ -1,38 +1,66 @@
-"""Each trap of DESIGN section 2: the guard holds, and without it the answer is another.
+"""Every known way to serve an aLoRA wrongly without an error: ours equals PEFT, and each guard is shown to matter.
 
-Where a test removes a guard it says which wrong value comes of it. "Another" is measured as the largest difference of
-the logits that choose the first token, against stock PEFT on the same prompt; with the guard it is below 1e-4.
+"Wrong" is measured on the logits of the next token: ours differ from PEFT's by rounding (below 1e-4), those of each
+broken variant by more than 1e-3.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from structlog.testing import capture_logs
 
-from alora_serve.adapters.activation import place_invocation
+from alora_serve.adapters import activation
+from alora_serve.adapters.activation import Activation
+from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.engine import decoder as decoder_module
+from alora_serve.engine import engine as engine_module
+from alora_serve.engine.batch import Batch
+from alora_serve.engine.batch import adapter_rows as right_rows
 from alora_serve.engine.core import CoreOptions
-from alora_serve.engine.lora_rows import LoraRows
-from alora_serve.kv.keys import part_key
+from alora_serve.engine.decoder import Decoder
+from alora_serve.engine.sequence import Sequence
+from alora_serve.kv.blocks import StoredBlock
+from alora_serve.kv.keys import BlockChain, part_key
 from alora_serve.kv.record import RecordSpec, open_record
 from alora_serve.model.loader import BaseModel, load_base_model
-from alora_serve.types import ChatMessage, PrefixHandle, Prompt, PromptKind, Resume
+from alora_serve.types import ChatMessage, PrefixHandle, Prompt, Resume, TokenIds
 from in_process import MemoryStore, Stack, open_stack
-from tiny_models import FAMILIES, VOCABULARY, peft_generate, save_adapter, save_model
+from tiny_models import FAMILIES, load_reference, peft_generate, save_adapter, save_model
 
+ROUNDING = 1e-4
+WRONG = 1e-3
+BLOCK_TOKENS = 16
+
+A, B = 97, 98
+GENERATION_PROMPT = (256, 64, 82, 82, 72, 82, 83, 64, 77, 83, 198)  # <|start|>assistant\n
 GUARD = (258, 10, 258)
-GENERATION_PROMPT_TEXT = "<|start|>assistant\n"
-OPTIONS = CoreOptions(block_tokens=16)
-CONVERSATION = tuple(range(1, 76))
-QUESTION = Prompt(messages=(ChatMessage("user", "Is the sea deep, and why is it salt?"),))
+INVOCATIONS = {
+    "guard": GUARD,
+    "generation-prompt": GENERATION_PROMPT,
+    "edge": (257, 198, *GENERATION_PROMPT[:2]),  # the end of a turn and the beginning of the next
+    "ab": (A, B),
+    "one": (258,),
+}
+
+
+def _text(seed: int, count: int) -> TokenIds:
+    """Tokens among which no invocation stands."""
+    return tuple(torch.randint(1, 90, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+TEXT = _text(1, 37)
+CONVERSATION = Prompt(messages=(ChatMessage("user", "Is this answer supported by the document below?"),))
 
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "tiny-llama", FAMILIES["llama"]())
+    return save_model(tmp_path_factory.mktemp("model"), FAMILIES["llama"]())
 
 
 @pytest.fixture(scope="module")
@@ -42,218 +70,401 @@ def model(model_directory: Path) -> BaseModel:
 
 
 @pytest.fixture(scope="module")
-def adapters(model: BaseModel, model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
-    answer = model.tokenizer.render((ChatMessage("user", "x"),)).generation_prompt_tokens
-    invocations = {"guard": GUARD, "answer": answer, "pair": (97, 98), "edge": (256, 97)}
-    for seed, (name, invocation) in enumerate(invocations.items()):
-        settings = {"target_modules": "all-linear", "alora_invocation_tokens": list(invocation)}
-        save_adapter(model_directory, root / name, seed=seed, **settings)
-    save_adapter(model_directory, root / "plain", seed=9, target_modules="all-linear")
+    targets = ["q_proj", "k_proj", "v_proj"]
+    for seed, (name, invocation) in enumerate(INVOCATIONS.items()):
+        save_adapter(
+            model_directory, root / name, seed=seed, target_modules=targets, alora_invocation_tokens=list(invocation)
+        )
+    save_adapter(model_directory, root / "lora", seed=20, target_modules=targets)
     return root
 
 
-async def _first_logprobs(stack: Stack, handle: PrefixHandle, adapter: str) -> torch.Tensor:
-    """Log-probabilities of a spread of tokens at the first position: each asked for by the bias that forces it."""
-    asked = range(0, VOCABULARY, 20)
-    answers = [await stack.generate(handle, adapter, max_tokens=1, logit_bias={token: 100.0}) for token in asked]
-    return torch.tensor([answer.logprobs[0] for answer in answers])
+@dataclass
+class Bench:
+    """A stack, PEFT beside it, and the logits of every forward pass."""
+
+    stack: Stack
+    store: MemoryStore
+    model_directory: Path
+    adapters: Path
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        runner = self.stack.core.engine._runner
+        forward = runner.forward
+
+        def recording(*args: object) -> torch.Tensor | None:
+            logits = forward(*args)  # type: ignore[arg-type]
+            if logits is not None:
+                self.logits.append(logits.clone())
+            return logits
+
+        runner.forward = recording  # type: ignore[method-assign, assignment]
+
+    async def prefill(self, prompt: Prompt | TokenIds) -> PrefixHandle:
+        wanted = prompt if isinstance(prompt, Prompt) else Prompt(token_ids=prompt)
+        return (await self.stack.prefill(wanted)).handle
+
+    async def first_logits(self, handle: PrefixHandle, adapter: str) -> torch.Tensor:
+        """Logits of the first generated token."""
+        self.logits.clear()
+        await self.stack.generate(handle, adapter, max_tokens=1)
+        return self.logits[0][0]
+
+    def peft_logits(self, adapter: str, prompt: TokenIds) -> torch.Tensor:
+        return peft_generate(self.model_directory, self.adapters / adapter if adapter else None, prompt, 1).logits[0]
+
+    async def error(self, handle: PrefixHandle, adapter: str, prompt: TokenIds) -> float:
+        """Largest difference from PEFT on the whole prompt, cold."""
+        ours = await self.first_logits(handle, adapter)
+        return float((ours - self.peft_logits(adapter, prompt)).abs().max())
+
+    def load_beyond(self, patch: pytest.MonkeyPatch, tokens: int) -> None:
+        """Remove the clamp: take base KV for that many tokens after the boundary, as a plain prefix cache would."""
+        load = self.stack.core.loader.load
+
+        async def too_far(chain: BlockChain, limit: int) -> object:
+            return await load(chain, limit + tokens)
+
+        patch.setattr(self.stack.core.loader, "load", too_far)
 
 
-def _reference(model_directory: Path, adapter: Path, prompt: tuple[int, ...]) -> torch.Tensor:
-    logits = peft_generate(model_directory, adapter, prompt, 1).logits[0]
-    return torch.log_softmax(logits, dim=-1)[list(range(0, VOCABULARY, 20))]
+@pytest.fixture
+async def bench(model: BaseModel, model_directory: Path, adapters: Path) -> AsyncIterator[Bench]:
+    store = MemoryStore()
+    with capture_logs():
+        async with open_stack(model, store, adapters, options=CoreOptions(block_tokens=BLOCK_TOKENS)) as stack:
+            yield Bench(stack, store, model_directory, adapters)
+            await stack.core.drain()
+            assert sum(segment.pins for segment in stack.core.cache._names) == 0
 
 
-async def _error(stack: Stack, model_directory: Path, adapters: Path, handle: PrefixHandle, adapter: str) -> float:
-    invocation = {info.name: info for info in stack.adapters.list_adapters()}[adapter].invocation_tokens
-    served = await _first_logprobs(stack, handle, adapter)
-    expected = _reference(model_directory, adapters / adapter, handle.prefix_tokens + invocation)
-    return float((served - expected).abs().max())
+# --- a cache that overlaps the invocation -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlap_tokens", [1, 2])
-async def test_a_cache_may_not_overlap_the_invocation_by_even_one_token(
-    model: BaseModel, model_directory: Path, adapters: Path, overlap_tokens: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("overlap", [1, 2])
+async def test_base_kv_never_stands_for_a_token_of_the_invocation(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, overlap: int
 ) -> None:
-    # The exact prompt, invocation included, is prefilled as base KV, as a base turn on the same tokens would do.
-    prompt = Prompt(token_ids=CONVERSATION + GUARD)
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as stack:
-        handle = (await stack.prefill(prompt)).handle
-        served = await _first_logprobs(stack, handle, "guard")
-        expected = _reference(model_directory, adapters / "guard", CONVERSATION + GUARD)
-        assert (served - expected).abs().max() < 1e-4
-
-        def later(**arguments: object):  # type: ignore[no-untyped-def]
-            placed = place_invocation(**arguments)  # type: ignore[arg-type]
-            return replace(placed, invocation_start=(placed.invocation_start or 0) + overlap_tokens)
-
-        monkeypatch.setattr(decoder_module, "place_invocation", later)
-        wrong = await _first_logprobs(stack, handle, "guard")
-        # Base KV where adapter KV belongs: no error anywhere, other logits.
-        assert (wrong - expected).abs().max() > 1e-2
+    """The base service has cached the whole prompt, invocation included; one token of it would already be wrong."""
+    prompt = TEXT + GUARD
+    handle = await bench.prefill(prompt)
+    assert await bench.error(handle, "guard", prompt) < ROUNDING
+    answer = await bench.stack.generate(handle, "guard")
+    assert (answer.finished.usage.cached_tokens, answer.finished.usage.computed_tokens) == (len(TEXT), len(GUARD))
+    bench.load_beyond(monkeypatch, overlap)
+    assert await bench.error(handle, "guard", prompt) > WRONG
 
 
-async def test_the_base_service_does_not_cache_past_an_invocation_that_is_the_generation_prompt(
-    model: BaseModel, model_directory: Path, adapters: Path
+async def test_the_generation_prompt_is_not_cached_as_base_when_it_is_the_invocation(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as stack:
-        prefilled = await stack.prefill(QUESTION)
-        handle = prefilled.handle
-        assert model.tokenizer.decode(handle.prefix_tokens).endswith("salt?\n")
-        assert prefilled.usage.prompt_tokens == len(handle.prefix_tokens)
-        answer = await stack.generate(handle, "answer")
-        assert answer.started.invocation_start == len(handle.prefix_tokens)
-        assert answer.finished.usage.cached_tokens == len(handle.prefix_tokens)
-        assert await _error(stack, model_directory, adapters, handle, "answer") < 1e-4
-    prompt = handle.prefix_tokens + handle.generation_prompt_tokens
-    assert answer.tokens == peft_generate(model_directory, adapters / "answer", prompt, 16).tokens
+    """Nearly every published intrinsic is invoked by it. A base turn did run it, so its base KV even is at hand."""
+    handle = await bench.prefill(CONVERSATION)
+    whole = bench.stack.core.blocks.chain(handle.prefix_tokens + GENERATION_PROMPT)
+    found = bench.stack.core.cache.acquire(whole, len(whole))
+    assert found.tokens == len(handle.prefix_tokens)
+    bench.stack.core.cache.release(found)
+    assert handle.generation_prompt_tokens == GENERATION_PROMPT
+    turn = (await bench.stack.generate(handle)).finished.handle
+    assert turn is not None
+    assert await bench.error(handle, "generation-prompt", whole.tokens) < ROUNDING
+
+    load, base_turn = bench.stack.core.loader.load, bench.stack.core.blocks.chain(turn.prefix_tokens)
+    monkeypatch.setattr(bench.stack.core.loader, "load", lambda _chain, _limit: load(base_turn, len(whole) - 1))
+    assert await bench.error(handle, "generation-prompt", whole.tokens) > WRONG
 
 
-async def test_a_prompt_without_the_invocation_gets_it_appended_and_is_never_a_silent_base_answer(
-    model: BaseModel, model_directory: Path, adapters: Path
+async def test_an_invocation_across_the_prefixs_edge_drops_the_end_of_a_loaded_block(
+    bench: Bench, model: BaseModel, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as stack:
-        handle = (await stack.prefill(Prompt(token_ids=CONVERSATION))).handle
-        answer = await stack.generate(handle, "guard")
-        base = await stack.generate(handle)
-    assert answer.started.invocation_start == len(CONVERSATION)
-    assert answer.started.prompt_tokens == len(CONVERSATION) + len(GUARD)
-    assert answer.tokens == peft_generate(model_directory, adapters / "guard", CONVERSATION + GUARD, 16).tokens
-    assert answer.tokens != base.tokens  # what PEFT itself answers, with a warning
+    handle = await bench.prefill(CONVERSATION)
+    edge, prompt = len(handle.prefix_tokens), handle.prefix_tokens + GENERATION_PROMPT
+    assert edge % BLOCK_TOKENS > 2, "the edge must stand inside a block for this test to say anything"
+    async with open_stack(model, bench.store, adapters, options=CoreOptions(block_tokens=BLOCK_TOKENS)) as cold:
+        usage = (await cold.generate(handle, "edge")).finished.usage
+        assert (usage.invocation_start, usage.cached_tokens, usage.fetched_tokens) == (edge - 2, edge - 2, edge - 2)
+    assert await bench.error(handle, "edge", prompt) < ROUNDING
+    bench.load_beyond(monkeypatch, 2)
+    assert await bench.error(handle, "edge", prompt) > WRONG
+
+
+# --- where the invocation stands --------------------------------------------------------------------------------------
+
+
+async def test_a_prompt_without_the_invocation_gets_it_and_no_silent_base_answer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = await bench.prefill(TEXT)
+    answer = await bench.stack.generate(handle, "guard")
+    assert answer.started.invocation_start == len(TEXT)
+    assert answer.started.prompt_tokens == len(TEXT + GUARD)
+    assert await bench.error(handle, "guard", TEXT + GUARD) < ROUNDING
+    # PEFT itself, given the prompt as it is, turns nothing on and answers as the base model would.
+    ours, silent = await bench.first_logits(handle, "guard"), bench.peft_logits("guard", TEXT)
+    assert (silent - bench.peft_logits("", TEXT)).abs().max() < ROUNDING
+    assert (ours - silent).abs().max() > WRONG
+    # Without the rule that appends, the adapter would be on from the first token, as no aLoRA was trained to be.
+    monkeypatch.setattr(decoder_module, "place_invocation", lambda **_: Activation((), None))
+    assert await bench.error(handle, "guard", TEXT + GUARD) > WRONG
+
+
+def _first(tokens: TokenIds, pattern: TokenIds) -> int | None:
+    return next((i for i in range(len(tokens)) if tokens[i : i + len(pattern)] == pattern), None)
+
+
+def _at_the_end(tokens: TokenIds, pattern: TokenIds) -> int | None:
+    """Looks where the last token of the pattern last stands: llama.cpp misses ``a b`` in ``a b b`` like this."""
+    last = len(tokens) - 1 - tokens[::-1].index(pattern[-1])
+    start = last - len(pattern) + 1
+    return start if tokens[start : last + 1] == pattern else None
+
+
+def _skipping(tokens: TokenIds, pattern: TokenIds) -> int | None:
+    """Goes on after a partial match instead of at its second token: misses ``a b`` in ``a a b``."""
+    found, index = None, 0
+    while index < len(tokens):
+        matched = 0
+        while matched < len(pattern) and tokens[index + matched : index + matched + 1] == (pattern[matched],):
+            matched += 1
+        if matched == len(pattern):
+            found = index
+        index += max(matched + (0 < matched < len(pattern)), 1)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("tokens", "start"),
+    ("prompt", "start", "broken"),
     [
-        ((5, 6, 97, 98, 98), 2),  # `a b b`: a scan anchored at the end misses it and answers with base weights
-        ((97, 98, 7, 8, 97, 98, 9), 4),  # the last match counts: the first would adapt four tokens too many
-        ((97, 97, 98, 3), 1),  # `a a b`: a scan that skips past the partial match misses it
+        pytest.param((*TEXT, A, B, B), 37, _at_the_end, id="a b b"),
+        pytest.param((*TEXT, A, A, B, 5), 38, _skipping, id="a a b"),
+        pytest.param((*TEXT, A, B, A), 37, None, id="a b a"),
+        pytest.param((*TEXT[:9], A, B, *TEXT[9:], A, B, 7), 39, _first, id="twice"),
+        pytest.param((A, B, *TEXT), 0, None, id="at the beginning"),
     ],
 )
-async def test_the_last_match_anywhere_in_a_raw_prompt_turns_the_adapter_on(
-    model: BaseModel, model_directory: Path, adapters: Path, tokens: tuple[int, ...], start: int
+async def test_the_last_match_counts_wherever_it_stands(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: TokenIds,
+    start: int,
+    broken: Callable[[TokenIds, TokenIds], int | None] | None,
 ) -> None:
-    prompt = CONVERSATION + tokens
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as stack:
-        handle = (await stack.prefill(Prompt(token_ids=prompt))).handle
-        answer = await stack.generate(handle, "pair")
-        assert answer.started.invocation_start == len(CONVERSATION) + start
-        assert answer.finished.usage.cached_tokens == len(CONVERSATION) + start  # clamped, part of a block dropped
-    assert answer.tokens == peft_generate(model_directory, adapters / "pair", prompt, 16).tokens
+    handle = await bench.prefill(prompt)
+    answer = await bench.stack.generate(handle, "ab")
+    assert (answer.started.invocation_start, answer.started.prompt_tokens) == (start, len(prompt))
+    assert answer.finished.usage.cached_tokens == start
+    assert await bench.error(handle, "ab", prompt) < ROUNDING
+    if broken is not None:
+        assert activation.find_last((A, B), (A, B)) == broken((A, B), (A, B)) == 0
+        monkeypatch.setattr(activation, "find_last", broken)
+        assert await bench.error(handle, "ab", prompt) > WRONG
 
 
-async def test_decode_steps_keep_the_adapter_on(
-    model: BaseModel, adapters: Path, monkeypatch: pytest.MonkeyPatch
+@dataclass(frozen=True)
+class Forced:
+    """What PEFT gives when every generated token is the invocation, by a bias that ``generate`` applies."""
+
+    logits: torch.Tensor
+
+    @classmethod
+    def by_peft(cls, model_directory: Path, adapter: Path, prompt: TokenIds, token: int, count: int) -> Forced:
+        peft_model = PeftModel.from_pretrained(load_reference(model_directory), adapter).eval()
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = peft_model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                eos_token_id=None,
+                sequence_bias=[[[token], 1000.0]],
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        assert out.sequences[0, len(prompt) :].tolist() == [token] * count
+        return cls(torch.stack(out.logits)[:, 0])
+
+
+async def test_an_answer_that_says_the_invocation_again_is_not_searched(
+    bench: Bench, model_directory: Path, adapters: Path
 ) -> None:
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as stack:
-        handle = (await stack.prefill(Prompt(token_ids=CONVERSATION))).handle
-        right = await stack.generate(handle, "guard")
-        set_rows = LoraRows.set_rows
+    """Found in the answer, it would move the boundary past KV that was computed with the adapter on."""
+    invocation = INVOCATIONS["one"][0]
+    prompt, count = (*TEXT, invocation, 7, 8), 8
+    reference = Forced.by_peft(model_directory, adapters / "one", prompt, invocation, count)
+    handle = await bench.prefill(prompt)
+    forced = {"logit_bias": {invocation: 1000.0}, "max_tokens": count}
+    bench.logits.clear()
+    answer = await bench.stack.generate(handle, "one", **forced)
+    assert answer.tokens == (invocation,) * count
+    assert (torch.cat(bench.logits) - reference.logits).abs().max() < ROUNDING
 
-        def only_prompts(self: LoraRows, rows):  # type: ignore[no-untyped-def]
-            set_rows(self, [(adapter, where) for adapter, where in rows if where.stop - where.start > 1])
+    bench.logits.clear()
+    resume = Resume(answer.tokens[:5], answer.started.invocation_start, answer.started.adapter_digest)
+    resumed = await bench.stack.generate(handle, "one", resume=resume, **forced)
+    assert resumed.started.invocation_start == len(TEXT)
+    assert (torch.cat(bench.logits) - reference.logits[5:]).abs().max() < ROUNDING
 
-        monkeypatch.setattr(LoraRows, "set_rows", only_prompts)
-        forgetful = await stack.generate(handle, "guard")
-    assert forgetful.logprobs[0] == right.logprobs[0]
-    assert forgetful.tokens != right.tokens  # the first token is right, the rest is the base model's
-
-
-async def test_adapter_kv_reaches_neither_the_store_nor_a_base_turn(model: BaseModel, adapters: Path) -> None:
-    store, clean_store = MemoryStore(), MemoryStore()
-    async with open_stack(model, store, adapters, options=OPTIONS) as stack:
-        handle = (await stack.prefill(QUESTION)).handle
-        for name in ("guard", "answer", "plain", "pair"):
-            await stack.generate(handle, name)
-        served = await stack.generate(handle)
-        continued = await stack.prefill(Prompt(handle=served.finished.handle, messages=QUESTION.messages))
-    async with open_stack(model, clean_store, options=OPTIONS) as clean:
-        expected = await clean.generate((await clean.prefill(QUESTION)).handle)
-        await clean.prefill(Prompt(handle=expected.finished.handle, messages=QUESTION.messages))
-    assert served.tokens == expected.tokens
-    assert served.logprobs == expected.logprobs
-    # Everything stored is what a deployment without adapters stored, bit for bit: nothing more and nothing else.
-    assert store.values == clean_store.values
-    assert continued.usage.cached_tokens >= len(served.finished.handle.prefix_tokens) - 1
+    # A resume that handed the answer over as part of the prompt would have searched it.
+    taken_for_prompt = await bench.prefill(prompt + answer.tokens[:5])
+    searched = await bench.first_logits(taken_for_prompt, "one")
+    assert (searched - reference.logits[5]).abs().max() > WRONG
 
 
-async def test_an_adapter_that_computes_missing_base_kv_writes_back_base_kv(model: BaseModel, adapters: Path) -> None:
-    clean, lossy = MemoryStore(), MemoryStore()
-    async with open_stack(model, clean, options=OPTIONS) as prefill:
-        handle = (await prefill.prefill(Prompt(token_ids=CONVERSATION))).handle
-    async with open_stack(model, lossy, adapters, options=OPTIONS) as worker:
-        await worker.generate(handle, "guard")
-        await worker.core.drain()
-        chain = worker.core.blocks.chain(CONVERSATION)
-        for block in worker.core.blocks.blocks(chain, 0):
-            spec = RecordSpec(part_key(block.name, 0), model.layout, range(model.layout.layers), block.tokens)
-            mine = torch.frombuffer(bytearray(open_record(spec, lossy.values[spec.key])), dtype=torch.float32)
-            theirs = torch.frombuffer(bytearray(open_record(spec, clean.values[spec.key])), dtype=torch.float32)
-            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
-    assert lossy.values.keys() == clean.values.keys()
+# --- the adapter during decoding --------------------------------------------------------------------------------------
 
 
-async def test_generated_text_is_never_searched_for_the_invocation(
-    model: BaseModel, model_directory: Path, adapters: Path
+async def test_decode_steps_do_not_forget_the_adapter(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manual loop around PEFT does exactly this unless it passes ``alora_offsets`` again at every step."""
+    reference = peft_generate(bench.model_directory, bench.adapters / "guard", TEXT + GUARD, 16)
+    handle = await bench.prefill(TEXT)
+    assert (await bench.stack.generate(handle, "guard")).tokens == reference.tokens
+
+    def prefill_only(batch: Batch) -> list[tuple[LoadedAdapter, slice]]:
+        return right_rows(batch) if any(len(span.tokens) > 1 for _, span in batch) else []
+
+    monkeypatch.setattr(engine_module, "adapter_rows", prefill_only)
+    bench.logits.clear()
+    forgetful = await bench.stack.generate(handle, "guard")
+    assert forgetful.tokens != reference.tokens
+    assert (bench.logits[0][0] - reference.logits[0]).abs().max() < ROUNDING
+    assert (bench.logits[1][0] - reference.logits[1]).abs().max() > WRONG
+
+
+# --- adapter KV outside its request -----------------------------------------------------------------------------------
+
+
+def _base_kv(model_directory: Path, tokens: TokenIds) -> torch.Tensor:
+    """KV of the stock base model: ``[layers, 2, kv_heads, tokens, head_dim]``."""
+    with torch.no_grad():
+        cache = load_reference(model_directory)(torch.tensor([tokens]), use_cache=True).past_key_values
+    return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+
+
+def _stored(bench: Bench, chain: BlockChain) -> dict[bytes, tuple[StoredBlock, torch.Tensor]]:
+    """What the store holds of any beginning of these tokens, by key."""
+    layout = bench.stack.core.model.layout
+    held = {}
+    for end in range(1, len(chain) + 1):
+        start = (end - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        block = StoredBlock(start, end - start, chain.name_of(end))
+        key = part_key(block.name, 0)
+        if key in bench.store.values:
+            spec = RecordSpec(key, layout, range(layout.layers), block.tokens)
+            payload = open_record(spec, bytearray(bench.store.values[key]))
+            held[key] = (block, torch.frombuffer(payload, dtype=torch.float32).view(spec.shape))
+    return held
+
+
+async def _one_conversation(bench: Bench) -> TokenIds:
+    """Adapters and a base turn on one prefix, some of it computed by the worker; returns all tokens in the end."""
+    handle = await bench.prefill(TEXT[:20])
+    longer = replace(handle, prefix_tokens=TEXT)
+    longer = bench.stack.decoder._signer.sign(longer)
+    answer = await bench.stack.generate(longer, "guard", max_tokens=20)
+    await bench.stack.generate(longer, "ab", max_tokens=20)
+    await bench.stack.generate(longer, "lora", max_tokens=20)
+    await bench.stack.core.drain()
+    return TEXT + GUARD + answer.tokens
+
+
+async def test_no_adapters_kv_gets_into_the_store_or_into_a_base_turn(bench: Bench) -> None:
+    tokens = await _one_conversation(bench)
+    chain = bench.stack.core.blocks.chain(tokens)
+    held = _stored(bench, chain)
+    assert held.keys() == bench.store.values.keys(), "the store holds something that no beginning of the text names"
+    assert max(block.end for block, _ in held.values()) == len(TEXT)
+    expected = _base_kv(bench.model_directory, tokens)
+    for block, kv in held.values():
+        assert (kv - expected[:, :, :, block.start : block.end]).abs().max() < ROUNDING
+
+    following = await bench.stack.prefill(Prompt(token_ids=(*tokens, 5, 6)))
+    assert following.usage.cached_tokens == len(TEXT)
+    assert await bench.error(following.handle, "", (*tokens, 5, 6)) < ROUNDING
+
+
+async def test_adapter_kv_that_got_into_the_cache_would_spoil_the_next_base_turn(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The bias makes the adapter say its own invocation; a worker that searched again on resume would move the boundary.
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as stack:
-        handle = (await stack.prefill(Prompt(token_ids=CONVERSATION))).handle
-        whole = await stack.generate(handle, "pair", max_tokens=12, logit_bias={97: 9.0, 98: 9.0})
-        said = whole.tokens[:8]
-        assert 97 in said
-        assert 98 in said
-        resume = Resume(said, whole.started.invocation_start, whole.started.adapter_digest)
-        resumed = await stack.generate(handle, "pair", resume=resume, max_tokens=12, logit_bias={97: 9.0, 98: 9.0})
-    assert resumed.started.invocation_start == whole.started.invocation_start == len(CONVERSATION)
-    assert resumed.tokens == whole.tokens[8:]
+    """The guard is that a sequence past its boundary writes private memory; without it the next turn is wrong."""
+
+    def by_position(batch: Batch) -> list[tuple[LoadedAdapter, slice]]:
+        rows, first = [], 0
+        for sequence, span in batch:
+            adapter, until = sequence.request.adapter, sequence.request.base_until
+            if adapter is not None and span.start >= (until or 0):
+                rows.append((adapter, slice(first, first + len(span.tokens))))
+            first += len(span.tokens)
+        return rows
+
+    handle = await bench.prefill(TEXT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sequence, "in_base_phase", property(lambda _: True))
+        patch.setattr(Sequence, "base_until", property(lambda _: 1 << 62))
+        patch.setattr(engine_module, "adapter_rows", by_position)
+        answer = await bench.stack.generate(handle, "guard", max_tokens=20)
+        await bench.stack.core.drain()
+    tokens = TEXT + GUARD + answer.tokens
+    following = await bench.stack.prefill(Prompt(token_ids=(*tokens, 5, 6)))
+    assert following.usage.cached_tokens > len(TEXT)
+    assert await bench.error(following.handle, "", (*tokens, 5, 6)) > WRONG
 
 
-async def test_an_invocation_across_the_prefixs_edge_clamps_what_is_cached(
-    model: BaseModel, model_directory: Path, adapters: Path
+async def test_plain_lora_takes_no_base_kv_and_leaves_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is on from the first token, so nothing the base model computed is right for it."""
+    handle = await bench.prefill(TEXT)
+    stored, size = dict(bench.store.values), bench.stack.core.cache.size_bytes
+    touched: list[str] = []
+    for name in ("get_many", "contains_many", "put_many", "delete_many"):
+        monkeypatch.setattr(bench.store, name, lambda *_, name=name, **__: touched.append(name))
+    assert await bench.error(handle, "lora", TEXT) < ROUNDING
+    await bench.stack.core.drain()
+    assert (touched, bench.store.values, bench.stack.core.cache.size_bytes) == ([], stored, size)
+    monkeypatch.undo()
+
+    plan = Decoder._plan
+    monkeypatch.setattr(Decoder, "_plan", lambda *args: replace(plan(*args), base_tokens=len(TEXT) - 1))
+    assert await bench.error(handle, "lora", TEXT) > WRONG
+
+
+# --- going on where another worker stopped ----------------------------------------------------------------------------
+
+SAMPLINGS = {
+    "greedy": {},
+    "seeded": {"temperature": 0.8, "top_p": 0.95, "seed": 5},
+    "penalised": {"temperature": 0.8, "seed": 6, "frequency_penalty": 1.0, "repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("sampling", sorted(SAMPLINGS))
+@pytest.mark.parametrize("adapter", ["guard", "lora", ""])
+async def test_a_resumed_stream_says_what_an_uninterrupted_one_would(
+    bench: Bench, model: BaseModel, adapters: Path, adapter: str, sampling: str
 ) -> None:
-    """The invocation's first token ends the prefix, its second begins the generation prompt."""
-    store = MemoryStore()
-    async with open_stack(model, store, adapters, options=OPTIONS) as prefill:
-        raw = (await prefill.prefill(Prompt(token_ids=(*CONVERSATION, 256)))).handle
-        signer = prefill.prefiller._signer
-    handle = signer.sign(replace(raw, kind=PromptKind.CONVERSATION, generation_prompt_tokens=(97, 5)))
-    async with open_stack(model, store, adapters, options=OPTIONS) as worker:
-        answer = await worker.generate(handle, "edge")
-    assert answer.started.invocation_start == len(CONVERSATION)
-    assert answer.finished.usage.cached_tokens == len(CONVERSATION)  # 76 tokens were stored: part of a block is dropped
-    prompt = (*CONVERSATION, 256, 97, 5)
-    assert answer.tokens == peft_generate(model_directory, adapters / "edge", prompt, 16).tokens
+    handle = await bench.prefill(TEXT)
+    params = {"max_tokens": 12, **SAMPLINGS[sampling]}
+    whole = await bench.stack.generate(handle, adapter, **params)
+    assert len(set(whole.tokens)) > 2
+    options = CoreOptions(block_tokens=BLOCK_TOKENS)
+    async with open_stack(model, bench.store, adapters, options=options) as other:
+        for position in (1, 5, 11):
+            resume = Resume(whole.tokens[:position], whole.started.invocation_start, whole.started.adapter_digest)
+            rest = await other.generate(handle, adapter, resume=resume, **params)
+            assert whole.tokens[:position] + rest.tokens == whole.tokens
+            assert whole.text.endswith(rest.text)
+            assert rest.finished.usage.generated_tokens == 12
+            assert rest.finished.usage.prompt_tokens == whole.finished.usage.prompt_tokens
+            assert rest.logprobs == pytest.approx(whole.logprobs[position:], abs=ROUNDING)
 
 
-async def test_a_plain_lora_neither_reads_nor_writes_shared_kv(
-    model: BaseModel, model_directory: Path, adapters: Path
-) -> None:
-    store = MemoryStore()
-    async with open_stack(model, store, adapters, options=OPTIONS) as stack:
-        handle = (await stack.prefill(Prompt(token_ids=CONVERSATION))).handle
-        before = dict(store.values)
-        answer = await stack.generate(handle, "plain")
-        await stack.core.drain()
-    assert answer.finished.usage.cached_tokens == 0
-    assert answer.finished.usage.computed_tokens == len(CONVERSATION)
-    assert store.values == before
-    assert answer.tokens == peft_generate(model_directory, adapters / "plain", CONVERSATION, 16).tokens
-
-
-@pytest.mark.parametrize("adapter", ["guard", "plain", ""])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("delivered", [1, 7, 15])
-async def test_a_resumed_stream_goes_on_as_if_it_had_never_stopped(
-    model: BaseModel, adapters: Path, adapter: str, temperature: float, delivered: int
-) -> None:
-    sampling = {"temperature": temperature, "seed": 7, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as stack:
-        handle = (await stack.prefill(QUESTION)).handle
-        whole = await stack.generate(handle, adapter, **sampling)
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as other:
-        resume = Resume(whole.tokens[:delivered], whole.started.invocation_start, whole.started.adapter_digest)
-        resumed = await other.generate(handle, adapter, resume=resume, **sampling)
-    assert resumed.tokens == whole.tokens[delivered:]
-    assert resumed.finished.usage.generated_tokens == whole.finished.usage.generated_tokens
+async def test_generated_tokens_taken_for_prompt_would_change_what_is_said(bench: Bench) -> None:
+    """Penalties count what was generated, and random numbers its positions: both begin anew in a prompt."""
+    handle = await bench.prefill(TEXT)
+    params = {"max_tokens": 12, **SAMPLINGS["penalised"]}
+    whole = await bench.stack.generate(handle, **params)
+    merged = await bench.prefill(TEXT + whole.tokens[:5])
+    restarted = await bench.stack.generate(merged, **{**params, "max_tokens": 7})
+    assert restarted.tokens != whole.tokens[5:]
