@@ -42,11 +42,12 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
         # Closed at once when the call ends early, so that the sequence leaves the batch at the next step.
         async with aclosing(self._decoder.decode(wanted)) as events:
             async for event in events:
+                if isinstance(event, Finished):
+                    # Before it is told: whoever reads it may be gone before we are asked to go on.
+                    self._metrics.record(event.usage, event.timings)
                 yield pb.DecodeResponse(event=event_to_proto(event, attempt=request.attempt, first_index=first_index))
                 if isinstance(event, TokenChunk):
                     first_index += len(event.token_ids)
-                elif isinstance(event, Finished):
-                    self._metrics.record(event.usage, event.timings)
 
     async def ListAdapters(
         self, request: pb.AdapterDecodeServiceListAdaptersRequest, context: _Context

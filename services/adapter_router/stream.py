@@ -98,6 +98,7 @@ class DecodeStream:
                     if self._is_news(event):
                         yield event
                     if event.HasField("finished"):
+                        await rpc.code()  # its end: cancelled before, the worker would count an answer as given up
                         return
         finally:
             rpc.cancel()

@@ -414,3 +414,16 @@ async def test_a_bug_in_a_worker_is_internal_and_not_retried() -> None:
         assert error.status == "INTERNAL"
         assert not isinstance(error, RequestCancelledError)
         assert sum(len(worker.requests) for worker in workers) == 1
+
+
+async def test_a_worker_that_has_finished_may_end_its_call_in_peace() -> None:
+    async def lingering(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        async for event in answer(request, attempt):
+            yield event
+        await asyncio.sleep(0.05)  # what it still has to do: count the call, for one
+
+    worker = FakeWorker(lingering)
+    async with deployment([FakePrefill()], [worker]) as (router, _):
+        events = await events_of(router.stub.Generate(ask()))
+        assert events[-1].HasField("finished")
+    assert worker.cancelled == 0
