@@ -20,6 +20,7 @@ GUARD = (258, 10, 258)
 TARGETS = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"]}
 PROMPT_TOKENS = 75  # over three windows of 24, not a multiple of the block
 ANSWER_TOKENS = 12
+MIXED_TOKENS = 80
 
 
 def _text_tokens(seed: int, count: int) -> tuple[int, ...]:
@@ -121,7 +122,8 @@ async def test_a_mixed_batch_equals_solo_runs(model: BaseModel, adapters: Path) 
             (await stack.prefill(Prompt(token_ids=_text_tokens(seed, count)))).handle for _, seed, count in requests
         ]
         pairs = list(zip(handles, [name for name, _, _ in requests], strict=True))
-        solo = [await stack.generate(handle, name) for handle, name in pairs]
-        mixed = await asyncio.gather(*(stack.generate(handle, name) for handle, name in pairs))
+        # Long enough that the first is still running when the last has joined, on a busy machine too.
+        solo = [await stack.generate(handle, name, max_tokens=MIXED_TOKENS) for handle, name in pairs]
+        mixed = await asyncio.gather(*(stack.generate(handle, name, max_tokens=MIXED_TOKENS) for handle, name in pairs))
         assert stack.metrics.counts["peak running"] == len(requests)
     assert [answer.tokens for answer in mixed] == [answer.tokens for answer in solo]
