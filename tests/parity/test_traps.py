@@ -25,9 +25,9 @@ from alora_serve.engine.batch import adapter_rows as right_rows
 from alora_serve.engine.core import CoreOptions
 from alora_serve.engine.decoder import Decoder
 from alora_serve.engine.sequence import Sequence
-from alora_serve.kv.blocks import StoredBlock
 from alora_serve.kv.keys import BlockChain, part_key
 from alora_serve.kv.record import RecordSpec, open_record
+from alora_serve.kv.transfer import StoredBlock
 from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.types import ChatMessage, PrefixHandle, Prompt, Resume, TokenIds
 from in_process import MemoryStore, Stack, open_stack

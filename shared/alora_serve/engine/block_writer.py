@@ -9,13 +9,14 @@ from concurrent.futures import Executor
 from torch import Tensor
 
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.kv.blocks import BlockStore, StoreResult
+from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockChain, BlockHash
+from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.kv_memory import Prefix
 
 
 class _PrefixSource:
-    """A prefix as :class:`alora_serve.kv.blocks.KVSource`."""
+    """A prefix as :class:`alora_serve.kv.transfer.KVSource`."""
 
     def __init__(self, prefix: Prefix) -> None:
         self._prefix = prefix

@@ -10,9 +10,10 @@ from alora_serve.engine.block_writer import BlockWriter
 from alora_serve.engine.engine import Engine, EngineLimits, EngineMetrics
 from alora_serve.engine.prefix_cache import PrefixCache, PrefixCacheMetrics
 from alora_serve.engine.prefix_loader import PrefixLoader
-from alora_serve.kv.blocks import BlockMetrics, BlockStore, StoreTiming
+from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import RootFields, root_hash, storage_digest
 from alora_serve.kv.store import KVStore
+from alora_serve.kv.transfer import BlockMetrics, StoreTiming
 from alora_serve.model.loader import BaseModel
 from alora_serve.types import EndpointStatus, ModelInfo
 

@@ -17,7 +17,7 @@ from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceRequest
 from alora_serve.errors import AdapterRefusedError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
-from alora_serve.kv.blocks import StoreResult
+from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.kv_memory import Prefix
 from alora_serve.model.text import TextStream
 from alora_serve.types import (

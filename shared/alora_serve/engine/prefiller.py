@@ -13,8 +13,8 @@ from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceRequest, SequenceStats
 from alora_serve.errors import FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
-from alora_serve.kv.blocks import StoreResult
 from alora_serve.kv.keys import BlockChain
+from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.chat import RenderedPrompt
 from alora_serve.types import PrefillResult, PrefixHandle, Prompt, PromptKind, Timings, TokenIds, Usage
 

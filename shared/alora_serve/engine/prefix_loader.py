@@ -11,8 +11,9 @@ from time import monotonic
 from torch import Tensor
 
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.kv.blocks import BlockStore, FetchResult
+from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockChain, BlockHash
+from alora_serve.kv.transfer import FetchResult
 from alora_serve.model.kv_memory import KVSlice, Prefix
 
 
@@ -35,7 +36,7 @@ class LoadedPrefix:
 
 @dataclass(frozen=True, slots=True)
 class _SliceDestination:
-    """A reserved slice as memory for fetched KV; see :class:`alora_serve.kv.blocks.KVDestination`."""
+    """A reserved slice as memory for fetched KV; see :class:`alora_serve.kv.transfer.KVDestination`."""
 
     target: KVSlice
 

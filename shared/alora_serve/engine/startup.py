@@ -15,10 +15,10 @@ from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.engine import EngineLimits
 from alora_serve.errors import ConfigError
 from alora_serve.handles import HandleSigner
-from alora_serve.kv.blocks import StoreTiming
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.store import KVStore
 from alora_serve.kv.store_url import public_url
+from alora_serve.kv.transfer import StoreTiming
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.model.source import resolve_model

@@ -15,10 +15,11 @@ from alora_serve.engine.block_writer import BlockWriter
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.prefix_loader import PrefixLoader
 from alora_serve.errors import StoreUnavailableError
-from alora_serve.kv.blocks import BlockStore, StoreTiming
+from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockHash, part_key
 from alora_serve.kv.layout import KVLayout
 from alora_serve.kv.store import Sink, StoreKey
+from alora_serve.kv.transfer import StoreTiming
 from alora_serve.model.kv_memory import Prefix
 from faulty_store import FaultyStore
 from in_process import CountingMetrics

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv import layout as layout_module
-from alora_serve.kv.blocks import BlockStore, FetchResult, StoredBlock, StoreTiming
+from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockChain, BlockHash, part_key
 from alora_serve.kv.layout import KVLayout
 from alora_serve.kv.record import HEADER_BYTES
 from alora_serve.kv.store import StoreKey
+from alora_serve.kv.transfer import FetchResult, StoredBlock, StoreTiming
 from faulty_store import FaultyStore
 from in_process import CountingMetrics
 
