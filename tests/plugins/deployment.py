@@ -1,0 +1,199 @@
+"""Deployments of the real processes, the models they serve, and what a cold run of stock PEFT says to a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import grpc
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoTokenizer
+
+from alora_serve.cli.local import DeploymentOptions, LocalDeployment
+from alora_serve.cli.local.process import ProcessSpec, SupervisedProcess
+from alora_serve.client import AsyncClient, GenerationResult, PrefixHandle, RetryPolicy, SamplingParams
+from alora_serve.rpc.channels import internal_channel, public_options
+from alora_serve.rpc.convert import endpoint_status_from_proto
+from alora_serve.types import EndpointStatus
+from alora_serve.v1.adapter_decode_pb2 import AdapterDecodeServiceWatchStatusRequest
+from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceStub
+from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
+from tiny_models import FAMILIES, peft_generate, save_adapter, save_model
+
+ANSWER_TOKENS = 10
+GREEDY = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True)
+BLOCK_TOKENS = 16
+TINY_CONTEXT_TOKENS = 2048
+PATIENCE_SECONDS = 60.0
+SECRET = "one secret for all deployments of a test"
+WORKER = "worker-1"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model with an adapter of each kind.
+
+    Attributes:
+        roots: directories of adapters.
+        appended: an aLoRA whose invocation is appended to the conversation.
+        answering: an aLoRA whose invocation is the generation prompt.
+        plain: a plain LoRA.
+        invocations: invocation tokens of the two aLoRAs by name.
+    """
+
+    directory: Path
+    roots: tuple[Path, ...]
+    appended: str
+    answering: str
+    plain: str
+    invocations: Mapping[str, tuple[int, ...]]
+
+    def suffix(self, handle: PrefixHandle, adapter: str) -> tuple[int, ...]:
+        """What follows a closed conversation when an adapter, or the base model, is asked."""
+        return self.invocations[adapter] if adapter == self.appended else handle.generation_prompt_tokens
+
+    def prompt(self, handle: PrefixHandle, adapter: str) -> tuple[int, ...]:
+        """All tokens that PEFT must be given to be asked the same."""
+        return handle.prefix_tokens + self.suffix(handle, adapter)
+
+    def cold_tokens(self, adapter: str, prompt: tuple[int, ...], count: int = ANSWER_TOKENS) -> tuple[int, ...]:
+        """What stock PEFT generates in fp32, greedily, from nothing."""
+        path = next(root / adapter for root in self.roots if (root / adapter).is_dir()) if adapter else None
+        return peft_generate(self.directory, path, prompt, count).tokens
+
+
+def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
+    """A seeded tiny Llama and its adapters, in milliseconds."""
+    config = FAMILIES["llama"]()
+    config.max_position_embeddings = TINY_CONTEXT_TOKENS
+    directory = save_model(root / "tiny-llama", config, seed=seed)
+    invocations = {
+        "guard": tokens_of("<|guard|>\n<|guard|>", directory),
+        "answer": tokens_of("<|start|>assistant\n", directory),
+    }
+    adapters = root / "adapters"
+    for number, (name, invocation) in enumerate(invocations.items()):
+        settings = {"target_modules": "all-linear", "alora_invocation_tokens": list(invocation)}
+        save_adapter(directory, adapters / name, seed=number, **settings)
+    save_adapter(directory, adapters / "plain", seed=9, target_modules="all-linear")
+    return ServedModel(directory, (adapters,), "guard", "answer", "plain", invocations)
+
+
+def save_smollm2_adapters(directory: Path, examples: Path, root: Path) -> ServedModel:
+    """SmolLM2 with the two trained adapters of the examples, and a random one that the generation prompt invokes."""
+    trained = tokens_of("<|im_start|>jailbreak<|im_end|>", directory)
+    answering = tokens_of("<|im_start|>assistant\n", directory)
+    settings = {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": list(answering)}
+    save_adapter(directory, root / "answer", seed=0, **settings)
+    invocations = {"jailbreak": trained, "answer": answering}
+    return ServedModel(directory, (examples, root), "jailbreak", "answer", "jailbreak-lora", invocations)
+
+
+def tokens_of(text: str, directory: Path) -> tuple[int, ...]:
+    """Special tokens of a model's own, as its template writes them."""
+    return tuple(AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A running deployment and ways to look at it.
+
+    Attributes:
+        client: never calls again by itself: what a test provokes, it must see.
+        stub: the raw stub of the router.
+    """
+
+    model: ServedModel
+    local: LocalDeployment
+    client: AsyncClient
+    channel: grpc.aio.Channel
+
+    @property
+    def stub(self) -> Any:
+        return AloraServiceStub(self.channel)
+
+    async def ask(self, handle: PrefixHandle, adapter: str = "", **more: Any) -> GenerationResult:
+        """A greedy answer of :data:`ANSWER_TOKENS` on a conversation named by its handle."""
+        return await self.client.generate(handle=handle, adapter=adapter, sampling=GREEDY, **more).result()
+
+    async def metric(self, process: str, name: str, **labels: str) -> float:
+        """A sample of a process's ``/metrics``, summed over what ``labels`` leave open; 0 while there is none."""
+        page = await asyncio.to_thread(self._page, process)
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def _page(self, process: str) -> str:
+        with urlopen(f"http://{self.local.processes[process].metrics_address}/metrics") as page:
+            text: str = page.read().decode()
+        return text
+
+    async def statuses(self, process: str = WORKER) -> AsyncIterator[EndpointStatus]:
+        """What a decode worker tells routers, from now on."""
+        async with internal_channel(self.local.processes[process].address) as channel:
+            stub: Any = AdapterDecodeServiceStub(channel)
+            async for response in stub.WatchStatus(AdapterDecodeServiceWatchStatusRequest()):
+                yield endpoint_status_from_proto(response.status)
+
+    async def wait_for_load(self, *, running: int, queued: int = 0, process: str = WORKER) -> None:
+        """Return once a worker has so many sequences in its batch and its queue."""
+        async with asyncio.timeout(PATIENCE_SECONDS), aclosing(self.statuses(process)) as statuses:  # type: ignore[type-var]
+            async for status in statuses:
+                if (status.running, status.queued) == (running, queued):
+                    return
+
+
+@asynccontextmanager
+async def deployed(model: ServedModel, store_url: str, *, workers: int = 1, **settings: str) -> AsyncIterator[Deployed]:
+    """All services on a model, in fp32, where tokens are promised equal, with one torch thread a process."""
+    options = DeploymentOptions(
+        workers=workers,
+        model=str(model.directory),
+        adapter_roots=model.roots,
+        store_url=store_url,
+        dtype="float32",
+        threads=1,
+        drain_seconds=5,
+        settings={"handle_secrets": SECRET, "store_budget_bytes": "64MiB", **settings},
+    )
+    # What the services log is shown with a test that fails.
+    async with (
+        LocalDeployment(options, emit=print) as local,
+        AsyncClient(local.router_address, retry=RetryPolicy(max_attempts=1)) as client,
+        grpc.aio.insecure_channel(local.router_address, public_options()) as channel,
+    ):
+        yield Deployed(model, local, client, channel)
+
+
+@asynccontextmanager
+async def lone_router(*, prefill: str) -> AsyncIterator[str]:
+    """The address of a router that has a base prefill, and a decode worker at a port where nobody listens."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # held, but never listened at
+        worker = f"127.0.0.1:{nobody.getsockname()[1]}"
+        spec = ProcessSpec(
+            "router",
+            (sys.executable, "-P", "-m", "adapter_router"),
+            {
+                **{name: value for name, value in os.environ.items() if not name.startswith("ALORA_")},
+                "ALORA_HANDLE_SECRETS": SECRET,
+                "ALORA_BASE_PREFILL_ENDPOINTS": prefill,
+                "ALORA_DECODE_ENDPOINTS": worker,
+            },
+        )
+        router = SupervisedProcess(spec, print)
+        try:
+            yield (await router.start()).address
+        finally:
+            await router.stop(PATIENCE_SECONDS)
