@@ -9,7 +9,16 @@ import pytest
 import pytest_asyncio
 import torch
 
-from deployment import BLOCK_TOKENS, Deployed, ServedModel, deployed, save_smollm2_adapters, save_tiny_model
+from deployment import (
+    BATCH,
+    BLOCK_TOKENS,
+    QUEUE,
+    Deployed,
+    ServedModel,
+    deployed,
+    save_smollm2_adapters,
+    save_tiny_model,
+)
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +29,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def tiny(tiny_model: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployed]:
-    """The tiny model behind real processes: a batch of eight, a queue of a hundred."""
+    """The tiny model behind real processes."""
     store = tmp_path_factory.mktemp("store")
-    settings = {"max_batch_sequences": "8", "max_queue": "100", "block_tokens": str(BLOCK_TOKENS)}
+    settings = {"max_batch_sequences": str(BATCH), "max_queue": str(QUEUE), "block_tokens": str(BLOCK_TOKENS)}
     async with deployed(tiny_model, f"lmdb://{store}", **settings) as running:
         yield running
 

@@ -59,7 +59,8 @@ async def test_base_and_alora_compute_the_conversation_once_and_then_only_what_f
     assert prefilled.usage.computed_tokens == 0
     assert prefilled.usage.cached_tokens == prefilled.usage.prompt_tokens == len(prefilled.handle.prefix_tokens)
     assert warm.usage.fetched_bytes == 0, "it is resident"
-    assert warm.usage.computed_tokens == len(suffix)
+    # A base turn leaves its full blocks behind, and one may reach into what follows the conversation.
+    assert warm.usage.computed_tokens == len(suffix) if adapter else warm.usage.computed_tokens <= len(suffix)
     assert (cold.handle is None) == bool(adapter)
 
 

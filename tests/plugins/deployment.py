@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -31,9 +32,12 @@ from tiny_models import FAMILIES, peft_generate, save_adapter, save_model
 ANSWER_TOKENS = 10
 GREEDY = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True)
 BLOCK_TOKENS = 16
+BATCH, QUEUE = 8, 100
+"""Places of the tiny deployment's engines."""
 TINY_CONTEXT_TOKENS = 2048
 PATIENCE_SECONDS = 60.0
 SECRET = "one secret for all deployments of a test"
+SALT = "the salt of these deployments"
 WORKER = "worker-1"
 
 
@@ -46,7 +50,7 @@ class ServedModel:
         appended: an aLoRA whose invocation is appended to the conversation.
         answering: an aLoRA whose invocation is the generation prompt.
         plain: a plain LoRA.
-        invocations: invocation tokens of the two aLoRAs by name.
+        invocation_texts: invocations of the two aLoRAs by name.
     """
 
     directory: Path
@@ -54,7 +58,17 @@ class ServedModel:
     appended: str
     answering: str
     plain: str
-    invocations: Mapping[str, tuple[int, ...]]
+    invocation_texts: Mapping[str, str]
+
+    @property
+    def invocations(self) -> dict[str, tuple[int, ...]]:
+        """The tokens of the two aLoRAs' invocations by name."""
+        return {name: tokens_of(text, self.directory) for name, text in self.invocation_texts.items()}
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        """Ids of the special tokens."""
+        return frozenset(_tokenizer(self.directory).all_special_ids)
 
     def suffix(self, handle: PrefixHandle, adapter: str) -> tuple[int, ...]:
         """What follows a closed conversation when an adapter, or the base model, is asked."""
@@ -75,13 +89,10 @@ def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
     config = FAMILIES["llama"]()
     config.max_position_embeddings = TINY_CONTEXT_TOKENS
     directory = save_model(root / "tiny-llama", config, seed=seed)
-    invocations = {
-        "guard": tokens_of("<|guard|>\n<|guard|>", directory),
-        "answer": tokens_of("<|start|>assistant\n", directory),
-    }
+    invocations = {"guard": "<|guard|>\n<|guard|>", "answer": "<|start|>assistant\n"}
     adapters = root / "adapters"
     for number, (name, invocation) in enumerate(invocations.items()):
-        settings = {"target_modules": "all-linear", "alora_invocation_tokens": list(invocation)}
+        settings = {"target_modules": "all-linear", "alora_invocation_tokens": list(tokens_of(invocation, directory))}
         save_adapter(directory, adapters / name, seed=number, **settings)
     save_adapter(directory, adapters / "plain", seed=9, target_modules="all-linear")
     return ServedModel(directory, (adapters,), "guard", "answer", "plain", invocations)
@@ -89,17 +100,21 @@ def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
 
 def save_smollm2_adapters(directory: Path, examples: Path, root: Path) -> ServedModel:
     """SmolLM2 with the two trained adapters of the examples, and a random one that the generation prompt invokes."""
-    trained = tokens_of("<|im_start|>jailbreak<|im_end|>", directory)
-    answering = tokens_of("<|im_start|>assistant\n", directory)
-    settings = {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": list(answering)}
+    invocations = {"jailbreak": "<|im_start|>jailbreak<|im_end|>", "answer": "<|im_start|>assistant\n"}
+    answering = list(tokens_of(invocations["answer"], directory))
+    settings = {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": answering}
     save_adapter(directory, root / "answer", seed=0, **settings)
-    invocations = {"jailbreak": trained, "answer": answering}
     return ServedModel(directory, (examples, root), "jailbreak", "answer", "jailbreak-lora", invocations)
 
 
 def tokens_of(text: str, directory: Path) -> tuple[int, ...]:
     """Special tokens of a model's own, as its template writes them."""
-    return tuple(AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False))
+    return tuple(_tokenizer(directory).encode(text, add_special_tokens=False))
+
+
+@lru_cache
+def _tokenizer(directory: Path) -> Any:
+    return AutoTokenizer.from_pretrained(directory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +134,10 @@ class Deployed:
     @property
     def stub(self) -> Any:
         return AloraServiceStub(self.channel)
+
+    def another_client(self) -> AsyncClient:
+        """On a connection of its own."""
+        return AsyncClient(self.local.router_address, retry=RetryPolicy(max_attempts=1))
 
     async def ask(self, handle: PrefixHandle, adapter: str = "", **more: Any) -> GenerationResult:
         """A greedy answer of :data:`ANSWER_TOKENS` on a conversation named by its handle."""
@@ -165,7 +184,7 @@ async def deployed(model: ServedModel, store_url: str, *, workers: int = 1, **se
         dtype="float32",
         threads=1,
         drain_seconds=5,
-        settings={"handle_secrets": SECRET, "store_budget_bytes": "64MiB", **settings},
+        settings={"handle_secrets": SECRET, "tenant_salt": SALT, "store_budget_bytes": "64MiB", **settings},
     )
     # What the services log is shown with a test that fails.
     async with (
@@ -188,6 +207,7 @@ async def lone_router(*, prefill: str) -> AsyncIterator[str]:
             {
                 **{name: value for name, value in os.environ.items() if not name.startswith("ALORA_")},
                 "ALORA_HANDLE_SECRETS": SECRET,
+                "ALORA_TENANT_SALT": SALT,
                 "ALORA_BASE_PREFILL_ENDPOINTS": prefill,
                 "ALORA_DECODE_ENDPOINTS": worker,
             },
