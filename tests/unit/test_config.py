@@ -20,6 +20,7 @@ from alora_serve.config import (
     ServerSettings,
     StoreSettings,
     configuration_table,
+    default_cache_directory,
     env_name,
     flag_name,
     known_names,
@@ -252,3 +253,13 @@ def test_the_module_prints_the_table() -> None:
         [sys.executable, "-m", "alora_serve.config"], capture_output=True, text=True, check=True, timeout=60
     )
     assert ran.stdout == configuration_table()
+
+
+def test_the_cache_directory_is_the_same_for_every_process_that_inherits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALORA_CACHE_DIR", "cache")
+    assert default_cache_directory() == tmp_path / "cache"
+    monkeypatch.setenv("ALORA_CACHE_DIR", "~/cache")
+    assert default_cache_directory() == Path.home() / "cache"

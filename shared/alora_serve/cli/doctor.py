@@ -29,12 +29,12 @@ from alora_serve.cli.local.deployment import (
 from alora_serve.cli.local.store_room import place_store
 from alora_serve.cli.options import DEFAULT_ADDRESS
 from alora_serve.cli.output import console, print_json
+from alora_serve.config import CACHE_DIRECTORY_VARIABLE, default_cache_directory
 from alora_serve.errors import AloraServeError, ConfigError, UnavailableError
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.store import Put, StoreKey
 from alora_serve.kv.store_url import public_url
 from alora_serve.metrics import CoreMetrics
-from alora_serve.model.demo_model import CACHE_DIRECTORY_VARIABLE, default_cache_directory
 
 State = Literal["ok", "note", "wrong"]
 _STYLES: Final[Mapping[State, str]] = {"ok": "green", "note": "yellow", "wrong": "bold red"}

@@ -1,5 +1,6 @@
 """Settings: what each means, where values come from, and how a wrong one stops the start."""
 
+from alora_serve.config.cache_directory import CACHE_DIRECTORY_VARIABLE, default_cache_directory
 from alora_serve.config.groups import (
     ENV_PREFIX,
     GROUPS,
@@ -19,6 +20,7 @@ from alora_serve.config.loading import load_settings, run_with_settings
 from alora_serve.config.reference import configuration_table
 
 __all__ = [
+    "CACHE_DIRECTORY_VARIABLE",
     "ENV_PREFIX",
     "GROUPS",
     "AdapterSettings",
@@ -30,6 +32,7 @@ __all__ = [
     "SettingsGroup",
     "StoreSettings",
     "configuration_table",
+    "default_cache_directory",
     "env_name",
     "flag_name",
     "known_names",

@@ -18,12 +18,13 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsError
 
+from alora_serve.config.cache_directory import CACHE_DIRECTORY_VARIABLE
 from alora_serve.config.groups import ENV_PREFIX, SECRET_NAMES, SettingsGroup, env_name, flag_name, known_names
 from alora_serve.errors import ConfigError
 
 TEST_PREFIX: Final = "ALORA_TEST_"
 """Variables of the tests."""
-OTHER_VARIABLES: Final = frozenset({"ALORA_ADDRESS", "ALORA_CACHE_DIR"})
+OTHER_VARIABLES: Final = frozenset({"ALORA_ADDRESS", CACHE_DIRECTORY_VARIABLE})
 """Variables of our prefix that are not settings of a service."""
 
 CONFIG_EXIT_CODE: Final = 2

