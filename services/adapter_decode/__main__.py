@@ -10,8 +10,9 @@ from adapter_decode.config import AdapterDecodeSettings
 from adapter_decode.scan import open_registry, scan_forever
 from adapter_decode.servicer import AdapterDecodeServicer
 from alora_serve.engine.decoder import Decoder
-from alora_serve.engine.startup import service_registry, start_core
-from alora_serve.metrics import AdapterMetrics, CoreMetrics, RequestMetrics, RpcMetrics
+from alora_serve.engine.rates import RecentMean
+from alora_serve.engine.startup import start_core
+from alora_serve.metrics import AdapterMetrics, CoreMetrics, RequestMetrics, RpcMetrics, service_registry
 from alora_serve.rpc.channels import message_bytes_for_context
 from alora_serve.rpc.server import Service, run_service, serve
 from alora_serve.types import EndpointStatus
@@ -23,11 +24,16 @@ async def main(settings: AdapterDecodeSettings) -> int:
     registry = service_registry()
     started = await asyncio.to_thread(start_core, settings, CoreMetrics(registry))
     core = started.core
-    adapters = await asyncio.to_thread(open_registry, settings, core.model, AdapterMetrics(registry))
+    load_seconds = RecentMean()
+    adapters = await asyncio.to_thread(open_registry, settings, core.model, AdapterMetrics(registry), load_seconds)
     draining = asyncio.Event()
 
     def status() -> EndpointStatus:
-        return replace(core.status(draining=draining.is_set()), adapters=adapters.list_adapters())
+        return replace(
+            core.status(draining=draining.is_set()),
+            adapters=adapters.list_adapters(),
+            adapter_load_seconds=load_seconds.value,
+        )
 
     servicer = AdapterDecodeServicer(
         Decoder(core, adapters, started.signer), adapters, status, RequestMetrics(registry)

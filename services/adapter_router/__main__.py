@@ -5,13 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-
 from adapter_router.catalog import live_models
 from adapter_router.config import Settings
 from adapter_router.peers import prefill_pool, worker_pool
 from adapter_router.servicer import AloraServicer
-from alora_serve.metrics import RequestMetrics, RouterMetrics, RpcMetrics
+from alora_serve.metrics import RequestMetrics, RouterMetrics, RpcMetrics, service_registry
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.server import Service, run_service, serve
 from alora_serve.v1.alora_pb2_grpc import add_AloraServiceServicer_to_server
@@ -22,9 +20,7 @@ SERVICE: Final = "alora_serve.v1.AloraService"
 async def main(settings: Settings) -> int:
     """Find the endpoints, serve, drain; the process's exit status."""
     settings.check_endpoints()
-    registry = CollectorRegistry()
-    for collector in (ProcessCollector, PlatformCollector, GCCollector):
-        collector(registry=registry)
+    registry = service_registry()
     metrics, options = RouterMetrics(registry), settings.endpoint_options()
     health = HealthServicer([SERVICE], serving=False)
 

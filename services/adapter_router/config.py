@@ -6,7 +6,6 @@ from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.servicer import RouterLimits
 from alora_serve.config import RouterSettings, SecretSettings, ServerSettings
 from alora_serve.errors import ConfigError
-from alora_serve.handles import HandleSigner
 
 
 class Settings(ServerSettings, SecretSettings, RouterSettings):
@@ -22,18 +21,6 @@ class Settings(ServerSettings, SecretSettings, RouterSettings):
             max_attempts=self.max_attempts,
             max_in_flight=self.max_in_flight,
             default_deadline_seconds=self.default_deadline_seconds,
-        )
-
-    def signer(self) -> HandleSigner:
-        """Verifies handles as every other replica and service of the deployment does.
-
-        Raises:
-            ConfigError: no secret, or one that is too short.
-        """
-        return HandleSigner(
-            [secret.get_secret_value().encode() for secret in self.handle_secrets],
-            self.tenant_salt.get_secret_value().encode(),
-            self.handle_ttl_seconds,
         )
 
     def check_endpoints(self) -> None:

@@ -6,8 +6,8 @@ import asyncio
 from functools import partial
 
 from alora_serve.engine.prefiller import Prefiller
-from alora_serve.engine.startup import service_registry, start_core
-from alora_serve.metrics import CoreMetrics, RequestMetrics, RpcMetrics
+from alora_serve.engine.startup import start_core
+from alora_serve.metrics import CoreMetrics, RequestMetrics, RpcMetrics, service_registry
 from alora_serve.rpc.channels import message_bytes_for_context
 from alora_serve.rpc.server import Service, run_service, serve
 from alora_serve.types import EndpointStatus

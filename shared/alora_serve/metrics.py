@@ -8,7 +8,15 @@ from __future__ import annotations
 
 import enum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
 
 from alora_serve.types import Timings, Usage
 
@@ -20,6 +28,15 @@ MAX_LABEL_VALUES = 200
 """Distinct adapters a label may name; later ones count as ``other``."""
 
 BREAKER_STATES = ("closed", "open", "half_open")
+
+
+def service_registry() -> CollectorRegistry:
+    """A registry with the process's own metrics (memory, file descriptors, garbage collection)."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
 
 
 class LabelCap:

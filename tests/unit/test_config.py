@@ -27,7 +27,9 @@ from alora_serve.config import (
     load_settings,
     run_with_settings,
 )
-from alora_serve.errors import ConfigError
+from alora_serve.errors import ConfigError, HandleInvalidError
+from alora_serve.handles import HandleSigner
+from alora_serve.types import PrefixHandle, PromptKind
 
 
 class WorkerSettings(ServerSettings, ModelSettings, StoreSettings, EngineSettings, AdapterSettings, SecretSettings):
@@ -263,3 +265,26 @@ def test_the_cache_directory_is_the_same_for_every_process_that_inherits_it(
     assert default_cache_directory() == tmp_path / "cache"
     monkeypatch.setenv("ALORA_CACHE_DIR", "~/cache")
     assert default_cache_directory() == Path.home() / "cache"
+
+
+def test_the_secrets_and_the_salt_decide_whose_handles_are_accepted() -> None:
+    old, new = "a secret of 16 bytes", "another secret of 16"
+    handle = PrefixHandle(
+        b"m" * 32, b"s" * 32, (1,), (), PromptKind.TOKENS, "", open_turn=False, expires_unix_seconds=0
+    )
+
+    def signer(*secrets: str, salt: str = "") -> HandleSigner:
+        return SecretSettings(handle_secrets=secrets, tenant_salt=salt).signer()
+
+    signer(new, old, salt="t").verify(signer(old, salt="t").sign(handle))
+    with pytest.raises(HandleInvalidError):
+        signer(new, salt="t").verify(signer(old, salt="t").sign(handle))
+    with pytest.raises(HandleInvalidError):
+        signer(old).verify(signer(old, salt="t").sign(handle))
+
+
+def test_without_a_secret_there_is_no_signer_but_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match=r"handle_secrets is empty: set ALORA_HANDLE_SECRETS .* for example \S{32}$"):
+        SecretSettings().signer()
+    with pytest.raises(ConfigError, match="at least one secret of 16 bytes"):
+        SecretSettings(handle_secrets=("short",)).signer()

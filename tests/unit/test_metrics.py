@@ -19,6 +19,7 @@ from alora_serve.metrics import (
     RouterMetrics,
     RpcMetrics,
     StoreMetrics,
+    service_registry,
 )
 from alora_serve.types import Timings, Usage
 
@@ -202,3 +203,8 @@ def test_a_model_service_reports_store_and_engine_through_one_object(
     metrics.load(1, 0)
     assert value("store_miss_blocks_total", reason="absent") == 1
     assert value("engine_running_sequences") == 1
+
+
+def test_a_services_registry_holds_the_process_metrics() -> None:
+    names = {metric.name for metric in service_registry().collect()}
+    assert {"python_info", "python_gc_objects_collected"} <= names

@@ -5,11 +5,15 @@ All names live here, so that one environment or one file serves all services and
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_settings import BaseSettings, CliSuppress, NoDecode, SettingsConfigDict
+
+from alora_serve.errors import ConfigError
+from alora_serve.handles import HandleSigner
 
 ENV_PREFIX: Final = "ALORA_"
 
@@ -99,6 +103,21 @@ class SecretSettings(SettingsGroup):
         SecretStr(""), description="Mixed into block names and handles; another salt shares none."
     )
     handle_ttl_seconds: int = Field(86400, ge=1, description="How long a prefix handle is accepted.")
+
+    def signer(self) -> HandleSigner:
+        """Signs and verifies prefix handles as every other replica and service of the deployment does.
+
+        Raises:
+            ConfigError: no secret (replicas with secrets of their own would refuse each other's handles), or one that
+                is too short.
+        """
+        keys = [secret.get_secret_value().encode() for secret in self.handle_secrets]
+        if not keys:
+            raise ConfigError(
+                "handle_secrets is empty: set ALORA_HANDLE_SECRETS to the same secret on every service, for example "
+                f"{secrets.token_urlsafe(24)}"
+            )
+        return HandleSigner(keys, self.tenant_salt.get_secret_value().encode(), self.handle_ttl_seconds)
 
 
 class RouterSettings(SettingsGroup):

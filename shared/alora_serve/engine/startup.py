@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import torch
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, StoreSettings
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.engine import EngineLimits
-from alora_serve.errors import ConfigError
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.store import KVStore
@@ -51,7 +48,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         ConfigError: a setting cannot be met; names it.
         ModelUnsupportedError: the model cannot be served.
     """
-    signer = open_signer(settings)
+    signer = settings.signer()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     model = open_model(settings)
@@ -102,27 +99,3 @@ def open_model(settings: ModelSettings) -> BaseModel:
             "the chat template prints the date; send date_string in template_arguments or reuse ends at midnight"
         )
     return model
-
-
-def open_signer(settings: SecretSettings) -> HandleSigner:
-    """The signer of prefix handles.
-
-    Raises:
-        ConfigError: no secret: replicas with secrets of their own would refuse each other's handles.
-    """
-    keys = [secret.get_secret_value().encode() for secret in settings.handle_secrets]
-    if not keys:
-        raise ConfigError(
-            "handle_secrets is empty: set ALORA_HANDLE_SECRETS to the same secret on every service, for example "
-            f"{secrets.token_urlsafe(24)}"
-        )
-    return HandleSigner(keys, settings.tenant_salt.get_secret_value().encode(), settings.handle_ttl_seconds)
-
-
-def service_registry() -> CollectorRegistry:
-    """A registry with the process's own metrics (memory, file descriptors, garbage collection)."""
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    GCCollector(registry=registry)
-    return registry

@@ -39,7 +39,7 @@ def test_a_router_without_endpoints_does_not_start(missing: str) -> None:
         load_settings(Settings, flags).check_endpoints()
 
 
-def test_a_router_without_a_secret_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_without_a_secret_does_not_start_and_suggests_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ALORA_HANDLE_SECRETS")
-    with pytest.raises(ConfigError, match="handle_secrets"):
+    with pytest.raises(ConfigError, match=r"handle_secrets is empty: set ALORA_HANDLE_SECRETS .* for example \S{32}$"):
         load_settings(Settings, FLAGS).signer()

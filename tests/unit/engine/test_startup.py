@@ -11,12 +11,11 @@ from structlog.testing import capture_logs
 
 from alora_serve.engine import startup
 from alora_serve.engine.core import CoreOptions, ServingCore
-from alora_serve.engine.startup import CoreSettings, open_model, open_signer, service_registry, start_core
+from alora_serve.engine.startup import CoreSettings, open_model, start_core
 from alora_serve.errors import ConfigError, UnavailableError
 from alora_serve.kv.keys import BlockHash
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.loader import BaseModel
-from alora_serve.types import PrefixHandle, PromptKind
 from in_process import CountingMetrics, MemoryStore
 
 SECRET = "a secret of at least 16 bytes"
@@ -76,16 +75,6 @@ def test_no_secret_stops_the_start_and_suggests_one(model_directory: Path, tmp_p
         start_core(settings, CoreMetrics(CollectorRegistry()))
 
 
-def test_the_salt_is_part_of_what_is_signed(model_directory: Path, tmp_path: Path) -> None:
-    handle = PrefixHandle(
-        b"m" * 32, b"s" * 32, (1,), (), PromptKind.TOKENS, "", open_turn=False, expires_unix_seconds=0
-    )
-    macs = {
-        open_signer(_settings(model_directory, tmp_path, tenant_salt=salt)).sign(handle).mac for salt in ("", "a", "b")
-    }
-    assert len(macs) == 3
-
-
 def test_a_model_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         start_core(_settings(tmp_path, tmp_path), CoreMetrics(CollectorRegistry()))
@@ -104,8 +93,3 @@ def test_a_template_that_prints_the_date_is_warned_of(
     with capture_logs() as logs:
         open_model(_settings(model_directory, tmp_path))
     assert any("prints the date" in line["event"] for line in logs)
-
-
-def test_a_services_registry_holds_the_process_metrics() -> None:
-    names = {metric.name for metric in service_registry().collect()}
-    assert {"python_info", "python_gc_objects_collected"} <= names
