@@ -107,7 +107,7 @@ def load_base_model(
     Args:
         directory: holds ``config.json``, safetensors weights and a tokenizer.
         dtype: ``float32``, ``bfloat16`` or ``auto`` (see :func:`native_dtype`).
-        context_tokens: lower the context below what the model allows.
+        context_tokens: lower the context below what the model allows, or give it where the config names none.
 
     Raises:
         ModelUnsupportedError: a part of the model cannot be served exactly; names it.
@@ -132,7 +132,6 @@ def load_base_model(
         AutoTokenizer.from_pretrained(directory),
         end_of_sequence_ids=[*_ids(config.eos_token_id), *_ids(generation_ids)],
     )
-    limit = _context_limit(config)
     return BaseModel(
         name=name or directory.name,
         module=module,
@@ -141,7 +140,7 @@ def load_base_model(
         layout=layout,
         dtype=dtype,
         device=torch.device(device),
-        context_tokens=min(limit, context_tokens or limit),
+        context_tokens=_context_limit(config, context_tokens),
         vocabulary_size=int(config.vocab_size),
         weights_digest=weights_digest(directory),
         forward_config_digest=forward_config_digest(config),
@@ -180,9 +179,19 @@ def _rope_types(config: PreTrainedConfig) -> dict[str, Mapping[str, Any]]:
     return {p["rope_type"]: p for p in parameters.values() if isinstance(p, Mapping) and "rope_type" in p}
 
 
-def _context_limit(config: PreTrainedConfig) -> int:
-    """Most positions for which every token's KV depends on earlier tokens alone."""
-    limit = int(config.max_position_embeddings)
+def _context_limit(config: PreTrainedConfig, wanted: int | None = None) -> int:
+    """Most positions, up to those wanted, for which every token's KV depends on earlier tokens alone.
+
+    Raises:
+        ModelUnsupportedError: the config names no length, and none is wanted.
+    """
+    named = getattr(config, "max_position_embeddings", None) or wanted
+    if not named:
+        raise ModelUnsupportedError(
+            f"the config of {config.model_type} has no max_position_embeddings; set context_tokens "
+            "(ALORA_CONTEXT_TOKENS) to the longest prompt plus answer that the model can take"
+        )
+    limit = int(named)
     for kind, parameters in _rope_types(config).items():
         if kind in _LENGTH_DEPENDENT_ROPE:
             original = parameters.get("original_max_position_embeddings") or getattr(
@@ -190,7 +199,7 @@ def _context_limit(config: PreTrainedConfig) -> int:
             )
             limit = min(limit, int(original or limit))
             _log.warning("context capped where rotary frequencies begin to depend on it", rope=kind, tokens=limit)
-    return limit
+    return min(limit, wanted or limit)
 
 
 def _probe(module: PreTrainedModel, attention: PackedAttention, dtype: str) -> KVLayout:

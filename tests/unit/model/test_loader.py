@@ -269,6 +269,14 @@ def test_the_context_ends_where_rotary_frequencies_begin_to_depend_on_it() -> No
     assert loader._context_limit(longrope) == 64
 
 
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_a_model_whose_config_names_no_context_needs_one_in_the_settings(kind: str) -> None:
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY)
+    with pytest.raises(ModelUnsupportedError, match=rf"{kind} has no max_position_embeddings; .*ALORA_CONTEXT_TOKENS"):
+        loader._context_limit(config)
+    assert loader._context_limit(config, 77) == 77
+
+
 def test_rotary_embeddings_of_each_layer_type_are_looked_at() -> None:
     config = AutoConfig.for_model("gemma3_text", **_SIZES, head_dim=16)
     config.rope_parameters["full_attention"] = {
