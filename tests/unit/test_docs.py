@@ -54,6 +54,12 @@ def test_relative_links_resolve(root: Path) -> None:
     assert not broken
 
 
+def test_the_notice_says_where_the_licences_of_data_and_weights_are(root: Path) -> None:
+    named = re.findall(r"examples/[\w./-]+\.md", (root / "NOTICE").read_text())
+    cards = [card.relative_to(root).as_posix() for card in (root / "examples" / "intrinsics").glob("*/README.md")]
+    assert sorted(named) == sorted(["examples/data/README.md", *cards])
+
+
 def test_the_index_links_every_page(root: Path) -> None:
     docs = root / "docs"
     linked = {(docs / link.partition("#")[0]).resolve() for link in _links(docs / "index.md")}
