@@ -11,6 +11,7 @@ from alora_serve.adapters.loading import AdapterHost
 from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.adapters.residency import AdapterEvent
+from alora_serve.engine.rates import RecentMean
 from alora_serve.errors import ConfigError
 from alora_serve.metrics import AdapterMetrics
 from alora_serve.model.loader import BaseModel
@@ -18,8 +19,16 @@ from alora_serve.model.loader import BaseModel
 _log = structlog.get_logger(__name__)
 
 
-def open_registry(settings: AdapterDecodeSettings, model: BaseModel, metrics: AdapterMetrics) -> AdapterRegistry:
+def open_registry(
+    settings: AdapterDecodeSettings, model: BaseModel, metrics: AdapterMetrics, load_seconds: RecentMean
+) -> AdapterRegistry:
     """The adapters under the settings' roots, checked against the base model.
+
+    Args:
+        settings: where they are and how much memory they may take.
+        model: what they are checked against.
+        metrics: told of every use, load, refusal and drop.
+        load_seconds: told how long each load took.
 
     Raises:
         ConfigError: a root is not a readable directory.
@@ -30,6 +39,8 @@ def open_registry(settings: AdapterDecodeSettings, model: BaseModel, metrics: Ad
 
     def report(event: AdapterEvent) -> None:
         metrics.event(event.kind, event.size_bytes, event.seconds)
+        if event.kind == "load":
+            load_seconds.observe(event.seconds)
 
     registry = AdapterRegistry(
         settings.adapter_roots, base=host, max_resident_bytes=settings.adapter_cache_bytes, on_event=report

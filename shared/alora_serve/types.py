@@ -320,8 +320,23 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixDigest:
+    """Which prefixes' base KV a service holds in memory, in bounded space; see :mod:`alora_serve.kv.fingerprints`.
+
+    Attributes:
+        stride_tokens: tokens from one fingerprinted length to the next; 0 when nothing is told.
+        fingerprints: of resident prefixes, each of 64 bits.
+    """
+
+    stride_tokens: int = 0
+    fingerprints: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointStatus:
     """What a service tells the router about itself, on every change and at least once a second.
+
+    Measured figures are 0 while unknown, as all are from a service of an earlier version.
 
     Attributes:
         queued: requests waiting for a place in the batch.
@@ -329,9 +344,13 @@ class EndpointStatus:
         max_running: places in the batch.
         step_seconds: recent time of one decode step.
         kv_bytes: KV held in memory.
-        fetch_bytes_per_second: measured; 0 while unknown.
-        prefill_tokens_per_second: measured; 0 while unknown.
+        fetch_bytes_per_second: measured.
+        prefill_tokens_per_second: measured.
         adapters: every adapter this worker can serve; empty from base prefill.
+        pending_prefill_tokens: prompt tokens of accepted requests that have not run yet.
+        adapter_load_seconds: measured time to read an adapter's weights into memory.
+        sequence_seconds: measured time of a sequence in the batch, from its place to its last token.
+        resident_prefixes: base KV in memory.
     """
 
     model: ModelInfo
@@ -344,3 +363,7 @@ class EndpointStatus:
     fetch_bytes_per_second: float = 0.0
     prefill_tokens_per_second: float = 0.0
     adapters: tuple[AdapterInfo, ...] = ()
+    pending_prefill_tokens: int = 0
+    adapter_load_seconds: float = 0.0
+    sequence_seconds: float = 0.0
+    resident_prefixes: PrefixDigest = field(default_factory=PrefixDigest)

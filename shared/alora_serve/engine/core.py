@@ -9,9 +9,12 @@ from typing import Protocol
 from alora_serve.engine.block_writer import BlockWriter
 from alora_serve.engine.engine import Engine, EngineLimits, EngineMetrics
 from alora_serve.engine.prefix_cache import PrefixCache, PrefixCacheMetrics
-from alora_serve.engine.prefix_loader import PrefixLoader
+from alora_serve.engine.prefix_loader import LoadedPrefix, PrefixLoader
+from alora_serve.engine.rates import ServiceRates
+from alora_serve.engine.resident_prefixes import ResidentPrefixes
 from alora_serve.kv.blocks import BlockStore
-from alora_serve.kv.keys import RootFields, root_hash, storage_digest
+from alora_serve.kv.fingerprints import PrefixFingerprints
+from alora_serve.kv.keys import BlockChain, RootFields, root_hash, storage_digest
 from alora_serve.kv.store import KVStore
 from alora_serve.kv.transfer import BlockMetrics, StoreTiming
 from alora_serve.model.loader import BaseModel
@@ -47,6 +50,8 @@ class ServingCore:
 
     Attributes:
         storage_digest: what handles carry of the key root.
+        resident: which prefixes routers may count on.
+        rates: told by those who run requests, for routers.
     """
 
     def __init__(self, model: BaseModel, store: KVStore, options: CoreOptions, metrics: CoreMetrics) -> None:
@@ -79,6 +84,16 @@ class ServingCore:
         self._executor = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
         self.loader = PrefixLoader(self.cache, self.blocks, self._executor)
         self.writer = BlockWriter(self.cache, self.blocks, self._executor)
+        fingerprints = PrefixFingerprints(options.tenant_salt)
+        self.resident = ResidentPrefixes(self.cache.resident, fingerprints, model.model_digest)
+        self.rates = ServiceRates()
+
+    async def load_prefix(self, chain: BlockChain, limit: int) -> LoadedPrefix:
+        """As :meth:`PrefixLoader.load`, and remembered for routers: how fast it came and that it is here."""
+        loaded = await self.loader.load(chain, limit)
+        self.rates.fetch_bytes.observe(loaded.fetched_bytes, loaded.seconds)
+        self.resident.note(chain)
+        return loaded
 
     def model_info(self) -> ModelInfo:
         """The base model, as told to routers and people."""
@@ -106,7 +121,11 @@ class ServingCore:
             max_running=self._limits.max_sequences,
             step_seconds=load.rates.step_seconds,
             kv_bytes=self.cache.size_bytes,
+            fetch_bytes_per_second=self.rates.fetch_bytes.per_second,
             prefill_tokens_per_second=load.rates.prefill_tokens_per_second,
+            pending_prefill_tokens=load.pending_prefill_tokens,
+            sequence_seconds=self.rates.sequence_seconds.value,
+            resident_prefixes=self.resident.digest(),
         )
 
     async def drain(self) -> None:

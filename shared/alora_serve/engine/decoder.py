@@ -100,7 +100,7 @@ class Decoder:
             chain = self._core.blocks.chain(plan.prompt if adapter is None else request.handle.prefix_tokens)
             # The last prompt token is always run: its logits choose the first generated token.
             limit = min(plan.base_tokens, len(plan.prompt) - 1, len(chain))
-            loaded = await self._core.loader.load(chain, limit) if limit else LoadedPrefix(Prefix())
+            loaded = await self._core.load_prefix(chain, limit) if limit else LoadedPrefix(Prefix())
             sequence = SequenceRequest(
                 prompt=plan.prompt,
                 prefix=loaded.prefix,
@@ -119,12 +119,15 @@ class Decoder:
                         case TokenChunk() | Heartbeat():
                             yield event
                         case BaseComputed(computed, prefix, start, _):
+                            self._core.resident.note(computed)
                             if adapter is None:
                                 # Stored before the stream ends, so that the next turn's prefill finds it.
                                 stored = await self._core.writer.write(computed, prefix, start)
                             else:
                                 self._core.writer.write_in_background(computed, prefix, start)
                         case SequenceDone():
+                            stats = event.stats
+                            self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
                             timings = _timings(event, loaded, adapter_load_seconds, monotonic() - started)
                             yield self._finished(request, plan, event, loaded, stored, timings)
 

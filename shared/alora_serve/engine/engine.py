@@ -71,10 +71,11 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """A snapshot for routers: sequences in the batch and without a place, and recent speed."""
+    """A snapshot for routers: sequences in the batch and without a place, prompt tokens to run, and recent speed."""
 
     running: int
     waiting: int
+    pending_prefill_tokens: int
     rates: StepRates
 
 
@@ -123,7 +124,10 @@ class Engine:
     @property
     def load(self) -> EngineLoad:
         """How busy the engine is; approximate while it runs."""
-        return EngineLoad(len(self._running), len(self._waiting), replace(self._rates))
+        running, waiting = list(self._running), list(self._waiting)
+        # One pending token is a decode step.
+        pending = sum(count for sequence in running + waiting if (count := sequence.pending_tokens) > 1)
+        return EngineLoad(len(running), len(waiting), pending, replace(self._rates))
 
     def place(self) -> AbstractContextManager[None]:
         """A place in batch or queue, held while the block runs: see :meth:`Places.hold`."""

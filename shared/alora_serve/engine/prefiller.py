@@ -47,7 +47,7 @@ class Prefiller:
             return PrefillResult(self._signer.sign(unsigned), usage, Timings(total_seconds=monotonic() - started))
         chain = self._core.blocks.chain(tokens)
         with self._core.engine.place():
-            loaded = await self._core.loader.load(chain, len(tokens))
+            loaded = await self._core.load_prefix(chain, len(tokens))
             computed, stored, stats = await self._compute_and_store(chain, loaded)
         usage = Usage(
             prompt_tokens=len(tokens),
@@ -78,9 +78,11 @@ class Prefiller:
             async for event in running:
                 match event:
                     case BaseComputed(computed_chain, prefix, start, _):
+                        self._core.resident.note(computed_chain)
                         stored = await self._core.writer.write(computed_chain, prefix, start, known=loaded.present)
                     case SequenceDone():
                         stats = event.stats
+                        self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
         return stats.computed_tokens if stats else 0, stored, stats
 
     def _check_length(self, tokens: TokenIds) -> None:

@@ -12,6 +12,7 @@ Adapter KV never gets here: it lives in private segments (``sequence.py``).
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -63,6 +64,11 @@ class PrefixCache:
         """Bytes of all segments owned here."""
         with self._lock:
             return self._size_bytes
+
+    def resident(self, names: Collection[BlockHash]) -> set[BlockHash]:
+        """Those of ``names`` that can be acquired now."""
+        with self._lock:
+            return {name for name in names if name in self._index}
 
     def acquire(self, chain: BlockChain, limit: int) -> Prefix:
         """The longest resident prefix of the chain, cut to ``limit`` positions, pinned until :meth:`release`."""

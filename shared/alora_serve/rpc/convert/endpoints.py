@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
-from alora_serve.types import AdapterDigest, AdapterInfo, EndpointStatus, ModelInfo
+from alora_serve.types import AdapterDigest, AdapterInfo, EndpointStatus, ModelInfo, PrefixDigest
 from alora_serve.v1 import types_pb2
 
 _ADAPTER_KINDS: Final[Mapping[str, types_pb2.AdapterKind.ValueType]] = {
@@ -95,6 +95,13 @@ def endpoint_status_to_proto(status: EndpointStatus) -> types_pb2.EndpointStatus
         fetch_bytes_per_second=status.fetch_bytes_per_second,
         prefill_tokens_per_second=status.prefill_tokens_per_second,
         adapters=[adapter_to_proto(adapter) for adapter in status.adapters],
+        pending_prefill_tokens=status.pending_prefill_tokens,
+        adapter_load_seconds=status.adapter_load_seconds,
+        sequence_seconds=status.sequence_seconds,
+        resident_prefixes=types_pb2.PrefixDigest(
+            stride_tokens=status.resident_prefixes.stride_tokens,
+            fingerprints=sorted(status.resident_prefixes.fingerprints),
+        ),
     )
 
 
@@ -115,4 +122,10 @@ def endpoint_status_from_proto(message: types_pb2.EndpointStatus) -> EndpointSta
         fetch_bytes_per_second=message.fetch_bytes_per_second,
         prefill_tokens_per_second=message.prefill_tokens_per_second,
         adapters=tuple(adapter_from_proto(adapter) for adapter in message.adapters),
+        pending_prefill_tokens=message.pending_prefill_tokens,
+        adapter_load_seconds=message.adapter_load_seconds,
+        sequence_seconds=message.sequence_seconds,
+        resident_prefixes=PrefixDigest(
+            message.resident_prefixes.stride_tokens, frozenset(message.resident_prefixes.fingerprints)
+        ),
     )

@@ -24,6 +24,7 @@ from alora_serve.types import (
     Heartbeat,
     ModelInfo,
     PrefillResult,
+    PrefixDigest,
     PrefixHandle,
     Prompt,
     PromptKind,
@@ -139,6 +140,10 @@ statuses = st.builds(
     seconds,
     seconds,
     st.lists(adapters, max_size=2).map(tuple),
+    uint64,
+    seconds,
+    seconds,
+    st.builds(PrefixDigest, uint32, st.frozensets(uint64, max_size=3)),
 )
 
 
@@ -217,6 +222,12 @@ def test_models(model: ModelInfo) -> None:
 @given(statuses)
 def test_endpoint_statuses(status: EndpointStatus) -> None:
     assert convert.endpoint_status_from_proto(convert.endpoint_status_to_proto(status)) == status
+
+
+def test_a_status_of_an_earlier_version_leaves_the_newer_figures_unknown() -> None:
+    status = convert.endpoint_status_from_proto(types_pb2.EndpointStatus(running=3))
+    assert (status.running, status.adapter_load_seconds, status.sequence_seconds) == (3, 0, 0)
+    assert status.resident_prefixes == PrefixDigest()
 
 
 @given(answerable, text, samplings)

@@ -1,0 +1,64 @@
+"""What a service says about itself is what it measured and what it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alora_serve.engine.core import CoreOptions
+from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
+from alora_serve.model.loader import BaseModel
+from alora_serve.types import Prompt
+from in_process import MemoryStore, open_stack
+
+OPTIONS = CoreOptions(block_tokens=16, tenant_salt=b"salt")
+TOKENS = tuple(range(1, 251)) + tuple(range(1, 51))
+
+
+async def test_a_fresh_service_knows_no_figure_and_holds_nothing(model: BaseModel) -> None:
+    async with open_stack(model, MemoryStore(), options=OPTIONS) as stack:
+        status = stack.core.status()
+    assert (status.fetch_bytes_per_second, status.prefill_tokens_per_second, status.sequence_seconds) == (0, 0, 0)
+    assert status.pending_prefill_tokens == 0
+    assert not status.resident_prefixes.fingerprints
+
+
+async def test_a_prefill_is_told_as_resident_under_the_names_routers_make(model: BaseModel, adapters: Path) -> None:
+    store = MemoryStore()
+    async with open_stack(model, store, adapters, options=OPTIONS) as stack:
+        handle = (await stack.prefill(Prompt(token_ids=TOKENS))).handle
+        computed = stack.core.status()
+        await stack.generate(handle, "lora", max_tokens=2)
+        assert stack.core.status().resident_prefixes == computed.resident_prefixes, "plain LoRA uses no base KV"
+    expected = PrefixFingerprints(b"salt").of(TOKENS, model_digest=model.model_digest)
+    assert len(TOKENS) // STRIDE_TOKENS == 1
+    assert computed.resident_prefixes.fingerprints == {*expected}
+    assert computed.prefill_tokens_per_second > 0
+    assert computed.fetch_bytes_per_second == 0
+    assert computed.sequence_seconds > 0
+
+    async with open_stack(model, store, adapters, options=OPTIONS) as cold:
+        await cold.generate(handle, "appended", max_tokens=4)
+        fetched = cold.core.status()
+    assert fetched.resident_prefixes.fingerprints == {*expected}
+    assert fetched.fetch_bytes_per_second > 0
+    assert fetched.sequence_seconds > 0
+
+
+async def test_a_base_turn_is_told_with_its_answer(model: BaseModel) -> None:
+    tokens = TOKENS[: STRIDE_TOKENS - 20]
+    async with open_stack(model, MemoryStore(), options=OPTIONS) as stack:
+        handle = (await stack.prefill(Prompt(token_ids=tokens))).handle
+        assert not stack.core.status().resident_prefixes.fingerprints
+        answer = await stack.generate(handle, max_tokens=40)
+        told = stack.core.status().resident_prefixes.fingerprints
+    whole = PrefixFingerprints(b"salt").of((*tokens, *answer.tokens), model_digest=model.model_digest)
+    assert told == {*whole}
+
+
+async def test_what_memory_had_no_room_for_is_not_told(model: BaseModel) -> None:
+    room_for_one = CoreOptions(block_tokens=16, prefix_cache_bytes=450 * model.layout.bytes_per_token)
+    async with open_stack(model, MemoryStore(), options=room_for_one) as stack:
+        for first in (1, 2):
+            await stack.prefill(Prompt(token_ids=(first, *TOKENS)))
+        told = stack.core.status().resident_prefixes.fingerprints
+    assert told == {*PrefixFingerprints(b"").of((2, *TOKENS), model_digest=model.model_digest)}
