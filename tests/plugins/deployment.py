@@ -190,7 +190,7 @@ async def deployed(model: ServedModel, store_url: str, *, workers: int = 1, **se
     async with (
         LocalDeployment(options, emit=print) as local,
         AsyncClient(local.router_address, retry=RetryPolicy(max_attempts=1)) as client,
-        grpc.aio.insecure_channel(local.router_address, public_options()) as channel,
+        grpc.aio.insecure_channel(local.router_address, public_options(local.router_address)) as channel,
     ):
         yield Deployed(model, local, client, channel)
 

@@ -59,11 +59,11 @@ class AsyncClient:
         """Prepare; the first call connects.
 
         Args:
-            address: ``host:port`` of a router.
+            address: ``host:port`` of a router. One on this machine is reached directly, whatever proxy is set.
             credentials: for TLS; None is plain text.
             retry: see :class:`RetryPolicy`.
         """
-        options = public_options()
+        options = public_options(address)
         self._address = address
         self._channel = (
             grpc.aio.insecure_channel(address, options)

@@ -60,11 +60,11 @@ class Client:
         """Prepare; the first call connects.
 
         Args:
-            address: ``host:port`` of a router.
+            address: ``host:port`` of a router. One on this machine is reached directly, whatever proxy is set.
             credentials: for TLS; None is plain text.
             retry: see :class:`RetryPolicy`.
         """
-        options = public_options()
+        options = public_options(address)
         self._address = address
         self._channel = (
             grpc.insecure_channel(address, options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from typing import Final
 
 import grpc
@@ -86,14 +88,35 @@ def internal_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Opt
     ]
 
 
-def public_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Option]:
-    """Arguments of a user's channel to the router; proxies in the environment are honoured."""
+def public_options(target: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Option]:
+    """Arguments of a user's channel to the router at ``target``; proxies in the environment are honoured elsewhere."""
     return [
         *_channel_options(PUBLIC_KEEPALIVE_MILLISECONDS, max_message_bytes),
+        # A proxy cannot reach this machine's loopback, yet grpc would send calls to it there.
+        ("grpc.enable_http_proxy", 0 if is_this_machine(target) else 1),
         # A router that restarts is found again soon; the defaults wait up to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
     ]
+
+
+_SCHEME: Final = re.compile(r"(dns|ipv4|ipv6):(//[^/]*/)?")
+
+
+def is_this_machine(target: str) -> bool:
+    """Whether a gRPC target, with or without scheme and port, is a loopback address, ``localhost`` or a unix socket."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    address = target[scheme.end() :] if (scheme := _SCHEME.match(target)) else target
+    if address.startswith("["):
+        host = address[1:].partition("]")[0]
+    else:
+        # More than one colon is an IPv6 address without a port.
+        host = address.partition(":")[0] if address.count(":") == 1 else address
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def internal_channel(address: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> grpc.aio.Channel:

@@ -368,6 +368,20 @@ async def test_a_router_that_is_not_there_is_unavailable(connect: Any) -> None:
             await run(client, lambda c: c.get_model())
 
 
+async def test_a_proxy_in_the_environment_does_not_see_calls_to_this_machine(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    router = ScriptedRouter()
+    async with router.served() as server:
+        for variable in ("http_proxy", "grpc_proxy", "https_proxy"):
+            monkeypatch.setenv(variable, "http://127.0.0.1:1")  # nobody listens there
+        async with connect(server.address, retry=RetryPolicy(max_attempts=1)) as client:
+            assert await run(client, lambda c: c.list_adapters()) == []
+    assert router.calls == 1
+
+
 async def test_clients_take_credentials() -> None:
     secured = {"credentials": grpc.ssl_channel_credentials(), "retry": RetryPolicy(max_attempts=1)}
     with Client("127.0.0.1:1", **secured) as client, pytest.raises(UnavailableError):

@@ -12,6 +12,7 @@ from alora_serve.rpc.channels import (
     DEFAULT_MESSAGE_BYTES,
     internal_channel,
     internal_options,
+    is_this_machine,
     message_bytes_for_context,
     public_options,
     server_options,
@@ -37,25 +38,68 @@ async def check(channel: grpc.aio.Channel) -> int:
     return int(answer.status)
 
 
-async def test_a_proxy_in_the_environment_takes_users_traffic_but_never_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = grpc.aio.server(options=server_options())
-    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer([]), server)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
+@pytest.fixture
+def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a proxy in the environment, where nobody listens."""
     for variable in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     for variable in ("http_proxy", "grpc_proxy", "https_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:1")  # nobody listens there
-    async with internal_channel(address) as channel:
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    return "127.0.0.1:1"
+
+
+async def test_a_proxy_in_the_environment_never_takes_calls_to_this_machine(dead_proxy: str) -> None:
+    server = grpc.aio.server(options=server_options())
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer([]), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with internal_channel(f"127.0.0.1:{port}") as channel:
         assert await check(channel) == health_pb2.HealthCheckResponse.SERVING
-    async with grpc.aio.insecure_channel(address, options=public_options()) as channel:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await check(channel)
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    for target in (f"127.0.0.1:{port}", f"localhost:{port}", f"ipv4:127.0.0.1:{port}"):
+        async with grpc.aio.insecure_channel(target, options=public_options(target)) as channel:
+            assert await check(channel) == health_pb2.HealthCheckResponse.SERVING
     await server.stop(0)
 
 
-@pytest.mark.parametrize("client", [internal_options(), public_options()], ids=["internal", "public"])
+async def test_a_proxy_in_the_environment_takes_users_calls_elsewhere(dead_proxy: str) -> None:
+    target = "router.invalid:50051"
+    async with grpc.aio.insecure_channel(target, options=public_options(target)) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await check(channel)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert dead_proxy in str(caught.value.details()), "it was the proxy that was called"
+
+
+@pytest.mark.parametrize(
+    ("target", "is_this"),
+    [
+        ("localhost:50051", True),
+        ("LocalHost", True),
+        ("dns:///localhost:50051", True),
+        ("dns://8.8.8.8/localhost:50051", True),
+        ("127.0.0.1:50051", True),
+        ("127.8.9.1:50051", True),
+        ("ipv4:127.0.0.1:50051", True),
+        ("[::1]:50051", True),
+        ("::1", True),
+        ("ipv6:[::1]:50051", True),
+        ("unix:/run/router.sock", True),
+        ("unix:///run/router.sock", True),
+        ("unix-abstract:router", True),
+        ("router:50051", False),
+        ("localhost.example:50051", False),
+        ("127.0.0.1.example:50051", False),
+        ("dns:///router.example:50051", False),
+        ("10.0.0.1:50051", False),
+        ("[2001:db8::1]:50051", False),
+        ("2001:db8::1", False),
+    ],
+)
+def test_this_machine_is_told_from_others(target: str, is_this: bool) -> None:
+    assert is_this_machine(target) is is_this
+
+
+@pytest.mark.parametrize("client", [internal_options(), public_options("router:50051")], ids=["internal", "public"])
 def test_clients_ping_no_more_often_than_servers_allow(client: list[tuple[str, int | str]]) -> None:
     allowed = dict(server_options())["grpc.http2.min_recv_ping_interval_without_data_ms"]
     assert int(dict(client)["grpc.keepalive_time_ms"]) > int(allowed)

@@ -14,7 +14,6 @@ from typing import Final
 
 import psutil  # type: ignore[import-untyped]  # the package has no stubs
 
-from alora_serve.cli.connection import bypass_proxy
 from alora_serve.cli.demo.calls import timed_answer, timed_prefill
 from alora_serve.cli.demo.reference import compare_with_peft
 from alora_serve.cli.demo.result import Answer, DemoResult, Row
@@ -58,7 +57,6 @@ async def run_demo(script: DemoScript, options: DeploymentOptions, view: View) -
         view.doing("starting base prefill, a decode worker and the router")
         async with LocalDeployment(options, emit=view.process) as deployment:
             view.listening(deployment.processes, script.source)
-            bypass_proxy(deployment.router_address)
             async with AsyncClient(deployment.router_address) as client:
                 told = await _tell(script, deployment, client, view)
             threads = deployment.settings.threads or machine.usable_cores()
