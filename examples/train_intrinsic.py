@@ -166,7 +166,8 @@ def model_card(arguments: argparse.Namespace, base_name: str, measured: Measured
     """README.md of the adapter."""
     kind = "An Activated LoRA (aLoRA)" if arguments.kind == "alora" else "A plain LoRA"
     note = arguments.card_note.read_text() if arguments.card_note else ""
-    invocation = f"| invocation | `{arguments.invocation}` |\n" if arguments.kind == "alora" else ""
+    shown = arguments.invocation.replace("|", r"\|")  # a bare bar ends the cell, even inside code
+    invocation = f"| invocation | `{shown}` |\n" if arguments.kind == "alora" else ""
     tests = "".join(
         f"| {name} | {who} | {result} |\n"
         for name, results in measured.tests.items()

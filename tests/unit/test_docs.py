@@ -19,6 +19,8 @@ _LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 _CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 _MODULE = re.compile(r"`((?:kv|model|adapters|engine|rpc|client|cli|config|endpoints)/[\w/]*(?:\.py)?|[a-z_]+\.py)`")
+_TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+_CELL_EDGE = re.compile(r"(?<!\\)\|")
 _METRIC_ROW = re.compile(r"^\| `(alora_\w+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
 _ERROR_ROW = re.compile(r"^\| `([A-Z_]+)` \| `([A-Z_]+)` \|", re.MULTILINE)
 
@@ -51,6 +53,17 @@ def test_relative_links_resolve(root: Path) -> None:
             target = (page.parent / path).resolve() if path else page
             if not target.exists() or (anchor and anchor not in _anchors(target)):
                 broken.append(f"{page.relative_to(root)}: {link}")
+    assert not broken
+
+
+def test_rows_of_tables_have_as_many_cells_as_their_heads(root: Path) -> None:
+    """A bar ends a cell even inside code, unless it is written \\|: what follows the last cell is not shown."""
+    broken = []
+    for page in _pages(root):
+        for table in _TABLE.findall(_CODE_BLOCK.sub("", page.read_text())):
+            head, *rows = table.splitlines()
+            cells = len(_CELL_EDGE.findall(head))
+            broken += [f"{page.relative_to(root)}: {row}" for row in rows if len(_CELL_EDGE.findall(row)) != cells]
     assert not broken
 
 

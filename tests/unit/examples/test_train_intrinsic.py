@@ -54,7 +54,7 @@ def test_an_activated_adapter_is_trained_and_saved(
     assert {tensor.dtype for tensor in load_file(output / "adapter_model.safetensors").values()} == {torch.bfloat16}
     card = (output / "README.md").read_text()
     assert "Made for a test." in card
-    assert INVOCATION in card
+    assert r"| invocation | `<\|im_start\|>question<\|im_end\|>` |" in card
     assert "32 (rows.jsonl)" in card
     assert [line.split("|")[2].strip() for line in card.splitlines() if line.startswith("| rows.jsonl |")] == [
         "alora",
