@@ -34,6 +34,7 @@ async def main(settings: Settings) -> int:
         workers,
         settings.signer(),
         settings.limits(),
+        demands=settings.demands(),
         router_metrics=metrics,
         request_metrics=RequestMetrics(registry),
     )

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from adapter_router.affinity import adapter_key
 from adapter_router.catalog import find_adapter, merged_adapters
 from adapter_router.dispatch import Call, call_endpoint, peer_errors
 from adapter_router.endpoints.endpoint import Endpoint
-from adapter_router.policy import Demand, adapter_key
+from adapter_router.policy import Demand
 from alora_serve.errors import AdapterNotFoundError, UnavailableError
 from alora_serve.rpc.convert import adapter_from_proto
 from alora_serve.types import AdapterInfo

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from adapter_router.demands import Demands
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.servicer import RouterLimits
 from alora_serve.config import RouterSettings, SecretSettings, ServerSettings
 from alora_serve.errors import ConfigError
+from alora_serve.kv.fingerprints import PrefixFingerprints
 
 
 class Settings(ServerSettings, SecretSettings, RouterSettings):
@@ -22,6 +24,10 @@ class Settings(ServerSettings, SecretSettings, RouterSettings):
             max_in_flight=self.max_in_flight,
             default_deadline_seconds=self.default_deadline_seconds,
         )
+
+    def demands(self) -> Demands:
+        """What calls need of endpoints; prefixes are named as the services of this deployment name them."""
+        return Demands(PrefixFingerprints(self.tenant_salt.get_secret_value().encode()))
 
     def check_endpoints(self) -> None:
         """Return if there is someone to talk to.

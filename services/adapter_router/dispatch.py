@@ -142,7 +142,8 @@ async def call_endpoint(
     """
     retries = Retries(endpoints, demand, max_attempts)
     while True:
-        async with endpoints.lease(demand, avoid=retries.failed) as endpoint:
+        async with endpoints.lease(demand, avoid=retries.failed) as lease:
+            endpoint = lease.endpoint
             try:
                 with peer_errors(f"{endpoints.service} {endpoint.address}"):
                     return await invoke(endpoint.stub)

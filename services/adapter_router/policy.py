@@ -1,21 +1,32 @@
-"""Which endpoint a request goes to: rendezvous hashing with bounded load. Pure: no I/O, no clock, no randomness.
+"""Which endpoint a request goes to: where its first token is predicted first. Pure: no I/O, no clock, no randomness.
 
-Every router replica, and the same one after a restart, orders the same endpoints the same way for the same key, so an
-adapter keeps its worker without any coordination. An endpoint that joins or leaves moves only the keys it wins or held.
+Among endpoints whose predictions are as good as equal, the closest to the request's key in rendezvous order is taken:
+noise does not scatter what belongs together, and endpoints that report no figures are picked by affinity alone. No
+endpoint is filled beyond its fair share times a factor, whatever is predicted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final, Literal
 
-from alora_serve.types import AdapterInfo, ChatMessage, TokenIds
+from adapter_router.affinity import rendezvous_weight
+from adapter_router.prediction import UNKNOWN_PACE, Pace, Prediction, predict, typical_pace
+from alora_serve.kv.fingerprints import STRIDE_TOKENS
+from alora_serve.types import AdapterInfo
 
-AFFINITY_TOKENS = 512
-"""How many leading tokens name a conversation. A longer conversation keeps its key as it grows; a shorter one may move
-between turns, which costs a fetch of fewer than 512 tokens."""
+TIE_RATIO: Final = 0.1
+TIE_SECONDS: Final = 0.005
+"""Predictions within a tenth of the best or within 5 ms of it are a tie: figures are means of noisy measurements, and
+what other routers have sent is known up to a second late."""
+
+Reason = Literal["prefix", "adapter", "load", "affinity", "fan_out", "only"]
+"""Why an endpoint was picked: what the ones not taken would have spent most on (fetching or computing the ``prefix``,
+loading the ``adapter``, waiting under their ``load``); rendezvous order among equals (``affinity``); others of its
+``fan_out`` are there; no other may take it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +40,14 @@ class EndpointSnapshot:
         in_flight: requests this router has on it, counted from the moment each was picked.
         model_digest: of its last report; empty while it has not reported.
         adapters: by name, from its last report; never guessed from traffic.
+        reported_load: requests that its last report says it has, whoever sent them.
+        in_flight_at_report: ``in_flight`` when that report came.
+        places: sequences that fit its batch; 0 is unknown.
+        pending_tokens: prompt tokens that it has to run, of its last report and of picks since.
+        pace: what it measured of itself.
+        prefixes: fingerprints of what its memory holds, from its last report.
+        coming_adapters: adapters of requests in flight there: in memory, or on their way.
+        coming_prefixes: fingerprints of the same requests' prefixes.
     """
 
     address: str
@@ -37,10 +56,39 @@ class EndpointSnapshot:
     in_flight: int = 0
     model_digest: bytes = b""
     adapters: Mapping[str, AdapterInfo] = field(default_factory=dict)
+    reported_load: int = 0
+    in_flight_at_report: int = 0
+    places: int = 0
+    pending_tokens: int = 0
+    pace: Pace = UNKNOWN_PACE
+    prefixes: Container[int] = frozenset()
+    coming_adapters: Container[str] = frozenset()
+    coming_prefixes: Container[int] = frozenset()
+
+    @property
+    def load(self) -> int:
+        """Requests on it now: what it reported and how this router's own changed since; at least this router's own."""
+        return max(self.in_flight, self.reported_load + self.in_flight - self.in_flight_at_report)
 
     def serves(self, adapter: str) -> bool:
         """It can run ``adapter``; the empty name is the base model, which every endpoint can run."""
         return not adapter or (adapter in self.adapters and not self.adapters[adapter].problem)
+
+    def lacks_adapter(self, adapter: str) -> bool:
+        """Its weights would have to be loaded first."""
+        return bool(adapter) and adapter not in self.coming_adapters and not self.adapters[adapter].resident
+
+    def resident_tokens(self, fingerprints: Sequence[int]) -> int:
+        """Tokens of a prefix that are in its memory or on their way there, as far as fingerprints tell."""
+        held, coming = self.prefixes, self.coming_prefixes
+
+        def missing(fingerprint: int) -> bool:
+            return fingerprint not in held and fingerprint not in coming
+
+        if not fingerprints or missing(fingerprints[0]):
+            return 0
+        # A prefix is there up to some length and not beyond.
+        return STRIDE_TOKENS * bisect_left(fingerprints, True, key=missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,63 +96,39 @@ class Demand:
     """What a request needs of an endpoint.
 
     Attributes:
-        key: what it should stay close to; see :func:`adapter_key` and :func:`conversation_key`.
+        key: what it should stay close to; see :mod:`adapter_router.affinity`.
         model_digests: base models that will do.
         adapter: name of the adapter; empty is the base model.
         group_size: requests of one fan-out still to be placed, this one included. The load bound counts them all, so a
             fan-out fills few endpoints up to their fair share instead of one request on each.
+        together: addresses that others of its fan-out were sent to; whoever sends a request adds to it. None: no other.
+        fingerprints: of its prefix; see :mod:`alora_serve.kv.fingerprints`.
+        prefix_tokens: whose KV an endpoint may have, or fetch.
+        computed_tokens: prompt tokens that no memory and no store can have the KV of.
     """
 
     key: bytes
     model_digests: Collection[bytes]
     adapter: str = ""
     group_size: int = 1
+    together: set[str] | None = None
+    fingerprints: Sequence[int] = ()
+    prefix_tokens: int = 0
+    computed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """The endpoint that takes a request. ``preferred``: its first choice, not one that another's load sent it to."""
+    """The endpoint that takes a request, why, and when its first token is due there; 0 when nothing is known."""
 
     address: str
-    preferred: bool
+    reason: Reason
+    predicted_seconds: float = 0.0
 
 
-def adapter_key(name: str) -> bytes:
-    """The affinity key of an adapter: its weights stay in the memory of the worker this key prefers."""
-    return b"adapter\0" + name.encode()
-
-
-def conversation_key(prefix_tokens: TokenIds) -> bytes:
-    """The affinity key of a conversation known by its tokens, the same for each later turn of it."""
-    head = prefix_tokens[:AFFINITY_TOKENS]
-    return b"tokens\0" + b"".join(token.to_bytes(4, "little") for token in head)
-
-
-def opening_key(messages: Sequence[ChatMessage]) -> bytes:
-    """The affinity key of a conversation not tokenized yet: its messages up to the first of the user."""
-    digest = hashlib.blake2b(digest_size=16)
-    for message in messages:
-        for text in (message.role, message.content):
-            encoded = text.encode(errors="surrogatepass")
-            digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        if message.role == "user":
-            break
-    return b"opening\0" + digest.digest()
-
-
-def rendezvous_order(key: bytes, addresses: Iterable[str]) -> list[str]:
-    """``addresses`` by falling weight for ``key``. Each order of endpoints is as likely as any other over all keys."""
-    salt = hashlib.blake2b(key, digest_size=32).digest()
-
-    def weight(address: str) -> tuple[bytes, str]:
-        return hashlib.blake2b(address.encode(), key=salt, digest_size=16).digest(), address
-
-    return sorted(addresses, key=weight, reverse=True)
-
-
-def load_bound(total_in_flight: int, num_endpoints: int, load_factor: float, group_size: int = 1) -> int:
+def load_bound(total_load: int, num_endpoints: int, load_factor: float, group_size: int = 1) -> int:
     """Most requests one endpoint may hold once ``group_size`` more are placed: the fair share times the factor."""
-    return math.ceil(load_factor * (total_in_flight + group_size) / num_endpoints)
+    return math.ceil(load_factor * (total_load + group_size) / num_endpoints)
 
 
 def eligible(endpoints: Iterable[EndpointSnapshot], demand: Demand) -> list[EndpointSnapshot]:
@@ -124,8 +148,8 @@ def pick(
 ) -> Pick | None:
     """Where the next request goes, or None when no endpoint may take it.
 
-    The first in rendezvous order that stays within the load bound. With ``load_factor`` >= 1 there always is one: were
-    all at the bound, they would hold more requests than there are.
+    With ``load_factor`` >= 1 there always is an endpoint within the load bound: were all at it, they would hold more
+    requests than there are.
 
     Args:
         endpoints: everything known.
@@ -133,10 +157,68 @@ def pick(
         load_factor: how far above its fair share an endpoint may be filled, >= 1.
         avoid: addresses that failed this request already.
     """
-    candidates = {e.address: e.in_flight for e in eligible(endpoints, demand) if e.address not in avoid}
+    candidates = [e for e in eligible(endpoints, demand) if e.address not in avoid]
     if not candidates:
         return None
-    bound = load_bound(sum(candidates.values()), len(candidates), load_factor, demand.group_size)
-    ranked = rendezvous_order(demand.key, candidates)
-    address = next(address for address in ranked if candidates[address] < bound)
-    return Pick(address, preferred=address == ranked[0])
+    open_ = _within_bound(candidates, demand, load_factor)
+    near = [endpoint for endpoint in open_ if endpoint.address in (demand.together or ())]
+    judged = near or open_
+    predictions = _predictions(judged, demand, typical_pace([endpoint.pace for endpoint in candidates]))
+    totals = [prediction.total_seconds for prediction in predictions]
+    limit = max(min(totals) * (1 + TIE_RATIO), min(totals) + TIE_SECONDS)
+    weight = rendezvous_weight(demand.key)
+    chosen = max(
+        (index for index, total in enumerate(totals) if total <= limit), key=lambda i: weight(judged[i].address)
+    )
+    address = judged[chosen].address
+    if near:
+        reason: Reason = "fan_out"
+    elif len(candidates) == 1:
+        reason = "only"
+    elif worse := [p for p, total in zip(predictions, totals, strict=True) if total > limit]:
+        reason = _largest_saving(predictions[chosen], worse)
+    else:
+        full = {endpoint.address for endpoint in candidates}.difference(endpoint.address for endpoint in open_)
+        reason = "load" if any(weight(other) > weight(address) for other in full) else "affinity"
+    return Pick(address, reason, totals[chosen])
+
+
+def _within_bound(candidates: list[EndpointSnapshot], demand: Demand, load_factor: float) -> list[EndpointSnapshot]:
+    """Those that may take one more; of a fan-out, those with which all of it fits on as few endpoints as possible."""
+    loads = [endpoint.load for endpoint in candidates]
+    bound = load_bound(sum(loads), len(loads), load_factor, demand.group_size)
+    needed, left = 1, demand.group_size
+    if left > 1:
+        for room in sorted((bound - load for load in loads), reverse=True):
+            needed = max(1, min(left, room))
+            if room >= left:
+                break
+            left -= room
+    return [
+        endpoint
+        for endpoint, load in zip(candidates, loads, strict=True)
+        if bound - load >= needed or (bound > load and endpoint.address in (demand.together or ()))
+    ]
+
+
+def _predictions(endpoints: list[EndpointSnapshot], demand: Demand, typical: Pace) -> list[Prediction]:
+    return [
+        predict(
+            endpoint.pace.filled(typical),
+            load=endpoint.load,
+            places=endpoint.places,
+            pending_tokens=endpoint.pending_tokens,
+            adapter_missing=endpoint.lacks_adapter(demand.adapter),
+            missing_tokens=demand.prefix_tokens - endpoint.resident_tokens(demand.fingerprints),
+            computed_tokens=demand.computed_tokens,
+        )
+        for endpoint in endpoints
+    ]
+
+
+def _largest_saving(chosen: Prediction, others: list[Prediction]) -> Reason:
+    """What most of the time is spent on that the others would take longer."""
+    columns = zip(*others, strict=True)
+    queue, adapter, prompt = (sum(column) / len(others) - own for own, column in zip(chosen, columns, strict=True))
+    largest = max(queue, adapter, prompt)
+    return "prefix" if prompt == largest else "adapter" if adapter == largest else "load"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapter_router.catalog import NO_MODEL, paired_models
+from adapter_router.demands import Demands
 from adapter_router.dispatch import Call, call_endpoint
-from adapter_router.policy import Demand, EndpointSnapshot, conversation_key, opening_key
+from adapter_router.policy import Demand, EndpointSnapshot
 from alora_serve.errors import ModelMismatchError, UnavailableError
 from alora_serve.handles import HandleSigner
 from alora_serve.rpc.convert import prefill_result_from_proto
@@ -36,6 +37,7 @@ class Preparer:
         prefills: Prefills,
         workers: Workers,
         signer: HandleSigner,
+        demands: Demands,
         *,
         max_attempts: int,
     ) -> None:
@@ -45,11 +47,13 @@ class Preparer:
             prefills: base prefill endpoints.
             workers: decode workers, with whose models a prefill is paired.
             signer: verifies handles before anyone works on them.
+            demands: says what a prefill needs of an endpoint.
             max_attempts: base prefill calls for one prompt in all.
         """
         self._prefills = prefills
         self._workers = workers
         self._signer = signer
+        self._demands = demands
         self._max_attempts = max_attempts
 
     async def prepare(
@@ -100,12 +104,11 @@ class Preparer:
     def _prefill_demand(self, prompt: Prompt, adapter: str) -> Demand:
         if prompt.handle is not None:
             _check_model_left(prompt.handle, self._prefills.snapshots(), self._workers.snapshots())
-            return Demand(conversation_key(prompt.handle.prefix_tokens), {prompt.handle.model_digest})
+            return self._demands.prefill(prompt, {prompt.handle.model_digest})
         models = paired_models(self._prefills.snapshots(), self._workers.snapshots(), adapter)
         if not models:
             raise UnavailableError(NO_MODEL)
-        key = opening_key(prompt.messages) if prompt.messages else conversation_key(prompt.token_ids)
-        return Demand(key, models)
+        return self._demands.prefill(prompt, models)
 
 
 def _check_model_left(handle: PrefixHandle, *services: Sequence[EndpointSnapshot]) -> None:

@@ -14,9 +14,10 @@ from grpc import aio
 
 from adapter_router.adapters import AdapterDirectory
 from adapter_router.catalog import paired_models, prevailing_model
+from adapter_router.demands import Demands, is_plain_lora
 from adapter_router.dispatch import Call
 from adapter_router.merge import merge_streams
-from adapter_router.policy import Demand, adapter_key, conversation_key
+from adapter_router.policy import Demand
 from adapter_router.prepare import Prepared, Preparer
 from adapter_router.stream import DecodeStream
 from alora_serve.errors import (
@@ -76,15 +77,17 @@ class AloraServicer(AloraServiceServicer):
         limits: RouterLimits,
         *,
         router_metrics: RouterMetrics,
+        demands: Demands,
         request_metrics: RequestMetrics,
     ) -> None:
-        """Keep who does what; ``signer`` verifies the handles that clients send."""
+        """Keep who does what; ``signer`` verifies clients' handles, ``demands`` says what calls need of endpoints."""
         self._router_metrics = router_metrics
         self._request_metrics = request_metrics
         self._prefills = prefills
         self._workers = workers
         self._limits = limits
-        self._preparer = Preparer(prefills, workers, signer, max_attempts=limits.max_attempts)
+        self._demands = demands
+        self._preparer = Preparer(prefills, workers, signer, demands, max_attempts=limits.max_attempts)
         self._adapters = AdapterDirectory(workers, max_attempts=limits.max_attempts)
         self._in_flight = 0
 
@@ -98,10 +101,9 @@ class AloraServicer(AloraServiceServicer):
             prompt, target = generate_from_proto(request)
             adapter = self._adapters.find(target.adapter)
             prepared = await self._preparer.prepare(
-                prompt, request.prompt, call=call, adapter=target.adapter, tokenize_only=_is_plain_lora(adapter)
+                prompt, request.prompt, call=call, adapter=target.adapter, tokenize_only=is_plain_lora(adapter)
             )
-            key = adapter_key(target.adapter) if adapter else conversation_key(prepared.handle.prefix_tokens)
-            demand = Demand(key, {prepared.handle.model_digest}, target.adapter)
+            demand = self._demands.generation(prepared.handle, adapter)
             stream = self._stream(prepared, target, demand, call, _new_seed(), prepared.prefill)
             async with aclosing(stream.events()) as events:
                 async for event in events:
@@ -122,7 +124,7 @@ class AloraServicer(AloraServiceServicer):
             if not adapters:
                 return
             prepared = await self._preparer.prepare(
-                fan_out.prompt, request.prompt, call=call, tokenize_only=all(map(_is_plain_lora, adapters.values()))
+                fan_out.prompt, request.prompt, call=call, tokenize_only=all(map(is_plain_lora, adapters.values()))
             )
             indexes = list(adapters)
             streams = self._fan_out_streams(prepared, fan_out.targets, adapters, call)
@@ -138,18 +140,18 @@ class AloraServicer(AloraServiceServicer):
         What the one prefill cost is charged to the first target that uses it, so that sums over targets are right.
         """
         seed = _new_seed()
-        key = conversation_key(prepared.handle.prefix_tokens)
-        charged = next((i for i, adapter in adapters.items() if not _is_plain_lora(adapter)), min(adapters))
+        charged = next((i for i, adapter in adapters.items() if not is_plain_lora(adapter)), min(adapters))
+        demands = self._demands.fan_out(prepared.handle, list(adapters.values()))
         return [
             self._stream(
                 prepared,
                 targets[index],
-                Demand(key, {prepared.handle.model_digest}, targets[index].adapter, len(adapters) - position),
+                demand,
                 call,
                 seed,
                 prepared.prefill if index == charged else None,
             )
-            for position, index in enumerate(adapters)
+            for index, demand in zip(adapters, demands, strict=True)
         ]
 
     def _stream(
@@ -263,10 +265,6 @@ class AloraServicer(AloraServiceServicer):
         within_seconds = self._limits.default_deadline_seconds if remaining is None else remaining
         # The server's interceptor has bound the id that the client gave or a new one.
         return Call.arriving(structlog.contextvars.get_contextvars()["request_id"], within_seconds)
-
-
-def _is_plain_lora(adapter: AdapterInfo | None) -> bool:
-    return adapter is not None and adapter.kind == "lora"
 
 
 def _new_seed() -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from adapter_router.dispatch import Call, Retries, peer_errors
-from adapter_router.endpoints.endpoint import Endpoint
+from adapter_router.endpoints.pool import Lease
 from adapter_router.policy import Demand
 from adapter_router.usage import merged_timings, merged_usage
 from alora_serve.errors import AloraServeError, UnavailableError
@@ -76,18 +77,17 @@ class DecodeStream:
         """
         retries = Retries(self._workers, self._demand, self._max_attempts)
         while True:
-            async with self._workers.lease(self._demand, avoid=retries.failed) as worker:
+            async with self._workers.lease(self._demand, avoid=retries.failed) as lease:
                 try:
-                    async with aclosing(self._attempt(worker, retries.attempt)) as events:
+                    async with aclosing(self._attempt(lease, retries.attempt)) as events:
                         async for event in events:
                             yield event
                     return
                 except AloraServeError as error:
-                    retries.after(worker, error, may_repeat=not self.delivered)
+                    retries.after(lease.endpoint, error, may_repeat=not self.delivered)
 
-    async def _attempt(
-        self, worker: Endpoint[WorkerStub], attempt: int
-    ) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
+    async def _attempt(self, lease: Lease[WorkerStub], attempt: int) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
+        worker, began, waiting = lease.endpoint, time.monotonic(), True
         request = decode_to_proto(self._request, attempt=attempt)
         rpc = worker.stub.Decode(request, timeout=self._call.remaining_seconds(), metadata=self._call.metadata)
         try:
@@ -95,6 +95,9 @@ class DecodeStream:
                 async for response in rpc:
                     event = response.event
                     event.attempt = attempt
+                    if waiting and event.HasField("chunk"):
+                        waiting = False
+                        self._workers.note_first_token(lease, time.monotonic() - began)
                     if self._is_news(event):
                         yield event
                     if event.HasField("finished"):

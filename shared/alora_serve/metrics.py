@@ -229,11 +229,23 @@ class RouterMetrics:
         self._endpoints = Gauge("alora_router_endpoints", "Endpoints by state.", ["role", "state"], registry=registry)
         self._in_flight = Gauge("alora_router_in_flight", "Requests in the router.", registry=registry)
         self._requests = Counter("alora_router_requests_total", "Requests by adapter.", ["adapter"], registry=registry)
+        self._errors = Histogram(
+            "alora_router_prediction_error_seconds",
+            "How far first tokens were from their prediction.",
+            ["role", "direction"],
+            buckets=FAST_SECONDS,
+            registry=registry,
+        )
         self._cap = LabelCap()
 
     def picked(self, role: str, reason: str) -> None:
-        """An endpoint was picked: ``preferred`` or ``overflow``."""
+        """An endpoint was picked, for one of the reasons of the router's policy."""
         self._picks.labels(role, reason).inc()
+
+    def predicted(self, role: str, predicted_seconds: float, actual_seconds: float) -> None:
+        """A first token was predicted after one time and came after another."""
+        error = actual_seconds - predicted_seconds
+        self._errors.labels(role, "late" if error > 0 else "early").observe(abs(error))
 
     def retried(self, role: str) -> None:
         """A request is tried again elsewhere."""

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from adapter_router.policy import conversation_key, rendezvous_order
+from adapter_router.affinity import conversation_key, rendezvous_order
 from alora_serve.errors import InvalidRequestError, OverloadedError
 from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import GenerateRequest, StreamEvent

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from adapter_router.policy import adapter_key, rendezvous_order
+from adapter_router.affinity import adapter_key, rendezvous_order
 from adapter_router.servicer import RouterLimits
 from alora_serve.errors import OverloadedError, RequestCancelledError, UnavailableError
 from alora_serve.rpc.status import error_from_rpc

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from adapter_router.policy import adapter_key, conversation_key, rendezvous_order
+from adapter_router.affinity import adapter_key, conversation_key, rendezvous_order
 from adapter_router.servicer import RouterLimits
 from alora_serve.errors import (
     AdapterNotFoundError,

@@ -17,12 +17,14 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry
 
+from adapter_router.demands import Demands
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.endpoints.pool import EndpointSet
 from adapter_router.endpoints.resolver import Resolver
 from adapter_router.peers import prefill_pool, worker_pool
 from adapter_router.servicer import AloraServicer, RouterLimits
 from alora_serve.handles import HandleSigner
+from alora_serve.kv.fingerprints import PrefixFingerprints
 from alora_serve.metrics import RequestMetrics, RouterMetrics, RpcMetrics
 from alora_serve.rpc.channels import server_options
 from alora_serve.rpc.convert import (
@@ -359,6 +361,7 @@ async def router_on(
             router_metrics=metrics,
             request_metrics=RequestMetrics(registry),
         )
+            demands=Demands(PrefixFingerprints(b"")),
         server = await start_server(partial(add_AloraServiceServicer_to_server, servicer))
         stack.push_async_callback(server.kill)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))

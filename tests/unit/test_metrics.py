@@ -172,13 +172,18 @@ def test_times_of_tokens_that_were_not_generated_are_not_recorded(
 
 def test_router(registry: CollectorRegistry, value: Callable[..., float | None]) -> None:
     metrics = RouterMetrics(registry)
-    metrics.picked("decode", "overflow")
+    metrics.picked("decode", "prefix")
+    metrics.predicted("decode", 0.5, 0.75)
+    metrics.predicted("decode", 0.5, 0.25)
+    metrics.predicted("decode", 0.5, 0.5)
     metrics.retried("decode")
     metrics.endpoints("decode", "healthy", 2)
     metrics.in_flight(4)
     metrics.requested("certainty")
     metrics.requested("")
-    assert value("router_picks_total", role="decode", reason="overflow") == 1
+    assert value("router_picks_total", role="decode", reason="prefix") == 1
+    assert value("router_prediction_error_seconds_sum", role="decode", direction="late") == 0.25
+    assert value("router_prediction_error_seconds_count", role="decode", direction="early") == 2
     assert value("router_retries_total", role="decode") == 1
     assert value("router_endpoints", role="decode", state="healthy") == 2
     assert value("router_in_flight") == 4

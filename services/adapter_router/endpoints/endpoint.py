@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from grpc import aio
 
-from adapter_router.policy import EndpointSnapshot
+from adapter_router.policy import Demand, EndpointSnapshot
+from adapter_router.prediction import Pace
+from alora_serve.kv.fingerprints import STRIDE_TOKENS
 from alora_serve.types import AdapterInfo, EndpointStatus
 
 StubT = TypeVar("StubT")
@@ -42,23 +45,26 @@ class Endpoint(Generic[StubT]):
         self.stub = stub
         self.status: EndpointStatus | None = None
         self.adapters: dict[str, AdapterInfo] = {}
-        self.healthy = False
         self.in_flight = 0
         self.retired = False
+        self._healthy = False
+        self._pace = Pace()
+        self._in_flight_at_report = 0
+        # What requests in flight bring into its memory, until a report after their end has told of it.
+        self._coming_adapters: Counter[str] = Counter()
+        self._coming_prefixes: Counter[int] = Counter()
+        self._ended: list[Demand] = []
+        self._unreported_tokens = 0
+        self._snapshot: EndpointSnapshot | None = None
 
-    def snapshot(self) -> EndpointSnapshot:
-        """What :func:`adapter_router.policy.pick` judges."""
-        status = self.status
-        if status is None:
-            return EndpointSnapshot(self.address, healthy=False, in_flight=self.in_flight)
-        return EndpointSnapshot(
-            self.address,
-            self.healthy,
-            status.draining,
-            self.in_flight,
-            status.model.model_digest,
-            self.adapters,
-        )
+    @property
+    def healthy(self) -> bool:
+        """It may be picked as far as health goes."""
+        return self._healthy
+
+    @healthy.setter
+    def healthy(self, healthy: bool) -> None:
+        self._healthy, self._snapshot = healthy, None
 
     @property
     def state(self) -> str:
@@ -66,3 +72,68 @@ class Endpoint(Generic[StubT]):
         if not self.healthy or self.status is None:
             return "down"
         return "draining" if self.status.draining else "healthy"
+
+    def snapshot(self) -> EndpointSnapshot:
+        """What :func:`adapter_router.policy.pick` judges. Asked for at every pick, so made anew only after a change."""
+        if self._snapshot is None:
+            self._snapshot = self._take_snapshot()
+        return self._snapshot
+
+    def take(self, demand: Demand) -> None:
+        """Count a request that was just sent here, before anything else is picked."""
+        self.in_flight += 1
+        self._coming_adapters[demand.adapter] += 1
+        self._coming_prefixes.update(demand.fingerprints)
+        self._unreported_tokens += demand.computed_tokens
+        self._snapshot = None
+
+    def give_back(self, demand: Demand) -> None:
+        """A request that was sent here has ended."""
+        self.in_flight -= 1
+        self._ended.append(demand)
+        self._snapshot = None
+
+    def report(self, status: EndpointStatus) -> bool:
+        """Take in what it says about itself; True when that changes which requests it may take."""
+        before = self.status
+        changed = not self.healthy or before is None or _role(before) != _role(status)
+        if before is None or before.adapters != status.adapters:
+            self.adapters = {adapter.name: adapter for adapter in status.adapters}
+        self.status, self.healthy = status, True
+        self._pace = Pace.of(status)
+        self._in_flight_at_report = self.in_flight
+        self._unreported_tokens = 0
+        for demand in self._ended:
+            self._coming_adapters -= Counter([demand.adapter])
+            self._coming_prefixes.subtract(demand.fingerprints)
+        if self._ended:
+            self._coming_prefixes = +self._coming_prefixes
+        self._ended.clear()
+        return changed
+
+    def _take_snapshot(self) -> EndpointSnapshot:
+        status = self.status
+        if status is None:
+            return EndpointSnapshot(self.address, healthy=False, in_flight=self.in_flight)
+        digest = status.resident_prefixes
+        return EndpointSnapshot(
+            self.address,
+            self.healthy,
+            status.draining,
+            self.in_flight,
+            status.model.model_digest,
+            self.adapters,
+            reported_load=status.running + status.queued,
+            in_flight_at_report=self._in_flight_at_report,
+            places=status.max_running,
+            pending_tokens=status.pending_prefill_tokens + self._unreported_tokens,
+            pace=self._pace,
+            prefixes=digest.fingerprints if digest.stride_tokens == STRIDE_TOKENS else frozenset(),
+            coming_adapters=self._coming_adapters.keys(),
+            coming_prefixes=self._coming_prefixes.keys(),
+        )
+
+
+def _role(status: EndpointStatus) -> tuple[object, ...]:
+    """What decides which requests it may take, and what people are told of it; not how busy it is."""
+    return status.model, status.draining, status.adapters

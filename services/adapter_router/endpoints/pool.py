@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -29,6 +30,14 @@ StubT = TypeVar("StubT")
 
 _BACKOFF_SECONDS = (0.2, 0.4, 0.8, 1.6)
 """Longest pause before a status stream that keeps failing is opened again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease(Generic[StubT]):
+    """A place on an endpoint, and when its first token was predicted there; 0 when nothing was."""
+
+    endpoint: Endpoint[StubT]
+    predicted_seconds: float
 
 
 class EndpointSet(Generic[StubT]):
@@ -100,7 +109,7 @@ class EndpointSet(Generic[StubT]):
         return [endpoint.snapshot() for endpoint in self._members.values()]
 
     @asynccontextmanager
-    async def lease(self, demand: Demand, *, avoid: Collection[str] = ()) -> AsyncIterator[Endpoint[StubT]]:
+    async def lease(self, demand: Demand, *, avoid: Collection[str] = ()) -> AsyncIterator[Lease[StubT]]:
         """Hold one place on the endpoint that ``demand`` prefers, waiting ``wait_seconds`` at most for one to be fit.
 
         Endpoints in ``avoid`` failed this request already: they are taken only when no other may be.
@@ -108,12 +117,12 @@ class EndpointSet(Generic[StubT]):
         Raises:
             UnavailableError: no endpoint may take it.
         """
-        endpoint = await self._take(demand, avoid)
+        lease = await self._take(demand, avoid)
         try:
-            yield endpoint
+            yield lease
         finally:
-            endpoint.in_flight -= 1
-            self._close_if_idle(endpoint)
+            lease.endpoint.give_back(demand)
+            self._close_if_idle(lease.endpoint)
 
     def has_other(self, demand: Demand, avoid: Collection[str]) -> bool:
         """An endpoint outside ``avoid`` may take a request now."""
@@ -125,6 +134,11 @@ class EndpointSet(Generic[StubT]):
             endpoint.healthy = False
             self._log.warning("endpoint unreachable", address=endpoint.address)
             self._announce()
+
+    def note_first_token(self, lease: Lease[StubT], seconds: float) -> None:
+        """The first token came so long after the endpoint was picked."""
+        if lease.predicted_seconds:
+            self._metrics.predicted(self.service, lease.predicted_seconds, seconds)
 
     def note_retry(self) -> None:
         """A request is tried again."""
@@ -145,26 +159,28 @@ class EndpointSet(Generic[StubT]):
 
     # --- picking ------------------------------------------------------------------------------------------------------
 
-    async def _take(self, demand: Demand, avoid: Collection[str]) -> Endpoint[StubT]:
+    async def _take(self, demand: Demand, avoid: Collection[str]) -> Lease[StubT]:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._options.wait_seconds):
                 while True:
-                    endpoint = self._try_take(demand, avoid) or self._try_take(demand, ())
-                    if endpoint is not None:
-                        return endpoint
+                    lease = self._try_take(demand, avoid) or self._try_take(demand, ())
+                    if lease is not None:
+                        return lease
                     await self._changed.wait()
         what = f"adapter {demand.adapter!r}" if demand.adapter else "the base model"
         raise UnavailableError(f"no {self.service} endpoint can take a request for {what} now; retry later")
 
-    def _try_take(self, demand: Demand, avoid: Collection[str]) -> Endpoint[StubT] | None:
+    def _try_take(self, demand: Demand, avoid: Collection[str]) -> Lease[StubT] | None:
         """Pick and count in one step."""
         choice = pick(self.snapshots(), demand, load_factor=self._options.load_factor, avoid=avoid)
         if choice is None:
             return None
         endpoint = self._members[choice.address]
-        endpoint.in_flight += 1
-        self._metrics.picked(self.service, "preferred" if choice.preferred else "overflow")
-        return endpoint
+        endpoint.take(demand)
+        if demand.together is not None:
+            demand.together.add(choice.address)
+        self._metrics.picked(self.service, choice.reason)
+        return Lease(endpoint, choice.predicted_seconds)
 
     # --- membership ---------------------------------------------------------------------------------------------------
 
@@ -228,9 +244,7 @@ class EndpointSet(Generic[StubT]):
     def _report(self, endpoint: Endpoint[StubT], status: EndpointStatus) -> None:
         if not endpoint.healthy:
             self._log.info("endpoint healthy", address=endpoint.address)
-        if not endpoint.healthy or endpoint.status != status:
-            endpoint.healthy, endpoint.status = True, status
-            endpoint.adapters = {adapter.name: adapter for adapter in status.adapters}
+        if endpoint.report(status):
             self._announce()
 
     def _announce(self) -> None:

@@ -9,6 +9,7 @@ from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.servicer import RouterLimits
 from alora_serve.config import load_settings
 from alora_serve.errors import ConfigError
+from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
 from fake_services import SECRET, handle
 
 FLAGS = (
@@ -30,6 +31,13 @@ def test_settings_reach_the_parts_they_are_for() -> None:
     assert settings.endpoint_options() == EndpointOptions(load_factor=2, resolve_seconds=7)
     assert settings.limits() == RouterLimits(max_attempts=4, max_in_flight=5, default_deadline_seconds=6)
     settings.signer().verify(handle())
+
+
+def test_prefixes_are_named_under_the_tenants_salt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALORA_TENANT_SALT", "salt")
+    conversation = handle(range(STRIDE_TOKENS))
+    expected = PrefixFingerprints(b"salt").of(conversation.prefix_tokens, model_digest=conversation.model_digest)
+    assert load_settings(Settings, FLAGS).demands().generation(conversation, None).fingerprints == expected
 
 
 @pytest.mark.parametrize("missing", ["base_prefill_endpoints", "decode_endpoints"])

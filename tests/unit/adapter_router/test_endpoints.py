@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from adapter_router.affinity import rendezvous_order
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.endpoints.pool import EndpointSet
-from adapter_router.policy import Demand, rendezvous_order
+from adapter_router.policy import Demand
 from alora_serve.errors import InvalidRequestError, UnavailableError
 from alora_serve.metrics import RouterMetrics
 from alora_serve.rpc.channels import internal_channel
@@ -112,8 +113,8 @@ async def test_an_unreachable_call_makes_an_endpoint_unhealthy_until_its_stream_
     server = await start_worker(worker)
     async with pool_on([server.address]) as workers:
         await until(lambda: healthy(workers) == 1)
-        async with workers.lease(BASE) as endpoint:
-            workers.mark_unreachable(endpoint)
+        async with workers.lease(BASE) as lease:
+            workers.mark_unreachable(lease.endpoint)
             assert healthy(workers) == 0
             with pytest.raises(UnavailableError, match="no adapter_decode endpoint can take a request for the base"):
                 async with workers.lease(BASE):
@@ -126,8 +127,8 @@ async def test_an_unreachable_call_makes_an_endpoint_unhealthy_until_its_stream_
 async def test_a_lease_waits_for_an_endpoint_that_is_about_to_be_fit() -> None:
     server = await start_worker(FakeWorker())
     options = dataclasses.replace(FAST, wait_seconds=20)
-    async with pool_on([server.address], options=options) as workers, workers.lease(BASE) as endpoint:
-        assert endpoint.address == server.address
+    async with pool_on([server.address], options=options) as workers, workers.lease(BASE) as lease:
+        assert lease.endpoint.address == server.address
     await server.kill()
 
 
@@ -155,12 +156,12 @@ async def test_leases_are_counted_as_they_are_picked_and_spill_over_by_the_bound
         preferred, other = rendezvous_order(BASE.key, [server.address for server in servers])
         async with workers.lease(BASE) as first, workers.lease(BASE) as second, workers.lease(BASE) as third:
             # Bound of the third: ceil(1.25 x 3 / 2) = 2 an endpoint.
-            assert [first.address, second.address, third.address] == [preferred, preferred, other]
+            assert [lease.endpoint.address for lease in (first, second, third)] == [preferred, preferred, other]
             assert {e.address: e.in_flight for e in workers.members()} == {preferred: 2, other: 1}
         assert [e.in_flight for e in workers.members()] == [0, 0]
         picks = [
             registry.get_sample_value("alora_router_picks_total", {"role": "adapter_decode", "reason": reason})
-            for reason in ("preferred", "overflow")
+            for reason in ("affinity", "load")
         ]
         assert picks == [2, 1]
     for server in servers:
@@ -172,12 +173,12 @@ async def test_failed_endpoints_are_taken_again_only_when_no_other_may_be() -> N
     addresses = [server.address for server in servers]
     async with pool_on(addresses) as workers:
         await until(lambda: healthy(workers) == 2)
-        async with workers.lease(BASE, avoid={addresses[0]}) as endpoint:
-            assert endpoint.address == addresses[1]
+        async with workers.lease(BASE, avoid={addresses[0]}) as lease:
+            assert lease.endpoint.address == addresses[1]
         assert workers.has_other(BASE, {addresses[0]})
         assert not workers.has_other(BASE, addresses)
-        async with workers.lease(BASE, avoid=addresses) as endpoint:
-            assert endpoint.address in addresses
+        async with workers.lease(BASE, avoid=addresses) as lease:
+            assert lease.endpoint.address in addresses
     for server in servers:
         await server.kill()
 
@@ -201,11 +202,11 @@ async def test_a_removed_endpoint_keeps_its_channel_until_its_last_request_is_do
     names = Names({"workers:1": {server.address}})
     async with pool_on(["workers:1"], names=names) as workers:
         await until(lambda: healthy(workers) == 1)
-        async with workers.lease(BASE) as endpoint:
+        async with workers.lease(BASE) as lease:
             names.known["workers:1"] = set()
             await until(lambda: not workers.members())
-            assert endpoint.channel.get_state().name != "SHUTDOWN"
-        await until(lambda: endpoint.channel.get_state().name == "SHUTDOWN")
+            assert lease.endpoint.channel.get_state().name != "SHUTDOWN"
+        await until(lambda: lease.endpoint.channel.get_state().name == "SHUTDOWN")
     await server.kill()
 
 
@@ -222,4 +223,43 @@ async def test_a_failed_look_up_keeps_what_was_known() -> None:
 
     async with pool_on(["workers:1"], names=flaky) as workers:
         await until(lambda: looked_up > 3 and healthy(workers) == 1)
+    await server.kill()
+
+
+async def test_a_fan_out_stays_together_while_the_bound_allows() -> None:
+    servers = [await start_worker(FakeWorker()) for _ in range(2)]
+    async with pool_on([server.address for server in servers]) as workers:
+        await until(lambda: healthy(workers) == 2)
+        together: set[str] = set()
+        async with AsyncExitStack() as held:
+            for left in range(6, 0, -1):
+                demand = dataclasses.replace(BASE, group_size=left, together=together)
+                await held.enter_async_context(workers.lease(demand))
+            # Bound: ceil(1.25 x 6 / 2) = 4 an endpoint.
+            assert sorted(endpoint.in_flight for endpoint in workers.members()) == [2, 4]
+            assert together == {server.address for server in servers}
+    for server in servers:
+        await server.kill()
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "seconds", "late", "early"), [(0.5, 0.7, 1, 0), (0.5, 0.2, 0, 1), (0.0, 0.2, 0, 0)]
+)
+async def test_first_tokens_are_compared_with_their_prediction_where_there_was_one(
+    step_seconds: float, seconds: float, late: int, early: int
+) -> None:
+    server = await start_worker(FakeWorker(status=EndpointStatus(model(), step_seconds=step_seconds)))
+    registry = CollectorRegistry()
+    async with pool_on([server.address], registry=registry) as workers:
+        await until(lambda: healthy(workers) == 1)
+        async with workers.lease(BASE) as lease:
+            assert lease.predicted_seconds == step_seconds
+            workers.note_first_token(lease, seconds)
+    counts = [
+        registry.get_sample_value(
+            "alora_router_prediction_error_seconds_count", {"role": "adapter_decode", "direction": direction}
+        )
+        for direction in ("late", "early")
+    ]
+    assert [count or 0 for count in counts] == [late, early]
     await server.kill()

@@ -1,10 +1,7 @@
-"""Rendezvous hashing with bounded load: who is picked, who never is, and what moves when endpoints come and go."""
+"""Who is picked, who never is, and what moves when endpoints come and go, get busy or hold what a request needs."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapter_router.affinity import rendezvous_order
 from adapter_router.policy import (
-    AFFINITY_TOKENS,
+    TIE_RATIO,
+    TIE_SECONDS,
     Demand,
     EndpointSnapshot,
-    adapter_key,
-    conversation_key,
+    Pick,
     eligible,
     load_bound,
-    opening_key,
     pick,
-    rendezvous_order,
 )
-from alora_serve.types import AdapterDigest, AdapterInfo, ChatMessage
+from adapter_router.prediction import UNKNOWN_PACE, Pace, predict, typical_pace
+from alora_serve.kv.fingerprints import STRIDE_TOKENS
+from alora_serve.types import AdapterDigest, AdapterInfo
 
 MODEL = b"m" * 32
 addresses = st.lists(st.integers(1, 65535).map(lambda port: f"10.0.0.1:{port}"), min_size=1, max_size=12, unique=True)
@@ -50,47 +48,69 @@ def demand(key: bytes = b"k", adapter: str = "", group_size: int = 1) -> Demand:
     return Demand(key, {MODEL}, adapter, group_size)
 
 
-@given(keys, addresses)
-def test_order_depends_on_neither_input_order_nor_process(key: bytes, names: list[str]) -> None:
-    assert rendezvous_order(key, names) == rendezvous_order(key, list(reversed(names)))
-    assert sorted(rendezvous_order(key, names)) == sorted(names)
+paces = st.builds(Pace, *[st.sampled_from([0.0]) | st.floats(1e-5, 1.0)] * 5)
+PREFIX = tuple(range(1000, 1006))
+"""Fingerprints of a prefix of six strides."""
 
 
-def test_order_is_the_same_in_another_process_with_another_hash_seed() -> None:
-    names = [f"10.0.0.{i}:50051" for i in range(6)]
-    code = f"from adapter_router.policy import *; print(rendezvous_order(adapter_key('jailbreak'), {names!r}))"
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
+@st.composite
+def fleets(draw: st.DrawFn) -> list[EndpointSnapshot]:
+    """Endpoints in any state: some unfit, some that report nothing, some that hold what a request needs."""
+    return [
+        EndpointSnapshot(
+            address,
+            healthy=draw(st.sampled_from([True, True, True, False])),
+            draining=draw(st.sampled_from([False, False, False, True])),
+            in_flight=(in_flight := draw(st.integers(0, 20))),
+            model_digest=draw(st.sampled_from([MODEL, MODEL, b"o" * 32])),
+            adapters=draw(st.sampled_from([{"a": info("a")}, {"a": replace(info("a"), resident=True)}, {}])),
+            reported_load=draw(st.integers(0, 40)),
+            in_flight_at_report=draw(st.integers(0, in_flight)),
+            places=draw(st.integers(0, 16)),
+            pending_tokens=draw(st.integers(0, 500)),
+            pace=draw(paces),
+            prefixes=frozenset(PREFIX[: draw(st.integers(0, 6))]),
+            coming_prefixes=frozenset(PREFIX[: draw(st.integers(0, 6))]),
+            coming_adapters=draw(st.sampled_from([frozenset(), frozenset({"a"})])),
+        )
+        for address in draw(addresses)
+    ]
+
+
+demands = st.builds(
+    Demand,
+    keys,
+    st.just({MODEL}),
+    st.sampled_from(["", "a"]),
+    fingerprints=st.just(PREFIX),
+    prefix_tokens=st.integers(6 * STRIDE_TOKENS, 7 * STRIDE_TOKENS),
+    computed_tokens=st.integers(0, 100),
+)
+
+
+def predicted(endpoints: list[EndpointSnapshot], wanted: Demand) -> dict[str, float]:
+    """Seconds to the first token at each fit endpoint, by address."""
+    fit = eligible(endpoints, wanted)
+    typical = typical_pace([e.pace for e in fit]) if fit else UNKNOWN_PACE
+    return {
+        e.address: predict(
+            e.pace.filled(typical),
+            load=e.load,
+            places=e.places,
+            pending_tokens=e.pending_tokens,
+            adapter_missing=e.lacks_adapter(wanted.adapter),
+            missing_tokens=wanted.prefix_tokens - e.resident_tokens(wanted.fingerprints),
+            computed_tokens=wanted.computed_tokens,
+        ).total_seconds
+        for e in fit
     }
-    assert outputs == {str(rendezvous_order(adapter_key("jailbreak"), names))}
 
 
-@given(keys, addresses, st.data())
-def test_a_leaving_endpoint_moves_only_what_it_held(key: bytes, names: list[str], data: st.DataObject) -> None:
-    gone = data.draw(st.sampled_from(names))
-    before = rendezvous_order(key, names)
-    after = rendezvous_order(key, [name for name in names if name != gone])
-    assert after == [name for name in before if name != gone]
-
-
-@given(keys, addresses)
-def test_a_joining_endpoint_takes_a_key_or_leaves_it_where_it_was(key: bytes, names: list[str]) -> None:
-    before = rendezvous_order(key, names)[0]
-    assert rendezvous_order(key, [*names, "10.9.9.9:1"])[0] in {before, "10.9.9.9:1"}
-
-
-def test_keys_spread_over_all_endpoints() -> None:
-    names = [f"10.0.0.{i}:50051" for i in range(4)]
-    first = Counter(rendezvous_order(adapter_key(f"adapter-{i}"), names)[0] for i in range(2000))
-    assert set(first) == set(names)
-    assert all(400 < count < 600 for count in first.values())  # fair share 500; the digest is fixed, so is this count
+def room(endpoints: list[EndpointSnapshot], wanted: Demand, factor: float) -> dict[str, int]:
+    """How many more each fit endpoint may take, by address."""
+    fit = eligible(endpoints, wanted)
+    bound = load_bound(sum(e.load for e in fit), max(1, len(fit)), factor, wanted.group_size)
+    return {e.address: bound - e.load for e in fit}
 
 
 @given(keys, st.lists(st.integers(0, 50), min_size=1, max_size=12), factors)
@@ -127,21 +147,6 @@ def test_every_healthy_endpoint_is_reachable_once_the_others_failed(key: bytes, 
     assert tried == rendezvous_order(key, names)
 
 
-@given(keys, addresses, st.integers(2, 256), factors)
-def test_a_fan_out_fills_as_few_endpoints_as_the_bound_allows(
-    key: bytes, names: list[str], size: int, factor: float
-) -> None:
-    loads = dict.fromkeys(names, 0)
-    for remaining in range(size, 0, -1):
-        snapshots = [endpoint(name, load) for name, load in loads.items()]
-        chosen = picked(snapshots, demand(key, group_size=remaining), load_factor=factor)
-        assert chosen is not None
-        loads[chosen] += 1
-    bound = load_bound(0, len(names), factor, group_size=size)
-    assert sum(load > 0 for load in loads.values()) == -(-size // bound)
-    assert max(loads.values()) <= bound
-
-
 @pytest.mark.parametrize(
     "unfit",
     [
@@ -174,14 +179,171 @@ def test_an_unfit_endpoint_does_not_loosen_the_bound_of_the_others() -> None:
         assert picked([busy, free, *idle_but_draining], demand(key), load_factor=1.25) == "10.0.0.1:2"
 
 
-def test_a_conversation_keeps_its_key_as_it_grows() -> None:
-    tokens = tuple(range(AFFINITY_TOKENS))
-    assert conversation_key(tokens) == conversation_key((*tokens, 7, 8, 9))
-    assert conversation_key(tokens) != conversation_key((1, *tokens[1:]))
+# --- by prediction ----------------------------------------------------------------------------------------------------
 
 
-def test_an_opening_is_named_up_to_the_first_user_message() -> None:
-    opening = [ChatMessage("system", "s"), ChatMessage("user", "q")]
-    grown = [*opening, ChatMessage("assistant", "a"), ChatMessage("user", "r")]
-    assert opening_key(opening) == opening_key(grown)
-    assert opening_key(opening) != opening_key([ChatMessage("system", "sq"), ChatMessage("user", "")])
+@given(fleets(), demands, factors)
+def test_only_a_fit_endpoint_with_room_is_picked_and_the_best_but_for_a_tie(
+    endpoints: list[EndpointSnapshot], wanted: Demand, factor: float
+) -> None:
+    choice = pick(endpoints, wanted, load_factor=factor)
+    seconds, rooms = predicted(endpoints, wanted), room(endpoints, wanted, factor)
+    if choice is None:
+        assert not seconds
+        return
+    assert rooms[choice.address] > 0
+    best = min(seconds[address] for address, left in rooms.items() if left > 0)
+    assert choice.predicted_seconds == seconds[choice.address]
+    # Which also says that an endpoint which another beats beyond the tie, in whatever way, is never taken before it.
+    assert seconds[choice.address] <= max(best * (1 + TIE_RATIO), best + TIE_SECONDS)
+
+
+@given(fleets(), demands, factors, st.randoms(use_true_random=False))
+def test_equal_input_gives_equal_picks_in_whatever_order_endpoints_are_known(
+    endpoints: list[EndpointSnapshot], wanted: Demand, factor: float, random: Any
+) -> None:
+    shuffled = list(endpoints)
+    random.shuffle(shuffled)
+    first, again = (pick(listed, wanted, load_factor=factor) for listed in (endpoints, shuffled))
+    assert (first and first.address) == (again and again.address)
+
+
+@given(keys, addresses, st.integers(0, 20), factors)
+def test_without_figures_affinity_decides_whatever_is_resident(
+    key: bytes, names: list[str], load: int, factor: float
+) -> None:
+    first, *others = rendezvous_order(key, names)
+    holder = replace(info("a"), resident=True)
+    endpoints = [endpoint(first, load), *(endpoint(name, load, adapters={"a": holder}) for name in others)]
+    wanted = Demand(key, {MODEL}, "a", fingerprints=PREFIX, prefix_tokens=2000)
+    assert picked(endpoints, wanted, load_factor=factor) == first
+
+
+@given(keys, addresses, paces)
+def test_an_idle_endpoint_that_joins_takes_a_key_or_leaves_it_where_it_was(
+    key: bytes, names: list[str], pace: Pace
+) -> None:
+    before = picked([endpoint(name, pace=pace) for name in names], demand(key), load_factor=1.25)
+    for joining in (endpoint("10.9.9.9:1", pace=pace), endpoint("10.9.9.9:1")):
+        after = picked([*(endpoint(name, pace=pace) for name in names), joining], demand(key), load_factor=1.25)
+        assert after in {before, "10.9.9.9:1"}
+
+
+PACE = Pace(0.04, 0.8, 0.05, 0.001, 1e-5)
+
+
+@given(keys, st.integers(0, 5))
+def test_of_two_alike_the_one_that_holds_the_adapter_is_taken(key: bytes, load: int) -> None:
+    without, with_it = (endpoint(f"10.0.0.1:{port}", load, pace=PACE) for port in (1, 2))
+    wanted = demand(key, "a")
+    for holder in (
+        replace(with_it, adapters={"a": replace(info("a"), resident=True)}),
+        replace(with_it, coming_adapters={"a"}),
+    ):
+        choice = pick([without, holder], wanted, load_factor=1.25)
+        assert choice == Pick("10.0.0.1:2", "adapter", choice.predicted_seconds if choice else 0)
+
+
+@given(keys, st.integers(0, 5))
+def test_of_two_alike_the_one_that_holds_the_prefix_is_taken(key: bytes, load: int) -> None:
+    without, with_it = (endpoint(f"10.0.0.1:{port}", load, pace=PACE) for port in (1, 2))
+    wanted = Demand(key, {MODEL}, fingerprints=PREFIX, prefix_tokens=1600)
+    for holder in (replace(with_it, prefixes={*PREFIX}), replace(with_it, coming_prefixes={*PREFIX})):
+        choice = pick([without, holder], wanted, load_factor=1.25)
+        assert choice == Pick("10.0.0.1:2", "prefix", choice.predicted_seconds if choice else 0)
+
+
+def test_noise_does_not_scatter_a_key_but_load_does() -> None:
+    first, second = rendezvous_order(b"k", ["10.0.0.1:1", "10.0.0.1:2"])
+    for slower, expected in ((1.05, first), (1.5, second)):
+        noisy = [endpoint(first, pace=PACE._replace(step_seconds=0.1 * slower)), endpoint(second, pace=PACE)]
+        noisy[1] = replace(noisy[1], pace=PACE._replace(step_seconds=0.1))
+        assert picked(noisy, demand(), load_factor=1.25) == expected
+
+
+@given(keys, st.integers(0, 6))
+def test_the_longest_resident_prefix_counts_with_what_is_on_its_way(key: bytes, strides: int) -> None:
+    held = endpoint("10.0.0.1:1", prefixes={*PREFIX[:2]}, coming_prefixes={*PREFIX[:strides]})
+    assert held.resident_tokens(PREFIX) == max(2, strides) * STRIDE_TOKENS
+    assert held.resident_tokens(()) == 0
+    assert endpoint("10.0.0.1:1", prefixes={*PREFIX[1:]}).resident_tokens(PREFIX) == 0, "a prefix has a beginning"
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "reported", "at_report", "load"),
+    [
+        (3, 0, 0, 3),  # never reported
+        (3, 5, 3, 5),  # two are another router's
+        (4, 5, 3, 6),  # one picked since
+        (1, 5, 3, 3),  # two ended since
+        (4, 0, 4, 4),  # picked so shortly before the report that it had not arrived
+    ],
+)
+def test_load_is_what_was_reported_and_what_changed_since(
+    in_flight: int, reported: int, at_report: int, load: int
+) -> None:
+    changes = {"reported_load": reported, "in_flight_at_report": at_report}
+    assert endpoint("10.0.0.1:1", in_flight, **changes).load == load
+
+
+def test_a_new_endpoint_without_figures_is_neither_shunned_nor_flooded() -> None:
+    old = [endpoint(f"10.0.0.1:{port}", 3, pace=PACE) for port in (1, 2)]
+    fresh = endpoint("10.0.0.1:3", 3)
+    shares = [picked([*old, fresh], demand(str(key).encode()), load_factor=1.25) for key in range(300)]
+    assert 70 < shares.count("10.0.0.1:3") < 130
+
+
+# --- fan-outs ---------------------------------------------------------------------------------------------------------
+
+
+@given(fleets(), demands, st.integers(2, 100), factors)
+def test_a_fan_out_fills_as_few_endpoints_as_the_bound_allows(
+    endpoints: list[EndpointSnapshot], wanted: Demand, size: int, factor: float
+) -> None:
+    rooms = room(endpoints, replace(wanted, group_size=size), factor)
+    loads = {e.address: e for e in endpoints}
+    together: set[str] = set()
+    for remaining in range(size, 0, -1):
+        placed = replace(wanted, group_size=remaining, together=together)
+        choice = pick(loads.values(), placed, load_factor=factor)
+        if choice is None:
+            assert not rooms
+            return
+        assert (choice.reason == "fan_out") == (choice.address in together)
+        together.add(choice.address)
+        taken = loads[choice.address]
+        # Counted as the router counts its own; what was reported is what it was.
+        loads[choice.address] = replace(taken, in_flight=taken.in_flight + 1)
+        rooms[choice.address] -= loads[choice.address].load - taken.load
+    fewest, left = 0, size
+    for free in sorted(room(endpoints, replace(wanted, group_size=size), factor).values(), reverse=True):
+        if left > 0:
+            fewest, left = fewest + 1, left - free
+    assert len(together) == fewest
+    assert all(rooms[address] >= 0 for address in together)
+
+
+def test_a_fan_out_begins_where_its_prefix_is() -> None:
+    endpoints = [endpoint(f"10.0.0.1:{port}", pace=PACE) for port in (1, 2, 3)]
+    holder = replace(endpoints[1], prefixes={*PREFIX})
+    for key in (b"a", b"b", b"c", b"d"):
+        wanted = Demand(key, {MODEL}, group_size=5, fingerprints=PREFIX, prefix_tokens=1600)
+        assert picked([endpoints[0], holder, endpoints[2]], wanted, load_factor=1.25) == holder.address
+
+
+@pytest.mark.parametrize(
+    ("loads", "key", "reason"),
+    [({"10.0.0.1:1": 0}, b"k", "only"), ({"10.0.0.1:1": 0, "10.0.0.1:2": 0}, b"k", "affinity")],
+)
+def test_a_pick_says_why(loads: dict[str, int], key: bytes, reason: str) -> None:
+    choice = pick([endpoint(name, load) for name, load in loads.items()], demand(key), load_factor=1.25)
+    assert choice
+    assert choice.reason == reason
+
+
+def test_a_pick_says_that_load_moved_it() -> None:
+    first, second = rendezvous_order(b"k", ["10.0.0.1:1", "10.0.0.1:2"])
+    at_bound = pick([endpoint(first, 2), endpoint(second)], demand(), load_factor=1.25)
+    assert at_bound == Pick(second, "load")
+    slower = pick([endpoint(first, 9, pace=PACE), endpoint(second, 5, pace=PACE)], demand(), load_factor=2)
+    assert slower == Pick(second, "load", 0.04 * (1 + 5 / 16))

@@ -1,0 +1,64 @@
+"""What each kind of call needs of an endpoint: a model, what it should stay close to, what it may have to wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from adapter_router.affinity import adapter_key, conversation_key, opening_key
+from adapter_router.policy import Demand
+from alora_serve.kv.fingerprints import PrefixFingerprints
+from alora_serve.types import AdapterInfo, PrefixHandle, Prompt
+
+
+class Demands:
+    """Makes the demands of one tenant's calls."""
+
+    def __init__(self, fingerprints: PrefixFingerprints) -> None:
+        """Keep how services name the prefixes in their memory."""
+        self._fingerprints = fingerprints
+
+    def generation(self, handle: PrefixHandle, adapter: AdapterInfo | None) -> Demand:
+        """One generation: close to its adapter's weights, or for the base model to its conversation's KV."""
+        key = adapter_key(adapter.name) if adapter else conversation_key(handle.prefix_tokens)
+        return self._on_prefix(key, handle, adapter)
+
+    def fan_out(self, handle: PrefixHandle, adapters: Sequence[AdapterInfo | None]) -> list[Demand]:
+        """A generation for each of ``adapters``, in the order of placing them: all close to the conversation's KV."""
+        key, together = conversation_key(handle.prefix_tokens), set[str]()
+        first = self._on_prefix(key, handle, None)
+        return [
+            replace(
+                self._own_tokens(first, handle) if is_plain_lora(adapter) else first,
+                adapter=adapter.name if adapter else "",
+                group_size=len(adapters) - placed,
+                together=together,
+            )
+            for placed, adapter in enumerate(adapters)
+        ]
+
+    def prefill(self, prompt: Prompt, models: Collection[bytes]) -> Demand:
+        """A prefill: close to the conversation, which is known by a handle's tokens only from its second turn on."""
+        if prompt.handle is not None:
+            return self._on_prefix(conversation_key(prompt.handle.prefix_tokens), prompt.handle, None)
+        return Demand(opening_key(prompt.messages) if prompt.messages else conversation_key(prompt.token_ids), models)
+
+    def _on_prefix(self, key: bytes, handle: PrefixHandle, adapter: AdapterInfo | None) -> Demand:
+        demand = Demand(
+            key,
+            {handle.model_digest},
+            adapter.name if adapter else "",
+            fingerprints=self._fingerprints.of(handle.prefix_tokens, model_digest=handle.model_digest),
+            prefix_tokens=len(handle.prefix_tokens),
+        )
+        return self._own_tokens(demand, handle) if is_plain_lora(adapter) else demand
+
+    @staticmethod
+    def _own_tokens(demand: Demand, handle: PrefixHandle) -> Demand:
+        """For what no base KV is any good: every token is computed."""
+        return replace(demand, fingerprints=(), prefix_tokens=0, computed_tokens=len(handle.prefix_tokens))
+
+
+def is_plain_lora(adapter: AdapterInfo | None) -> bool:
+    """It changes every token's KV, so that base KV is of no use to it."""
+    return adapter is not None and adapter.kind == "lora"
