@@ -1,0 +1,67 @@
+"""The domain objects that cross module borders: what a request asks for, what a stream answers, what services report.
+
+Frozen, torch-free and gRPC-free. ``rpc/convert`` alone translates them from and to protobuf. Token ids are tuples of
+ints here and packed little-endian uint32 on the wire.
+"""
+
+from alora_serve.types.answer import (
+    Finished,
+    FinishReason,
+    Heartbeat,
+    PrefillResult,
+    Started,
+    StreamEvent,
+    Timings,
+    TokenChunk,
+    Usage,
+)
+from alora_serve.types.ids import (
+    AdapterDigest,
+    TokenIds,
+)
+from alora_serve.types.prompt import (
+    ChatMessage,
+    Document,
+    PrefixHandle,
+    Prompt,
+    PromptKind,
+    ToolCall,
+)
+from alora_serve.types.request import (
+    GenerateRequest,
+    Resume,
+    SamplingParams,
+)
+from alora_serve.types.status import (
+    AdapterInfo,
+    EndpointStatus,
+    ModelInfo,
+    PrefixDigest,
+)
+
+__all__ = [
+    "AdapterDigest",
+    "AdapterInfo",
+    "ChatMessage",
+    "Document",
+    "EndpointStatus",
+    "FinishReason",
+    "Finished",
+    "GenerateRequest",
+    "Heartbeat",
+    "ModelInfo",
+    "PrefillResult",
+    "PrefixDigest",
+    "PrefixHandle",
+    "Prompt",
+    "PromptKind",
+    "Resume",
+    "SamplingParams",
+    "Started",
+    "StreamEvent",
+    "Timings",
+    "TokenChunk",
+    "TokenIds",
+    "ToolCall",
+    "Usage",
+]

@@ -1,0 +1,123 @@
+"""What a stream answers, where its tokens came from and where its time went."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from alora_serve.types.ids import AdapterDigest, TokenIds
+from alora_serve.types.prompt import PrefixHandle
+
+
+class FinishReason(enum.Enum):
+    """Why a stream ended."""
+
+    STOP = "stop"
+    """End of sequence, a stop token or a stop string."""
+    LENGTH = "length"
+    """``max_tokens`` reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Where each token of a request came from.
+
+    Attributes:
+        prompt_tokens: all tokens before the first generated one (invocation included).
+        cached_tokens: prompt tokens whose KV was not computed for this request: resident in the process or fetched.
+        fetched_tokens: those of them that came from the store.
+        computed_tokens: prompt tokens run through the model for this request.
+        generated_tokens: tokens in the answer.
+        fetched_bytes: bytes of KV read from the store.
+        stored_bytes: bytes of KV written to the store.
+        invocation_start: first adapted position; None for base and plain LoRA.
+        store_misses: blocks not had from the store, by reason (``absent``, ``corrupt``, ``version``, ``timeout``,
+            ``unavailable``).
+        store_drops: blocks not written, by reason (``full``, ``timeout``, ``unavailable``).
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    fetched_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    fetched_bytes: int = 0
+    stored_bytes: int = 0
+    invocation_start: int | None = None
+    store_misses: Mapping[str, int] = field(default_factory=dict)
+    store_drops: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went, in seconds. ``first_token_seconds`` counts from the arrival at the reporting service."""
+
+    queue_seconds: float = 0.0
+    fetch_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    adapter_load_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """A conversation is stored: the handle to name it by, and what it cost."""
+
+    handle: PrefixHandle
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event of a stream: facts a resume needs."""
+
+    adapter_digest: AdapterDigest
+    invocation_start: int | None
+    seed: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """One or more new tokens.
+
+    Attributes:
+        token_ids: in order.
+        text: what they add to the answer's text; may be empty while a character or a possible stop string is open.
+        logprobs: one natural-log probability per token, at temperature 1 and before any truncation; empty unless asked.
+    """
+
+    token_ids: TokenIds
+    text: str
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Last event of a stream.
+
+    Attributes:
+        text: text held back until now (see :class:`TokenChunk`).
+        stop_string: the stop string that ended it, if one did.
+        handle: for a base turn, names prompt and answer token for token; None with an adapter.
+    """
+
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    text: str = ""
+    stop_string: str = ""
+    handle: PrefixHandle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The engine loop is alive and this stream is in it, though no token is due yet."""
+
+
+StreamEvent = Started | TokenChunk | Finished | Heartbeat
+"""What a generation stream yields: one ``Started``, then chunks and heartbeats, then one ``Finished``."""

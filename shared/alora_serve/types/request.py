@@ -1,0 +1,74 @@
+"""How to answer: which adapter, how to choose tokens, and where an interrupted answer stood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from alora_serve.types.ids import AdapterDigest, TokenIds
+from alora_serve.types.prompt import PrefixHandle
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Defaults are greedy.
+
+    Attributes:
+        max_tokens: most tokens to generate, >= 1.
+        temperature: 0 is greedy; otherwise logits are divided by it, <= 100.
+        top_p: nucleus mass in (0, 1].
+        top_k: keep the k most likely; 0 keeps all.
+        min_p: drop tokens less likely than this fraction of the most likely, in [0, 1).
+        repetition_penalty: as in transformers (prompt and output), > 0, 1 is off.
+        presence_penalty: subtracted once from each token already generated, in [-2, 2].
+        frequency_penalty: subtracted per occurrence in the generated tokens, in [-2, 2].
+        logit_bias: added to the logits of these token ids, each in [-100, 100].
+        seed: keys the random numbers together with sample index and position; assigned before dispatch when None.
+        sample_index: fan-out or sample index, the second key of the random numbers.
+        stop: stop strings; the text ends before the first that occurs.
+        stop_token_ids: further end-of-sequence ids.
+        ignore_eos: go on past the model's own end of sequence.
+        logprobs: report the log-probability of each chosen token.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    sample_index: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Where an interrupted stream stood: everything another worker needs to go on without a gap or a repeat.
+
+    Attributes:
+        generated_tokens: tokens already delivered, in order. Generated stays generated: never searched for invocations.
+        invocation_start: position in the original prompt where the adapter turned on; None for base and plain LoRA.
+        adapter_digest: the adapter that produced them; another one under the name is refused. Empty for base.
+    """
+
+    generated_tokens: TokenIds
+    invocation_start: int | None
+    adapter_digest: AdapterDigest
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One generation on a prepared prefix, as a decode worker takes it. ``adapter`` empty means the base model."""
+
+    handle: PrefixHandle
+    adapter: str = ""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    resume: Resume | None = None
+    request_id: str = ""

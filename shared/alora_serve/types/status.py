@@ -1,0 +1,97 @@
+"""What services say about themselves: their base model, adapters and load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from alora_serve.types.ids import AdapterDigest, TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """One adapter as listed to people and routers.
+
+    Attributes:
+        kind: ``alora`` or ``lora``.
+        target_modules: names of adapted module suffixes (``q_proj``), sorted.
+        invocation_tokens: empty for plain LoRA.
+        invocation_text: the same, decoded.
+        resident: weights are in memory on the reporting worker.
+        problem: why it cannot be served; empty when it can.
+    """
+
+    name: str
+    digest: AdapterDigest
+    kind: str
+    rank: int
+    target_modules: tuple[str, ...]
+    invocation_tokens: TokenIds
+    invocation_text: str
+    size_bytes: int
+    resident: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The base model a release serves. Digests as in :class:`PrefixHandle`."""
+
+    name: str
+    model_digest: bytes
+    storage_digest: bytes
+    architecture: str
+    dtype: str
+    context_tokens: int
+    vocabulary_size: int
+    block_tokens: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixDigest:
+    """Which prefixes' base KV a service holds in memory, in bounded space; see :mod:`alora_serve.kv.fingerprints`.
+
+    Attributes:
+        stride_tokens: tokens from one fingerprinted length to the next; 0 when nothing is told.
+        fingerprints: of resident prefixes, each of 64 bits.
+    """
+
+    stride_tokens: int = 0
+    fingerprints: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointStatus:
+    """What a service tells the router about itself, on every change and at least once a second.
+
+    Measured figures are 0 while unknown, as all are from a service of an earlier version.
+
+    Attributes:
+        queued: requests waiting for a place in the batch.
+        running: sequences in the batch.
+        max_running: places in the batch.
+        step_seconds: recent time of one decode step.
+        kv_bytes: KV held in memory.
+        fetch_bytes_per_second: measured.
+        prefill_tokens_per_second: measured.
+        adapters: every adapter this worker can serve; empty from base prefill.
+        pending_prefill_tokens: prompt tokens of accepted requests that have not run yet.
+        adapter_load_seconds: measured time to read an adapter's weights into memory.
+        sequence_seconds: measured time of a sequence in the batch, from its place to its last token.
+        resident_prefixes: base KV in memory.
+    """
+
+    model: ModelInfo
+    draining: bool = False
+    queued: int = 0
+    running: int = 0
+    max_running: int = 0
+    step_seconds: float = 0.0
+    kv_bytes: int = 0
+    fetch_bytes_per_second: float = 0.0
+    prefill_tokens_per_second: float = 0.0
+    adapters: tuple[AdapterInfo, ...] = ()
+    pending_prefill_tokens: int = 0
+    adapter_load_seconds: float = 0.0
+    sequence_seconds: float = 0.0
+    resident_prefixes: PrefixDigest = field(default_factory=PrefixDigest)
