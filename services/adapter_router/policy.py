@@ -1,15 +1,18 @@
 """Which endpoint a request goes to: where its first token is predicted first. Pure: no I/O, no clock, no randomness.
 
 Among endpoints whose predictions are as good as equal, the closest to the request's key in rendezvous order is taken:
-noise does not scatter what belongs together, and endpoints that report no figures are picked by affinity alone. No
-endpoint is filled beyond its fair share times a factor, whatever is predicted.
+noise does not scatter what belongs together, and endpoints that report no figures are picked by affinity alone.
+
+Whatever is predicted, no endpoint gets more of this router's requests than its fair share of them times a factor. Only
+they are counted, since only they are known exactly and at once: routers that bounded what reports say would all send to
+the same endpoint until the next report.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -61,9 +64,9 @@ class EndpointSnapshot:
     places: int = 0
     pending_tokens: int = 0
     pace: Pace = UNKNOWN_PACE
-    prefixes: Container[int] = frozenset()
-    coming_adapters: Container[str] = frozenset()
-    coming_prefixes: Container[int] = frozenset()
+    prefixes: Collection[int] = frozenset()
+    coming_adapters: Collection[str] = frozenset()
+    coming_prefixes: Collection[int] = frozenset()
 
     @property
     def load(self) -> int:
@@ -78,17 +81,13 @@ class EndpointSnapshot:
         """Its weights would have to be loaded first."""
         return bool(adapter) and adapter not in self.coming_adapters and not self.adapters[adapter].resident
 
-    def resident_tokens(self, fingerprints: Sequence[int]) -> int:
-        """Tokens of a prefix that are in its memory or on their way there, as far as fingerprints tell."""
-        held, coming = self.prefixes, self.coming_prefixes
-
-        def missing(fingerprint: int) -> bool:
-            return fingerprint not in held and fingerprint not in coming
-
-        if not fingerprints or missing(fingerprints[0]):
-            return 0
-        # A prefix is there up to some length and not beyond.
-        return STRIDE_TOKENS * bisect_left(fingerprints, True, key=missing)
+    def resident_tokens(self, longest_first: Sequence[int]) -> int:
+        """Tokens of a prefix that are in its memory or on their way there, as far as its fingerprints tell."""
+        # A prefix is there up to some length and not beyond, so the longest that is there is found by halving.
+        beyond = bisect_left(longest_first, True, key=self.prefixes.__contains__)
+        if self.coming_prefixes:
+            beyond = min(beyond, bisect_left(longest_first, True, key=self.coming_prefixes.__contains__))
+        return STRIDE_TOKENS * (len(longest_first) - beyond)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ class Demand:
         group_size: requests of one fan-out still to be placed, this one included. The load bound counts them all, so a
             fan-out fills few endpoints up to their fair share instead of one request on each.
         together: addresses that others of its fan-out were sent to; whoever sends a request adds to it. None: no other.
-        fingerprints: of its prefix; see :mod:`alora_serve.kv.fingerprints`.
+        fingerprints: of its prefix, shortest first; see :mod:`alora_serve.kv.fingerprints`.
         prefix_tokens: whose KV an endpoint may have, or fetch.
         computed_tokens: prompt tokens that no memory and no store can have the KV of.
     """
@@ -126,9 +125,9 @@ class Pick:
     predicted_seconds: float = 0.0
 
 
-def load_bound(total_load: int, num_endpoints: int, load_factor: float, group_size: int = 1) -> int:
+def load_bound(total_in_flight: int, num_endpoints: int, load_factor: float, group_size: int = 1) -> int:
     """Most requests one endpoint may hold once ``group_size`` more are placed: the fair share times the factor."""
-    return math.ceil(load_factor * (total_load + group_size) / num_endpoints)
+    return math.ceil(load_factor * (total_in_flight + group_size) / num_endpoints)
 
 
 def eligible(endpoints: Iterable[EndpointSnapshot], demand: Demand) -> list[EndpointSnapshot]:
@@ -160,17 +159,16 @@ def pick(
     candidates = [e for e in eligible(endpoints, demand) if e.address not in avoid]
     if not candidates:
         return None
-    open_ = _within_bound(candidates, demand, load_factor)
-    near = [endpoint for endpoint in open_ if endpoint.address in (demand.together or ())]
-    judged = near or open_
-    predictions = _predictions(judged, demand, typical_pace([endpoint.pace for endpoint in candidates]))
-    totals = [prediction.total_seconds for prediction in predictions]
+    in_flight = sum(endpoint.in_flight for endpoint in candidates)
+    bound = load_bound(in_flight, len(candidates), load_factor, demand.group_size)
+    within = [endpoint for endpoint in candidates if endpoint.in_flight < bound]
+    near = [endpoint for endpoint in within if endpoint.address in demand.together] if demand.together else []
+    judged = near or _for_fewest(within, bound, demand.group_size)
+    predictions = _predictions(judged, demand, _typical(candidates))
+    totals = [sum(prediction) for prediction in predictions]
     limit = max(min(totals) * (1 + TIE_RATIO), min(totals) + TIE_SECONDS)
     weight = rendezvous_weight(demand.key)
-    chosen = max(
-        (index for index, total in enumerate(totals) if total <= limit), key=lambda i: weight(judged[i].address)
-    )
-    address = judged[chosen].address
+    (_, address), chosen = max((weight(judged[i].address), i) for i, total in enumerate(totals) if total <= limit)
     if near:
         reason: Reason = "fan_out"
     elif len(candidates) == 1:
@@ -178,30 +176,29 @@ def pick(
     elif worse := [p for p, total in zip(predictions, totals, strict=True) if total > limit]:
         reason = _largest_saving(predictions[chosen], worse)
     else:
-        full = {endpoint.address for endpoint in candidates}.difference(endpoint.address for endpoint in open_)
+        full = (endpoint.address for endpoint in candidates if endpoint.in_flight >= bound)
         reason = "load" if any(weight(other) > weight(address) for other in full) else "affinity"
     return Pick(address, reason, totals[chosen])
 
 
-def _within_bound(candidates: list[EndpointSnapshot], demand: Demand, load_factor: float) -> list[EndpointSnapshot]:
-    """Those that may take one more; of a fan-out, those with which all of it fits on as few endpoints as possible."""
-    loads = [endpoint.load for endpoint in candidates]
-    bound = load_bound(sum(loads), len(loads), load_factor, demand.group_size)
-    needed, left = 1, demand.group_size
-    if left > 1:
-        for room in sorted((bound - load for load in loads), reverse=True):
-            needed = max(1, min(left, room))
-            if room >= left:
-                break
-            left -= room
-    return [
-        endpoint
-        for endpoint, load in zip(candidates, loads, strict=True)
-        if bound - load >= needed or (bound > load and endpoint.address in (demand.together or ()))
-    ]
+def _for_fewest(within: list[EndpointSnapshot], bound: int, group_size: int) -> list[EndpointSnapshot]:
+    """Those with which ``group_size`` requests fit on as few endpoints as possible; for one request, all."""
+    left = group_size
+    for in_flight in sorted(endpoint.in_flight for endpoint in within) if group_size > 1 else ():
+        if in_flight + left <= bound:
+            break
+        left -= bound - in_flight
+    return [endpoint for endpoint in within if endpoint.in_flight + left <= bound]
+
+
+def _typical(endpoints: list[EndpointSnapshot]) -> Pace:
+    """What stands in for figures that some endpoint lacks."""
+    paces = [endpoint.pace for endpoint in endpoints]
+    return typical_pace(paces) if any(0.0 in pace for pace in paces) else UNKNOWN_PACE
 
 
 def _predictions(endpoints: list[EndpointSnapshot], demand: Demand, typical: Pace) -> list[Prediction]:
+    longest_first = demand.fingerprints[::-1]
     return [
         predict(
             endpoint.pace.filled(typical),
@@ -209,7 +206,7 @@ def _predictions(endpoints: list[EndpointSnapshot], demand: Demand, typical: Pac
             places=endpoint.places,
             pending_tokens=endpoint.pending_tokens,
             adapter_missing=endpoint.lacks_adapter(demand.adapter),
-            missing_tokens=demand.prefix_tokens - endpoint.resident_tokens(demand.fingerprints),
+            missing_tokens=demand.prefix_tokens - endpoint.resident_tokens(longest_first),
             computed_tokens=demand.computed_tokens,
         )
         for endpoint in endpoints

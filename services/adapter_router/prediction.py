@@ -60,16 +60,11 @@ UNKNOWN_PACE: Final = Pace()
 
 
 class Prediction(NamedTuple):
-    """Seconds to the first token, by what they are spent on."""
+    """Seconds to the first token, by what they are spent on; their sum is the prediction."""
 
     queue_seconds: float
     adapter_seconds: float
     prompt_seconds: float
-
-    @property
-    def total_seconds(self) -> float:
-        """All of them."""
-        return self.queue_seconds + self.adapter_seconds + self.prompt_seconds
 
 
 def typical_pace(paces: Sequence[Pace]) -> Pace:
@@ -103,7 +98,7 @@ def predict(
     queue = pace.step_seconds * (1 + load / BATCH_DOUBLING) + pending_tokens * compute
     if places and load >= places:
         queue += (load + 1 - places) / places * pace.sequence_seconds
-    obtain = min(fetch, compute) if fetch and compute else fetch or compute
+    obtain = fetch if fetch and (fetch < compute or not compute) else compute
     return Prediction(
         queue,
         pace.adapter_load_seconds if adapter_missing else 0.0,

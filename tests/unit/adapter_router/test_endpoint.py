@@ -44,7 +44,7 @@ def test_a_report_is_what_a_pick_sees(endpoint: Endpoint[Any]) -> None:
     assert (seen.healthy, seen.reported_load, seen.load, seen.places, seen.pending_tokens) == (True, 5, 5, 8, 100)
     assert seen.pace == Pace(step_seconds=0.5)
     assert seen.lacks_adapter("a")
-    assert seen.resident_tokens(PREFIX) == STRIDE_TOKENS
+    assert seen.resident_tokens(PREFIX[::-1]) == STRIDE_TOKENS
 
 
 def test_what_is_sent_there_counts_at_once_and_its_prefix_and_adapter_are_on_their_way(endpoint: Endpoint[Any]) -> None:
@@ -53,7 +53,7 @@ def test_what_is_sent_there_counts_at_once_and_its_prefix_and_adapter_are_on_the
     seen = endpoint.snapshot()
     assert (seen.load, seen.pending_tokens) == (6, 140)
     assert not seen.lacks_adapter("a")
-    assert seen.resident_tokens(PREFIX) == 3 * STRIDE_TOKENS
+    assert seen.resident_tokens(PREFIX[::-1]) == 3 * STRIDE_TOKENS
 
 
 def test_what_came_with_a_request_stays_known_until_a_report_after_its_end(endpoint: Endpoint[Any]) -> None:
@@ -62,13 +62,13 @@ def test_what_came_with_a_request_stays_known_until_a_report_after_its_end(endpo
     endpoint.take(DEMAND)
     endpoint.give_back(DEMAND)
     endpoint.report(STATUS)
-    assert endpoint.snapshot().resident_tokens(PREFIX) == 3 * STRIDE_TOKENS, "another request holds it"
+    assert endpoint.snapshot().resident_tokens(PREFIX[::-1]) == 3 * STRIDE_TOKENS, "another request holds it"
     assert endpoint.snapshot().pending_tokens == 100, "the report counts what was sent before it"
     endpoint.give_back(DEMAND)
-    assert endpoint.snapshot().resident_tokens(PREFIX) == 3 * STRIDE_TOKENS, "no report has come since"
+    assert endpoint.snapshot().resident_tokens(PREFIX[::-1]) == 3 * STRIDE_TOKENS, "no report has come since"
     assert not endpoint.snapshot().lacks_adapter("a")
     endpoint.report(STATUS)
-    assert endpoint.snapshot().resident_tokens(PREFIX) == STRIDE_TOKENS
+    assert endpoint.snapshot().resident_tokens(PREFIX[::-1]) == STRIDE_TOKENS
     assert endpoint.snapshot().lacks_adapter("a")
     assert endpoint.snapshot().load == 5
 
@@ -76,7 +76,7 @@ def test_what_came_with_a_request_stays_known_until_a_report_after_its_end(endpo
 def test_a_digest_of_another_stride_says_nothing(endpoint: Endpoint[Any]) -> None:
     digest = PrefixDigest(STRIDE_TOKENS * 2, frozenset(PREFIX))
     endpoint.report(replace(STATUS, resident_prefixes=digest))
-    assert endpoint.snapshot().resident_tokens(PREFIX) == 0
+    assert endpoint.snapshot().resident_tokens(PREFIX[::-1]) == 0
 
 
 @pytest.mark.parametrize(
