@@ -45,7 +45,7 @@ async def main(settings: AdapterDecodeSettings) -> int:
         [Service("alora_serve.v1.AdapterDecodeService", partial(add_AdapterDecodeServiceServicer_to_server, servicer))],
         observer=RpcMetrics(registry),
         registry=registry,
-        max_message_bytes=message_bytes_for_context(core.model.context_tokens),
+        max_message_bytes=partial(message_bytes_for_context, core.model.context_tokens),
         on_drain=draining.set,
         cleanup=[core.drain, partial(asyncio.to_thread, started.close)],
         essential=[asyncio.wrap_future(core.engine.ended), scanning],

@@ -45,6 +45,7 @@ async def main(settings: Settings) -> int:
             [Service(SERVICE, partial(add_AloraServiceServicer_to_server, servicer))],
             observer=RpcMetrics(registry),
             registry=registry,
+            max_message_bytes=servicer.max_message_bytes,
             health=health,
         )
 

@@ -29,6 +29,7 @@ from alora_serve.errors import (
 )
 from alora_serve.handles import HandleSigner
 from alora_serve.metrics import RequestMetrics, RouterMetrics
+from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, message_bytes_for_context
 from alora_serve.rpc.convert import (
     Target,
     adapter_to_proto,
@@ -76,8 +77,8 @@ class AloraServicer(AloraServiceServicer):
         signer: HandleSigner,
         limits: RouterLimits,
         *,
-        router_metrics: RouterMetrics,
         demands: Demands,
+        router_metrics: RouterMetrics,
         request_metrics: RequestMetrics,
     ) -> None:
         """Keep who does what; ``signer`` verifies clients' handles, ``demands`` says what calls need of endpoints."""
@@ -209,6 +210,15 @@ class AloraServicer(AloraServiceServicer):
         served = paired_models(self._prefills.snapshots(), self._workers.snapshots())
         reported = (worker.status.model for worker in self._workers.members() if worker.status)
         return alora_pb2.GetModelResponse(model=model_to_proto(prevailing_model(reported, served)))
+
+    def max_message_bytes(self) -> int:
+        """The largest request that a model behind this router takes, as far as its endpoints have reported."""
+        reported = (
+            *(prefill.status for prefill in self._prefills.members()),
+            *(worker.status for worker in self._workers.members()),
+        )
+        contexts = [status.model.context_tokens for status in reported if status]
+        return message_bytes_for_context(max(contexts)) if contexts else DEFAULT_MESSAGE_BYTES
 
     # --- not served yet -----------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ async def main(settings: BasePrefillSettings) -> int:
         [Service("alora_serve.v1.BasePrefillService", partial(add_BasePrefillServiceServicer_to_server, servicer))],
         observer=RpcMetrics(registry),
         registry=registry,
-        max_message_bytes=message_bytes_for_context(core.model.context_tokens),
+        max_message_bytes=partial(message_bytes_for_context, core.model.context_tokens),
         on_drain=draining.set,
         cleanup=[core.drain, partial(asyncio.to_thread, started.close)],
         essential=[asyncio.wrap_future(core.engine.ended)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,20 +16,27 @@ from alora_serve.errors import (
     AdapterNotFoundError,
     AloraServeError,
     InvalidRequestError,
-    OverloadedError,
     UnimplementedFeatureError,
 )
-from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, internal_channel
+from alora_serve.rpc.channels import (
+    DEFAULT_MESSAGE_BYTES,
+    MAX_MESSAGE_BYTES,
+    internal_channel,
+    message_bytes_for_context,
+)
 from alora_serve.rpc.convert import handle_to_proto
 from alora_serve.rpc.convert.tokens import pack_token_ids
-from alora_serve.rpc.status import error_from_rpc
+from alora_serve.rpc.status import MessageTooLargeError, error_from_rpc
 from alora_serve.v1 import adapter_decode_pb2, alora_pb2, types_pb2
 from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceStub
 from deployment import TINY_CONTEXT_TOKENS, WORKER, Deployed
+from fake_services import router_on
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
 MIB = 1 << 20
+ADDRESS = re.compile(r"\d+\.\d+\.\d+\.\d+|:\d{4,}")
+"""Of an endpoint behind the router."""
 TOO_MANY_TOKENS = "x" * (TINY_CONTEXT_TOKENS + 1)  # a byte is a token
 
 
@@ -138,13 +146,60 @@ async def test_an_unknown_adapter_comes_with_the_nearest_names(served: Deployed)
         assert "guard" in str(error)
 
 
-async def test_a_request_too_large_for_the_router_or_for_the_model_is_refused(served: Deployed) -> None:
-    for size_bytes in (20 * MIB, DEFAULT_MESSAGE_BYTES - MIB):
-        error = await failure_of(served.stub.Generate(generate(prompt_of(user("x" * size_bytes)))))
-        assert error.status == "RESOURCE_EXHAUSTED"
-        assert "larger than max" in str(error)
-        assert error.retry_after_seconds is None, "it will be as large the next time"
-        assert isinstance(error, OverloadedError)
+LARGE: dict[str, tuple[types_pb2.Prompt, str]] = {
+    "a turn": (prompt_of(user(), ASSISTANT, user("x" * 20 * MIB)), "prompt.messages[2].content"),
+    "a turn that a larger model might take": (prompt_of(user("x" * 2 * MIB)), "prompt.messages[0].content"),
+    "many turns": (prompt_of(*[user("x" * 10_000)] * 2000), "prompt.messages"),
+    "tokens": (types_pb2.Prompt(token_ids=bytes(20 * MIB)), "prompt.token_ids"),
+    "a handle": (
+        types_pb2.Prompt(handle=types_pb2.PrefixHandle(prefix_token_ids=bytes(20 * MIB))),
+        "prompt.handle.prefix_token_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+async def test_a_request_too_large_for_the_model_is_refused_by_its_largest_field(served: Deployed, what: str) -> None:
+    prompt, field = LARGE[what]
+    limit = str(message_bytes_for_context(TINY_CONTEXT_TOKENS))
+    fan_out = alora_pb2.FanOutRequest(prompt=prompt, targets=[alora_pb2.FanOutTarget()])
+    for call in (
+        served.stub.Generate(generate(prompt)),
+        served.stub.FanOut(fan_out),
+        served.stub.Prefill(alora_pb2.PrefillRequest(prompt=prompt)),
+    ):
+        error = await failure_of(call)
+        assert type(error) is InvalidRequestError
+        assert fields_of(error) == [field]
+        assert str(prompt.ByteSize())[:2] in error.violations[0].description
+        assert limit in error.violations[0].description
+        assert error.metadata["request_id"]
+        assert not ADDRESS.search(str(error))
+
+
+async def test_a_handle_too_large_for_the_worker_is_refused_by_name(served: Deployed) -> None:
+    async with internal_channel(served.local.processes[WORKER].address) as channel:
+        stub: Any = AdapterDecodeServiceStub(channel)
+        handle = types_pb2.PrefixHandle(prefix_token_ids=bytes(2 * MIB))
+        error = await failure_of(stub.Decode(adapter_decode_pb2.DecodeRequest(handle=handle)))
+    assert type(error) is InvalidRequestError
+    assert fields_of(error) == ["handle.prefix_token_ids"]
+
+
+async def test_a_request_beyond_what_is_read_at_all_is_told_from_an_overload(served: Deployed) -> None:
+    error = await failure_of(served.stub.Generate(generate(prompt_of(user("x" * MAX_MESSAGE_BYTES)))))
+    assert type(error) is MessageTooLargeError
+    assert error.status == "RESOURCE_EXHAUSTED"
+    assert error.retry_after_seconds is None, "it will be as large the next time"
+    assert not ADDRESS.search(str(error))
+
+
+async def test_a_router_that_knows_no_model_yet_takes_what_any_usual_one_takes() -> None:
+    async with router_on([], []) as router:
+        error = await failure_of(router.stub.Generate(generate(prompt_of(user("x" * (DEFAULT_MESSAGE_BYTES - MIB))))))
+        assert error.status == "UNAVAILABLE"
+        error = await failure_of(router.stub.Generate(generate(prompt_of(user("x" * 20 * MIB)))))
+        assert fields_of(error) == ["prompt.messages[0].content"]
 
 
 async def test_a_stop_string_that_is_not_utf8_is_named(served: Deployed) -> None:

@@ -36,7 +36,7 @@ from alora_serve.rpc.convert import (
     prefill_result_to_internal_proto,
 )
 from alora_serve.rpc.in_flight import InFlightCalls
-from alora_serve.rpc.interceptors import CallInterceptor
+from alora_serve.rpc.interceptors import WRITE_TIMEOUT_SECONDS, CallInterceptor
 from alora_serve.types import (
     AdapterDigest,
     AdapterInfo,
@@ -263,9 +263,11 @@ class Server:
         await self.grpc_server.stop(None)
 
 
-async def start_server(register: Callable[[grpc.aio.Server], None], address: str = "127.0.0.1:0") -> Server:
+async def start_server(
+    register: Callable[[grpc.aio.Server], None], address: str = "127.0.0.1:0", **interceptor_options: Any
+) -> Server:
     """Serve with the interceptor of the real services."""
-    interceptor = CallInterceptor(RpcMetrics(CollectorRegistry()), InFlightCalls())
+    interceptor = CallInterceptor(RpcMetrics(CollectorRegistry()), InFlightCalls(), **interceptor_options)
     server = grpc.aio.server(interceptors=[interceptor], options=server_options())
     register(server)
     port = server.add_insecure_port(address)
@@ -344,6 +346,7 @@ async def router_on(
     options: EndpointOptions = FAST,
     limits: RouterLimits | None = None,
     names: Names | None = None,
+    write_timeout_seconds: float = WRITE_TIMEOUT_SECONDS,
 ) -> AsyncIterator[Router]:
     """A router in front of these targets."""
     registry = CollectorRegistry()
@@ -358,11 +361,14 @@ async def router_on(
             workers,
             SIGNER,
             limits or RouterLimits(),
+            demands=Demands(PrefixFingerprints(b"")),
             router_metrics=metrics,
             request_metrics=RequestMetrics(registry),
         )
-            demands=Demands(PrefixFingerprints(b"")),
-        server = await start_server(partial(add_AloraServiceServicer_to_server, servicer))
+        register = partial(add_AloraServiceServicer_to_server, servicer)
+        server = await start_server(
+            register, max_message_bytes=servicer.max_message_bytes, write_timeout_seconds=write_timeout_seconds
+        )
         stack.push_async_callback(server.kill)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
         yield Router(server.address, AloraServiceStub(channel), prefills, workers, registry, names)

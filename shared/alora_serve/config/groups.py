@@ -46,6 +46,9 @@ class ServerSettings(SettingsGroup):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
     log_format: Literal["json", "console"] = Field("json", description="json for machines, console for people.")
     drain_seconds: float = Field(30.0, ge=0, description="On SIGTERM, how long running requests may take to finish.")
+    write_timeout_seconds: float = Field(
+        30.0, gt=0, description="How long a message may wait for a client that stopped reading before it is cut off."
+    )
     reflection: bool = Field(True, description="Serve gRPC reflection.")
 
 

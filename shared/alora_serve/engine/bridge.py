@@ -11,7 +11,12 @@ from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceEven
 
 
 class RunningSequence:
-    """The events of one sequence on an event loop, up to and including ``SequenceDone``."""
+    """The events of one sequence on an event loop, up to and including ``SequenceDone``.
+
+    The queue needs no bound of its own, so that the engine's thread never waits for a reader: it holds ``max_tokens``
+    tokens at most, a heartbeat a second, and a few events more. The server closes a reader whose client takes nothing,
+    after ``write_timeout_seconds``.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -13,6 +13,13 @@ Option = tuple[str, int | str]
 DEFAULT_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 """Message limit of a server that does not know its model yet: a 128k-token conversation with room to spare."""
 
+MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+"""What a server reads at all, whatever its model: what a context of a million tokens can need.
+
+A request between a model's own limit and this one is read to be refused with the name of its largest field. Beyond it
+gRPC refuses, and names nothing; it must, because a message is whole in memory before any of our code sees it.
+"""
+
 MESSAGE_OVERHEAD_BYTES: Final = 1024 * 1024
 MESSAGE_BYTES_PER_TOKEN: Final = 64
 
@@ -28,18 +35,18 @@ def message_bytes_for_context(context_tokens: int) -> int:
     """The largest request worth reading for a model: a full context as text, templates and handles included.
 
     A token is about four bytes of text, and four more in a handle; runs of blanks and repeated characters pack up to
-    sixteen times as much into one.
+    sixteen times as much into one. Never more than :data:`MAX_MESSAGE_BYTES`.
     """
-    return MESSAGE_OVERHEAD_BYTES + MESSAGE_BYTES_PER_TOKEN * context_tokens
+    return min(MAX_MESSAGE_BYTES, MESSAGE_OVERHEAD_BYTES + MESSAGE_BYTES_PER_TOKEN * context_tokens)
 
 
-def server_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Option]:
-    """Arguments of every server. A larger request is RESOURCE_EXHAUSTED before any of our code sees it."""
+def server_options() -> list[Option]:
+    """Arguments of every server."""
     return [
         # With port sharing, a second server binds the same port in silence and takes half of the calls.
         ("grpc.so_reuseport", 0),
         # The receiver knows what it can hold. Answers (handles of long prompts) are bounded by what they answer.
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", -1),
         # Half of our clients' interval: pinging a quiet stream must not end in "Too many pings" (the default is 5 min).
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MILLISECONDS // 2),

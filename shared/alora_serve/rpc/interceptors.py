@@ -8,14 +8,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, nullcontext
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError, Message
 
-from alora_serve.errors import AloraServeError, DeadlinePassedError, InvalidRequestError
+from alora_serve.errors import AloraServeError, DeadlinePassedError, InvalidRequestError, RequestCancelledError
+from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES
+from alora_serve.rpc.decoding import Refused, refusing
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.status import (
     REQUEST_ID_KEY,
@@ -24,10 +24,13 @@ from alora_serve.rpc.status import (
     status_from_error,
     trailing_metadata,
 )
-from alora_serve.rpc.wire import find_invalid_utf8
 
 OWN_METHODS: Final = "/alora_serve."
 """Health and reflection know how to fail, and their calls are nobody's requests."""
+
+WRITE_TIMEOUT_SECONDS: Final = 30.0
+STATUS_SECONDS: Final = 1.0
+"""Longest wait for a status to leave. It does not overtake messages that a client does not take; gRPC keeps it."""
 
 STATUS_STREAMS: Final = "Watch"
 """Methods of this prefix stream until the client leaves: a drain neither waits for them nor turns them away."""
@@ -51,23 +54,41 @@ class CallObserver(Protocol):
         """It ended with this status name after so many seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Undecodable:
-    """Stands in for a request that protobuf could not read: gRPC itself would answer INTERNAL without a reason."""
-
-    error: InvalidRequestError
-
-
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Surrounds unary and server-streaming calls. Handlers raise AloraServeError; streams are async generators.
 
     The request id is the client's ``x-request-id`` where it is fit to be logged, else a new one. It is bound to the log
     context, and echoed in initial and trailing metadata.
+
+    A stream whose client has stopped reading ends with CANCELLED once a message has waited for the client for
+    ``write_timeout_seconds``: the handler's generator is closed, so that its sequence leaves the batch. Keepalive does
+    not find such a client, whose machine answers pings. CANCELLED, because it is the client that gave the call up;
+    RESOURCE_EXHAUSTED would tell other clients and dashboards of an overload. What stays is one message, and the
+    status, in gRPC; they go to the client if it reads on, or with its connection. Messages wait only once the HTTP/2
+    window is full, to which gRPC clients give 64 KiB to 4 MiB: a small answer fits, and never waits.
     """
 
-    def __init__(self, observer: CallObserver, in_flight: InFlightCalls) -> None:
+    def __init__(
+        self,
+        observer: CallObserver,
+        in_flight: InFlightCalls,
+        *,
+        max_message_bytes: Callable[[], int] = lambda: DEFAULT_MESSAGE_BYTES,
+        write_timeout_seconds: float = WRITE_TIMEOUT_SECONDS,
+    ) -> None:
+        """Keep who is told.
+
+        Args:
+            observer: counts calls.
+            in_flight: counts them for the drain, and admits none after it began.
+            max_message_bytes: larger requests are refused by their largest field; asked for each request, since a
+                router learns from its endpoints what their models take.
+            write_timeout_seconds: longest wait of one message of a stream for its client.
+        """
         self._observer = observer
         self._in_flight = in_flight
+        self._max_message_bytes = max_message_bytes
+        self._write_timeout_seconds = write_timeout_seconds
 
     async def intercept_service(
         self,
@@ -85,7 +106,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         surround = self._stream if handler.response_streaming else self._unary
         return make(
             surround(method, handler),
-            request_deserializer=_reporting(handler.request_deserializer),
+            request_deserializer=refusing(handler.request_deserializer, self._max_message_bytes),
             response_serializer=handler.response_serializer,
         )
 
@@ -103,11 +124,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 responses: AsyncIterator[Any] = handler.unary_stream(request, context)
                 async with aclosing(responses):  # type: ignore[type-var]
                     async for response in responses:
-                        await context.write(response)
+                        await self._write(context, response)
 
             await self._run(method, request, context, forward)
 
         return call
+
+    async def _write(self, context: Context, response: Any) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout_seconds):
+                await context.write(response)
+        except TimeoutError:
+            waited = f"the client took no message for {self._write_timeout_seconds:g} s"
+            raise RequestCancelledError(f"{waited}; read a stream to its end or cancel it") from None
 
     async def _run(
         self, method: str, request: Any, context: Context, work: Callable[[], Awaitable[ResultT]]
@@ -123,7 +152,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
                 if _is_late(context):
                     raise DeadlinePassedError("the deadline had passed before the request was looked at")
-                if isinstance(request, _Undecodable):
+                if isinstance(request, Refused):
                     raise request.error
                 with nullcontext() if is_status_stream else self._in_flight.call():
                     return await work()
@@ -146,11 +175,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 async def _abort(context: Context, error: AloraServeError, request_id: str) -> NoReturn:
     status = status_from_error(error, request_id)
-    await context.abort(
-        STATUS_CODES[error.status],
-        status.message,
-        trailing_metadata=(*trailing_metadata(status), (REQUEST_ID_KEY, request_id)),
-    )
+    try:
+        async with asyncio.timeout(STATUS_SECONDS):
+            await context.abort(
+                STATUS_CODES[error.status],
+                status.message,
+                trailing_metadata=(*trailing_metadata(status), (REQUEST_ID_KEY, request_id)),
+            )
+    except TimeoutError:
+        # gRPC has it and sends it when it can. This ends the call here, without a second status.
+        raise asyncio.CancelledError from error
 
 
 def _facts(error: AloraServeError) -> dict[str, object]:
@@ -172,19 +206,3 @@ def _is_late(context: Context) -> bool:
 def _request_id(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     given = dict(metadata).get(REQUEST_ID_KEY)
     return given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _reporting(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Undecodable]:
-    """The deserializer of a generated message, ``X.FromString``, that reports what it cannot read."""
-
-    def read(data: bytes) -> Message | _Undecodable:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            descriptor = deserialize.__self__.DESCRIPTOR  # type: ignore[attr-defined]  # the message class
-            field = find_invalid_utf8(descriptor, data)
-            if field is None:
-                return _Undecodable(InvalidRequestError(f"the request is not a {descriptor.full_name}"))
-            return _Undecodable(InvalidRequestError.of(field, "is not UTF-8"))
-
-    return read

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from alora_serve.config import ServerSettings, run_with_settings
 from alora_serve.errors import AloraServeError, ConfigError
 from alora_serve.logging import configure_logging
-from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, server_options
+from alora_serve.rpc.channels import server_options
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.interceptors import CallInterceptor, CallObserver
@@ -54,7 +54,7 @@ async def serve(
     *,
     observer: CallObserver,
     registry: CollectorRegistry,
-    max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    max_message_bytes: Callable[[], int],
     health: HealthServicer | None = None,
     on_drain: Callable[[], None] = lambda: None,
     cleanup: Sequence[Callable[[], Awaitable[None]]] = (),
@@ -74,7 +74,7 @@ async def serve(
         services: what to serve, besides health and reflection.
         observer: counts calls.
         registry: what ``/metrics`` shows.
-        max_message_bytes: larger requests are RESOURCE_EXHAUSTED.
+        max_message_bytes: the largest request taken now; a larger one is INVALID_ARGUMENT.
         health: of these services, where the caller decides when they serve; unset: from the start.
         on_drain: called when the drain begins, to tell routers.
         cleanup: run one after the other at the end, also after a failure.
@@ -89,9 +89,13 @@ async def serve(
     stop = _stop_on_signals()
     in_flight = InFlightCalls()
     health = health or HealthServicer(service.full_name for service in services)
-    server = grpc.aio.server(
-        interceptors=[CallInterceptor(observer, in_flight)], options=server_options(max_message_bytes)
+    interceptor = CallInterceptor(
+        observer,
+        in_flight,
+        max_message_bytes=max_message_bytes,
+        write_timeout_seconds=settings.write_timeout_seconds,
     )
+    server = grpc.aio.server(interceptors=[interceptor], options=server_options())
     for service in services:
         service.register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -66,11 +66,18 @@ class PeerAuthenticationError(AloraServeError):
     reason = "UNAUTHENTICATED"
 
 
+class MessageTooLargeError(AloraServeError):
+    """gRPC itself refused a message, ours or the answer, for its size: it will be as large the next time."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "MESSAGE_TOO_LARGE"
+
+
 _BY_REASON: Final[Mapping[str, type[AloraServeError]]] = {
     found.reason: found
     for found in vars(errors).values()
     if inspect.isclass(found) and issubclass(found, AloraServeError)
-}
+} | {MessageTooLargeError.reason: MessageTooLargeError}
 
 _BY_CODE: Final[Mapping[grpc.StatusCode, type[AloraServeError]]] = {
     grpc.StatusCode.CANCELLED: errors.RequestCancelledError,
@@ -86,6 +93,10 @@ _BY_CODE: Final[Mapping[grpc.StatusCode, type[AloraServeError]]] = {
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
 }
 """For answers without our ErrorInfo: gRPC itself, a proxy, or a peer of another version. Others: AloraServeError."""
+
+
+_TOO_LARGE_TEXT: Final = "message larger than max"
+"""What gRPC says of a message over a limit, received, sent or decompressed; it gives no reason but this."""
 
 
 def internal_error(request_id: str) -> AloraServeError:
@@ -157,7 +168,8 @@ def _rebuild(code: grpc.StatusCode, message: str, status: status_pb2.Status) -> 
     metadata = dict(ours.metadata)
     if request.request_id:
         metadata["request_id"] = request.request_id
-    return _error_class(code, ours.reason)(
+    reason = ours.reason or (MessageTooLargeError.reason if _TOO_LARGE_TEXT in message else "")
+    return _error_class(code, reason)(
         message,
         violations=[FieldViolation(violation.field, violation.description) for violation in bad.field_violations],
         retry_after_seconds=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,

@@ -32,12 +32,25 @@ from alora_serve.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, MAX_MESSAGE_BYTES
 from alora_serve.rpc.convert import event_to_proto
 from alora_serve.rpc.health import HealthServicer
+from alora_serve.rpc.status import MessageTooLargeError
 from alora_serve.types import GenerateRequest
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer, add_AloraServiceServicer_to_server
-from fake_services import SIGNER, FakePrefill, FakeWorker, Server, answer, deployment, handle, start_server, until
+from fake_services import (
+    SIGNER,
+    FakePrefill,
+    FakeWorker,
+    Server,
+    answer,
+    deployment,
+    handle,
+    healthy,
+    start_server,
+    until,
+)
 
 AnyClient: TypeAlias = Client | AsyncClient
 FAST = RetryPolicy(backoff_seconds=0.01)
@@ -208,6 +221,28 @@ async def test_dropping_an_async_stream_cancels_it() -> None:
         await until(lambda: worker.cancelled == 1)
 
 
+async def test_an_async_stream_that_is_no_longer_read_loses_its_place_at_the_worker() -> None:
+    async def flood(request: GenerateRequest, attempt: int) -> Any:
+        async for event in answer(request, attempt):
+            yield event
+            while isinstance(event, TokenChunk):
+                # Large, since the windows of two hops swallow thousands of small ones.
+                yield TokenChunk(event.token_ids, "x" * 200_000)
+
+    worker = FakeWorker(flood)
+    async with (
+        deployment([FakePrefill()], [worker], write_timeout_seconds=0.3) as (router, _),
+        AsyncClient(router.address) as client,
+    ):
+        stream = client.generate("Hi")
+        assert isinstance(await anext(stream), Started)
+        await until(lambda: worker.cancelled == 1)
+        assert router.metric("alora_router_in_flight") == 0
+        with pytest.raises(RequestCancelledError, match=r"took no message for 0\.3 s"):
+            await stream.result()
+        assert healthy(router.workers) == 1, "it is not the worker's fault"
+
+
 async def test_closing_an_async_stream_ends_its_reader_and_cancels_no_task() -> None:
     worker = endless_worker()
     async with deployment([FakePrefill()], [worker]) as (router, _), AsyncClient(router.address) as client:
@@ -314,6 +349,25 @@ async def test_overload_is_repeated_only_when_asked_for(connect: Any) -> None:
         router.failures = [OverloadedError("full", retry_after_seconds=0.05)]
         async with connect(server.address, retry=RetryPolicy(backoff_seconds=0.01, retry_overloaded=True)) as client:
             assert (await run(client, lambda c: c.generate("Hi").result())).text == "Hello world!"
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "kind"), [(DEFAULT_MESSAGE_BYTES, InvalidRequestError), (MAX_MESSAGE_BYTES, MessageTooLargeError)]
+)
+async def test_a_request_too_large_is_sent_once(
+    connect: Any, size_bytes: int, kind: type[AloraServeError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw_a_pause(*_: float) -> float:
+        raise AssertionError("it is sent again")
+
+    monkeypatch.setattr("alora_serve.client.retry.random.uniform", draw_a_pause)
+    router = ScriptedRouter()
+    async with router.served() as server, connect(server.address, retry=RetryPolicy(retry_overloaded=True)) as client:
+        with pytest.raises(kind) as caught:
+            await run(client, lambda c: c.generate("x" * size_bytes).result())
+        assert type(caught.value) is kind
+        assert await run(client, lambda c: c.list_adapters()) == []
+    assert router.calls == 1
 
 
 async def test_a_stream_without_its_last_message_has_no_result(connect: Any) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from alora_serve.client.retry import Retries, RetryPolicy
 from alora_serve.errors import AloraServeError, InvalidRequestError, OverloadedError, UnavailableError
+from alora_serve.rpc.status import MessageTooLargeError
 
 GONE = UnavailableError("gone")
 FULL = OverloadedError("full", retry_after_seconds=1.5)
@@ -28,6 +29,12 @@ def test_only_what_found_nobody_is_repeated(error: AloraServeError) -> None:
 
 def test_overload_is_repeated_when_asked_for_and_not_before_the_server_said() -> None:
     assert Retries(RetryPolicy(retry_overloaded=True), None).pause_after(FULL) >= 1.5
+
+
+@pytest.mark.parametrize("error", [InvalidRequestError("large"), MessageTooLargeError("larger")])
+def test_what_is_too_large_is_never_repeated(error: AloraServeError) -> None:
+    with pytest.raises(type(error)):
+        Retries(RetryPolicy(retry_overloaded=True), None).pause_after(error)
 
 
 def test_nothing_is_repeated_that_would_begin_too_late() -> None:

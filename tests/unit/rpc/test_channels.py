@@ -114,5 +114,10 @@ def test_the_message_limit_follows_the_context() -> None:
     tokens = 131_072
     assert message_bytes_for_context(8_192) < message_bytes_for_context(tokens) <= DEFAULT_MESSAGE_BYTES
     assert message_bytes_for_context(tokens) > 4 * 2 * tokens, "a handle and the text of as many tokens fit"
-    limited = dict(server_options(message_bytes_for_context(8_192)))
-    assert limited["grpc.max_receive_message_length"] == message_bytes_for_context(8_192)
+
+
+@pytest.mark.parametrize("tokens", [8_192, 131_072, 1_000_000, 10_000_000])
+def test_grpc_takes_every_request_that_a_model_takes(tokens: int) -> None:
+    received = int(dict(server_options())["grpc.max_receive_message_length"])
+    assert message_bytes_for_context(tokens) <= received
+    assert received >= 4 * DEFAULT_MESSAGE_BYTES, "what is refused for its size can still be told by what"

@@ -17,13 +17,16 @@ from alora_serve.errors import (
     DeadlinePassedError,
     InvalidRequestError,
     OverloadedError,
+    RequestCancelledError,
     UnavailableError,
 )
 from alora_serve.rpc.channels import internal_channel, server_options
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.interceptors import CallInterceptor
 from alora_serve.rpc.status import error_from_rpc
+from alora_serve.v1 import alora_pb2
 from alora_serve.v1 import base_prefill_pb2 as pb2
+from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer, AloraServiceStub, add_AloraServiceServicer_to_server
 from alora_serve.v1.base_prefill_pb2_grpc import (
     BasePrefillServiceServicer,
     BasePrefillServiceStub,
@@ -31,8 +34,10 @@ from alora_serve.v1.base_prefill_pb2_grpc import (
 )
 
 TIMEOUT_SECONDS = 30.0
+LIMIT_BYTES = 100_000
 PREFILL = "/alora_serve.v1.BasePrefillService/Prefill"
 WATCH = "/alora_serve.v1.BasePrefillService/WatchStatus"
+GENERATE = "/alora_serve.v1.AloraService/Generate"
 Request = pb2.BasePrefillServicePrefillRequest
 WatchRequest = pb2.BasePrefillServiceWatchStatusRequest
 
@@ -108,6 +113,27 @@ class Servicer(BasePrefillServiceServicer):
             self.left.set()
 
 
+class Talker(AloraServiceServicer):
+    """Streams messages as fast as they are taken: large ones, since a client's window swallows thousands of tokens."""
+
+    MESSAGE_BYTES = 200_000
+
+    def __init__(self) -> None:
+        self.messages = 10**9
+        self.sent = 0
+        self.left = asyncio.Event()
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[alora_pb2.GenerateResponse]:  # noqa: N802
+        response = alora_pb2.GenerateResponse()
+        response.event.chunk.text = "x" * self.MESSAGE_BYTES
+        try:
+            for _ in range(self.messages):
+                self.sent += 1
+                yield response
+        finally:
+            self.left.set()
+
+
 async def finish(call: Any) -> None:
     """Wait for the end of a call, unary or streaming."""
     if hasattr(call, "read"):
@@ -118,16 +144,22 @@ async def finish(call: Any) -> None:
 
 
 class Server:
-    """A served servicer and a stub for it."""
+    """Two served servicers and stubs for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, write_timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         self.counts = Counts()
         self.in_flight = InFlightCalls()
         self.servicer = Servicer()
-        self.server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.counts, self.in_flight)], options=server_options()
+        self.talker = Talker()
+        interceptor = CallInterceptor(
+            self.counts,
+            self.in_flight,
+            max_message_bytes=lambda: LIMIT_BYTES,
+            write_timeout_seconds=write_timeout_seconds,
         )
+        self.server = grpc.aio.server(interceptors=[interceptor], options=server_options())
         add_BasePrefillServiceServicer_to_server(self.servicer, self.server)
+        add_AloraServiceServicer_to_server(self.talker, self.server)
         self.channel = internal_channel(f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}")
         self.stub: Any = BasePrefillServiceStub(self.channel)
 
@@ -137,6 +169,10 @@ class Server:
     def watch(self, **options: Any) -> Any:
         return self.stub.WatchStatus(WatchRequest(), **{"timeout": TIMEOUT_SECONDS, "wait_for_ready": True} | options)
 
+    def generate(self) -> Any:
+        stub: Any = AloraServiceStub(self.channel)
+        return stub.Generate(alora_pb2.GenerateRequest(), timeout=TIMEOUT_SECONDS, wait_for_ready=True)
+
     async def failure(self, call: Any) -> AloraServeError:
         """The domain error that a call ends with."""
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -145,8 +181,9 @@ class Server:
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    served = Server()
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
+    """Parametrized indirectly: how long a message may wait for its client."""
+    served = Server(getattr(request, "param", TIMEOUT_SECONDS))
     await served.server.start()
     yield served
     await served.channel.close()
@@ -268,6 +305,51 @@ async def test_a_client_that_stops_reading_and_leaves_closes_the_handlers_stream
     assert await server.counts.ended() == [(WATCH, "CANCELLED")]
 
 
+@pytest.mark.parametrize("server", [0.3], indirect=True)
+async def test_a_client_that_stops_reading_holds_a_bounded_buffer_and_then_frees_its_place(server: Server) -> None:
+    with capture_logs() as logs:
+        stream = server.generate()
+        await stream.read()
+        async with asyncio.timeout(TIMEOUT_SECONDS / 3):
+            await server.talker.left.wait()
+            assert await server.counts.ended() == [(GENERATE, "CANCELLED")]
+    assert server.talker.sent * Talker.MESSAGE_BYTES < 32 << 20
+    assert await server.in_flight.drain(0) == 0
+    assert not stream.done(), "it was not the client that ended it"
+    [line] = [line for line in logs if line["event"] == "rpc"]
+    assert (line["code"], line["reason"]) == ("CANCELLED", "CANCELLED")
+    assert "took no message for 0.3 s" in line["error"]
+
+
+@pytest.mark.parametrize("server", [0.3], indirect=True)
+async def test_a_client_that_reads_on_too_late_gets_what_had_been_sent_and_is_told_why(server: Server) -> None:
+    stream = server.generate()
+    received: list[Any] = []
+
+    async def read_all() -> None:
+        async for response in stream:
+            received.append(response)
+            if len(received) == 1:
+                await server.counts.ended()
+
+    error = await server.failure(read_all())
+    assert type(error) is RequestCancelledError
+    assert "took no message for 0.3 s" in str(error)
+    assert error.metadata["request_id"] == dict(await stream.initial_metadata())["x-request-id"]
+    assert len(received) == server.talker.sent
+
+
+@pytest.mark.parametrize("server", [3.0], indirect=True)
+async def test_a_client_that_reads_slowly_keeps_its_stream(server: Server) -> None:
+    server.talker.messages = 40
+    received = 0
+    async for _ in server.generate():
+        received += 1
+        await asyncio.sleep(0.1)  # longer in all than a message may wait
+    assert received == 40
+    assert await server.counts.ended() == [(GENERATE, "OK")]
+
+
 def raw(server: Server, data: bytes) -> Any:
     """A call whose request is exactly these bytes."""
     method: Any = server.channel.unary_unary(
@@ -281,6 +363,14 @@ def raw(server: Server, data: bytes) -> Any:
 async def test_a_string_that_is_not_utf8_is_an_invalid_argument_that_names_it(server: Server) -> None:
     data = Request(request_id="needle").SerializeToString().replace(b"needle", b"need\xff\xfe")
     error = await server.failure(raw(server, data))
+    assert type(error) is InvalidRequestError
+    assert [violation.field for violation in error.violations] == ["request_id"]
+    assert server.servicer.calls == 0
+    assert await server.counts.ended() == [(PREFILL, "INVALID_ARGUMENT")]
+
+
+async def test_a_request_too_large_is_an_invalid_argument_that_names_its_largest_field(server: Server) -> None:
+    error = await server.failure(server.stub.Prefill(Request(request_id="x" * LIMIT_BYTES), wait_for_ready=True))
     assert type(error) is InvalidRequestError
     assert [violation.field for violation in error.violations] == ["request_id"]
     assert server.servicer.calls == 0

@@ -18,7 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from alora_serve.rpc.channels import internal_channel
+from alora_serve.rpc.channels import MAX_MESSAGE_BYTES, internal_channel
 from alora_serve.v1 import base_prefill_pb2 as pb2
 from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceStub
 
@@ -63,7 +63,7 @@ async def main(settings):
         "probe", settings,
         [Service("alora_serve.v1.BasePrefillService",
                  partial(add_BasePrefillServiceServicer_to_server, Servicer()))],
-        observer=RpcMetrics(registry), registry=registry, max_message_bytes=1 << 20,
+        observer=RpcMetrics(registry), registry=registry, max_message_bytes=lambda: 1 << 20,
         on_drain=lambda: print("drain", flush=True),
         cleanup=[fail, partial(say, "first"), partial(say, "second")],
         essential=[crash],
@@ -228,12 +228,19 @@ async def test_the_end_of_something_essential_drains_and_fails_the_process() -> 
         assert "the engine is gone" in log
 
 
-async def test_a_request_over_the_limit_is_resource_exhausted() -> None:
+@pytest.mark.parametrize(
+    ("size_bytes", "code"),
+    [(2 << 20, grpc.StatusCode.INVALID_ARGUMENT), (MAX_MESSAGE_BYTES, grpc.StatusCode.RESOURCE_EXHAUSTED)],
+)
+async def test_a_request_over_the_limit_is_refused_and_the_next_one_served(
+    size_bytes: int, code: grpc.StatusCode
+) -> None:
     with running() as process:
         async with internal_channel(process.listening()["address"]) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await prefill(channel, "x" * (2 << 20))
-            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                await prefill(channel, "x" * size_bytes)
+            assert caught.value.code() is code
+            await prefill(channel, "quick")
 
 
 @pytest.fixture(params=[socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])

@@ -19,6 +19,7 @@ from alora_serve.rpc.status import (
     MAX_DETAILS_BYTES,
     MAX_MESSAGE_BYTES,
     STATUS_CODES,
+    MessageTooLargeError,
     PeerAuthenticationError,
     PeerPermissionError,
     PeerPreconditionError,
@@ -135,6 +136,25 @@ def test_a_plain_grpc_error_takes_its_class_from_the_code(code: grpc.StatusCode,
     assert str(got) == "why"
     if code.name in STATUS_CODES:
         assert got.status == code.name, "passed on, it must not change its status"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SERVER: Received message larger than max (20971520 vs. 16777216)",
+        "Stream removed (CLIENT: Received message larger than max (20971520 vs. 16777216))",
+        "Decompressed message larger than max",
+    ],
+)
+def test_grpcs_own_refusal_of_a_large_message_is_no_overload(text: str) -> None:
+    error = error_from_rpc(rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
+    assert type(error) is MessageTooLargeError
+    assert str(error) == text
+    assert type(received(error)) is MessageTooLargeError, "a router hands it on as it is"
+
+
+def test_an_overload_that_speaks_of_large_messages_is_an_overload() -> None:
+    assert type(received(errors.OverloadedError("busy with a message larger than max"))) is errors.OverloadedError
 
 
 def test_an_error_without_words_gets_the_codes() -> None:

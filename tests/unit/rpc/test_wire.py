@@ -1,7 +1,8 @@
-"""The string that is not UTF-8 is found by its path, and damaged bytes never make the search fail."""
+"""A string that is not UTF-8 and the largest field are found by their path; damaged bytes never make that fail."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alora_serve.rpc.wire import find_invalid_utf8
+from alora_serve.rpc.wire import MAX_FIELDS, FieldSize, find_invalid_utf8, find_largest_field
 from alora_serve.v1 import alora_pb2, types_pb2
 
 DESCRIPTOR = alora_pb2.GenerateRequest.DESCRIPTOR
@@ -92,6 +93,92 @@ def _field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2]) + encoded + bytes([length]) + content
 
 
+def user(text: str) -> types_pb2.Message:
+    return types_pb2.Message(role="user", content=text)
+
+
+def with_prompt(**parts: Any) -> alora_pb2.GenerateRequest:
+    return alora_pb2.GenerateRequest(prompt=types_pb2.Prompt(**parts), sampling=types_pb2.SamplingParams(stop=["a"]))
+
+
+@pytest.mark.parametrize(
+    ("message", "path"),
+    [
+        (alora_pb2.GenerateRequest(adapter="x" * 1000), "adapter"),
+        (with_prompt(messages=[user("a"), user("x" * 1000)]), "prompt.messages[1].content"),
+        (with_prompt(messages=[user("x" * 100)] * 10), "prompt.messages"),
+        (with_prompt(token_ids=b"\0" * 1000), "prompt.token_ids"),
+        (with_prompt(messages=[user("x" * 300)], token_ids=b"\0" * 500), "prompt.token_ids"),
+        (with_prompt(messages=[user("x" * 300)], token_ids=b"\0" * 300, template_arguments={"a": "x" * 300}), "prompt"),
+        (
+            with_prompt(template_arguments={"a": ["x" * 500]}),
+            "prompt.template_arguments.fields[0].value.list_value.values[0].string_value",
+        ),
+        (
+            alora_pb2.GenerateRequest(sampling=types_pb2.SamplingParams(stop_token_ids=range(1000))),
+            "sampling.stop_token_ids",
+        ),
+        (
+            alora_pb2.GenerateRequest(adapter="x" * 400, sampling=types_pb2.SamplingParams(stop=["x" * 200] * 2)),
+            "sampling",
+        ),
+        (
+            alora_pb2.GenerateRequest(
+                prompt=types_pb2.Prompt(token_ids=b"\0" * 300),
+                adapter="x" * 310,
+                resume=types_pb2.Resume(generated_token_ids=b"\0" * 305),
+            ),
+            "adapter",
+        ),
+    ],
+)
+def test_the_field_that_makes_a_message_large_is_named_by_its_path(
+    message: alora_pb2.GenerateRequest, path: str
+) -> None:
+    found = find_largest_field(DESCRIPTOR, message.SerializeToString())
+    assert found is not None
+    assert found.path == path
+
+
+def test_a_large_field_comes_with_its_bytes() -> None:
+    message = with_prompt(messages=[user("x" * 100)] * 10)
+    # Each message: tag and length; role: both and "user"; content: both and its text.
+    assert find_largest_field(DESCRIPTOR, message.SerializeToString()) == FieldSize(
+        "prompt.messages", 10 * (2 + 6 + 102)
+    )
+
+
+def test_a_large_field_of_a_later_version_goes_by_its_number() -> None:
+    data = _field(15, b"\xff" * 100) + request(adapter="a")
+    assert find_largest_field(DESCRIPTOR, data) == FieldSize("15", 102)
+
+
+def test_what_stands_before_the_damage_is_measured() -> None:
+    data = alora_pb2.GenerateRequest(adapter="x" * 100).SerializeToString()
+    assert find_largest_field(DESCRIPTOR, data + b"\x0b") == FieldSize("adapter", 102)
+    assert find_largest_field(DESCRIPTOR, b"\x0b" + data) is None
+
+
+def test_a_message_of_crumbs_does_not_hold_up_the_loop() -> None:
+    crumbs = with_prompt(messages=[types_pb2.Message()] * (MAX_FIELDS + 1)).SerializeToString()
+    started = time.perf_counter()
+    many = find_largest_field(DESCRIPTOR, crumbs * 100)
+    assert many is not None
+    assert many.path == "prompt", "its bytes are all here, wherever in it they are"
+    targets = _field(2, b"") * 10_000_000
+    outermost = find_largest_field(alora_pb2.FanOutRequest.DESCRIPTOR, targets)
+    assert outermost == FieldSize("targets", 2 * MAX_FIELDS), "of those looked at"
+    assert find_invalid_utf8(alora_pb2.FanOutRequest.DESCRIPTOR, targets + _field(2, _field(1, b"\xff"))) is None
+    assert time.perf_counter() - started < 5, "all ten million take longer"
+
+
+def test_nesting_is_measured_as_deep_as_protobuf_reads() -> None:
+    found = find_largest_field(DESCRIPTOR, nested(2000))
+    assert found is not None
+    assert found.path.startswith("prompt.template_arguments.fields[0].value.list_value.values[0].list_value")
+
+
 @given(st.binary(max_size=64))
 def test_no_bytes_make_it_raise(data: bytes) -> None:
     find_invalid_utf8(DESCRIPTOR, data)
+    find_largest_field(DESCRIPTOR, data)
