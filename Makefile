@@ -26,7 +26,7 @@ LAST_TAG := $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(VENV)/.ready ## create .venv with what running needs (demo, bench and up do it by themselves)
@@ -58,6 +58,18 @@ up: $(STUBS) ## every service on this machine until Ctrl-C: make up ARGS="--work
 .PHONY: bench
 bench: $(STUBS) ## the main benchmark, into build/bench/main.json
 	@$(BIN)/python benchmarks/main.py $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/.ready-dev $(STUBS) ## us and our peers in one run: make bench-peers ARGS="--scenario a --tokens 2048"
+	@$(BIN)/python benchmarks/compare.py $(ARGS)
+
+.PHONY: bench-bars
+bench-bars: $(VENV)/.ready-dev $(STUBS) ## the ratios that must hold, into build/bench/bars.json
+	@$(BIN)/python benchmarks/measure_bars.py $(ARGS)
+
+.PHONY: bench-pictures
+bench-pictures: $(VENV)/.ready-dev ## draw what bench-peers measured, into docs/images
+	@$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 .PHONY: format
 format: $(VENV)/.ready-dev ## rewrite Python and proto files in the house format

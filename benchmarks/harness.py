@@ -1,4 +1,4 @@
-"""What every scenario shares: rounds, medians, the machine's description, a table and a JSON file."""
+"""What every scenario shares: samples and their medians, the machine's description, a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,26 +21,49 @@ _PACKAGES = ("alora-serve", "torch", "transformers", "peft", "grpcio")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One timed call, in seconds: to the first token, and to the last."""
+    """One timed call, in seconds: to the first token (of a fan-out: mean over its answers), and to the last."""
 
     first_token_seconds: float
     total_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
+class Correct:
+    """How many answers are those of a cold PEFT run.
+
+    Attributes:
+        equal: so many of ``of``; in float32 by tokens, in bfloat16 by the rule of docs/exactness.md.
+        largest_gap: in bfloat16, how far in logits the worst token lies below the likeliest one.
+    """
+
+    equal: int
+    of: int
+    dtype: str
+    largest_gap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """All counted rounds of one way of serving at one length.
+    """All counted rounds of one way of serving, asked one thing at one length.
 
     Attributes:
         system: what was timed, in words.
         prompt_tokens: length of the conversation.
         fetched_bytes: KV read from the store by a call; 0 where none.
+        what: what it was asked, in words; empty where a scenario asks one thing only.
+        adapters: asked at once.
+        correct: None where answers were not compared.
+        details: further figures of this row.
     """
 
     system: str
     prompt_tokens: int
     samples: tuple[Sample, ...]
     fetched_bytes: int = 0
+    what: str = ""
+    adapters: int = 1
+    correct: Correct | None = None
+    details: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
 
     def median(self, what: str) -> float:
         """Median of ``first_token_seconds`` or ``total_seconds``."""
@@ -50,6 +73,13 @@ class Row:
         """Smallest and largest of the same."""
         values = [getattr(sample, what) for sample in self.samples]
         return min(values), max(values)
+
+
+def rounds_after(warm_up_seconds: float, wanted: int) -> int:
+    """Rounds to count after a warm-up that took so long: fewer for what is very slow; 0: the warm-up counts itself."""
+    if warm_up_seconds >= 60:
+        return 0
+    return min(wanted, 3) if warm_up_seconds >= 20 else wanted
 
 
 def machine() -> dict[str, object]:
@@ -62,28 +92,33 @@ def machine() -> dict[str, object]:
     return {
         "processor": model or platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},
     }
 
 
-def show(rows: Sequence[Row], *, baseline: str, console: Console) -> None:
-    """Print a table; the last column says how many times faster than ``baseline`` at the same length."""
-    table = Table(title="Adapter output of 16 tokens: medians (smallest-largest) in seconds")
-    for column in ("tokens", "system", "first token", "end to end", "fetched", "against recompute"):
-        table.add_column(column, justify="left" if column == "system" else "right", no_wrap=column != "system")
+def show(rows: Sequence[Row], *, baseline: str, console: Console, title: str, by: str = "first_token_seconds") -> None:
+    """Print a table; the last column says how many times faster than ``baseline``, asked the same, by that figure."""
+    table = Table(title=f"{title}: medians (smallest-largest) in seconds")
+    asked = any(row.what for row in rows)
+    checked = any(row.correct for row in rows)
+    columns = ["tokens", *(["asked"] if asked else []), "system", "first token", "end to end", "fetched"]
+    columns += ["as PEFT"] if checked else []
+    columns += ["times faster"]
+    for column in columns:
+        table.add_column(column, justify="left" if column in {"system", "asked"} else "right", no_wrap=True)
     for row in rows:
-        slow = next(r for r in rows if r.system == baseline and r.prompt_tokens == row.prompt_tokens)
-        ratio = slow.median("first_token_seconds") / row.median("first_token_seconds")
-        table.add_row(
-            f"{row.prompt_tokens:,}",
-            row.system,
-            _figure(row, "first_token_seconds"),
-            _figure(row, "total_seconds"),
-            f"{row.fetched_bytes / 1e6:.1f} MB" if row.fetched_bytes else "",
-            f"{ratio:.1f}x",
-        )
+        same = (r for r in rows if (r.system, r.prompt_tokens, r.what) == (baseline, row.prompt_tokens, row.what))
+        slow = next(same, None)
+        cells = [f"{row.prompt_tokens:,}", *([row.what] if asked else []), row.system]
+        cells += [_figure(row, "first_token_seconds"), _figure(row, "total_seconds")]
+        cells += [f"{row.fetched_bytes / 1e6:.1f} MB" if row.fetched_bytes else ""]
+        if checked:
+            cells += [f"{row.correct.equal} of {row.correct.of}" if row.correct else ""]
+        cells += [f"{slow.median(by) / row.median(by):.1f}x" if slow else ""]
+        table.add_row(*cells)
     console.print(table)
 
 
@@ -93,20 +128,25 @@ def _figure(row: Row, what: str) -> str:
 
 
 def write(name: str, rows: Sequence[Row], facts: Mapping[str, object]) -> Path:
-    """Write ``build/bench/<name>.json``: facts, and for each row all samples and their medians."""
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    path = OUTPUT / f"{name}.json"
+    """Write ``build/bench/<name>.json``: facts, and for each row all samples, their medians and their spread."""
     content = {
         **facts,
         "machine": machine(),
         "rows": [
             {
                 **asdict(row),
-                "first_token_seconds_median": row.median("first_token_seconds"),
-                "total_seconds_median": row.median("total_seconds"),
+                **{f"{what}_median": row.median(what) for what in ("first_token_seconds", "total_seconds")},
+                **{f"{what}_spread": row.spread(what) for what in ("first_token_seconds", "total_seconds")},
             }
             for row in rows
         ],
     }
+    return write_json(name, content)
+
+
+def write_json(name: str, content: object) -> Path:
+    """Write ``build/bench/<name>.json``."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    path = OUTPUT / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path

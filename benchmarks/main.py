@@ -11,17 +11,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-from conversations import conversation
+from adapters import Adapter
+from conversations import REQUESTS, conversation
 from harness import REPOSITORY, Row, Sample, machine, show, write
 from rich.console import Console
+from systems.peft import PeftAlora
 
 from alora_serve.cli.local.deployment import DeploymentOptions, LocalDeployment
 from alora_serve.client import AsyncClient
@@ -34,7 +34,6 @@ RESIDENT = "aLoRA over gRPC, prefix in the worker"
 RECOMPUTE = "plain LoRA over gRPC, recomputed"
 IN_PROCESS = "PEFT aLoRA in process, prefix cached"
 ADAPTERS = REPOSITORY / "examples" / "intrinsics"
-DATA = REPOSITORY / "examples" / "data" / "jailbreak" / "train.jsonl"
 
 
 async def ask(client: AsyncClient, handle: PrefixHandle, adapter: str) -> tuple[Sample, Finished]:
@@ -64,7 +63,7 @@ async def measure(client: AsyncClient, tokens: int, rounds: int, console: Consol
     fetched_bytes = 0
     for round_number in range(rounds + 1):
         # One more than counted: the first warms every path up.
-        messages = conversation(DATA, tokens, seed=tokens + round_number, count=count)
+        messages = conversation(REQUESTS, tokens, seed=tokens + round_number, count=count)
         handle = (await client.prefill(messages=messages)).handle
         stored, finished = await ask(client, handle, ADAPTER)
         resident, _ = await ask(client, handle, ADAPTER)
@@ -91,24 +90,17 @@ def demo_tokenizer():  # type: ignore[no-untyped-def] # returns a closure
     return lambda messages: tokenizer.render(messages).prefix_tokens
 
 
-def measure_peft(
-    adapters: Path, prefixes: Sequence[TokenIds], dtype: str, rounds: int, environment: dict[str, str]
-) -> Row:
-    """The in-process baseline on the first of these conversations."""
+async def measure_peft(adapters: Path, prefix: TokenIds, dtype: str, rounds: int) -> Row:
+    """The in-process baseline on one of these conversations."""
     from alora_serve.model.demo_model import ensure_demo_model
 
-    command = [sys.executable, str(Path(__file__).with_name("peft_cached.py"))]
-    arguments = [str(ensure_demo_model()), str(adapters / ADAPTER), dtype, str(rounds)]
-    done = subprocess.run(
-        [*command, *arguments],
-        input=json.dumps([prefixes[0]]),
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    timed = json.loads(done.stdout)[0]
-    return Row(IN_PROCESS, len(prefixes[0]), tuple(Sample(first, total) for first, total in timed))
+    config = json.loads((adapters / ADAPTER / "adapter_config.json").read_text())
+    adapter = Adapter(ADAPTER, adapters / ADAPTER, adapters / TWIN, tuple(config["alora_invocation_tokens"]))
+    async with PeftAlora(ensure_demo_model(), dtype, [adapter]) as peft:
+        await peft.warm(prefix)
+        answers = [await peft.ask(prefix, adapter, ANSWER_TOKENS) for _ in range(rounds + 1)]
+    samples = tuple(Sample(answer.first_token_seconds, answer.total_seconds) for answer in answers[1:])
+    return Row(IN_PROCESS, len(prefix), samples)
 
 
 async def run(
@@ -124,7 +116,7 @@ async def run(
         for tokens in lengths:
             measured, prefixes = await measure(client, tokens, rounds, console)
             # The services stand still meanwhile, so the cores are the baseline's.
-            peft = await asyncio.to_thread(measure_peft, adapters, prefixes, used, rounds, dict(os.environ))
+            peft = await measure_peft(adapters, prefixes[0], used, rounds)
             rows += [*measured, peft]
     return rows, used
 
@@ -144,7 +136,8 @@ def main() -> None:
     if not arguments.json:
         facts = machine()
         console.print(f"{facts['processor']}, {facts['cores']} cores, {dtype}, SmolLM2-135M-Instruct")
-        show(rows, baseline=RECOMPUTE, console=Console(width=None if sys.stdout.isatty() else 140))
+        table = Console(width=None if sys.stdout.isatty() else 150)
+        show(rows, baseline=RECOMPUTE, console=table, title=f"Adapter output of {ANSWER_TOKENS} tokens")
     print(path)
 
 

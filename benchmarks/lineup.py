@@ -1,0 +1,114 @@
+"""Who takes part in a run: every system by a short name, made ready with the same model, dtype and adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from adapters import B_STANDARD_DEVIATION, Adapter, Kind, ensure_adapters
+from conversations import Renderer
+from correctness import Answers
+from harness import REPOSITORY
+from peers.build_llama import LlamaBuild, ensure_llama
+from peers.llama_files import ensure_adapter_files, ensure_model_file
+from rich.console import Console
+from rich.progress import Progress
+from systems.base import System
+from systems.engine import EngineInProcess
+from systems.llama import BEST_CASE, EIGHT_CLIENTS, FIVE_CLIENTS, FIVE_CLIENTS_BEST, LlamaServer, LlamaSettings
+from systems.peft import PeftAlora, PeftLora
+from systems.served import Deployed, Served, ServedResident, ServedTwins
+
+from alora_serve.cli.local.deployment import DeploymentOptions
+from alora_serve.model.demo_model import ensure_demo_model
+from alora_serve.model.loader import native_dtype
+
+ADAPTER_ROOT: Final = REPOSITORY / "build" / "bench" / "adapters"
+LLAMA: Final[Mapping[str, LlamaSettings]] = {
+    "llama": BEST_CASE,
+    "llama-5": FIVE_CLIENTS,
+    "llama-5-best": FIVE_CLIENTS_BEST,
+    "llama-8": EIGHT_CLIENTS,
+}
+SYSTEMS: Final = ("ours", "ours-resident", "ours-twins", "engine", "peft-lora", "peft-alora", *LLAMA)
+"""In the order of a round: first those for whom a conversation must be new."""
+_OVER_GRPC: Final = {"ours": Served, "ours-resident": ServedResident, "ours-twins": ServedTwins}
+
+
+@dataclass(slots=True)
+class Bench:
+    """What scenarios work with.
+
+    Attributes:
+        dtype: ``float32`` or ``bfloat16``, the same for all systems.
+        answers: what is compared with PEFT afterwards.
+        facts: about the systems, for the JSON file.
+    """
+
+    console: Console
+    progress: Progress
+    model: Path
+    dtype: str
+    adapters: tuple[Adapter, ...]
+    renderer: Renderer
+    answers: Answers = field(default_factory=Answers)
+    facts: dict[str, object] = field(default_factory=dict)
+
+    @asynccontextmanager
+    async def systems(self, names: Sequence[str], *, store_url: str | None = None) -> AsyncIterator[dict[str, System]]:
+        """These systems, running, by name, in the order of :data:`SYSTEMS`."""
+        async with AsyncExitStack() as stack:
+            running: dict[str, System] = {}
+            deployed = None
+            if any(name in _OVER_GRPC for name in names):
+                deployed = await stack.enter_async_context(self.deployed(store_url))
+            for name in sorted(names, key=SYSTEMS.index):
+                self.console.print(f"starting {name}", style="dim")
+                system = _OVER_GRPC[name](deployed) if deployed and name in _OVER_GRPC else self._peer(name)
+                running[name] = await stack.enter_async_context(system)
+            yield running
+
+    def deployed(self, store_url: str | None = None) -> Deployed:
+        """Our services, with these adapters and their twins."""
+        root = self.adapters[0].directory.parent
+        options = DeploymentOptions(adapter_roots=(root,), dtype=self.dtype, store_url=store_url)
+        return Deployed(options, self.adapters)
+
+    def llama(self, settings: LlamaSettings) -> LlamaServer:
+        """A llama-server, built and fed with converted files the first time."""
+        build = ensure_llama(self.console)
+        model = ensure_model_file(build, self.model, self.dtype, self.console)
+        files = ensure_adapter_files(build, self.model, self.adapters, self.console)
+        server = LlamaServer(build.server, model, list(zip(self.adapters, files, strict=True)), settings)
+        self._note_llama(build, settings)
+        return server
+
+    def _note_llama(self, build: LlamaBuild, settings: LlamaSettings) -> None:
+        noted = self.facts.setdefault("llama_server", dict(build.facts))
+        if isinstance(noted, dict):
+            asked = {"slots": settings.slots, "pinned_to_one_slot": settings.pin_slot, "flags": list(settings.flags)}
+            noted.setdefault("settings", {})[settings.name] = asked
+
+    def _peer(self, name: str) -> System:
+        peers: Mapping[str, Callable[[], System]] = {
+            "engine": lambda: EngineInProcess(self.model, self.dtype, self.adapters),
+            "peft-lora": lambda: PeftLora(self.model, self.dtype, self.adapters),
+            "peft-alora": lambda: PeftAlora(self.model, self.dtype, self.adapters),
+        }
+        return peers[name]() if name in peers else self.llama(LLAMA[name])
+
+
+def open_bench(
+    console: Console, progress: Progress, *, adapters: int, kind: Kind = "qkv", dtype: str | None = None
+) -> Bench:
+    """Model, adapters and tokenizer. The first time this takes a minute."""
+    # Loading bars of libraries would get between ours.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    model = ensure_demo_model()
+    used = dtype or native_dtype()
+    made = ensure_adapters(model, ADAPTER_ROOT / f"{kind}-{B_STANDARD_DEVIATION[kind]:g}", count=adapters, kind=kind)
+    return Bench(console, progress, model, used, made, Renderer(model))

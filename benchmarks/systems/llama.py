@@ -1,0 +1,204 @@
+"""llama-server as a system: our model in the same dtype, every adapter loaded, prompts as token arrays."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import socket
+from asyncio.subprocess import Process
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, perf_counter
+from types import TracebackType
+from typing import Any, Self
+
+from adapters import Adapter
+from harness import OUTPUT
+from systems.base import Answer, FanOutAnswers, Warmed
+
+from alora_serve.types import TokenIds
+
+_READY_SECONDS = 120.0
+_CALL_SECONDS = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSettings:
+    """One way to run and to ask llama-server.
+
+    Attributes:
+        name: as in tables.
+        slots: ``-np``.
+        concurrent: a fan-out's questions are asked at once, one after another otherwise.
+        pin_slot: every question names slot 0, so that concurrent ones queue for the cache in it.
+        flags: further flags, recorded.
+        context_tokens: of each slot.
+    """
+
+    name: str
+    slots: int = 1
+    concurrent: bool = False
+    pin_slot: bool = False
+    flags: tuple[str, ...] = ()
+    context_tokens: int = 8192
+
+
+BEST_CASE = LlamaSettings("llama-server, best case (one slot, serial)", flags=("--cache-ram", "0"))
+FIVE_CLIENTS = LlamaSettings("llama-server, five clients (-np 5, defaults)", slots=5, concurrent=True)
+FIVE_CLIENTS_BEST = LlamaSettings(
+    "llama-server, five clients, best found (all pinned to one slot)",
+    slots=5,
+    concurrent=True,
+    pin_slot=True,
+    flags=("--cache-ram", "0"),
+)
+EIGHT_CLIENTS = LlamaSettings("llama-server, eight clients (-np 8, defaults)", slots=8, concurrent=True)
+
+
+class LlamaServer:
+    """A llama-server process while the block runs."""
+
+    plain = False
+
+    def __init__(
+        self, server: Path, model: Path, adapters: Sequence[tuple[Adapter, Path]], settings: LlamaSettings
+    ) -> None:
+        """``adapters`` come with their GGUF files."""
+        self.name = settings.name
+        self._settings = settings
+        self._ids = {adapter.name: index for index, (adapter, _) in enumerate(adapters)}
+        self._port = _free_port()
+        self.command = [
+            *(str(server), "--model", str(model), "--host", "127.0.0.1", "--port", str(self._port)),
+            *("--parallel", str(settings.slots), "--ctx-size", str(settings.slots * settings.context_tokens)),
+            *("--threads", str(_cores()), "--lora-init-without-apply", "--no-webui"),
+            *settings.flags,
+        ]
+        self.command += ["--lora", ",".join(str(path) for _, path in adapters)]
+        self._threads = ThreadPoolExecutor(64, thread_name_prefix="llama-client")
+        self._process: Process | None = None
+
+    async def __aenter__(self) -> Self:
+        OUTPUT.mkdir(parents=True, exist_ok=True)
+        with (OUTPUT / "llama-server.log").open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(*self.command, stdout=log, stderr=log)
+        try:
+            await self._wait_ready()
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            if process.returncode is None:
+                process.terminate()
+            await process.wait()
+
+    async def warm(self, prefix: TokenIds) -> Warmed:
+        """Evaluate a conversation with the base model into a slot's cache."""
+        began = perf_counter()
+        answer = await self._call(prefix, None, 0)
+        timings = answer["timings"]
+        # Its own clock, which is kinder to it than ours.
+        computed, seconds = timings.get("prompt_n", 0), timings.get("prompt_ms", 0.0) / 1e3
+        return Warmed(int(computed), seconds or perf_counter() - began)
+
+    async def ask(self, prefix: TokenIds, adapter: Adapter | None, max_tokens: int) -> Answer:
+        """One streamed completion."""
+        prompt = prefix if adapter is None else prefix + adapter.invocation
+        began = perf_counter()
+        answer = await self._call(prompt, adapter, max_tokens)
+        timings = answer["timings"]
+        notes = {
+            "cached_tokens": float(timings.get("cache_n", 0)),
+            "computed_tokens": float(timings.get("prompt_n", 0)),
+        }
+        return Answer(tuple(answer["tokens"]), answer["first"] - began, answer["last"] - began, notes)
+
+    async def fan_out(self, prefix: TokenIds, adapters: Sequence[Adapter], max_tokens: int) -> FanOutAnswers:
+        """One after another, or all at once."""
+        began = perf_counter()
+        if self._settings.concurrent:
+            answers = list(await asyncio.gather(*(self.ask(prefix, adapter, max_tokens) for adapter in adapters)))
+        else:
+            answers = [await self.ask(prefix, adapter, max_tokens) for adapter in adapters]
+        return FanOutAnswers(tuple(answers), perf_counter() - began)
+
+    async def _call(self, prompt: TokenIds, adapter: Adapter | None, max_tokens: int) -> dict[str, Any]:
+        chosen = self._ids[adapter.name] if adapter else -1
+        body = {
+            "prompt": prompt,
+            "n_predict": max_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": True,
+            "stream": True,
+            "return_tokens": True,
+            "lora": [{"id": number, "scale": float(number == chosen)} for number in self._ids.values()],
+        }
+        if self._settings.pin_slot:
+            body["id_slot"] = 0
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._stream, json.dumps(body))
+
+    def _stream(self, body: str) -> dict[str, Any]:
+        """Read one completion's server-sent events: tokens, when the first and the last came, and its timings."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_CALL_SECONDS)
+        tokens: list[int] = []
+        first = 0.0
+        try:
+            connection.request("POST", "/completion", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise RuntimeError(f"llama-server answered {response.status}: {response.read(500)!r}")
+            for line in response:
+                if not line.startswith(b"data: "):
+                    continue
+                event = json.loads(line[6:])
+                tokens += event.get("tokens", [])
+                if tokens and not first:
+                    first = perf_counter()
+                if event.get("stop"):
+                    last = perf_counter()
+                    return {"tokens": tokens, "first": first or last, "last": last, "timings": event["timings"]}
+        finally:
+            connection.close()
+        raise RuntimeError("llama-server ended a stream without its last event")
+
+    async def _wait_ready(self) -> None:
+        deadline = monotonic() + _READY_SECONDS
+        while monotonic() < deadline:
+            if self._process is None or self._process.returncode is not None:
+                raise RuntimeError(f"llama-server ended at its start; see {OUTPUT / 'llama-server.log'}")
+            if await asyncio.to_thread(self._healthy):
+                return
+            await asyncio.sleep(0.1)
+        raise RuntimeError(f"llama-server was not ready after {_READY_SECONDS:g} s")
+
+    def _healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False  # it does not listen yet
+        finally:
+            connection.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

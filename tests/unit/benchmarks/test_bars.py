@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+from bars import BARS, Bar, as_json, evaluate
+
+PEER = Bar("against a peer", "theirs", "ours", 10, "at least", "peer")
+LLAMA = Bar("against llama-server", "llama", "ours", 2.5, "at least", "llama")
+SELF = Bar("16 against 1", "sixteen", "one", 2.0, "at most", "self")
+OVERHEAD = Bar("overhead", "ours", "engine", 0.15, "at most", "self", minus=1.0)
+
+
+def test_a_bar_is_a_ratio_of_medians() -> None:
+    [result] = evaluate({"theirs": [20.0, 22.0, 99.0], "ours": [2.0, 1.0, 50.0]}, [PEER])
+
+    assert result.value == 11.0
+    assert result.holds
+    assert result.samples == {"theirs": [20.0, 22.0, 99.0], "ours": [2.0, 1.0, 50.0]}
+
+
+@pytest.mark.parametrize(("theirs", "holds"), [(9.99, False), (10.0, True)])
+def test_at_least_includes_the_limit(theirs: float, holds: bool) -> None:
+    [result] = evaluate({"theirs": [theirs], "ours": [1.0]}, [PEER])
+
+    assert result.holds is holds
+
+
+@pytest.mark.parametrize(("sixteen", "holds"), [(2.0, True), (2.01, False)])
+def test_at_most_includes_the_limit(sixteen: float, holds: bool) -> None:
+    [result] = evaluate({"sixteen": [sixteen], "one": [1.0]}, [SELF])
+
+    assert result.holds is holds
+
+
+def test_an_overhead_is_what_is_beyond_the_denominator() -> None:
+    [result] = evaluate({"ours": [1.1], "engine": [1.0]}, [OVERHEAD])
+
+    assert result.value == pytest.approx(0.1)
+    assert result.holds
+
+
+@pytest.mark.parametrize(("llama", "counts"), [(2.5, True), (2.4, False)])
+def test_a_ratio_of_our_own_figures_counts_only_where_every_llama_bar_holds(llama: float, counts: bool) -> None:
+    samples = {"llama": [llama], "ours": [1.0], "sixteen": [1.5], "one": [1.0], "theirs": [20.0]}
+
+    results = {result.bar: result for result in evaluate(samples, [LLAMA, SELF, PEER])}
+
+    assert results[SELF.name].holds
+    assert results[SELF.name].counts is counts
+    assert results[PEER.name].counts
+    assert results[LLAMA.name].counts
+
+
+@pytest.mark.parametrize(
+    "samples", [{"theirs": [1.0]}, {"theirs": [1.0], "ours": []}, {"theirs": [1.0], "ours": [0.0]}]
+)
+def test_a_figure_that_was_not_measured_is_an_error_and_no_bar_met(samples: dict[str, list[float]]) -> None:
+    with pytest.raises(ValueError, match="ours was not measured"):
+        evaluate(samples, [PEER])
+
+
+def test_the_file_has_what_a_reader_of_it_looks_for() -> None:
+    [row] = as_json(evaluate({"theirs": [20.0], "ours": [1.0]}, [PEER]))
+
+    assert {"bar", "value", "limit", "holds", "counts", "samples"} <= row.keys()
+
+
+def test_the_table_has_twelve_bars_of_different_names() -> None:
+    assert len({bar.name for bar in BARS}) == 12

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import harness
+import pytest
+from correctness import Verdict, key_of, summary, with_verdicts
+from harness import Correct, Row, Sample, rounds_after, show
+from rich.console import Console
+from systems.engine import shared_step_seconds
+
+
+def row(system: str, *total_seconds: float, what: str = "") -> Row:
+    return Row(system, 2048, tuple(Sample(total / 4, total) for total in total_seconds), what=what)
+
+
+def test_a_row_says_median_and_spread() -> None:
+    measured = row("ours", 3.0, 1.0, 2.0)
+
+    assert measured.median("total_seconds") == 2.0
+    assert measured.spread("total_seconds") == (1.0, 3.0)
+    assert measured.median("first_token_seconds") == 0.5
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1.0, 5), (19.9, 5), (20.0, 3), (59.0, 3), (60.0, 0), (900.0, 0)])
+def test_the_very_slow_are_asked_less_often(seconds: float, rounds: int) -> None:
+    assert rounds_after(seconds, 5) == rounds
+
+
+def test_no_system_is_asked_more_often_than_wanted() -> None:
+    assert rounds_after(30.0, 1) == 1
+
+
+def test_the_table_compares_with_the_baseline_asked_the_same() -> None:
+    console = Console(width=200, record=True)
+    rows = [
+        row("slow", 8.0, what="1"),
+        row("fast", 2.0, what="1"),
+        row("slow", 30.0, what="5"),
+        row("fast", 2.0, what="5"),
+    ]
+
+    show(rows, baseline="slow", console=console, title="Rows", by="total_seconds")
+
+    lines = [line for line in console.export_text().splitlines() if " fast " in line]
+    assert [line.split()[-2] for line in lines] == ["4.0x", "15.0x"]
+
+
+def test_a_row_goes_to_the_file_with_every_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "OUTPUT", tmp_path / "bench")
+
+    path = harness.write("rows", [row("ours", 1.0, 3.0)], {"dtype": "bfloat16"})
+
+    written = json.loads(path.read_text())
+    assert written["dtype"] == "bfloat16"
+    assert written["machine"]["cores"] >= 1
+    [first] = written["rows"]
+    assert [sample["total_seconds"] for sample in first["samples"]] == [1.0, 3.0]
+    assert first["total_seconds_median"] == 2.0
+    assert first["total_seconds_spread"] == [1.0, 3.0]
+
+
+def test_a_verdict_counts_equal_answers_and_keeps_the_worst_gap() -> None:
+    verdicts = [Verdict(True, 0.1), Verdict(False, 2.0), Verdict(True, 0.0)]
+
+    assert summary(verdicts, "bfloat16") == Correct(equal=2, of=3, dtype="bfloat16", largest_gap=2.0)
+    assert summary([Verdict(True, None)], "float32").largest_gap is None
+
+
+def test_verdicts_go_to_the_row_they_were_kept_for() -> None:
+    first, other = row("ours", 1.0, what="1 adapter"), row("ours", 1.0, what="5 adapters")
+    correct = Correct(5, 5, "float32")
+
+    judged = with_verdicts([first, other], {key_of(other): correct})
+
+    assert [judged_row.correct for judged_row in judged] == [None, correct]
+
+
+def test_a_step_is_timed_only_while_all_streams_run() -> None:
+    # The second stream joins at 5 and the first leaves at 8: of the first, only the steps from 5 to 8 are shared.
+    first = [0.0, 0.1, 0.2, 5.0, 6.0, 8.0]
+    second = [5.0, 6.0, 8.0, 8.1, 8.2]
+
+    assert shared_step_seconds([first, second]) == 1.5
+    assert shared_step_seconds([[0.0, 2.0, 4.0]]) == 2.0
+
+
+def test_streams_that_never_ran_together_have_no_step() -> None:
+    with pytest.raises(ValueError, match="ask for more tokens"):
+        shared_step_seconds([[0.0, 1.0], [2.0, 3.0]])

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import compare
+import measure_bars
+import pictures
+import pytest
+from adapters import NAMES, Adapter, invocation_text
+from bars import BARS, evaluate
+from conversations import Exchange, exchanges
+from harness import Row, Sample
+from lineup import SYSTEMS
+from peers.build_llama import LlamaBuild
+from scenarios import arrivals, fan_out, turns
+
+from alora_serve.types import ChatMessage, TokenIds
+
+ADAPTERS = [Adapter(name, Path(name), Path(f"{name}-lora"), (number,)) for number, name in enumerate(NAMES[:5])]
+
+
+class WordRenderer:
+    """Counts words, and keeps a conversation readable: a token is a word's number."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def prefix(self, messages: list[ChatMessage] | tuple[ChatMessage, ...]) -> TokenIds:
+        text = " ".join(f"<{message.role}> {message.content}" for message in messages)
+        return tuple(self._number(word) for word in text.split())
+
+    def base_prompt(self, messages: list[ChatMessage]) -> TokenIds:
+        return (*self.prefix(messages), self._number("<answer>"))
+
+    def _number(self, word: str) -> int:
+        if word not in self.words:
+            self.words.append(word)
+        return self.words.index(word)
+
+
+def test_arrivals_come_at_the_rate_in_order_and_within_the_time() -> None:
+    plan = arrivals.Plan(seconds=2000.0)
+
+    found = arrivals.arrivals(2.0, plan, seed=1)
+
+    assert len(found) == pytest.approx(4000, rel=0.1)
+    times = [arrival.at_seconds for arrival in found]
+    assert times == sorted(times)
+    assert times[-1] < plan.seconds
+    assert {arrival.conversation for arrival in found} == set(range(plan.conversations))
+
+
+def test_adapters_are_drawn_by_zipfs_law() -> None:
+    found = arrivals.arrivals(2.0, arrivals.Plan(seconds=4000.0), seed=2)
+
+    counts = [sum(arrival.adapter == adapter for arrival in found) for adapter in range(5)]
+    assert counts[0] / counts[1] == pytest.approx(2, rel=0.15)
+    assert counts[0] / counts[4] == pytest.approx(5, rel=0.2)
+
+
+def test_arrivals_are_the_same_for_every_system() -> None:
+    assert arrivals.arrivals(1.0, arrivals.Plan(), seed=3) == arrivals.arrivals(1.0, arrivals.Plan(), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("completed", "first_token_seconds", "saturated"), [(1.8, 1.0, False), (1.7, 1.0, True), (2.0, 10.1, True)]
+)
+def test_a_system_is_saturated_when_it_falls_behind(
+    completed: float, first_token_seconds: float, saturated: bool
+) -> None:
+    assert arrivals.saturated(2.0, completed, first_token_seconds) is saturated
+
+
+def test_six_turns_alternate_between_base_model_and_adapters_and_only_ever_grow() -> None:
+    renderer = WordRenderer()
+
+    steps = turns.alternate(renderer, ADAPTERS, turns.Plan(tokens=300), seed=4)  # type: ignore[arg-type]
+
+    assert [step.adapter for step in steps] == [None, ADAPTERS[0], None, ADAPTERS[1], None, ADAPTERS[2]]
+    prompts = [step.prefix for step in steps]
+    answer = renderer.words.index("<answer>")
+    for earlier, later in pairwise(prompts):
+        kept = earlier[:-1] if earlier[-1] == answer else earlier
+        assert later[: len(kept)] == kept
+        assert len(later) > len(kept)
+    assert len(prompts[0]) >= 200
+
+
+def test_a_replay_shares_its_system_prompt_and_keeps_the_order_of_each_conversation() -> None:
+    renderer, plan = WordRenderer(), turns.Plan(conversations=3, exchanges=4)
+
+    steps = turns.replay(renderer, ADAPTERS, plan, seed=5)  # type: ignore[arg-type]
+
+    assert len(steps) == 2 * 3 * 4
+    system = renderer.prefix([turns.SYSTEM_PROMPT])
+    assert all(step.prefix[: len(system)] == system for step in steps)
+    assert [step.adapter is None for step in steps] == [True, False] * 12
+    histories: list[TokenIds] = []
+    for step in steps[1::2]:
+        grown = [history for history in histories if step.prefix[: len(history)] == history]
+        histories = [history for history in histories if history not in grown] + [step.prefix]
+    assert len(histories) == 3
+
+
+def test_exchanges_are_natural_text_and_differ_by_seed() -> None:
+    first, second = exchanges(1, 80), exchanges(2, 80)
+
+    assert first != second
+    assert exchanges(1, 80) == first
+    assert all(isinstance(found, Exchange) and len(found.user.content.split()) > 20 for found in first)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        exchanges(1, 10_000)
+
+
+def test_every_adapter_has_an_invocation_of_its_own_that_special_tokens_enclose() -> None:
+    texts = [invocation_text(name) for name in NAMES]
+
+    assert len(set(texts)) == 16
+    assert all(re.fullmatch(r"<\|im_start\|>\w+<\|im_end\|>", text) for text in texts)
+
+
+@pytest.mark.parametrize("letter", list(compare.SCENARIOS))
+def test_a_scenario_names_systems_that_exist_and_is_smaller_when_quick(letter: str) -> None:
+    scenario = compare.SCENARIOS[letter]
+
+    assert set(scenario.systems) <= set(SYSTEMS)
+    assert scenario.quick != scenario.plan
+    assert type(scenario.quick) is type(scenario.plan)
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    return compare.parse(argv)
+
+
+def test_the_command_line_changes_lengths_adapters_and_rounds() -> None:
+    plan = compare.planned(compare.SCENARIOS["a"], parse("--tokens", "2048", "--adapters", "5", "--rounds", "2"))
+
+    assert plan == fan_out.Plan(tokens=(2048,), adapters=(5,), rounds=2)
+
+
+def test_a_scenario_of_one_length_takes_the_first() -> None:
+    plan = compare.planned(compare.SCENARIOS["c"], parse("--tokens", "512", "--rounds", "3"))
+
+    assert plan.tokens == 512
+    assert plan.adapters == arrivals.Plan().adapters
+
+
+def test_bars_are_measured_under_the_names_that_the_table_has() -> None:
+    names = {system: system for system in measure_bars.SYSTEMS}
+    details = {"prefill_tokens_per_second": [900.0]}
+    rows = [
+        Row(system, 2048, (Sample(0.1, 1.0),), adapters=count, details=details) for system in names for count in (5, 16)
+    ]
+    samples: measure_bars.Samples = {}
+
+    measure_bars._take_rows(rows, names, samples)
+    elsewhere = ("step_16", "step_1", "step_base", "llama_step", "bytes_16", "bytes_1")
+    samples |= {name: [1.0] for name in (*elsewhere, "ttft_stored", "ttft_2048", "ttft_6144", "ttft_512")}
+
+    assert {result.bar for result in evaluate(samples)} == {bar.name for bar in BARS}
+
+
+def test_every_system_of_the_bars_exists_and_sixteen_adapters_are_asked_of_two() -> None:
+    plan = measure_bars._fan_outs(measure_bars.Plan())
+
+    assert set(measure_bars.SYSTEMS) <= set(SYSTEMS)
+    assert {name for name in measure_bars.SYSTEMS if (name, 16) not in plan.skip} == {"ours", "llama"}
+
+
+def test_pictures_take_their_points_from_the_rows_of_a_file() -> None:
+    rows = [
+        dataclasses.asdict(Row(system, tokens, (Sample(0.1, 1.0),), adapters=adapters))
+        | {"first_token_seconds_median": 0.1, "total_seconds_median": adapters * 1.0}
+        for system in ("ours", "peer")
+        for tokens in (510, 2040, 6100)
+        for adapters in (1, 5)
+    ]
+    rows = json.loads(json.dumps(rows))
+
+    assert pictures.contexts(rows)["ours"] == [(510, 0.1), (2040, 0.1), (6100, 0.1)]
+    assert pictures.costs(rows) == {"ours": [(1, 1.0), (5, 5.0)], "peer": [(1, 1.0), (5, 5.0)]}
+
+
+def test_a_peer_is_built_in_a_directory_of_its_version(tmp_path: Path) -> None:
+    build = LlamaBuild(tmp_path)
+
+    assert build.directory.parent == tmp_path
+    assert build.server.is_relative_to(build.directory)
+    assert build.facts["compiler"] == "unknown"
+    assert "-DGGML_NATIVE=ON" in build.facts["flags"]  # type: ignore[operator]
