@@ -48,7 +48,7 @@ class CatalogEntry:
         """Run ``reader`` on files that stay the same meanwhile. A refusal is kept as ``info``, with its files.
 
         Raises:
-            AdapterRefusedError: from ``reader``; or the files cannot be read, or do not stay the same.
+            AdapterRefusedError: ``reader`` refused them, or they cannot be read or do not stay the same. Names it.
         """
         signature: Signature | None = None
         try:
@@ -60,19 +60,18 @@ class CatalogEntry:
                 if files.signature() == signature:
                     self._signature = signature
                     return result
-            raise AdapterRefusedError(f"adapter {self.name!r}: its files keep changing while they are read")
-        except AdapterRefusedError as error:
-            self._signature, self.info = signature, refused_info(self.name, str(error))
-            raise
-        except OSError as error:
-            refusal = AdapterRefusedError(f"adapter {self.name!r}: its files cannot be read: {error}")
-            self._signature, self.info = signature, refused_info(self.name, str(refusal))
-            raise refusal from error
+            raise AdapterRefusedError("its files keep changing while they are read")
+        except (AdapterRefusedError, OSError) as error:
+            problem = str(error) if isinstance(error, AdapterRefusedError) else f"its files cannot be read: {error}"
+            self._signature, self.info = signature, refused_info(self.name, problem)
+            raise self.refusal(problem) from error
+
+    def refusal(self, problem: str) -> AdapterRefusedError:
+        """The error for a use of this adapter, with the ``problem`` of its listing."""
+        return AdapterRefusedError(f"adapter {self.name!r} cannot be served: {problem}")
 
     def _find_files(self) -> AdapterFiles:
-        return find_files(
-            self.directory, root=self.root, adapter_name=self.name, max_weights_bytes=self.max_weights_bytes
-        )
+        return find_files(self.directory, root=self.root, max_weights_bytes=self.max_weights_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,11 @@ INERT: Mapping[str, str] = {
 }
 """Fields that cannot change the forward pass, whatever their value, and why."""
 
+_OLD_IBM_FORMAT = (
+    "IBM's old format turns on one token later than PEFT's and is not converted here; put alora_invocation_tokens in "
+    "its place: the tokens of that string without the first"
+)
+
 ALLOWED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "peft_type": (("LORA",), "only LoRA and Activated LoRA are served"),
     "task_type": (("CAUSAL_LM", None), "only causal language models are served"),
@@ -107,19 +112,19 @@ ALLOWED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "megatron_config": ((None, {}), "Megatron layers are not served"),
     "megatron_core": (("megatron.core", None), "Megatron layers are not served"),
     "ensure_weight_tying": ((False, None), "adapters on tied embeddings are not served"),
-    "invocation_string": ((None,), "the old IBM format activates one token later; convert it to PEFT's format"),
+    "invocation_string": ((None,), _OLD_IBM_FORMAT),
 }
 """Fields served only at these values, and why no other. A field in no table must be null, false or empty."""
 
 
-def parse_adapter_config(raw: bytes, *, adapter_name: str) -> AdapterConfig:
+def parse_adapter_config(raw: bytes) -> AdapterConfig:
     """Read the bytes of an ``adapter_config.json``. Absent fields take PEFT's defaults.
 
     Raises:
         AdapterRefusedError: not a JSON object, a field this release does not serve, or a value of the wrong type.
             Names the field and its value.
     """
-    fields = _Fields(_json_object(raw, adapter_name), adapter_name)
+    fields = _Fields(_json_object(raw))
     fields.check_closed_world()
     tokens = fields.integers("alora_invocation_tokens", minimum=0)
     config = AdapterConfig(
@@ -145,26 +150,25 @@ def parse_adapter_config(raw: bytes, *, adapter_name: str) -> AdapterConfig:
     return config
 
 
-def _json_object(raw: bytes, adapter_name: str) -> dict[str, Any]:
+def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(raw)
     except ValueError as error:
-        raise AdapterRefusedError(f"adapter {adapter_name!r}: adapter_config.json is not JSON: {error}") from error
+        raise AdapterRefusedError(f"adapter_config.json is not JSON: {error}") from error
     if not isinstance(parsed, dict):
-        raise AdapterRefusedError(f"adapter {adapter_name!r}: adapter_config.json is not a JSON object")
+        raise AdapterRefusedError("adapter_config.json is not a JSON object")
     return parsed
 
 
 class _Fields:
-    """Typed access to one parsed file; every refusal names the adapter, the field and its value."""
+    """Typed access to one parsed file; every refusal names the field and its value."""
 
-    def __init__(self, values: Mapping[str, Any], adapter_name: str) -> None:
+    def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
-        self._adapter_name = adapter_name
 
     def refusal(self, field: str, why: str) -> AdapterRefusedError:
         value = json.dumps(self._values.get(field))
-        return AdapterRefusedError(f"adapter {self._adapter_name!r}: adapter_config.json has {field} = {value}: {why}")
+        return AdapterRefusedError(f"adapter_config.json has {field} = {value}: {why}")
 
     def check_closed_world(self) -> None:
         if "peft_type" not in self._values:

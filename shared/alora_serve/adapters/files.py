@@ -10,6 +10,7 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
+from alora_serve.adapters.config import parse_adapter_config
 from alora_serve.errors import AdapterRefusedError
 from alora_serve.types import AdapterDigest
 
@@ -46,41 +47,48 @@ class AdapterFiles:
                 yield chunk
 
 
-def find_files(
-    directory: Path, *, root: Path, adapter_name: str, max_weights_bytes: int = DEFAULT_MAX_WEIGHTS_BYTES
-) -> AdapterFiles:
+def find_files(directory: Path, *, root: Path, max_weights_bytes: int = DEFAULT_MAX_WEIGHTS_BYTES) -> AdapterFiles:
     """Locate the files of the adapter in ``directory``, which lies in ``root``.
 
     Links are followed as long as they end inside ``root`` (a Kubernetes volume links each file to ``..data/``).
 
     Raises:
         AdapterRefusedError: a file is missing, too large, not a regular file, unreadable or outside ``root``, or the
-            weights are pickled only.
+            weights are pickled only. What is wrong with the config is then said as well, to be repaired in one go.
     """
+    config = _real_file(directory / CONFIG_NAME, root, MAX_CONFIG_BYTES)
+    try:
+        return AdapterFiles(config, _weights_file(directory, root, max_weights_bytes))
+    except AdapterRefusedError as error:
+        try:
+            parse_adapter_config(config.read_bytes())
+        except AdapterRefusedError as another:
+            raise AdapterRefusedError(f"{another}; {error}") from error
+        raise
+
+
+def _weights_file(directory: Path, root: Path, max_bytes: int) -> Path:
     weights = directory / WEIGHTS_NAME
     if not weights.exists() and (directory / PICKLED_WEIGHTS_NAME).exists():
         raise AdapterRefusedError(
-            f"adapter {adapter_name!r}: {PICKLED_WEIGHTS_NAME} is a pickle and is never read; "
-            f"save the adapter again with safetensors, as {WEIGHTS_NAME}"
+            f"{PICKLED_WEIGHTS_NAME} is a pickle and is never read; save the adapter again with safetensors, as "
+            f"{WEIGHTS_NAME}"
         )
-    return AdapterFiles(
-        config=_real_file(directory / CONFIG_NAME, root, adapter_name, MAX_CONFIG_BYTES),
-        weights=_real_file(weights, root, adapter_name, max_weights_bytes),
-    )
+    return _real_file(weights, root, max_bytes)
 
 
-def _real_file(path: Path, root: Path, adapter_name: str, max_bytes: int) -> Path:
+def _real_file(path: Path, root: Path, max_bytes: int) -> Path:
     try:
         real = path.resolve(strict=True)
         inside, regular, size = real.is_relative_to(root.resolve()), real.is_file(), real.stat().st_size
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise AdapterRefusedError(f"adapter {adapter_name!r}: cannot read {path.name}: {error}") from error
+        raise AdapterRefusedError(f"cannot read {path.name}: {error}") from error
     if not inside:
-        raise AdapterRefusedError(f"adapter {adapter_name!r}: {path.name} leads out of the adapter root to {real}")
+        raise AdapterRefusedError(f"{path.name} leads out of the adapter root to {real}")
     if not regular:
-        raise AdapterRefusedError(f"adapter {adapter_name!r}: {path.name} is not a regular file")
+        raise AdapterRefusedError(f"{path.name} is not a regular file")
     if size > max_bytes:
-        raise AdapterRefusedError(f"adapter {adapter_name!r}: {path.name} has {size} bytes, more than {max_bytes}")
+        raise AdapterRefusedError(f"{path.name} has {size} bytes, more than {max_bytes}")
     return real
 
 

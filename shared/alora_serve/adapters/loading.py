@@ -36,7 +36,7 @@ class AdapterHost:
     Attributes:
         module_shapes: every Linear and Conv1D by full name, the output layer included.
         vocabulary_size: exclusive bound of token ids.
-        decode: the tokenizer's, for showing an invocation to people.
+        decode: text of tokens, special ones spelt out: an invocation is shown to people by it.
     """
 
     module_shapes: Mapping[str, ModuleShape]
@@ -57,7 +57,7 @@ def inspect_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Ada
             slices = {key: weights.get_slice(key) for key in weights.offset_keys()}
             specs = {key: _TensorSpec(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
     except safetensors.SafetensorError as error:
-        raise _damaged(name, error) from error
+        raise _damaged(error) from error
     plan.check_tensors(specs)
     return plan.info(digest_of(plan.raw_config, files.weights_chunks()))
 
@@ -78,15 +78,15 @@ def load_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Loaded
     try:
         tensors = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
-        raise _damaged(name, error) from error
+        raise _damaged(error) from error
     labels = {dtype: label for label, dtype in _SERVED_DTYPES.items()}
     plan.check_tensors(
         {key: _TensorSpec(labels.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}
     )
     pairs = {
         module: LoraPair(
-            a=_finite_float32(tensors, _tensor_name(module, "A"), name),
-            b=_finite_float32(tensors, _tensor_name(module, "B"), name),
+            a=_finite_float32(tensors, _tensor_name(module, "A")),
+            b=_finite_float32(tensors, _tensor_name(module, "B")),
             scaling=target.scaling,
         )
         for module, target in plan.targets.items()
@@ -113,13 +113,13 @@ class _Plan:
     @classmethod
     def read(cls, files: AdapterFiles, name: str, base: AdapterHost) -> _Plan:
         raw = files.config.read_bytes()
-        config = parse_adapter_config(raw, adapter_name=name)
+        config = parse_adapter_config(raw)
         if any(token >= base.vocabulary_size for token in config.invocation_tokens):
             raise AdapterRefusedError(
-                f"adapter {name!r}: alora_invocation_tokens = {list(config.invocation_tokens)} leave the base model's "
-                f"vocabulary of {base.vocabulary_size}, so it could never be invoked"
+                f"alora_invocation_tokens = {list(config.invocation_tokens)} leave the base model's vocabulary of "
+                f"{base.vocabulary_size}, so it could never be invoked"
             )
-        return cls(name, base, raw, config, resolve_targets(config, base.module_shapes, adapter_name=name))
+        return cls(name, base, raw, config, resolve_targets(config, base.module_shapes))
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that the weights file must hold: A ``[rank, in_features]`` and B ``[out_features, rank]``."""
@@ -134,20 +134,18 @@ class _Plan:
         expected = self.tensor_shapes()
         for key in sorted(specs.keys() - expected.keys()):
             why = next((why for part, why in _FOREIGN_TENSORS.items() if part in key), "no adapted module takes it")
-            raise AdapterRefusedError(f"adapter {self.name!r}: tensor {key} cannot be used: {why}")
+            raise AdapterRefusedError(f"tensor {key} cannot be used: {why}")
         for key, shape in expected.items():
             spec = specs.get(key)
             if spec is None:
-                raise AdapterRefusedError(f"adapter {self.name!r}: tensor {key} is missing from the weights file")
+                raise AdapterRefusedError(f"tensor {key} is missing from the weights file")
             if spec.shape != shape:
                 raise AdapterRefusedError(
-                    f"adapter {self.name!r}: tensor {key} has shape {list(spec.shape)}, but its rank and this base "
+                    f"tensor {key} has shape {list(spec.shape)}, but its rank and this base "
                     f"model need {list(shape)}; was it trained on another base model?"
                 )
             if spec.dtype not in _SERVED_DTYPES:
-                raise AdapterRefusedError(
-                    f"adapter {self.name!r}: tensor {key} has dtype {spec.dtype}, not one of {list(_SERVED_DTYPES)}"
-                )
+                raise AdapterRefusedError(f"tensor {key} has dtype {spec.dtype}, not one of {list(_SERVED_DTYPES)}")
 
     def info(self, digest: AdapterDigest) -> AdapterInfo:
         tokens = self.config.invocation_tokens
@@ -168,12 +166,12 @@ def _tensor_name(module: str, factor: str) -> str:
     return f"base_model.model.{module}.lora_{factor}.weight"
 
 
-def _finite_float32(tensors: Mapping[str, Tensor], key: str, adapter_name: str) -> Tensor:
+def _finite_float32(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     tensor = tensors[key].to(torch.float32)
     if not torch.isfinite(tensor).all():
-        raise AdapterRefusedError(f"adapter {adapter_name!r}: tensor {key} holds infinities or NaNs")
+        raise AdapterRefusedError(f"tensor {key} holds infinities or NaNs")
     return tensor
 
 
-def _damaged(adapter_name: str, error: Exception) -> AdapterRefusedError:
-    return AdapterRefusedError(f"adapter {adapter_name!r}: the weights file is not valid safetensors: {error}")
+def _damaged(error: Exception) -> AdapterRefusedError:
+    return AdapterRefusedError(f"the weights file is not valid safetensors: {error}")

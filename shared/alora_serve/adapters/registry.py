@@ -137,7 +137,7 @@ class AdapterRegistry:
     def _acquire_current(self, entry: CatalogEntry) -> Lease:
         if entry.info is not None and entry.is_current():
             if entry.info.problem:
-                raise AdapterRefusedError(entry.info.problem)
+                raise entry.refusal(entry.info.problem)
             if lease := self._residency.lease(entry.name, entry.info.digest):
                 return lease
             self._residency.make_room(entry.info.size_bytes)

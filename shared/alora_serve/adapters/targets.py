@@ -36,9 +36,7 @@ class ResolvedTarget:
     scaling: float
 
 
-def resolve_targets(
-    config: AdapterConfig, module_shapes: Mapping[str, ModuleShape], *, adapter_name: str
-) -> dict[str, ResolvedTarget]:
+def resolve_targets(config: AdapterConfig, module_shapes: Mapping[str, ModuleShape]) -> dict[str, ResolvedTarget]:
     """The modules that PEFT would adapt, by full name, in the order of ``module_shapes``.
 
     ``module_shapes`` holds every Linear and Conv1D of the base model, the output layer included.
@@ -50,20 +48,17 @@ def resolve_targets(
         names = _matching_names(config, module_shapes)
         targets = {name: _resolve(config, name) for name in names}
     except re.error as error:
-        raise AdapterRefusedError(
-            f"adapter {adapter_name!r}: {error.pattern!r} is not a regular expression: {error}"
-        ) from error
+        raise AdapterRefusedError(f"{error.pattern!r} is not a regular expression: {error}") from error
     for name in names:
         if module_shapes[name].is_output_layer:
             raise AdapterRefusedError(
-                f"adapter {adapter_name!r} adapts the output layer {name!r}; logits of a step are made for all its "
-                "sequences at once by the base model's, so this cannot be served"
+                f"it adapts the output layer {name!r}; logits of a step are made for all its sequences at once by the "
+                "base model's, so this cannot be served"
             )
     if not targets:
         raise AdapterRefusedError(
-            f"adapter {adapter_name!r}: target_modules = {config.target_modules!r} (exclude_modules = "
-            f"{config.exclude_modules!r}, layers_to_transform = {config.layers_to_transform!r}) matches no linear "
-            "module of the base model"
+            f"target_modules = {config.target_modules!r} (exclude_modules = {config.exclude_modules!r}, "
+            f"layers_to_transform = {config.layers_to_transform!r}) matches no linear module of the base model"
         )
     return targets
 

@@ -23,7 +23,7 @@ _NOT_OF_PEFT = {"invocation_string"}
 
 def parse(**fields: Any) -> AdapterConfig:
     fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]} | fields
-    return parse_adapter_config(json.dumps(fields).encode(), adapter_name="certainty")
+    return parse_adapter_config(json.dumps(fields).encode())
 
 
 def test_every_field_of_the_installed_lora_config_is_decided_on() -> None:
@@ -39,7 +39,7 @@ def test_no_field_is_decided_on_twice() -> None:
 def test_what_peft_saves_by_default_is_served_with_pefts_defaults(tmp_path: Path) -> None:
     saved = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     saved.save_pretrained(str(tmp_path))
-    config = parse_adapter_config((tmp_path / "adapter_config.json").read_bytes(), adapter_name="x")
+    config = parse_adapter_config((tmp_path / "adapter_config.json").read_bytes())
     assert (
         config
         == parse()
@@ -73,7 +73,7 @@ def test_everything_served_is_read(tmp_path: Path) -> None:
         layers_pattern="layers",
         alora_invocation_tokens=[5, 6],
     ).save_pretrained(str(tmp_path))
-    config = parse_adapter_config((tmp_path / "adapter_config.json").read_bytes(), adapter_name="x")
+    config = parse_adapter_config((tmp_path / "adapter_config.json").read_bytes())
     assert config == AdapterConfig(
         kind="alora",
         rank=16,
@@ -133,6 +133,11 @@ def test_a_field_off_its_default_refuses_the_adapter_naming_field_and_value(fiel
     assert f"adapter_config.json has {field} = {json.dumps(OFF_DEFAULT[field])}: " in str(refusal.value)
 
 
+def test_ibms_old_format_is_refused_with_the_conversion_by_hand() -> None:
+    with pytest.raises(AdapterRefusedError, match=r"put alora_invocation_tokens in its place: .* without the first$"):
+        parse(invocation_string="<|start_of_role|>certainty<|end_of_role|>")
+
+
 @pytest.mark.parametrize("init", ["pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "unheard-of", 1])
 def test_an_initialisation_that_may_touch_base_weights_is_refused(init: object) -> None:
     with pytest.raises(AdapterRefusedError, match="init_lora_weights"):
@@ -188,7 +193,7 @@ def test_a_field_that_no_known_peft_has_refuses_unless_empty() -> None:
     ],
 )
 def test_a_value_of_the_wrong_type_refuses_the_adapter_naming_it(field: str, value: object) -> None:
-    with pytest.raises(AdapterRefusedError, match=f"adapter 'certainty': .*{field} = "):
+    with pytest.raises(AdapterRefusedError, match=f"has {field} = "):
         parse(**{field: value})
 
 
@@ -202,13 +207,13 @@ def test_layers_cannot_be_chosen_for_a_regular_expression_as_in_peft(fields: dic
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[]", b'"LORA"', b"{}"])
 def test_what_is_no_peft_config_is_refused(raw: bytes) -> None:
-    with pytest.raises(AdapterRefusedError, match=r"adapter 'x': adapter_config\.json"):
-        parse_adapter_config(raw, adapter_name="x")
+    with pytest.raises(AdapterRefusedError, match=r"^adapter_config\.json"):
+        parse_adapter_config(raw)
 
 
 def test_a_config_that_names_no_peft_type_is_refused() -> None:
     with pytest.raises(AdapterRefusedError, match="peft_type = null"):
-        parse_adapter_config(b'{"target_modules": ["q_proj"]}', adapter_name="x")
+        parse_adapter_config(b'{"target_modules": ["q_proj"]}')
 
 
 def test_an_empty_invocation_is_a_plain_lora_as_in_peft(fresh_model: Callable[..., PreTrainedModel]) -> None:

@@ -23,21 +23,28 @@ def root(tmp_path: Path) -> Path:
 
 def refusal(root: Path, **limits: int) -> str:
     with pytest.raises(AdapterRefusedError) as refused:
-        find_files(root / "certainty", root=root, adapter_name="certainty", **limits)
+        find_files(root / "certainty", root=root, **limits)
     return str(refused.value)
 
 
 def test_files_are_found_and_read_in_chunks(root: Path) -> None:
     content = bytes(range(256)) * 10_000
     (root / "certainty" / WEIGHTS_NAME).write_bytes(content)
-    files = find_files(root / "certainty", root=root, adapter_name="certainty")
+    files = find_files(root / "certainty", root=root)
     assert b"".join(files.weights_chunks()) == content
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
 def test_a_missing_file_is_refused_by_name(root: Path, name: str) -> None:
     (root / "certainty" / name).unlink()
-    assert f"adapter 'certainty': cannot read {name}" in refusal(root)
+    assert f"cannot read {name}" in refusal(root)
+
+
+def test_a_bad_config_is_named_beside_missing_weights(root: Path) -> None:
+    (root / "certainty" / CONFIG_NAME).write_text("{")
+    (root / "certainty" / WEIGHTS_NAME).unlink()
+    assert f"{CONFIG_NAME} is not JSON" in refusal(root)
+    assert f"cannot read {WEIGHTS_NAME}" in refusal(root)
 
 
 def test_pickled_weights_are_refused_by_name_and_never_opened(root: Path) -> None:
@@ -67,13 +74,13 @@ def test_links_inside_the_root_are_followed_as_volume_mounts_need(root: Path) ->
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         (directory / name).rename(directory / "..2026" / name)
         (directory / name).symlink_to(f"..data/{name}")
-    files = find_files(directory, root=root, adapter_name="certainty")
+    files = find_files(directory, root=root)
     assert files.weights.parent.name == "..2026"
 
 
 def test_a_root_that_is_a_link_is_followed(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
-    find_files(tmp_path / "link" / "certainty", root=tmp_path / "link", adapter_name="certainty")
+    find_files(tmp_path / "link" / "certainty", root=tmp_path / "link")
 
 
 def test_a_loop_of_links_is_refused(root: Path) -> None:
@@ -90,13 +97,13 @@ def test_what_is_not_a_regular_file_is_refused_without_opening_it(root: Path) ->
 
 def test_large_files_are_refused_before_reading(root: Path) -> None:
     assert f"{WEIGHTS_NAME} has 7 bytes, more than 6" in refusal(root, max_weights_bytes=6)
-    find_files(root / "certainty", root=root, adapter_name="certainty", max_weights_bytes=7)
+    find_files(root / "certainty", root=root, max_weights_bytes=7)
     (root / "certainty" / CONFIG_NAME).write_text(" " * (1 << 20) + "{}")
     assert f"{CONFIG_NAME} has 1048578 bytes" in refusal(root)
 
 
 def test_the_signature_changes_with_either_file(root: Path) -> None:
-    files = find_files(root / "certainty", root=root, adapter_name="certainty")
+    files = find_files(root / "certainty", root=root)
     before = files.signature()
     assert files.signature() == before
     os.utime(files.config, ns=(1, 1))

@@ -22,7 +22,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def files_of(directory: Path) -> AdapterFiles:
-    return find_files(directory, root=directory, adapter_name="certainty")
+    return find_files(directory, root=directory)
 
 
 def refusal(directory: Path, base: AdapterHost) -> str:
@@ -32,7 +32,6 @@ def refusal(directory: Path, base: AdapterHost) -> str:
     with pytest.raises(AdapterRefusedError) as loading:
         load_adapter(files_of(directory), name="certainty", base=base)
     assert str(inspecting.value) == str(loading.value)
-    assert "adapter 'certainty'" in str(loading.value)
     return str(loading.value)
 
 
@@ -129,7 +128,7 @@ def test_a_damaged_weights_file_is_refused(adapter: Path, llama: AdapterHost, da
     path = adapter / WEIGHTS_NAME
     path.write_bytes(damage(path.read_bytes()))
     for read in (inspect_adapter, load_adapter):
-        with pytest.raises(AdapterRefusedError, match="'certainty': the weights file is not valid safetensors"):
+        with pytest.raises(AdapterRefusedError, match=r"^the weights file is not valid safetensors"):
             read(files_of(adapter), name="certainty", base=llama)
 
 

@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def load(directory: Path, base: AdapterHost) -> LoadedAdapter:
-    files = find_files(directory, root=directory, adapter_name=directory.name)
+    files = find_files(directory, root=directory)
     return load_adapter(files, name=directory.name, base=base)
 
 

@@ -89,11 +89,11 @@ def test_refused_adapters_are_listed_with_their_problem_and_refused_with_it(
     save_adapter(root / "dora", use_dora=True)
     opened = Opened(root, base=llama)
     problem = opened.info("dora").problem
-    assert "use_dora = true: DoRA is not served" in problem
+    assert problem == "adapter_config.json has use_dora = true: DoRA is not served"
     assert opened.info("certainty").problem == ""
     with pytest.raises(AdapterRefusedError) as refused:
         opened.registry.acquire("dora")
-    assert str(refused.value) == problem
+    assert str(refused.value) == f"adapter 'dora' cannot be served: {problem}"
 
 
 def test_what_only_loading_can_see_becomes_the_problem(
