@@ -34,7 +34,7 @@ def open_registry(
         ConfigError: a root is not a readable directory.
     """
     host = AdapterHost(
-        module_shapes=module_shapes(model.module), vocabulary_size=model.vocabulary_size, decode=model.tokenizer.decode
+        module_shapes=module_shapes(model.module), vocabulary_size=model.vocabulary_size, decode=model.tokenizer.spell
     )
 
     def report(event: AdapterEvent) -> None:

@@ -145,7 +145,7 @@ async def open_stack(
     metrics = CountingMetrics()
     core = ServingCore(model, store, options or CoreOptions(), metrics)
     host = AdapterHost(
-        module_shapes=module_shapes(model.module), vocabulary_size=model.vocabulary_size, decode=model.tokenizer.decode
+        module_shapes=module_shapes(model.module), vocabulary_size=model.vocabulary_size, decode=model.tokenizer.spell
     )
     adapters = AdapterRegistry(adapter_roots, base=host, max_resident_bytes=1 << 30)
     signer = HandleSigner([SECRET], b"", 3600)

@@ -29,7 +29,7 @@ def main() -> None:
         host = AdapterHost(
             module_shapes=module_shapes(model.module),
             vocabulary_size=model.vocabulary_size,
-            decode=model.tokenizer.decode,
+            decode=model.tokenizer.spell,
         )
         registry = AdapterRegistry(settings.adapter_roots, base=host, max_resident_bytes=0)
     except AloraServeError as error:

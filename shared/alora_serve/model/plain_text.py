@@ -55,6 +55,10 @@ class PlainTextTokenizer:
         """Text of tokens, special tokens left out."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special tokens spelt out."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=False)
+
     def encode(self, cut_text: CutText, *, at_start: bool) -> TokenIds:
         """Ids of the pieces, joined. ``at_start``: the first piece begins the whole prompt.
 

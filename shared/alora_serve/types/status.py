@@ -15,7 +15,7 @@ class AdapterInfo:
         kind: ``alora`` or ``lora``.
         target_modules: names of adapted module suffixes (``q_proj``), sorted.
         invocation_tokens: empty for plain LoRA.
-        invocation_text: the same, decoded.
+        invocation_text: the same as text, special tokens spelt out.
         resident: weights are in memory on the reporting worker.
         problem: why it cannot be served; empty when it can.
     """
