@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 import torch
@@ -18,7 +17,7 @@ from alora_serve.kv.store_url import public_url
 from alora_serve.kv.transfer import StoreTiming
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.loader import BaseModel, load_base_model
-from alora_serve.model.source import resolve_model
+from alora_serve.model.source import model_name, resolve_model
 
 _log = structlog.get_logger(__name__)
 
@@ -86,16 +85,20 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
 
 def open_model(settings: ModelSettings) -> BaseModel:
     """Load the base model that settings name."""
-    directory = resolve_model(settings.model)
     model = load_base_model(
-        directory,
+        resolve_model(settings.model),
         dtype=settings.dtype,
         device=settings.device,
         context_tokens=settings.context_tokens,
-        name=directory.name if Path(settings.model).is_dir() else settings.model,
+        name=model_name(settings.model),
     )
     if model.tokenizer.prints_date:
         _log.warning(
             "the chat template prints the date; send date_string in template_arguments or reuse ends at midnight"
+        )
+    if not model.tokenizer.is_prefix_stable:
+        _log.warning(
+            "the chat template's generation prompt changes the turns before it: only what both renderings have in "
+            "common is shared, and every request computes the rest as part of its generation prompt"
         )
     return model

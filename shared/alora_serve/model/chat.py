@@ -70,7 +70,7 @@ class ChatTokenizer:
 
     @cached_property
     def is_prefix_stable(self) -> bool:
-        """Whether a generation prompt merely adds to the turns before it, tried on short conversations; for logs."""
+        """Whether a generation prompt merely adds to the turns before it, tried on short conversations."""
         turns = (ChatMessage("user", "a"), ChatMessage("assistant", "b"), ChatMessage("user", "c"))
         try:
             renderings = [self._rendering(TemplateInput(turns[:count])) for count in (1, 3)]
@@ -87,6 +87,10 @@ class ChatTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special tokens left out; an incomplete character shows as U+FFFD."""
         return self._tokens.decode(token_ids)
+
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens spelt out: for people, never for an answer."""
+        return self._tokens.spell(token_ids)
 
     def render(
         self,

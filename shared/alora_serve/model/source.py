@@ -8,10 +8,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from alora_serve.errors import ConfigError
-from alora_serve.model.demo_model import ensure_demo_model
+from alora_serve.model.demo_model import MODEL_NAME, ensure_demo_model
 
 DEMO = "demo"
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def model_name(source: str) -> str:
+    """What people call a model given as ``demo`` (its real name), a directory (its last part) or a hub id (that)."""
+    directory = Path(source).expanduser()
+    if source == DEMO:
+        return MODEL_NAME
+    return directory.absolute().name if directory.is_dir() else source
 
 
 def resolve_model(source: str) -> Path:

@@ -137,10 +137,3 @@ class TextStream:
             if self._pending[-length:] in self._stop_prefixes:
                 return length
         return 0
-
-
-def final_text(decode: Decode, token_ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[str, str | None]:
-    """The whole text of an answer and the stop string that ended it, as :class:`TextStream` would have given it."""
-    stream = TextStream(decode, stop)
-    delta = stream.push(token_ids)
-    return delta.text + stream.finish(), delta.stop_string

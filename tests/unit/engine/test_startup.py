@@ -93,3 +93,15 @@ def test_a_template_that_prints_the_date_is_warned_of(
     with capture_logs() as logs:
         open_model(_settings(model_directory, tmp_path))
     assert any("prints the date" in line["event"] for line in logs)
+
+
+def test_a_template_whose_generation_prompt_changes_the_turns_is_warned_of(
+    model: BaseModel, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with capture_logs() as quiet:
+        open_model(_settings(model_directory, tmp_path))
+    monkeypatch.setattr(type(model.tokenizer), "is_prefix_stable", False)
+    with capture_logs() as logs:
+        open_model(_settings(model_directory, tmp_path))
+    assert not any("generation prompt" in line["event"] for line in quiet)
+    assert any("generation prompt changes the turns" in line["event"] for line in logs)

@@ -76,6 +76,9 @@ def test_the_real_model_gets_the_same_tokens_too(smollm2: PreTrainedTokenizerBas
         assert rendered.prefix_tokens + rendered.generation_prompt_tokens == whole
 
     check()
+    invocation = tuple(smollm2.encode("<|im_start|>jailbreak<|im_end|>", add_special_tokens=False))
+    assert invocation == (1, 90, 636, 17653, 2)
+    assert (chat.spell(invocation), chat.decode(invocation)) == ("<|im_start|>jailbreak<|im_end|>", "jailbreak")
     assert chat.is_prefix_stable
     assert not chat.prints_date
 

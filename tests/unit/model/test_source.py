@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from alora_serve.errors import ConfigError
 from alora_serve.model import source
-from alora_serve.model.source import resolve_model
+from alora_serve.model.source import model_name, resolve_model
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,14 @@ def test_anything_else_is_asked_for_on_the_hub_without_pickles(tmp_path: Path, m
     assert name == "org/model"
     assert "*.safetensors" in patterns
     assert not {"*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*"} & set(patterns)
+
+
+def test_people_call_a_model_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "granite").mkdir()
+    monkeypatch.chdir(tmp_path / "granite")
+    assert model_name("demo") == "SmolLM2-135M-Instruct"
+    assert model_name(str(tmp_path / "granite")) == model_name(".") == "granite"
+    assert model_name("org/model") == "org/model"
 
 
 @pytest.mark.parametrize(

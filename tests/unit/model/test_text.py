@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import small_tokenizers as small
 from alora_serve.errors import InvalidRequestError
 from alora_serve.model.chat import ChatTokenizer
-from alora_serve.model.text import Decode, TextDelta, TextStream, final_text
+from alora_serve.model.text import Decode, TextDelta, TextStream
 
 BYTE_LEVEL = small.byte_level_tokenizer()
 BYTE_FALLBACK = small.byte_fallback_tokenizer()
@@ -38,6 +38,12 @@ def streamed(decode: Decode, token_ids: Sequence[int], stop: Sequence[str], cuts
         if delta.stop_string is not None:
             return TextDelta(text, delta.stop_string)
     return TextDelta(text + stream.finish())
+
+
+def final_text(decode: Decode, token_ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[str, str | None]:
+    """The whole text, all tokens arriving at once, and the stop string that ended it."""
+    delta = streamed(decode, token_ids, stop, cuts=())
+    return delta.text, delta.stop_string
 
 
 def first_stop(text: str, stop: Sequence[str]) -> tuple[int, str] | None:
