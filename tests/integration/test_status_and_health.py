@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from alora_serve.client import AsyncClient, RetryPolicy
 from alora_serve.errors import UnavailableError
+from alora_serve.kv.fingerprints import STRIDE_TOKENS
 from alora_serve.rpc.channels import internal_channel
 from deployment import ANSWER_TOKENS, BLOCK_TOKENS, PATIENCE_SECONDS, TINY_CONTEXT_TOKENS, WORKER, Deployed, lone_router
 
@@ -147,6 +148,20 @@ async def test_a_worker_tells_routers_how_busy_it_is(tiny: Deployed) -> None:
             pass
     assert status.step_seconds > 0
     assert status.kv_bytes > 0
+
+
+async def test_a_worker_tells_routers_what_it_measured_and_which_prefixes_it_holds(tiny: Deployed) -> None:
+    handle = (await tiny.client.prefill("Which prefixes are in memory? " * 20)).handle
+    assert len(handle.prefix_tokens) > STRIDE_TOKENS
+    await tiny.client.generate(handle=handle, adapter="answer", max_tokens=4, ignore_eos=True).result()
+    async with asyncio.timeout(PATIENCE_SECONDS), aclosing(tiny.statuses()) as statuses:
+        while not (status := await anext(statuses)).resident_prefixes.fingerprints:
+            pass
+    assert status.resident_prefixes.stride_tokens == STRIDE_TOKENS
+    assert status.fetch_bytes_per_second > 0
+    assert status.adapter_load_seconds > 0
+    assert status.sequence_seconds > 0
+    assert status.pending_prefill_tokens == 0
 
 
 async def test_adapters_are_loaded_and_unloaded_and_reported_by_the_router(tiny: Deployed) -> None:
