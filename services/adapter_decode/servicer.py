@@ -11,7 +11,13 @@ import grpc.aio
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.engine.decoder import Decoder
 from alora_serve.metrics import RequestMetrics
-from alora_serve.rpc.convert import adapter_to_proto, decode_from_proto, endpoint_status_to_proto, event_to_proto
+from alora_serve.rpc.convert import (
+    adapter_name_from_proto,
+    adapter_to_proto,
+    decode_from_proto,
+    endpoint_status_to_proto,
+    event_to_proto,
+)
 from alora_serve.rpc.watch import watch_status
 from alora_serve.types import EndpointStatus, Finished, TokenChunk
 from alora_serve.v1 import adapter_decode_pb2 as pb
@@ -61,15 +67,15 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
         self, request: pb.AdapterDecodeServiceLoadAdapterRequest, context: _Context
     ) -> pb.AdapterDecodeServiceLoadAdapterResponse:
         """See the proto."""
-        loaded = await asyncio.to_thread(self._adapters.load, request.name)
+        loaded = await asyncio.to_thread(self._adapters.load, adapter_name_from_proto(request))
         return pb.AdapterDecodeServiceLoadAdapterResponse(adapter=adapter_to_proto(loaded))
 
     async def UnloadAdapter(
         self, request: pb.AdapterDecodeServiceUnloadAdapterRequest, context: _Context
     ) -> pb.AdapterDecodeServiceUnloadAdapterResponse:
         """See the proto."""
-        await asyncio.to_thread(self._adapters.unload, request.name)
-        return pb.AdapterDecodeServiceUnloadAdapterResponse()
+        was_resident = await asyncio.to_thread(self._adapters.unload, adapter_name_from_proto(request))
+        return pb.AdapterDecodeServiceUnloadAdapterResponse(was_resident=was_resident)
 
     async def WatchStatus(
         self, request: pb.AdapterDecodeServiceWatchStatusRequest, context: _Context

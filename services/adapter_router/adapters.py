@@ -63,8 +63,8 @@ class AdapterDirectory:
         response = await call_endpoint(self._workers, demand, invoke, max_attempts=self._max_attempts)
         return adapter_from_proto(response.adapter)
 
-    async def unload(self, name: str, call: Call) -> None:
-        """Drop its weights from the memory of every worker. One that is gone holds nothing.
+    async def unload(self, name: str, call: Call) -> bool:
+        """Drop its weights from the memory of every worker; whether one held them. One that is gone holds nothing.
 
         Raises:
             AloraServeError: as :meth:`find`, or what a worker answered; the other workers are asked all the same.
@@ -77,14 +77,19 @@ class AdapterDirectory:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
+        return any(outcomes)
 
-    async def _unload_from(self, worker: Endpoint[WorkerStub], name: str, call: Call) -> None:
+    async def _unload_from(self, worker: Endpoint[WorkerStub], name: str, call: Call) -> bool:
         request = decode_pb2.AdapterDecodeServiceUnloadAdapterRequest(name=name)
         try:
             with peer_errors(f"worker {worker.address}"):
-                await worker.stub.UnloadAdapter(request, timeout=call.remaining_seconds(), metadata=call.metadata)
+                response = await worker.stub.UnloadAdapter(
+                    request, timeout=call.remaining_seconds(), metadata=call.metadata
+                )
+            return response.was_resident
         except UnavailableError:
             self._workers.mark_unreachable(worker)
         except AdapterNotFoundError as error:
             # Workers learn of a changed adapter root at different times.
             self._log.info("adapter unknown to worker", adapter=name, address=worker.address, error=str(error))
+        return False

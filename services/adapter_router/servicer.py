@@ -32,6 +32,7 @@ from alora_serve.metrics import RequestMetrics, RouterMetrics
 from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, message_bytes_for_context
 from alora_serve.rpc.convert import (
     Target,
+    adapter_name_from_proto,
     adapter_to_proto,
     fan_out_from_proto,
     generate_from_proto,
@@ -195,15 +196,15 @@ class AloraServicer(AloraServiceServicer):
         self, request: alora_pb2.LoadAdapterRequest, context: Context
     ) -> alora_pb2.LoadAdapterResponse:
         """On the preferred worker."""
-        adapter = await self._adapters.load(request.name, self._call(context))
+        adapter = await self._adapters.load(adapter_name_from_proto(request), self._call(context))
         return alora_pb2.LoadAdapterResponse(adapter=adapter_to_proto(adapter))
 
     async def UnloadAdapter(
         self, request: alora_pb2.UnloadAdapterRequest, context: Context
     ) -> alora_pb2.UnloadAdapterResponse:
         """On all workers."""
-        await self._adapters.unload(request.name, self._call(context))
-        return alora_pb2.UnloadAdapterResponse()
+        was_resident = await self._adapters.unload(adapter_name_from_proto(request), self._call(context))
+        return alora_pb2.UnloadAdapterResponse(was_resident=was_resident)
 
     async def GetModel(self, request: alora_pb2.GetModelRequest, context: Context) -> alora_pb2.GetModelResponse:
         """The base model."""

@@ -120,16 +120,19 @@ class InvocationUnplaceableError(InvalidRequestError):
 
 
 class UnimplementedFeatureError(AloraServeError):
-    """A field of the API that this release accepts by name but does not serve yet."""
+    """Fields of the API, or an RPC, that this release knows by name but does not serve yet."""
 
     status = "UNIMPLEMENTED"
     reason = "FEATURE_UNIMPLEMENTED"
 
     @classmethod
-    def of(cls, field: str) -> UnimplementedFeatureError:
-        """The error for one field that is set and not served yet."""
-        description = f"{field} is not served by this release; leave it unset"
-        return cls(description, violations=[FieldViolation(field, description)])
+    def of(cls, *fields: str) -> UnimplementedFeatureError:
+        """The error for fields that are set and not served yet."""
+        description = "not served by this release; leave it unset"
+        return cls(
+            "; ".join(f"{field}: {description}" for field in fields),
+            violations=[FieldViolation(field, description) for field in fields],
+        )
 
 
 class AdapterNotFoundError(AloraServeError):

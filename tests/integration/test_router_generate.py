@@ -339,13 +339,17 @@ async def test_adapters_are_listed_loaded_where_they_are_used_and_unloaded_every
         addresses = [server.address for server in servers[1:]]
         preferred = addresses.index(rendezvous_order(adapter_key("jailbreak"), addresses)[0])
         assert workers[preferred].loaded == ["jailbreak"]
-        await router.stub.UnloadAdapter(alora_pb2.UnloadAdapterRequest(name="jailbreak"))
+        unloaded = await router.stub.UnloadAdapter(alora_pb2.UnloadAdapterRequest(name="jailbreak"))
+        assert unloaded.was_resident, "one of the two had it"
         assert [worker.unloaded for worker in workers] == [["jailbreak"], ["jailbreak"]]
         for method, request in (
             ("LoadAdapter", alora_pb2.LoadAdapterRequest(name="x")),
             ("UnloadAdapter", alora_pb2.UnloadAdapterRequest(name="x")),
         ):
             assert isinstance(await failure_of(getattr(router.stub, method)(request)), AdapterNotFoundError)
+            unnamed = await failure_of(getattr(router.stub, method)(type(request)()))
+            assert isinstance(unnamed, InvalidRequestError)
+            assert [violation.field for violation in unnamed.violations] == ["name"]
 
 
 @pytest.mark.parametrize("refusal", [UnavailableError("going"), AdapterNotFoundError("not seen yet")])
@@ -353,7 +357,8 @@ async def test_unloading_passes_over_workers_that_hold_nothing(refusal: AloraSer
     workers = [FakeWorker(), FakeWorker()]
     workers[0].refusal = refusal
     async with deployment([FakePrefill()], workers) as (router, _):
-        await router.stub.UnloadAdapter(alora_pb2.UnloadAdapterRequest(name="jailbreak"))
+        unloaded = await router.stub.UnloadAdapter(alora_pb2.UnloadAdapterRequest(name="jailbreak"))
+        assert not unloaded.was_resident
         assert workers[1].unloaded == ["jailbreak"]
 
 

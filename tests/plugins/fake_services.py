@@ -238,7 +238,7 @@ class FakeWorker(FakeService, AdapterDecodeServiceServicer):
         self.unloaded.append(request.name)
         if self.refusal is not None:
             raise self.refusal
-        return decode_pb2.AdapterDecodeServiceUnloadAdapterResponse()
+        return decode_pb2.AdapterDecodeServiceUnloadAdapterResponse(was_resident=request.name in self.loaded)
 
     async def ListAdapters(
         self, request: decode_pb2.AdapterDecodeServiceListAdaptersRequest, context: Any

@@ -115,14 +115,16 @@ class AdapterRegistry:
         with self.acquire(name) as lease:
             return replace(lease.adapter.info, resident=True)
 
-    def unload(self, name: str) -> None:
-        """Drop an adapter from memory, or with its last lease if it is in use. The next request reads it again.
+    def unload(self, name: str) -> bool:
+        """Drop an adapter from memory, or with its last lease if it is in use; whether it was in memory.
+
+        The next request reads it again.
 
         Raises:
             AdapterNotFoundError: no such adapter.
         """
         self._entry(name)
-        self._residency.retire(lambda other: other == name)
+        return self._residency.retire(lambda other: other == name)
 
     def _entry(self, name: str) -> CatalogEntry:
         entry = self._entries.get(name)

@@ -119,12 +119,14 @@ class Residency:
         self._report(dropped)
         return lease
 
-    def retire(self, applies: Callable[[str], bool]) -> None:
-        """Drop every version whose name ``applies`` to, now or with its last lease."""
+    def retire(self, applies: Callable[[str], bool]) -> bool:
+        """Drop every version whose name ``applies`` to, now or with its last lease; whether there was one."""
         with self._lock:
+            found = any(applies(name) for name, _ in self._residents)
             self._retire(lambda key: applies(key[0]))
             dropped = self._drop_unleased()
         self._report(dropped)
+        return found
 
     # --- under the lock -----------------------------------------------------------------------------------------------
 

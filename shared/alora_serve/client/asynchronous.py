@@ -150,9 +150,10 @@ class AsyncClient:
         response = await self._call(self._stub.LoadAdapter, alora_pb2.LoadAdapterRequest(name=name), timeout_seconds)
         return adapter_from_proto(response.adapter)
 
-    async def unload_adapter(self, name: str, *, timeout_seconds: float | None = None) -> None:
-        """Drop an adapter's weights from the memory of every worker once running requests are done."""
-        await self._call(self._stub.UnloadAdapter, alora_pb2.UnloadAdapterRequest(name=name), timeout_seconds)
+    async def unload_adapter(self, name: str, *, timeout_seconds: float | None = None) -> bool:
+        """Drop an adapter's weights from every worker's memory once running requests are done; whether one had them."""
+        request = alora_pb2.UnloadAdapterRequest(name=name)
+        return (await self._call(self._stub.UnloadAdapter, request, timeout_seconds)).was_resident
 
     async def get_model(self, *, timeout_seconds: float | None = None) -> ModelInfo:
         """The base model."""

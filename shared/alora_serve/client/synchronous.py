@@ -151,9 +151,10 @@ class Client:
         response = self._call(self._stub.LoadAdapter, alora_pb2.LoadAdapterRequest(name=name), timeout_seconds)
         return adapter_from_proto(response.adapter)
 
-    def unload_adapter(self, name: str, *, timeout_seconds: float | None = None) -> None:
-        """Drop an adapter's weights from the memory of every worker once running requests are done."""
-        self._call(self._stub.UnloadAdapter, alora_pb2.UnloadAdapterRequest(name=name), timeout_seconds)
+    def unload_adapter(self, name: str, *, timeout_seconds: float | None = None) -> bool:
+        """Drop an adapter's weights from every worker's memory once running requests are done; whether one had them."""
+        request = alora_pb2.UnloadAdapterRequest(name=name)
+        return self._call(self._stub.UnloadAdapter, request, timeout_seconds).was_resident
 
     def get_model(self, *, timeout_seconds: float | None = None) -> ModelInfo:
         """The base model."""

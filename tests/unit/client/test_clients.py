@@ -139,8 +139,9 @@ async def test_prefill_adapters_and_model(connect: Any) -> None:
             "plain",
         ]
         assert (await run(client, lambda c: c.load_adapter("jailbreak"))).resident
-        await run(client, lambda c: c.unload_adapter("jailbreak"))
-        assert (worker.loaded, worker.unloaded) == (["jailbreak"], ["jailbreak"])
+        assert await run(client, lambda c: c.unload_adapter("jailbreak"))
+        assert not await run(client, lambda c: c.unload_adapter("certainty"))
+        assert (worker.loaded, worker.unloaded) == (["jailbreak"], ["jailbreak", "certainty"])
         assert (await run(client, lambda c: c.get_model())).context_tokens == 256
 
 

@@ -24,6 +24,7 @@ from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto, p
 from alora_serve.rpc.convert.requests import (
     FanOut,
     Target,
+    adapter_name_from_proto,
     decode_from_proto,
     decode_to_proto,
     fan_out_from_proto,
@@ -48,6 +49,7 @@ __all__ = [
     "FanOut",
     "Target",
     "adapter_from_proto",
+    "adapter_name_from_proto",
     "adapter_to_proto",
     "decode_from_proto",
     "decode_to_proto",

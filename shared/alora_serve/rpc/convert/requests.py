@@ -115,6 +115,22 @@ def _check_turn_to_answer(prompt: Prompt, adapters: Sequence[str], violations: V
         violations.add(path, "the base model can't answer an assistant's turn: name an adapter, or add a turn")
 
 
+def adapter_name_from_proto(
+    request: alora_pb2.LoadAdapterRequest
+    | alora_pb2.UnloadAdapterRequest
+    | adapter_decode_pb2.AdapterDecodeServiceLoadAdapterRequest
+    | adapter_decode_pb2.AdapterDecodeServiceUnloadAdapterRequest,
+) -> str:
+    """The adapter to load or unload.
+
+    Raises:
+        InvalidRequestError: none is named.
+    """
+    if not request.name:
+        raise InvalidRequestError.of("name", "is empty; name an adapter as ListAdapters does")
+    return request.name
+
+
 def prefill_from_proto(request: alora_pb2.PrefillRequest | base_prefill_pb2.BasePrefillServicePrefillRequest) -> Prompt:
     """The prompt of a public or internal prefill.
 

@@ -37,7 +37,7 @@ class Violations:
 
         Raises:
             InvalidRequestError: with every violation, when there is one.
-            UnimplementedFeatureError: otherwise, for the first unserved field, when there is one.
+            UnimplementedFeatureError: otherwise, with every unserved field, when there is one.
         """
         if self._found:
             summary = "; ".join(f"{bad.field}: {bad.description}" for bad in self._found[:SUMMARY_VIOLATIONS])
@@ -45,17 +45,16 @@ class Violations:
             raise InvalidRequestError(
                 f"{summary}; and {hidden} more" if hidden > 0 else summary, violations=self._found
             )
-        for field in self._unserved:
-            raise UnimplementedFeatureError.of(field)
+        if self._unserved:
+            raise UnimplementedFeatureError.of(*self._unserved)
 
 
 def refuse_unserved(request: Message, *fields: str) -> None:
     """Return unless one of these fields of the request is set.
 
     Raises:
-        UnimplementedFeatureError: naming the first that is.
+        UnimplementedFeatureError: naming those that are.
     """
     present = {descriptor.name for descriptor, _ in request.ListFields()}
-    for field in fields:
-        if field in present:
-            raise UnimplementedFeatureError.of(field)
+    if unserved := [field for field in fields if field in present]:
+        raise UnimplementedFeatureError.of(*unserved)

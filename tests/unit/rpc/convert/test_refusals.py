@@ -198,6 +198,22 @@ def test_resuming_through_the_router_is_not_served() -> None:
         convert.generate_from_proto(request)
 
 
+def test_all_that_is_not_served_is_named_at_once() -> None:
+    sampling = types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput(), top_logprobs=1)
+    request = alora_pb2.GenerateRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), sampling=sampling)
+    with pytest.raises(UnimplementedFeatureError) as caught:
+        convert.generate_from_proto(request)
+    assert fields(caught.value) == ["sampling.structured_output", "sampling.top_logprobs"]
+    assert all(field in str(caught.value) for field in fields(caught.value))
+
+
+def test_loading_and_unloading_no_adapter_is_refused() -> None:
+    for request in (alora_pb2.LoadAdapterRequest(), alora_pb2.UnloadAdapterRequest()):
+        with pytest.raises(InvalidRequestError) as caught:
+            convert.adapter_name_from_proto(request)
+        assert fields(caught.value) == ["name"]
+
+
 def test_tenants_are_not_served() -> None:
     with pytest.raises(UnimplementedFeatureError, match="tenant"):
         convert.prefill_from_proto(
