@@ -131,7 +131,7 @@ class Simulation:
             self._at(self._workers[chosen].accept(request, now), self._ready, chosen, request)
 
     def _ready(self, now: float, worker: int, request: Request) -> None:
-        self._workers[worker].waiting.append(request)
+        self._workers[worker].ready(request)
         if self._workers[worker].step_ends is None:
             self._begin_step(now, worker)
 
@@ -209,8 +209,8 @@ def scenarios(*, quick: bool) -> list[Scenario]:
         Scenario(30, Traffic(adapters=1000), seconds=60.0),
         Scenario(30, Traffic(adapters=1000), seconds=60.0, load=0.85),
         Scenario(30, Traffic(adapters=1000, fan_out=0.0), seconds=60.0),
-        Scenario(300, Traffic(adapters=10), seconds=20.0),
-        Scenario(300, Traffic(adapters=10_000), seconds=20.0),
+        Scenario(300, Traffic(adapters=10), seconds=10.0),
+        Scenario(300, Traffic(adapters=10_000), seconds=10.0),
     ]
 
 

@@ -90,9 +90,9 @@ class Worker:
     prefixes: OrderedDict[Hashable, _Segment] = field(default_factory=OrderedDict)
     running: list[Running] = field(default_factory=list)
     waiting: deque[Request] = field(default_factory=deque)
+    loading: list[Request] = field(default_factory=list)
     fetching_until: float = 0.0
     step_ends: float | None = None
-    on_it: int = 0
     loads: int = 0
     fetched_bytes: int = 0
     _prefix_tokens: int = 0
@@ -104,7 +104,7 @@ class Worker:
 
     def accept(self, request: Request, now: float) -> float:
         """Load and fetch what the request lacks; when it can join the batch. As the decoder does: adapter first."""
-        self.on_it += 1
+        self.loading.append(request)
         ready = self._load_adapter(request.demand.adapter, now)
         return self._fetch_prefix(request, ready)
 
@@ -117,11 +117,22 @@ class Worker:
             start = max(ready, self.fetching_until)
             ready = start + self._fetch_seconds(missing)
         ready = max(ready, there, self.step_ends or now)
-        batch = [*(sequence.request for sequence in self.running), *self.waiting][: self.speeds.places - 1]
+        others = [*(sequence.request for sequence in self.running), *self.waiting, *self.loading]
+        batch = others[: self.speeds.places - 1]
         step = self.speeds.step([*batch, request], len(batch) + self.speeds.suffix_tokens)
-        ahead = max(0, self.on_it + 1 - self.speeds.places)
+        ahead = max(0, len(others) + 1 - self.speeds.places)
         wait = ahead / self.speeds.places * self.speeds.answer_tokens * step
         return ready + wait + step
+
+    @property
+    def on_it(self) -> int:
+        """Requests that it has accepted and not answered."""
+        return len(self.running) + len(self.waiting) + len(self.loading)
+
+    def ready(self, request: Request) -> None:
+        """All that the request lacked is there: it waits for a place."""
+        self.loading.remove(request)
+        self.waiting.append(request)
 
     def _load_adapter(self, adapter: str, now: float) -> float:
         if not adapter:
@@ -203,7 +214,6 @@ class Worker:
         done = [sequence for sequence in self.running if sequence.left == 0]
         self.running = [sequence for sequence in self.running if sequence.left]
         for sequence in done:
-            self.on_it -= 1
             self._rates["sequence"].observe(now - sequence.joined)
             if adapter := sequence.request.demand.adapter:
                 self._in_use[adapter] -= 1
