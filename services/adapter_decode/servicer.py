@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from time import monotonic
 
 import grpc.aio
 
@@ -43,11 +44,15 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
 
     async def Decode(self, request: pb.DecodeRequest, context: _Context) -> AsyncIterator[pb.DecodeResponse]:
         """See the proto."""
+        arrived, is_waiting = monotonic(), True
         wanted = decode_from_proto(request)
         first_index = len(wanted.resume.generated_tokens) if wanted.resume else 0
         # Closed at once when the call ends early, so that the sequence leaves the batch at the next step.
         async with aclosing(self._decoder.decode(wanted)) as events:
             async for event in events:
+                if is_waiting and isinstance(event, TokenChunk):
+                    is_waiting = False
+                    self._metrics.first_token(monotonic() - arrived)
                 if isinstance(event, Finished):
                     # Before it is told: whoever reads it may be gone before we are asked to go on.
                     self._metrics.record(event.usage, event.timings)

@@ -55,7 +55,7 @@ class DecodeStream:
             call: the public call.
             prefill: what preparing the conversation cost, charged to this stream; None charges nothing.
             max_attempts: workers to try in all.
-            metrics: told what the finished stream cost.
+            metrics: told of the first token, and what the finished stream cost.
         """
         self.delivered = bytearray()
         self.started: types_pb2.Started | None = None
@@ -115,25 +115,23 @@ class DecodeStream:
                 self.started = event.started
                 return not repeated
             case "chunk":
-                self._note_first_token()
+                if self._first_token_seconds is None:
+                    self._first_token_seconds = self._call.elapsed_seconds()
+                    self._metrics.first_token(self._first_token_seconds)
                 self.delivered += event.chunk.token_ids
             case "finished":
                 self._complete(event.finished)
         return True
 
-    def _note_first_token(self) -> float:
-        if self._first_token_seconds is None:
-            self._first_token_seconds = self._call.elapsed_seconds()
-        return self._first_token_seconds
-
     def _complete(self, finished: types_pb2.Finished) -> None:
         """Replace the worker's figures by those of the whole request."""
+        total_seconds = self._call.elapsed_seconds()
         usage = merged_usage(self._prefill, usage_from_proto(finished.usage))
         timings = merged_timings(
             self._prefill,
             timings_from_proto(finished.timings),
-            first_token_seconds=self._note_first_token(),
-            total_seconds=self._call.elapsed_seconds(),
+            first_token_seconds=total_seconds if self._first_token_seconds is None else self._first_token_seconds,
+            total_seconds=total_seconds,
         )
         self._metrics.record(usage, timings)
         finished.usage.CopyFrom(usage_to_proto(usage))

@@ -190,7 +190,7 @@ class AdapterMetrics:
 
 
 class RequestMetrics:
-    """Where requests' tokens and time went; reported by the servicers from usage and timings."""
+    """Where requests' tokens and time went; reported by whoever passes the request's events on."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._tokens = Counter("alora_tokens_total", "Tokens by where they came from.", ["source"], registry=registry)
@@ -206,6 +206,10 @@ class RequestMetrics:
         self._fetched = Counter("alora_fetched_bytes_total", "KV read for requests.", registry=registry)
         self._stored = Counter("alora_stored_bytes_total", "KV written for requests.", registry=registry)
 
+    def first_token(self, seconds: float) -> None:
+        """A first token passes, so long after the request came: told at once, whatever becomes of the request."""
+        self._first_token.observe(seconds)
+
     def record(self, usage: Usage, timings: Timings) -> None:
         """Count a finished request's tokens, bytes and seconds. ``fetched`` tokens are part of the ``cached`` ones."""
         for source in ("cached", "fetched", "computed", "generated"):
@@ -214,8 +218,6 @@ class RequestMetrics:
         self._stored.inc(usage.stored_bytes)
         for phase in ("queue", "fetch", "prefill", "decode"):
             self._phases.labels(phase).observe(getattr(timings, f"{phase}_seconds"))
-        if usage.generated_tokens:
-            self._first_token.observe(timings.first_token_seconds)
         if usage.generated_tokens > 1:
             self._inter_token.observe(timings.decode_seconds / (usage.generated_tokens - 1))
 

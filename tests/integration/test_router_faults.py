@@ -95,6 +95,7 @@ async def test_a_worker_that_dies_before_the_first_token_is_replaced_unnoticed(s
         assert [request.attempt for request in second.requests] == [1]
         assert first.requests[0].sampling.seed == second.requests[0].sampling.seed
         assert router.metric("alora_router_retries_total", role="adapter_decode") == 1
+        assert router.metric("alora_time_to_first_token_seconds_count") == 1
 
 
 async def test_after_the_first_token_a_death_is_unavailable_and_nothing_is_repeated() -> None:
@@ -109,6 +110,7 @@ async def test_after_the_first_token_a_death_is_unavailable_and_nothing_is_repea
             await anext(responses)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert [event.chunk.text for event in seen if event.HasField("chunk")] == ["Hello", " world"]
+        assert router.metric("alora_time_to_first_token_seconds_count") == 1, "it came, whatever came then"
         assert not second.requests
 
 

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from alora_serve.client import AsyncClient, RetryPolicy
+from alora_serve.client import AsyncClient, RetryPolicy, TokenChunk
 from alora_serve.errors import UnavailableError
 from alora_serve.kv.fingerprints import STRIDE_TOKENS
 from alora_serve.rpc.channels import internal_channel
@@ -24,6 +24,8 @@ SERVICES = {
     "prefill": "alora_serve.v1.BasePrefillService",
     WORKER: "alora_serve.v1.AdapterDecodeService",
 }
+MANY = TINY_CONTEXT_TOKENS // 2
+"""Tokens that nobody here waits for."""
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -96,6 +98,7 @@ async def test_metrics_count_what_each_service_did(tiny: Deployed) -> None:
             "worker ok": (WORKER, "alora_rpc_handled_total", {"method": decoded, "code": "OK"}),
             "worker ended": (WORKER, "alora_rpc_handled_total", {"method": decoded}),
             "worker generated": (WORKER, "alora_tokens_total", {"source": "generated"}),
+            "worker first tokens": (WORKER, "alora_time_to_first_token_seconds_count", {}),
             "worker fetched": (WORKER, "alora_fetched_bytes_total", {}),
             "worker steps": (WORKER, "alora_engine_step_seconds_count", {}),
         }
@@ -115,7 +118,8 @@ async def test_metrics_count_what_each_service_did(tiny: Deployed) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while moved["worker ended"] < count:  # a service counts a call after it has answered it
             moved = _difference(before, await read())
-    for one_a_request in ("router ok", "router requests", "router first tokens", "prefill ok", "worker ok"):
+    first_tokens = ("router first tokens", "worker first tokens")
+    for one_a_request in ("router ok", "router requests", *first_tokens, "prefill ok", "worker ok"):
         assert moved[one_a_request] == count, one_a_request
     assert moved["router generated"] == moved["worker generated"] == count * ANSWER_TOKENS
     assert moved["router computed"] == sum(result.usage.computed_tokens for result in results)
@@ -123,6 +127,17 @@ async def test_metrics_count_what_each_service_did(tiny: Deployed) -> None:
     assert moved["prefill put"] > moved["prefill stored"], "records have headers"
     assert moved["worker fetched"] == sum(result.usage.fetched_bytes for result in results)
     assert moved["worker steps"] >= count * ANSWER_TOKENS
+
+
+@pytest.mark.parametrize("process", ["router", WORKER])
+async def test_the_first_token_of_an_answer_that_is_not_waited_for_counts(tiny: Deployed, process: str) -> None:
+    before = await tiny.metric(process, "alora_time_to_first_token_seconds_count")
+    async with tiny.client.generate("Hello?", adapter="guard", max_tokens=MANY, ignore_eos=True) as stream:
+        async for event in stream:
+            if isinstance(event, TokenChunk):
+                break
+    await tiny.wait_for_load(running=0)
+    assert await tiny.metric(process, "alora_time_to_first_token_seconds_count") == before + 1
 
 
 def _difference(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
