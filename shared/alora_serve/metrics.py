@@ -138,6 +138,7 @@ class EngineMetrics:
         )
         self._evicted = Counter("alora_prefix_evicted_segments_total", "Segments dropped.", registry=registry)
         self._prefix_bytes = Gauge("alora_prefix_bytes", "Memory of resident base KV.", registry=registry)
+        self._tail_bytes = Gauge("alora_tail_bytes", "Memory of running sequences' own KV.", registry=registry)
 
     def step(self, sequences: int, tokens: int, seconds: float) -> None:
         """One forward pass."""
@@ -145,10 +146,11 @@ class EngineMetrics:
         self._step_sequences.observe(sequences)
         self._step_tokens.inc(tokens)
 
-    def load(self, running: int, waiting: int) -> None:
-        """Sequences in the batch and without a place."""
+    def load(self, running: int, waiting: int, tail_bytes: int) -> None:
+        """Sequences in the batch and without a place, and what their private KV takes."""
         self._running.set(running)
         self._waiting.set(waiting)
+        self._tail_bytes.set(tail_bytes)
 
     def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
         """Tokens found resident and tokens not."""

@@ -74,8 +74,10 @@ class CountingMetrics:
         self.counts["steps"] += 1
         self.counts["step tokens"] += tokens
 
-    def load(self, running: int, waiting: int) -> None:
+    def load(self, running: int, waiting: int, tail_bytes: int) -> None:
         self.counts["peak running"] = max(self.counts["peak running"], running)
+        self.counts["tail bytes"] = tail_bytes
+        self.counts["peak tail bytes"] = max(self.counts["peak tail bytes"], tail_bytes)
 
     def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
         self.counts["resident tokens"] += hit_tokens

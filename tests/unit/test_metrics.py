@@ -117,7 +117,7 @@ def test_a_breaker_is_in_exactly_one_state(
 def test_engine(registry: CollectorRegistry, value: Callable[..., float | None]) -> None:
     metrics = EngineMetrics(registry)
     metrics.step(3, 40, 0.05)
-    metrics.load(running=3, waiting=7)
+    metrics.load(running=3, waiting=7, tail_bytes=512)
     metrics.prefix_lookup(100, 20)
     metrics.prefix_evicted(2)
     metrics.prefix_bytes(1 << 20)
@@ -129,6 +129,7 @@ def test_engine(registry: CollectorRegistry, value: Callable[..., float | None])
     assert value("prefix_lookup_tokens_total", outcome="miss") == 20
     assert value("prefix_evicted_segments_total") == 2
     assert value("prefix_bytes") == 1 << 20
+    assert value("tail_bytes") == 512
 
 
 def test_adapters_in_memory_are_those_loaded_and_not_dropped(
@@ -206,7 +207,7 @@ def test_a_model_service_reports_store_and_engine_through_one_object(
 ) -> None:
     metrics = CoreMetrics(registry)
     metrics.store_miss("absent", 1)
-    metrics.load(1, 0)
+    metrics.load(1, 0, 0)
     assert value("store_miss_blocks_total", reason="absent") == 1
     assert value("engine_running_sequences") == 1
 

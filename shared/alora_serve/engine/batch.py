@@ -6,7 +6,7 @@ from collections.abc import Sequence as Listed
 
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.engine.sequence import Sequence
-from alora_serve.model.attention import Span
+from alora_serve.model.step import Span
 
 Batch = list[tuple[Sequence, Span]]
 """Sequences with the tokens they run in one step, in row order."""
@@ -18,15 +18,18 @@ def arrange(shares: Listed[tuple[Sequence, int]]) -> Batch:
     Sequences on one prefix stand side by side, and within them those of one adapter, so that shared reads and adapter
     deltas cover runs of rows. The order depends on nothing but arrival, prefix and adapter: equal batches round alike.
     """
-    first_of: dict[int, int] = {}
+    first_on: dict[int, int] = {}
+    first_with: dict[tuple[int, str], int] = {}
     keyed = []
     for order, (sequence, share) in enumerate(shares):
         span = sequence.span(share)
         root = id(span.shared[0].segment) if span.shared else id(sequence)
         digest = sequence.request.adapter.digest if sequence.request.adapter else ""
-        keyed.append((first_of.setdefault(root, order), digest, order, sequence, span))
-    keyed.sort(key=lambda item: item[:3])
-    return [(sequence, span) for *_, sequence, span in keyed]
+        # By arrival, not by digest: slots of tails and adapters are given out by arrival, too, and match rows so.
+        key = (first_on.setdefault(root, order), first_with.setdefault((root, digest), order), order)
+        keyed.append((key, sequence, span))
+    keyed.sort(key=lambda item: item[0])
+    return [(sequence, span) for _, sequence, span in keyed]
 
 
 def adapter_rows(batch: Batch) -> list[tuple[LoadedAdapter, slice]]:

@@ -36,6 +36,7 @@ from alora_serve.engine.sequence import (
 from alora_serve.errors import AloraServeError, UnavailableError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
+from alora_serve.model.tails import TailPool
 from alora_serve.types import FinishReason, Heartbeat, SamplingParams, TokenChunk
 
 _log = structlog.get_logger(__name__)
@@ -50,8 +51,8 @@ class EngineMetrics(Protocol):
     def step(self, sequences: int, tokens: int, seconds: float) -> None:
         """One forward pass over so many sequences and tokens."""
 
-    def load(self, running: int, waiting: int) -> None:
-        """Sequences in the batch and waiting for a place."""
+    def load(self, running: int, waiting: int, tail_bytes: int) -> None:
+        """Sequences in the batch and waiting for a place, and the bytes of their private KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,9 @@ class Engine:
     def __init__(self, model: BaseModel, cache: PrefixCache, *, limits: EngineLimits, metrics: EngineMetrics) -> None:
         self._model = model
         self._runner = ModelRunner(model)
-        self._lora = LoraRows(model.linears())
+        self._lora = LoraRows(model.projections, limits.max_sequences, model.device)
         self._cache = cache
+        self._tails = TailPool(model.layout, model.device)
         self._limits = limits
         self._metrics = metrics
         self._inbox: queue.SimpleQueue[Sequence | _Cancel | _Close] = queue.SimpleQueue()
@@ -144,8 +146,7 @@ class Engine:
             request=request,
             sink=sink,
             cache=self._cache,
-            layout=self._model.layout,
-            device=self._model.device,
+            tails=self._tails,
             submitted_at=monotonic(),
         )
         with self._state_lock:
@@ -189,7 +190,7 @@ class Engine:
             if self._running:
                 self._step()
             self._beat()
-            self._metrics.load(len(self._running), len(self._waiting))
+            self._metrics.load(len(self._running), len(self._waiting), self._tails.used_bytes)
         for sequence in [*self._running, *self._waiting]:
             self._fail(sequence, UnavailableError("the engine is shutting down; ask another endpoint"))
 

@@ -1,48 +1,103 @@
-"""LoRA in a mixed batch: after a base projection, each adapter's delta on just its activated rows."""
+"""LoRA in a mixed batch: after a base product, each adapter's delta on just its activated rows."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from alora_serve.adapters.lora import LoadedAdapter, LoraPair, add_delta_
+from alora_serve.adapters.lora import LoadedAdapter
+from alora_serve.engine.adapter_stack import AdapterStack, Shape, shape_of
+from alora_serve.model.padding import PaddedRows, pad_rows
+from alora_serve.model.projections import Projection
+
+NARROW_ROWS: Final = 16
+"""Adapters with up to so many rows share a batched product, padded to the widest; longer ones have their own."""
+
+Runs = tuple[tuple[AdapterStack, PaddedRows], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapt:
+    """What a projection calls while adapters are on; see :data:`alora_serve.model.projections.Adapt`."""
+
+    projection: Projection
+    runs: Runs
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        for stack, rows in self.runs:
+            stack.add_deltas(self.projection, rows, x, out)
 
 
 class LoraRows:
-    """Forward hooks on the base model's linear modules that add adapters' deltas to their rows.
+    """Puts adapters on rows of a packed row.
 
-    A module gets its hook when an adapter that targets it is first used, so that an unadapted model runs unhooked.
     One thread: :meth:`set_rows` before a forward pass, :meth:`clear` after.
 
     Args:
-        linears: every adaptable module by full name.
+        projections: all of the base model's.
+        max_adapters: most different adapters of one step.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
-        self._linears = linears
-        self._hooked: set[str] = set()
-        self._deltas: dict[str, list[tuple[LoraPair, slice]]] = {}
+    def __init__(self, projections: Sequence[Projection], max_adapters: int, device: torch.device) -> None:
+        self._projections = projections
+        self._max_adapters = max_adapters
+        self._device = device
+        self._stacks: dict[Shape, AdapterStack] = {}
+        self._planned: tuple[object, Runs] = (None, ())
+        self._adapted: list[Projection] = []
 
     def set_rows(self, rows: Sequence[tuple[LoadedAdapter, slice]]) -> None:
         """Say which rows of the next packed row each adapter is on for. Rows in no slice run base weights."""
-        deltas: defaultdict[str, list[tuple[LoraPair, slice]]] = defaultdict(list)
-        for adapter, where in rows:
-            for name, pair in adapter.pairs.items():
-                deltas[name].append((pair, where))
-        for name in deltas.keys() - self._hooked:
-            self._linears[name].register_forward_hook(self._hook(name))
-            self._hooked.add(name)
-        self._deltas = dict(deltas)
+        # While sequences only decode, one step's plan is the next one's.
+        key = [(adapter.digest, where.start, where.stop) for adapter, where in rows]
+        if self._planned[0] != key:
+            self._planned = (key, self._plan(rows))
+        runs: defaultdict[Projection, list[tuple[AdapterStack, PaddedRows]]] = defaultdict(list)
+        for stack, where in self._planned[1]:
+            for projection in stack.projections:
+                runs[projection].append((stack, where))
+        for projection, its in runs.items():
+            projection.adapt = _Adapt(projection, tuple(its))
+        self._adapted = list(runs)
 
     def clear(self) -> None:
         """No adapter is on."""
-        self._deltas = {}
+        for projection in self._adapted:
+            projection.adapt = None
+        self._adapted = []
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def] # torch's hook type is private
-        def add_deltas(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            for pair, rows in self._deltas.get(name, ()):
-                add_delta_(output[0, rows], args[0][0, rows], pair)
+    def _plan(self, rows: Sequence[tuple[LoadedAdapter, slice]]) -> Runs:
+        listed: dict[LoadedAdapter, list[int]] = {}
+        for adapter, where in rows:
+            listed.setdefault(adapter, []).extend(range(where.start, where.stop))
+        groups: defaultdict[Shape, list[LoadedAdapter]] = defaultdict(list)
+        for adapter in listed:
+            groups[shape_of(adapter)].append(adapter)
+        runs: list[tuple[AdapterStack, PaddedRows]] = []
+        for shape, adapters in groups.items():
+            stack = self._stack(shape)
+            by_slot = sorted(zip(stack.place(adapters), (listed[adapter] for adapter in adapters), strict=True))
+            runs.extend((stack, pad_rows(run, self._device)) for run in _runs(by_slot))
+        return tuple(runs)
 
-        return add_deltas
+    def _stack(self, shape: Shape) -> AdapterStack:
+        if shape not in self._stacks:
+            self._stacks[shape] = AdapterStack(shape, self._projections, self._max_adapters, self._device)
+        return self._stacks[shape]
+
+
+def _runs(by_slot: Sequence[tuple[int, list[int]]]) -> list[list[tuple[int, list[int]]]]:
+    """Slots without a gap between them, of few rows each, run together."""
+    runs: list[list[tuple[int, list[int]]]] = []
+    for slot, rows in by_slot:
+        narrow = len(rows) <= NARROW_ROWS
+        if runs and narrow and runs[-1][-1][0] == slot - 1 and len(runs[-1][-1][1]) <= NARROW_ROWS:
+            runs[-1].append((slot, rows))
+        else:
+            runs.append([(slot, rows)])
+    return runs

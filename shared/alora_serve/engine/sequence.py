@@ -4,7 +4,7 @@
 
     [0, request.prefix.tokens)          base KV, pinned in the prefix cache
     [.., base_until)                    base KV computed here, adapter off, in slices reserved from the prefix cache
-    [base_until, ...)                   adapter KV, in private segments that nobody else can reach
+    [base_until, ...)                   adapter KV, in a private tail that nobody else can reach
 
 ``base_until`` is the invocation's start for an aLoRA, 0 for a plain LoRA, and beyond everything for the base model.
 """
@@ -15,22 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NewType
 
-import torch
-
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.errors import AloraServeError
 from alora_serve.kv.keys import BlockChain
-from alora_serve.kv.layout import KVLayout
-from alora_serve.model.attention import Span
-from alora_serve.model.kv_memory import KVSegment, KVSlice, Prefix
+from alora_serve.model.kv_memory import KVSlice, Prefix
+from alora_serve.model.step import Span
+from alora_serve.model.tails import TailPool, TailSegment
 from alora_serve.model.text import TextStream
 from alora_serve.types import FinishReason, Heartbeat, SamplingParams, TokenChunk, TokenIds
 
 SequenceId = NewType("SequenceId", int)
-
-FIRST_TAIL_TOKENS = 64
-"""Room of a sequence's first private segment; each further one doubles. An intrinsic's answer fits the first."""
 
 BASE_GROWTH_TOKENS = 256
 """Room that a base turn reserves at a time for its answer."""
@@ -123,8 +118,7 @@ class Sequence:
     request: SequenceRequest
     sink: Sink
     cache: PrefixCache
-    layout: KVLayout
-    device: torch.device
+    tails: TailPool
     submitted_at: float
     started_at: float = 0.0
     first_token_at: float = 0.0
@@ -136,7 +130,7 @@ class Sequence:
     _room: KVSlice | None = field(init=False, default=None)
     _promised: list[KVSlice] = field(init=False, default_factory=list)
     _base: Prefix = field(init=False)
-    _private_tokens: int = field(init=False, default=FIRST_TAIL_TOKENS)
+    _tail: TailSegment | None = field(init=False, default=None)
     _released: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -185,17 +179,28 @@ class Sequence:
     def _make_room(self) -> int:
         """Tokens that fit the current room, after making one where there is none left."""
         room, own = self._room, self._own
-        if room is not None:
-            left = room.tokens - (own.tokens if own else 0)
-            if left:
-                return left
-        new = self._reserve() if self.in_base_phase else self._private()
+        if room is not None and (left := room.tokens - (own.tokens if own else 0)):
+            return left
+        if not self.in_base_phase:
+            return self._extend_tail(own.tokens if own else 0)
+        new = self._reserve()
         if room is not None and room.segment is new.segment and room.offset + room.tokens == new.offset:
             self._room = KVSlice(room.segment, room.offset, room.tokens + new.tokens)
         else:
             self._close_room()
             self._room = new
         return new.tokens
+
+    def _extend_tail(self, used: int) -> int:
+        """Make the private tail longer, by moving it where it has to be; the tokens that fit now."""
+        wanted = used + self.pending_tokens
+        if self._tail is None:
+            self._tail = self.tails.take(wanted, self.computed)
+        else:
+            self._tail = self.tails.grow(self._tail, used, wanted)
+            self._own = KVSlice(self._tail, 0, used)
+        self._room = KVSlice(self._tail, 0, self._tail.capacity)
+        return self._tail.capacity - used
 
     def _close_room(self) -> None:
         """What was written becomes history; the next token starts a slice of its own."""
@@ -210,12 +215,6 @@ class Sequence:
         promised = self.cache.reserve(self._base, wanted)
         self._promised.append(promised)
         return promised
-
-    def _private(self) -> KVSlice:
-        capacity = max(self._private_tokens, self.pending_tokens)
-        self._private_tokens = 2 * capacity
-        segment = KVSegment.allocate(self.layout, capacity, self.computed, self.device)
-        return KVSlice(segment, 0, capacity)
 
     def commit(self, span: Span) -> None:
         """Account for a span that ran. At the end of the base phase its memory is closed to the adapter."""
@@ -246,6 +245,9 @@ class Sequence:
             written = max(0, min(self._base.tokens, promised.end) - promised.start)
             self.cache.settle(promised, written)
         self._promised.clear()
+        if self._tail is not None:
+            self.tails.give_back(self._tail)
+            self._tail = self._room = self._own = None
         if not self._released:
             self.cache.release(self.request.prefix)
             self._released = True

@@ -1,10 +1,10 @@
-"""Attention over a packed row of sequences whose KV lies in shared slices.
+"""Attention over a packed row of sequences whose KV lies in shared slices and in arenas of tails.
 
 Each distinct slice is read once a layer: the queries of every sequence that holds it are stacked per KV head, so
-grouped-query keys are never expanded. What a query sees is the union of disjoint pieces (shared slices, its own
-history, the causal triangle of its own span), computed apart and merged by their log-sum-exp:
+grouped-query keys are never expanded. What a query sees is the union of disjoint parts (``model/step.py``), computed
+apart and merged by their log-sum-exp:
 
-    lse = logaddexp(lse_1, lse_2),   out = out_1 * exp(lse_1 - lse) + out_2 * exp(lse_2 - lse)
+    w = sigmoid(lse_2 - lse_1),   out = out_1 + (out_2 - out_1) * w,   lse = logaddexp(lse_1, lse_2)
 
 The reference is transformers' ``eager_attention_forward``; soft caps apply to scores before the softmax, and a windowed
 layer masks per query. A query that sees nothing of a piece has log-sum-exp ``-inf`` there and takes nothing from it.
@@ -12,90 +12,15 @@ layer masks per query. A query that sees nothing of a piece has log-sum-exp ``-i
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from alora_serve.errors import ModelUnsupportedError
-from alora_serve.model.kv_memory import KVSlice
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive new tokens of one sequence in a step.
-
-    Attributes:
-        tokens: their ids.
-        start: absolute position of the first.
-        shared: slices of earlier KV that other sequences may hold too, in order from position 0.
-        own: the slice this sequence alone appends to: its earlier tokens after ``shared``, then room for these.
-    """
-
-    tokens: tuple[int, ...]
-    start: int
-    shared: tuple[KVSlice, ...]
-    own: KVSlice
-
-    @property
-    def destination(self) -> KVSlice:
-        """Where the new KV goes."""
-        new = len(self.tokens)
-        return KVSlice(self.own.segment, self.own.offset + self.own.tokens - new, new)
-
-    @property
-    def reads(self) -> tuple[KVSlice, ...]:
-        """Slices read besides the causal triangle of the new tokens. A single token reads itself with its history."""
-        new = len(self.tokens)
-        if new == 1:
-            return (*self.shared, self.own)
-        if self.own.tokens == new:
-            return self.shared
-        return (*self.shared, KVSlice(self.own.segment, self.own.offset, self.own.tokens - new))
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One slice and the rows of the packed row that read it."""
-
-    keys: KVSlice
-    rows: slice | Tensor
-    positions: tuple[int, int]  # lowest and highest query position among the rows
-
-
-class Step:
-    """The plan of one forward pass: which rows read which slices. The same for every layer."""
-
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
-        self.spans = tuple(spans)
-        self.rows: list[slice] = []
-        readers: dict[KVSlice, list[int]] = defaultdict(list)
-        first = 0
-        for index, span in enumerate(self.spans):
-            self.rows.append(slice(first, first + len(span.tokens)))
-            first += len(span.tokens)
-            for held in span.reads:
-                readers[held].append(index)
-        self.total_rows = first
-        self.causal = [index for index, span in enumerate(self.spans) if len(span.tokens) > 1]
-        positions = [position for span in self.spans for position in range(span.start, span.start + len(span.tokens))]
-        self.positions = torch.tensor(positions, device=device)
-        self.token_ids = torch.tensor([token for span in self.spans for token in span.tokens], device=device)
-        self.pieces = [self._piece(held, indices, device) for held, indices in readers.items()]
-
-    def _piece(self, held: KVSlice, indices: list[int], device: torch.device) -> _Piece:
-        spans = [self.spans[index] for index in indices]
-        bounds = (min(s.start for s in spans), max(s.start + len(s.tokens) - 1 for s in spans))
-        rows: slice | Tensor
-        if all(later == earlier + 1 for earlier, later in pairwise(indices)):
-            rows = slice(self.rows[indices[0]].start, self.rows[indices[-1]].stop)
-        else:
-            listed = [row for index in indices for row in range(self.rows[index].start, self.rows[index].stop)]
-            rows = torch.tensor(listed, device=device)
-        return _Piece(held, rows, bounds)
+from alora_serve.model.attention_kernels import attend
+from alora_serve.model.padding import Rows
+from alora_serve.model.step import Piece, Step, TailBatch
 
 
 class PackedAttention:
@@ -162,22 +87,17 @@ class PackedAttention:
             )
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.windows_seen[layer] = sliding_window
+        kv_heads = key.shape[1]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        keys, values = key[0], value[0]
-        for span, rows in zip(step.spans, step.rows, strict=True):
-            own_keys, own_values = span.destination.layer(layer)
-            own_keys.copy_(keys[:, rows])
-            own_values.copy_(values[:, rows])
-        merged = _Merged(query[0], value.shape[-1])
-        for index in step.causal:
-            rows = step.rows[index]
-            own = (query[0][:, rows], keys[:, rows], values[:, rows])
-            merged.add(rows, *_causal(*own, scale, softcap, sliding_window))
-        for piece in step.pieces:
-            part = _shared(query[0], piece, layer, scale, softcap, sliding_window, step.positions)
-            if part is not None:
-                merged.add(piece.rows, *part)
-        return merged.result(query.dtype).unsqueeze(0), None
+        row = _Row(
+            step,
+            layer,
+            query[0].transpose(0, 1).reshape(query.shape[2], kv_heads, -1, query.shape[3]),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            _Rules(scale, softcap, sliding_window),
+        )
+        return row.attend().flatten(1, 2).unsqueeze(0), None
 
 
 _HARMLESS = frozenset(
@@ -186,102 +106,140 @@ _HARMLESS = frozenset(
 """Keyword arguments transformers hands to every attention function and that do not change the result here."""
 
 
-class _Merged:
-    """Running merge of disjoint pieces of attention, in float32."""
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What one layer does to scores."""
 
-    def __init__(self, query: Tensor, head_dim: int) -> None:
-        heads, rows, _ = query.shape
-        self._out = torch.zeros((heads, rows, head_dim), dtype=torch.float32, device=query.device)
-        self._lse = torch.full((heads, rows), float("-inf"), dtype=torch.float32, device=query.device)
-
-    def add(self, rows: slice | Tensor, out: Tensor, lse: Tensor) -> None:
-        """Merge a piece: ``out`` ``[heads, n, head_dim]``, ``lse`` ``[heads, n]`` for these rows."""
-        old = self._lse[:, rows]
-        new = torch.logaddexp(old, lse)
-        # Both -inf gives NaN weights; such a row has seen nothing yet and keeps its zeros.
-        keep = torch.exp(old - new).nan_to_num_(0.0).unsqueeze(-1)
-        take = torch.exp(lse - new).nan_to_num_(0.0).unsqueeze(-1)
-        self._out[:, rows] = self._out[:, rows] * keep + out * take
-        self._lse[:, rows] = new
-
-    def result(self, dtype: torch.dtype) -> Tensor:
-        """``[rows, heads, head_dim]``."""
-        return self._out.transpose(0, 1).to(dtype)
+    scale: float
+    softcap: float | None
+    window: int | None
 
 
-def _causal(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """A span's attention to itself: ``[heads, n, head_dim]`` and ``[heads, n]``."""
-    heads, length, head_dim = query.shape
-    kv_heads = key.shape[0]
-    group = heads // kv_heads
-    grouped = query.reshape(kv_heads, group, length, head_dim)
-    # The group dimension of keys and values has stride 0: every query head of a group reads the same memory.
-    wide_key = key.unsqueeze(1).expand(kv_heads, group, length, key.shape[-1])
-    wide_value = value.unsqueeze(1).expand(kv_heads, group, length, value.shape[-1])
-    if softcap is None and (window is None or length <= window):
-        out, lse = _fused(grouped, wide_key, wide_value, scale, causal=True)
-    else:
-        distance = torch.arange(length, device=query.device).unsqueeze(1) - torch.arange(length, device=query.device)
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        out, lse = _plain(grouped, wide_key, wide_value, scale, softcap, visible)
-    return out.reshape(heads, length, -1), lse.reshape(heads, length)
+class _Row:
+    """One layer's attention of the packed row. Answers and log-sum-exps are kept row by row, in float32 until done.
 
+    Args:
+        query: ``[rows, kv_heads, group, head_dim]``.
+        key: ``[rows, kv_heads, head_dim]``.
+        value: ``[rows, kv_heads, head_dim]``.
+    """
 
-def _shared(
-    query: Tensor,
-    piece: _Piece,
-    layer: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    positions: Tensor,
-) -> tuple[Tensor, Tensor] | None:
-    """The attention of a piece's rows to its slice, or None when the window hides all of it from all of them."""
-    held = piece.keys
-    lowest, highest = piece.positions
-    if window is not None and lowest - held.end + 1 >= window:
-        return None
-    key, value = held.layer(layer)
-    selected = query[:, piece.rows]
-    heads, count, head_dim = selected.shape
-    kv_heads = key.shape[0]
-    stacked = selected.reshape(1, kv_heads, heads // kv_heads * count, head_dim)
-    if softcap is None and (window is None or highest - held.start < window):
-        out, lse = _fused(stacked, key.unsqueeze(0), value.unsqueeze(0), scale, causal=False)
-    else:
-        visible = None
-        if window is not None:
-            key_positions = torch.arange(held.start, held.end, device=query.device)
-            visible = (positions[piece.rows].unsqueeze(1) - key_positions) < window  # [count, tokens]
-            visible = visible.repeat(heads // kv_heads, 1)
-        out, lse = _plain(stacked, key.unsqueeze(0), value.unsqueeze(0), scale, softcap, visible)
-    return out.reshape(heads, count, -1), lse.reshape(heads, count)
+    def __init__(self, step: Step, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: _Rules) -> None:
+        self._step = step
+        self._layer = layer
+        self._query = query
+        self._key = key
+        self._value = value
+        self._rules = rules
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
 
+    def attend(self) -> Tensor:
+        """``[rows, kv_heads, group, head_dim]`` in the query's dtype; the row's KV is written on the way."""
+        for index in self._step.outside:
+            rows = self._step.rows[index]
+            keys, values = self._step.spans[index].destination.layer(self._layer)
+            keys.copy_(self._key[rows].transpose(0, 1))
+            values.copy_(self._value[rows].transpose(0, 1))
+        for batch in self._step.tails:
+            self._put(batch.rows.rows, *self._tails(batch))
+        for index in self._step.causal:
+            self._put(self._step.rows[index], *self._causal(self._step.rows[index]))
+        for piece in self._step.pieces:
+            self._add(piece)
+        if self._out is None:
+            raise RuntimeError("a step without rows")
+        return self._out.to(self._query.dtype)
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Flash attention with its log-sum-exp: ``[batch, heads, n, head_dim]`` in and out, and ``[batch, heads, n]``."""
-    if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=None, scale=scale
+    def _put(self, rows: Rows, out: Tensor, lse: Tensor) -> None:
+        """What rows see first: ``out`` ``[n, kv_heads, group, head_dim]``, ``lse`` ``[n, kv_heads, group]``."""
+        if isinstance(rows, slice) and rows.stop - rows.start == self._step.total_rows:
+            self._out, self._lse = out, lse
+            return
+        if self._out is None or self._lse is None:
+            shape = (*self._query.shape[:3], self._value.shape[-1])
+            self._out = torch.empty(shape, dtype=torch.float32, device=out.device)
+            self._lse = torch.empty(shape[:3], dtype=torch.float32, device=out.device)
+        self._out[rows] = out.float()
+        self._lse[rows] = lse
+
+    def _add(self, piece: Piece) -> None:
+        part = self._piece(piece)
+        if part is None:
+            return
+        if piece.is_first or self._out is None or self._lse is None:
+            self._put(piece.rows, *part)
+            return
+        out, lse = part
+        before, seen = self._out[piece.rows], self._lse[piece.rows]
+        merged = torch.lerp(before.float(), out.float(), torch.sigmoid(lse - seen).unsqueeze(-1))
+        if len(merged) == self._step.total_rows:
+            self._out = merged
+        else:
+            self._out[piece.rows] = merged
+        if not piece.is_last:
+            self._lse[piece.rows] = torch.logaddexp(seen, lse)
+
+    def _tails(self, batch: TailBatch) -> tuple[Tensor, Tensor]:
+        """Write the batch's KV to its slots and attend to them, one masked call for all."""
+        rows, rules = batch.rows, self._rules
+        arena = batch.arena.data[self._layer]
+        arena[0][batch.slots, :, batch.offsets] = self._key[rows.rows]
+        arena[1][batch.slots, :, batch.offsets] = self._value[rows.rows]
+        keys, values = batch.arena.layer(self._layer, rows.first, rows.last, batch.tokens)
+        query = rows.take(self._query)  # [slots, width, kv_heads, group, head_dim]
+        slots, width, kv_heads, group, _ = query.shape
+        mask = batch.mask(rules.window, group, query.dtype)
+        stacked = query.transpose(1, 2).flatten(2, 3)
+        out, lse = attend(stacked, keys, values, rules.scale, rules.softcap, mask)
+        return (
+            rows.give(out.view(slots, kv_heads, width, group, -1).transpose(1, 2)),
+            rows.give(lse.view(slots, kv_heads, width, group).transpose(1, 2)),
         )
-        return out, lse
-    visible = None
-    if causal:
-        visible = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    return _plain(query, key, value, scale, None, visible)
+
+    def _causal(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """A span's attention to itself."""
+        query, key, value = self._query[rows], self._key[rows], self._value[rows]
+        length, kv_heads, group, _ = query.shape
+        # The group dimension of keys and values has stride 0: every query head of a group reads the same memory.
+        grouped = query.permute(1, 2, 0, 3)
+        wide_key = key.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, length, key.shape[-1])
+        wide_value = value.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, length, value.shape[-1])
+        rules = self._rules
+        if rules.softcap is None and (rules.window is None or length <= rules.window):
+            out, lse = attend(grouped, wide_key, wide_value, rules.scale, causal=True)
+        else:
+            place = torch.arange(length, device=query.device)
+            distance = place.unsqueeze(1) - place
+            visible = distance >= 0
+            if rules.window is not None:
+                visible &= distance < rules.window
+            out, lse = attend(
+                grouped, wide_key, wide_value, rules.scale, rules.softcap, _additive(visible, query.dtype)
+            )
+        return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
+
+    def _piece(self, piece: Piece) -> tuple[Tensor, Tensor] | None:
+        """The attention of a piece's rows to its slice, or None when the window hides all of it from all of them."""
+        held, (lowest, highest), rules = piece.keys, piece.positions, self._rules
+        if rules.window is not None and lowest - held.end + 1 >= rules.window:
+            return None
+        key, value = held.layer(self._layer)
+        query = self._query[piece.rows]
+        count, kv_heads, group, _ = query.shape
+        stacked = query.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # [1, kv_heads, count * group, head_dim]
+        mask = None
+        if rules.window is not None and highest - held.start >= rules.window:
+            key_positions = torch.arange(held.start, held.end, device=query.device)
+            visible = (self._step.positions[piece.rows].unsqueeze(1) - key_positions) < rules.window
+            mask = _additive(visible.repeat_interleave(group, dim=0), query.dtype)
+        out, lse = attend(stacked, key.unsqueeze(0), value.unsqueeze(0), rules.scale, rules.softcap, mask)
+        return (
+            out.view(kv_heads, count, group, -1).transpose(0, 1),
+            lse.view(kv_heads, count, group).transpose(0, 1),
+        )
 
 
-def _plain(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, visible: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, for soft caps and per-query masks. ``visible`` is ``[n, tokens]``, True where seen."""
-    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num_(0.0)
-    return torch.matmul(weights.to(value.dtype), value), lse
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where ``visible``, else ``-inf``."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

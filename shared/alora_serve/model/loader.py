@@ -21,13 +21,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 
 from alora_serve.errors import ModelUnsupportedError
 from alora_serve.kv.layout import KVLayout
-from alora_serve.model.attention import PackedAttention, Span, Step
+from alora_serve.model.attention import PackedAttention
 from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.kv_memory import KVSegment, KVSlice
+from alora_serve.model.projections import Projection, fuse_projections
+from alora_serve.model.step import Span, Step
 
 _log = structlog.get_logger(__name__)
 
@@ -59,6 +60,7 @@ class BaseModel:
         module: the transformers model, in eval mode, its attention ours.
         attention: our attention function inside it.
         tokenizer: renders, tokenizes and decodes.
+        projections: its linear modules, as the engine runs them.
         layout: shape of a token's KV.
         dtype: compute dtype, ``float32`` or ``bfloat16``.
         context_tokens: longest prompt plus answer.
@@ -69,6 +71,7 @@ class BaseModel:
     name: str
     module: PreTrainedModel
     attention: PackedAttention
+    projections: tuple[Projection, ...]
     tokenizer: ChatTokenizer
     layout: KVLayout
     dtype: str
@@ -83,10 +86,6 @@ class BaseModel:
         """Weights, forward config, tokenizer and chat template: endpoints of equal digest may be paired."""
         parts = (self.weights_digest, self.forward_config_digest, self.tokenizer.digest)
         return hashlib.sha256(b"alora-serve model" + b"".join(parts)).digest()
-
-    def linears(self) -> dict[str, nn.Module]:
-        """Every ``Linear`` and ``Conv1D`` by its full name: what an adapter may target."""
-        return {name: part for name, part in self.module.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
 
 
 def native_dtype() -> str:
@@ -121,6 +120,7 @@ def load_base_model(
     )
     nn.Module.to(module, torch.device(device))
     module.train(False).requires_grad_(False)
+    projections = fuse_projections(module)
     attention = PackedAttention()
     # One registration a loaded model: the function finds its step without process-wide state.
     implementation = _implementation(attention)
@@ -136,6 +136,7 @@ def load_base_model(
         name=name or directory.name,
         module=module,
         attention=attention,
+        projections=projections,
         tokenizer=tokenizer,
         layout=layout,
         dtype=dtype,

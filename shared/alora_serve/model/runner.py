@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alora_serve.model.attention import Span, Step
 from alora_serve.model.loader import BaseModel
+from alora_serve.model.step import Span, Step
 
 
 class ModelRunner:

@@ -14,6 +14,7 @@ from alora_serve.engine.sequence import Sequence, SequenceId, SequenceRequest
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.kv.layout import KVLayout
 from alora_serve.model.kv_memory import Prefix
+from alora_serve.model.tails import TailPool
 from alora_serve.types import AdapterDigest, AdapterInfo, SamplingParams
 from in_process import CountingMetrics
 
@@ -52,9 +53,13 @@ class Bench:
             sampling=SamplingParams(),
         )
         return Sequence(
-            id=SequenceId(self.made), request=request, sink=lambda _: None, cache=self.cache, layout=LAYOUT, device=CPU,
+            id=SequenceId(self.made),
+            request=request,
+            sink=lambda _: None,
+            cache=self.cache,
+            tails=TailPool(LAYOUT, CPU),
             submitted_at=0.0,
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture
@@ -68,7 +73,7 @@ def test_those_on_one_prefix_stand_together_and_in_it_those_of_one_adapter(bench
     sequences = [bench.sequence(10, prefix=prefix, adapter=adapter, base_until=8) for prefix, adapter in makers]
     batch = arrange([(sequence, 2) for sequence in sequences])
     order = [sequences.index(sequence) for sequence, _ in batch]
-    assert order == [6, 2, 0, 4, 5, 1, 3]
+    assert order == [0, 4, 2, 6, 1, 5, 3], "prefixes, and adapters on them, in the order of their first"
 
 
 def test_equal_batches_stand_alike(bench: Bench) -> None:

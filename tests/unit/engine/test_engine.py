@@ -28,9 +28,10 @@ from alora_serve.engine.sequence import (
 )
 from alora_serve.errors import AloraServeError, InvalidRequestError, OverloadedError, UnavailableError
 from alora_serve.kv.keys import BlockChain, BlockHash
-from alora_serve.model.attention import Span
 from alora_serve.model.kv_memory import Prefix
 from alora_serve.model.loader import BaseModel, load_base_model
+from alora_serve.model.step import Span
+from alora_serve.model.tails import FIRST_TAIL_TOKENS
 from alora_serve.model.text import TextStream
 from alora_serve.types import AdapterDigest, AdapterInfo, FinishReason, Heartbeat, SamplingParams, TokenChunk
 from in_process import CountingMetrics
@@ -320,7 +321,7 @@ def test_adapter_kv_is_never_resident(bench: Bench) -> None:
 def test_a_long_answer_outgrows_its_first_memory(
     bench: Bench, greedy: Callable[..., tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alora_serve.engine.sequence.FIRST_TAIL_TOKENS", 2)
+    monkeypatch.setattr("alora_serve.model.tails.FIRST_TAIL_TOKENS", 2)
     monkeypatch.setattr("alora_serve.engine.sequence.BASE_GROWTH_TOKENS", 3)
     monkeypatch.setattr("alora_serve.engine.prefix_cache.MIN_SLACK_TOKENS", 1)
     idle = _adapter(bench.model, scale=0.0)
@@ -328,6 +329,14 @@ def test_a_long_answer_outgrows_its_first_memory(
     assert bench.submit(_prompt(1), max_tokens=40).done().generated == expected
     bench.submit((*_prompt(1)[:19], 9), max_tokens=3).done()
     assert bench.submit(_prompt(1), adapter=idle, base_until=7, max_tokens=40).done().generated == expected
+
+
+def test_private_memory_is_counted_and_given_back(bench: Bench) -> None:
+    adapter = _adapter(bench.model)
+    bench.submit(_prompt(1), adapter=adapter, base_until=12, max_tokens=3).done()
+    bench.submit(_prompt(2), max_tokens=1).done()  # the engine reports after each step
+    assert bench.metrics.counts["peak tail bytes"] == FIRST_TAIL_TOKENS * bench.model.layout.bytes_per_token
+    assert bench.metrics.counts["tail bytes"] == 0
 
 
 # --- joining and leaving ----------------------------------------------------------------------------------------------

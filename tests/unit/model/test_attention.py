@@ -15,10 +15,12 @@ from transformers import AutoConfig
 
 from alora_serve.errors import ModelUnsupportedError
 from alora_serve.kv.layout import KVLayout
-from alora_serve.model.attention import PackedAttention, Span, Step
+from alora_serve.model.attention import PackedAttention
 from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.loader import load_base_model
 from alora_serve.model.runner import ModelRunner
+from alora_serve.model.step import NARROW_TOKENS, Span, Step
+from alora_serve.model.tails import TailPool
 from tiny_models import VOCABULARY, save_model
 
 torch.set_num_threads(1)
@@ -32,12 +34,14 @@ SCORE_SCALE = 3.0
 class Row:
     """One sequence of a packed row: lengths of the shared slices before it, of its own history, and of its new tokens.
 
-    ``shared`` names slices of a common pool, so that equal names are the same memory for several sequences.
+    ``shared`` names slices of a common pool, so that equal names are the same memory for several sequences. A private
+    row's own KV lies in an arena, beside that of others.
     """
 
     shared: tuple[int, ...]
     history: int
     new: int
+    private: bool = False
 
 
 @dataclass
@@ -59,6 +63,9 @@ def _pack(rows: Sequence[Row], heads: int, kv_heads: int, dtype: torch.dtype, se
     torch.manual_seed(seed)
     layout = KVLayout(1, kv_heads, HEAD_DIM, str(dtype).removeprefix("torch."))
     pool: dict[tuple[int, ...], KVSlice] = {}
+    tails = TailPool(layout, CPU)
+    left_behind = tails.take(1, 0)
+    left_behind.data.fill_(1e4)
 
     def segment(capacity: int, start: int, filled: int) -> KVSegment:
         made = KVSegment.allocate(layout, capacity, start, CPU)
@@ -77,7 +84,12 @@ def _pack(rows: Sequence[Row], heads: int, kv_heads: int, dtype: torch.dtype, se
                 pool[path] = KVSlice(segment(length + 3, start - 2, length + 2), 2, length)
             shared.append(pool[path])
         start = shared[-1].end if shared else 0
-        own = KVSlice(segment(row.history + row.new + 2, start - 1, row.history + 1), 1, row.history + row.new)
+        if row.private:
+            tail = tails.take(row.history + row.new, start)
+            tail.data[:, :, :, : row.history] = _randn(1, 2, kv_heads, row.history, HEAD_DIM, dtype=dtype)
+            own = KVSlice(tail, 0, row.history + row.new)
+        else:
+            own = KVSlice(segment(row.history + row.new + 2, start - 1, row.history + 1), 1, row.history + row.new)
         span = Span(tuple(range(row.new)), start + row.history, tuple(shared), own)
         spans.append(span)
         pieces = [*shared, KVSlice(own.segment, own.offset, row.history)]
@@ -143,7 +155,8 @@ rows_strategy = st.lists(
         Row,
         shared=st.lists(st.integers(0, 2), max_size=3).map(tuple),
         history=st.integers(0, 6),
-        new=st.integers(1, 5),
+        new=st.integers(1, 5) | st.just(NARROW_TOKENS + 1),
+        private=st.booleans(),
     ),
     min_size=1,
     max_size=5,

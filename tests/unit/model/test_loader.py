@@ -18,7 +18,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from alora_serve.errors import ModelUnsupportedError
 from alora_serve.kv.layout import KVLayout
 from alora_serve.model import loader
-from alora_serve.model.attention import Span
 from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.loader import (
     BaseModel,
@@ -26,6 +25,7 @@ from alora_serve.model.loader import (
     native_dtype,
 )
 from alora_serve.model.runner import ModelRunner
+from alora_serve.model.step import Span
 from tiny_models import FAMILIES, VOCABULARY, load_reference, save_model, save_tokenizer
 
 torch.set_num_threads(1)
@@ -152,18 +152,23 @@ def test_a_prompt_in_two_pieces_gives_the_logits_of_the_stock_model(kind: str, t
     assert (logits[0] - expected).abs().max() < 1e-4
 
 
-def test_the_stock_model_is_unchanged_but_for_its_attention(llama: BaseModel, llama_directory: Path) -> None:
+def test_the_stock_model_is_unchanged_but_for_attention_and_products(llama: BaseModel, llama_directory: Path) -> None:
     assert not llama.module.training
     assert not any(parameter.requires_grad for parameter in llama.module.parameters())
     stock = load_reference(llama_directory).state_dict()
-    assert all(torch.equal(stock[name], value) for name, value in llama.module.state_dict().items())
+    kept = {name: value for name, value in llama.module.state_dict().items() if not value.is_meta}
+    assert kept.keys() == {name for name in stock if "norm" in name or "embed" in name}
+    assert all(torch.equal(stock[name], value) for name, value in kept.items())
+    for projection in llama.projections:
+        weights = torch.cat([stock[f"{name}.weight"] for name in projection.names])
+        assert torch.allclose(projection(torch.eye(projection.in_features).unsqueeze(0))[0].t(), weights, atol=1e-6)
 
 
 def test_facts_of_the_model_are_those_of_its_config(llama: BaseModel) -> None:
     assert llama.name == "tiny-llama"
     assert llama.layout == KVLayout(layers=4, kv_heads=2, head_dim=16, dtype="float32")
     assert (llama.context_tokens, llama.vocabulary_size, llama.dtype) == (512, VOCABULARY, "float32")
-    assert len(llama.linears()) == 4 * 7 + 1
+    assert sum(len(projection.names) for projection in llama.projections) == 4 * 7 + 1
 
 
 def test_the_context_can_be_lowered_but_not_raised(llama_directory: Path) -> None:

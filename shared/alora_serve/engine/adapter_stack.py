@@ -1,0 +1,152 @@
+"""Weights of adapters of one shape side by side, so that one batched product serves all of them.
+
+Adapters in use are copied into slots, a few milliseconds each; a step whose adapters have slots copies and gathers
+nothing. What left the registry may stay in a slot until another adapter takes it: slots are found by digest, never by
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from alora_serve.adapters.lora import LoadedAdapter
+from alora_serve.model.padding import PaddedRows
+from alora_serve.model.projections import Projection
+from alora_serve.types import AdapterDigest
+
+FIRST_SLOTS: Final = 4
+
+Shape = tuple[tuple[str, int, float], ...]
+"""What adapters must have in common to share a stack: of every adapted module its name, rank and scaling."""
+
+
+def shape_of(adapter: LoadedAdapter) -> Shape:
+    """The stack an adapter belongs to."""
+    return tuple(sorted((name, pair.a.shape[0], pair.scaling) for name, pair in adapter.pairs.items()))
+
+
+@dataclass(slots=True)
+class _Member:
+    """One adapted module of a projection.
+
+    Attributes:
+        columns: its columns of the projection's product.
+        ranks: its columns of the intermediate ``A x``.
+        b: ``[slots, out_features, rank]``.
+    """
+
+    name: str
+    columns: slice
+    ranks: slice
+    scaling: float
+    b: Tensor
+
+
+@dataclass(slots=True)
+class _Stacked:
+    """The stack's weights for one projection. ``a`` is ``[slots, ranks of all members, in_features]``."""
+
+    a: Tensor
+    members: list[_Member]
+
+
+class AdapterStack:
+    """Adapters of one shape. One thread.
+
+    Args:
+        shape: what they have in common.
+        projections: those of the base model that they adapt, each with its adapted modules.
+        max_slots: most adapters that can run in one step.
+    """
+
+    def __init__(self, shape: Shape, projections: Sequence[Projection], max_slots: int, device: torch.device) -> None:
+        self._max_slots = max_slots
+        self._slots: dict[AdapterDigest, int] = {}  # least recently used first
+        self._capacity = 0
+        self._device = device
+        ranks = {name: (rank, scaling) for name, rank, scaling in shape}
+        self._stacked: dict[Projection, _Stacked] = {}
+        for projection in projections:
+            members, first = [], 0
+            for name, columns in zip(projection.names, projection.columns, strict=True):
+                if name in ranks:
+                    rank, scaling = ranks[name]
+                    empty = self._empty(0, columns.stop - columns.start, rank)
+                    members.append(_Member(name, columns, slice(first, first + rank), scaling, empty))
+                    first += rank
+            if members:
+                self._stacked[projection] = _Stacked(self._empty(0, first, projection.in_features), members)
+
+    @property
+    def projections(self) -> Collection[Projection]:
+        """What its adapters change."""
+        return self._stacked.keys()
+
+    def place(self, adapters: Sequence[LoadedAdapter]) -> list[int]:
+        """The slots of the adapters of one step, at most ``max_slots`` different ones, after copying in new ones."""
+        wanted = {adapter.digest for adapter in adapters}
+        for adapter in adapters:
+            slot = self._slots.pop(adapter.digest, None)
+            if slot is None:
+                slot = self._free_slot(wanted)
+                self._copy(adapter, slot)
+            self._slots[adapter.digest] = slot
+        return [self._slots[adapter.digest] for adapter in adapters]
+
+    def _free_slot(self, wanted: Collection[AdapterDigest]) -> int:
+        if len(self._slots) < self._capacity:
+            taken = {*self._slots.values()}
+            return next(slot for slot in range(self._capacity) if slot not in taken)
+        if self._capacity < self._max_slots:
+            self._grow(min(self._max_slots, max(FIRST_SLOTS, 2 * self._capacity)))
+            return self._free_slot(wanted)
+        oldest = next(digest for digest in self._slots if digest not in wanted)
+        return self._slots.pop(oldest)
+
+    def _grow(self, capacity: int) -> None:
+        for stacked in self._stacked.values():
+            stacked.a = self._grown(stacked.a, capacity)
+            for member in stacked.members:
+                member.b = self._grown(member.b, capacity)
+        self._capacity = capacity
+
+    def _grown(self, old: Tensor, capacity: int) -> Tensor:
+        grown = self._empty(capacity, *old.shape[1:])
+        grown[: old.shape[0]] = old
+        return grown
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self._device)
+
+    def _copy(self, adapter: LoadedAdapter, slot: int) -> None:
+        for stacked in self._stacked.values():
+            for member in stacked.members:
+                pair = adapter.pairs[member.name]
+                stacked.a[slot, member.ranks] = pair.a
+                member.b[slot] = pair.b
+
+    def add_deltas(self, projection: Projection, rows: PaddedRows, x: Tensor, out: Tensor) -> None:
+        """Add ``scaling * B(A(x))`` of each slot's adapter to its rows of ``out``, rounded as PEFT rounds it.
+
+        The input is cast up to float32 and the scaling multiplies B's output (not A's, nor the weights). Plain LoRA in
+        PEFT adds out of place in float32 and casts the sum back; aLoRA adds in place into the base dtype, where torch
+        also computes the sum in float32 and rounds it once. Casting the delta to bfloat16 before would round twice.
+
+        Args:
+            x: the projection's input, ``[total_rows, in_features]``.
+            out: its product, ``[total_rows, columns]``; changed in place.
+        """
+        stacked, slots = self._stacked[projection], slice(rows.first, rows.last)
+        inner = torch.bmm(rows.take(x).float(), stacked.a[slots].transpose(1, 2))
+        for member in stacked.members:
+            places = torch.bmm(inner[..., member.ranks], member.b[slots].transpose(1, 2)).mul_(member.scaling)
+            delta, target = rows.give(places), out[:, member.columns]
+            if isinstance(rows.rows, slice):
+                target[rows.rows].add_(delta)
+            else:
+                target.index_copy_(0, rows.rows, target[rows.rows].add_(delta))

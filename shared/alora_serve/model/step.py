@@ -1,0 +1,216 @@
+"""The plan of one forward pass: which rows of the packed row write where and read what. The same for every layer.
+
+What a row sees is a union of disjoint parts: its *own* part, which includes itself (the causal triangle of its span, or
+its slot in an arena of tails), and *pieces*, slices of KV that were there before. Every slice is read once however many
+sequences hold it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from alora_serve.model.kv_memory import KVSlice
+from alora_serve.model.padding import PaddedRows, Rows, pad_rows
+from alora_serve.model.tails import TailArena, TailSegment
+
+NARROW_TOKENS: Final = 16
+"""Spans up to here attend to their tails in one masked call with others; longer ones are not worth the padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive new tokens of one sequence in a step.
+
+    Attributes:
+        tokens: their ids.
+        start: absolute position of the first.
+        shared: slices of earlier KV that other sequences may hold too, in order from position 0.
+        own: the slice this sequence alone appends to: its earlier tokens after ``shared``, then room for these.
+    """
+
+    tokens: tuple[int, ...]
+    start: int
+    shared: tuple[KVSlice, ...]
+    own: KVSlice
+
+    @property
+    def destination(self) -> KVSlice:
+        """Where the new KV goes."""
+        new = len(self.tokens)
+        return KVSlice(self.own.segment, self.own.offset + self.own.tokens - new, new)
+
+    @property
+    def end(self) -> int:
+        """Position after the last of the new tokens."""
+        return self.start + len(self.tokens)
+
+    @property
+    def is_narrow_tail(self) -> bool:
+        """It attends to all of its own KV as one of an arena's slots."""
+        return isinstance(self.own.segment, TailSegment) and len(self.tokens) <= NARROW_TOKENS
+
+    @property
+    def own_piece(self) -> KVSlice | None:
+        """Its own KV as a piece: for a single token that with itself, else what came before its causal triangle."""
+        new = len(self.tokens)
+        before = self.own.tokens if new == 1 else self.own.tokens - new
+        if self.is_narrow_tail or not before:
+            return None
+        return KVSlice(self.own.segment, self.own.offset, before)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One slice and the rows that read it.
+
+    Attributes:
+        positions: lowest and highest query position among the rows.
+        is_first: no row has seen anything before it.
+        is_last: no row sees anything after it.
+    """
+
+    keys: KVSlice
+    rows: Rows
+    positions: tuple[int, int]
+    is_first: bool
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class TailBatch:
+    """Spans whose own KV lies in one arena, attended to in one call.
+
+    Attributes:
+        rows: rows of these spans, by slot.
+        tokens: positions read of each slot.
+        slots: of each row.
+        offsets: where in its slot each row's KV goes.
+    """
+
+    arena: TailArena
+    rows: PaddedRows
+    tokens: int
+    slots: Tensor
+    offsets: Tensor
+    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def visible(self, window: int | None) -> Tensor:
+        """``[slots, width, tokens]``, True where a query sees a position of its slot."""
+        queries = self._offset_of_query().unsqueeze(-1)
+        keys = torch.arange(self.tokens, device=queries.device)
+        seen = keys <= queries
+        return seen if window is None else seen & (queries - keys < window)
+
+    def mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+        """What is added to scores: ``[slots, 1, width * group, tokens]``, 0 where seen. Made once for all layers."""
+        key = (window, dtype)
+        if key not in self._masks:
+            visible = self.visible(window).repeat_interleave(group, dim=1).unsqueeze(1)
+            zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            self._masks[key] = zeros.masked_fill_(~visible, float("-inf"))
+        return self._masks[key]
+
+    def _offset_of_query(self) -> Tensor:
+        """``[slots, width]``: the offset in its slot of each query; of padding, 0, which sees something."""
+        rows = self.rows
+        if rows.scatter is None:
+            return self.offsets.view(-1, rows.width)
+        offsets = torch.zeros((rows.last - rows.first) * rows.width, dtype=torch.long, device=self.offsets.device)
+        offsets[rows.scatter] = self.offsets
+        return offsets.view(-1, rows.width)
+
+
+class Step:
+    """The plan for a packed row of spans.
+
+    Attributes:
+        rows: of each span.
+        tails: own parts in arenas.
+        causal: indices of spans whose own part is a causal triangle.
+        outside: indices of spans whose KV goes elsewhere than to an arena.
+        pieces: slices that were there before; those that hold a single token's own come first, so that every row has
+            seen something before it meets a slice that a window may hide.
+    """
+
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+        self.spans = tuple(spans)
+        self.rows: list[slice] = []
+        first = 0
+        for span in self.spans:
+            self.rows.append(slice(first, first + len(span.tokens)))
+            first += len(span.tokens)
+        self.total_rows = first
+        self._device = device
+        positions = [position for span in self.spans for position in range(span.start, span.end)]
+        self.positions = torch.tensor(positions, device=device)
+        self.token_ids = torch.tensor([token for span in self.spans for token in span.tokens], device=device)
+        self.outside = [index for index, span in enumerate(self.spans) if not span.is_narrow_tail]
+        self.causal = [index for index in self.outside if len(self.spans[index].tokens) > 1]
+        self.tails = self._tails()
+        self.pieces = self._pieces()
+
+    @cached_property
+    def last_rows(self) -> Tensor:
+        """The row of each span's last token."""
+        return torch.tensor([rows.stop - 1 for rows in self.rows], device=self._device)
+
+    def _tails(self) -> list[TailBatch]:
+        held: defaultdict[int, list[int]] = defaultdict(list)
+        for index, span in enumerate(self.spans):
+            if span.is_narrow_tail:
+                held[id(span.own.segment.arena)].append(index)  # type: ignore[attr-defined] # a TailSegment
+        return [self._tail_batch(indices) for indices in held.values()]
+
+    def _tail_batch(self, indices: list[int]) -> TailBatch:
+        segments = [s for s in (self.spans[index].own.segment for index in indices) if isinstance(s, TailSegment)]
+        spans = [self.spans[index] for index in indices]
+        lengths = [len(span.tokens) for span in spans]
+        slots = [segment.slot for segment, length in zip(segments, lengths, strict=True) for _ in range(length)]
+        offsets = [span.destination.offset + place for span in spans for place in range(len(span.tokens))]
+        listed = [range(self.rows[index].start, self.rows[index].stop) for index in indices]
+        return TailBatch(
+            arena=segments[0].arena,
+            rows=pad_rows([(s.slot, rows) for s, rows in zip(segments, listed, strict=True)], self._device),
+            tokens=max(span.own.offset + span.own.tokens for span in spans),
+            slots=self._tensor(slots),
+            offsets=self._tensor(offsets),
+        )
+
+    def _pieces(self) -> list[Piece]:
+        readers: defaultdict[KVSlice, list[int]] = defaultdict(list)
+        for index, span in enumerate(self.spans):
+            if span.own_piece is not None:
+                readers[span.own_piece].append(index)
+        for index, span in enumerate(self.spans):
+            for held in span.shared:
+                readers[held].append(index)
+        read = list(readers.items())
+        touched = {*range(len(self.spans))} - {*self.outside} | {*self.causal}
+        left = [set[int]()]
+        for _, indices in reversed(read):
+            left.append(left[-1].union(indices))
+        pieces = []
+        for (held, indices), after in zip(read, reversed(left[:-1]), strict=True):
+            spans = [self.spans[index] for index in indices]
+            bounds = (min(s.start for s in spans), max(s.end - 1 for s in spans))
+            pieces.append(
+                Piece(held, self._rows_of(indices), bounds, touched.isdisjoint(indices), after.isdisjoint(indices))
+            )
+            touched.update(indices)
+        return pieces
+
+    def _rows_of(self, indices: list[int]) -> Rows:
+        if all(later == earlier + 1 for earlier, later in pairwise(indices)):
+            return slice(self.rows[indices[0]].start, self.rows[indices[-1]].stop)
+        return self._tensor([r for index in indices for r in range(self.rows[index].start, self.rows[index].stop)])
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self._device)

@@ -1,0 +1,186 @@
+"""Deltas of stacked adapters against real PEFT layers, bit for bit, and slots that never mix two adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from alora_serve.adapters.lora import LoadedAdapter, LoraPair
+from alora_serve.engine.adapter_stack import AdapterStack, shape_of
+from alora_serve.model.padding import pad_rows
+from alora_serve.model.projections import Projection
+from alora_serve.types import AdapterDigest, AdapterInfo
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+ROWS = 64
+
+
+def a_pair(seed: int = 3) -> LoraPair:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(4, 32, generator=generator), torch.randn(48, 4, generator=generator)
+    return LoraPair(a=a, b=b, scaling=3.0 / 7.0)
+
+
+def an_adapter(name: str, pairs: dict[str, LoraPair]) -> LoadedAdapter:
+    info = AdapterInfo(name, AdapterDigest(name * 64), "alora", 4, (), (1,), "", 0, resident=True)
+    return LoadedAdapter(info, pairs)
+
+
+def a_projection(*names: str) -> Projection:
+    return Projection(names, [nn.Linear(32, 48, bias=False) for _ in names], pack=False)
+
+
+def rows_of(dtype: torch.dtype, rows: int = ROWS, columns: int = 48) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return (torch.randn(rows, size, generator=generator).to(dtype) for size in (32, columns))  # type: ignore[return-value]
+
+
+def peft_layer(pair: LoraPair, output: Tensor, *, alora: bool) -> LoraLayer:
+    """A real PEFT layer of ``pair`` over a base module that answers ``output``, whatever its input."""
+
+    class Answer(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+            return output.clone()
+
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = Answer(pair.a.shape[1], pair.b.shape[0], bias=False, dtype=output.dtype)
+
+    config = peft.LoraConfig(target_modules=["proj"], r=4, alora_invocation_tokens=[1] if alora else None)
+    layer = peft.inject_adapter_in_model(config, Host()).proj
+    layer.lora_A["default"].weight = nn.Parameter(pair.a)
+    layer.lora_B["default"].weight = nn.Parameter(pair.b)
+    layer.scaling["default"] = pair.scaling
+    return layer.eval()
+
+
+def adapted(x: Tensor, output: Tensor, pair: LoraPair, rows: Sequence[int]) -> Tensor:
+    projection = a_projection("proj")
+    adapter = an_adapter("a", {"proj": pair})
+    stack = AdapterStack(shape_of(adapter), [projection], 4, CPU)
+    (slot,) = stack.place([adapter])
+    out = output.clone()
+    stack.add_deltas(projection, pad_rows([(slot, rows)], CPU), x, out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_and_activated_lora_round_alike_and_so_do_we(dtype: torch.dtype) -> None:
+    (x, output), pair = rows_of(dtype), a_pair()
+    with torch.no_grad():
+        plain = peft_layer(pair, output, alora=False)(x)
+        activated = peft_layer(pair, output.unsqueeze(0), alora=True)(x.unsqueeze(0), alora_offsets=[ROWS])[0]
+    ours = adapted(x, output, pair, range(ROWS))
+    assert plain.dtype == activated.dtype == ours.dtype == dtype
+    assert torch.equal(plain, activated)
+    assert torch.equal(ours, plain)
+
+
+def delta_rounded_before_adding(x: Tensor, output: Tensor, pair: LoraPair) -> Tensor:
+    return output + (linear(linear(x.float(), pair.a), pair.b) * pair.scaling).to(output.dtype)
+
+
+def delta_in_the_base_dtype(x: Tensor, output: Tensor, pair: LoraPair) -> Tensor:
+    return output + linear(linear(x, pair.a.to(x.dtype)), pair.b.to(x.dtype)) * pair.scaling
+
+
+def scaling_before_b(x: Tensor, output: Tensor, pair: LoraPair) -> Tensor:
+    return output + linear(linear(x, pair.a) * pair.scaling, pair.b)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "dtype"),
+    [
+        (delta_rounded_before_adding, torch.bfloat16),
+        (delta_in_the_base_dtype, torch.bfloat16),
+        (scaling_before_b, torch.float32),
+    ],
+)
+def test_other_roundings_differ_from_peft(wrong: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    (x, output), pair = rows_of(dtype), a_pair()
+    right = adapted(x, output, pair, range(ROWS))
+    assert not torch.equal(wrong(x, output, pair), right), "then this simpler rounding would do"
+
+
+@pytest.mark.parametrize("rows", [range(10, 20), [3, 9, 40, 41]], ids=["consecutive", "scattered"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_rows_keep_their_base_output(rows: Sequence[int], dtype: torch.dtype) -> None:
+    (x, output), pair = rows_of(dtype), a_pair()
+    whole, some = adapted(x, output, pair, range(ROWS)), adapted(x, output, pair, rows)
+    others = [row for row in range(ROWS) if row not in rows]
+    assert torch.equal(some[others], output[others])
+    assert torch.allclose(
+        some[list(rows)].float(), whole[list(rows)].float(), rtol=1e-5 if dtype == DTYPES[0] else 1e-2
+    )
+    assert not torch.equal(some[list(rows)], output[list(rows)])
+
+
+def test_modules_of_one_projection_get_their_own_columns() -> None:
+    projection = a_projection("q", "k", "v")
+    pairs = {"q": a_pair(1), "v": a_pair(2)}
+    adapter = an_adapter("a", pairs)
+    stack = AdapterStack(shape_of(adapter), [projection], 4, CPU)
+    x, output = rows_of(torch.float32, columns=3 * 48)
+    out = output.clone()
+    stack.add_deltas(projection, pad_rows([(stack.place([adapter])[0], range(ROWS))], CPU), x, out)
+    for name, columns in zip(projection.names, projection.columns, strict=True):
+        expected = adapted(x, output[:, columns], pairs[name], range(ROWS)) if name in pairs else output[:, columns]
+        assert torch.allclose(out[:, columns], expected, atol=1e-5)
+
+
+def test_projections_without_adapted_modules_are_left_alone() -> None:
+    adapter = an_adapter("a", {"q": a_pair()})
+    both = [a_projection("q"), a_projection("other")]
+    assert list(AdapterStack(shape_of(adapter), both, 4, CPU).projections) == both[:1]
+
+
+NAMES = "abcdefg"
+
+
+@given(st.lists(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True), min_size=1, max_size=12))
+def test_whatever_came_before_every_adapter_of_a_step_adds_its_own_delta(steps: list[list[str]]) -> None:
+    """Slots are fewer than adapters: they are taken over, grown and found again, and never mixed up."""
+    adapters = {name: an_adapter(name, {"proj": a_pair(index)}) for index, name in enumerate(NAMES)}
+    projection = a_projection("proj")
+    stack = AdapterStack(shape_of(adapters["a"]), [projection], 3, CPU)
+    x, output = rows_of(torch.float32, rows=3)
+    for names in steps:
+        slots = stack.place([adapters[name] for name in names])
+        assert len(set(slots)) == len(names)
+        assert max(slots) < 3
+        out = output[: len(names)].clone()
+        rows = sorted((slot, [row]) for row, slot in enumerate(slots))
+        stack.add_deltas(projection, pad_rows(rows, CPU), x, out)
+        for row, name in enumerate(names):
+            expected = adapted(x, output, adapters[name].pairs["proj"], [row])[row]
+            assert torch.allclose(out[row], expected, atol=1e-5)
+
+
+def test_an_adapter_of_equal_digest_is_not_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[str] = []
+    copy = AdapterStack._copy
+    monkeypatch.setattr(AdapterStack, "_copy", lambda *args: (copied.append(args[1].info.name), copy(*args)))
+    adapters = [an_adapter(name, {"proj": a_pair(index)}) for index, name in enumerate("ab")]
+    stack = AdapterStack(shape_of(adapters[0]), [a_projection("proj")], 4, CPU)
+    for _ in range(3):
+        stack.place(adapters)
+    assert copied == ["a", "b"]
+
+
+def test_rank_and_scaling_tell_stacks_apart() -> None:
+    pair = a_pair()
+    wider = LoraPair(torch.randn(8, 32), torch.randn(48, 8), pair.scaling)
+    stronger = LoraPair(pair.a, pair.b, 2.0)
+    shapes = {shape_of(an_adapter("a", pairs)) for pairs in ({"q": pair}, {"q": wider}, {"q": stronger}, {"k": pair})}
+    assert len(shapes) == 4

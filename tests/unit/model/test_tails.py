@@ -1,0 +1,80 @@
+"""Private memory is handed out zeroed, grows with its content, and is taken back for the next sequence."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alora_serve.kv.layout import KVLayout
+from alora_serve.model.tails import ARENA_TOKENS, FIRST_TAIL_TOKENS, TailPool, TailSegment
+
+LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pool() -> TailPool:
+    return TailPool(LAYOUT, CPU)
+
+
+def test_tails_of_one_size_lie_side_by_side(pool: TailPool) -> None:
+    first, second = pool.take(3, 10), pool.take(FIRST_TAIL_TOKENS, 20)
+    assert (first.start, second.start) == (10, 20)
+    assert first.arena is second.arena
+    assert (first.slot, second.slot) == (0, 1)
+    assert first.capacity == FIRST_TAIL_TOKENS
+    first.data.fill_(1.0)
+    assert not second.data.any()
+
+
+def test_nothing_of_a_sequence_is_left_for_the_next(pool: TailPool) -> None:
+    """A NaN would survive the zero that masked positions are multiplied with."""
+    tail = pool.take(3, 0)
+    tail.data.fill_(float("nan"))
+    pool.give_back(tail)
+    again = pool.take(3, 5)
+    assert (again.arena, again.slot, again.start) == (tail.arena, tail.slot, 5)
+    assert not again.data.any()
+
+
+def test_a_tail_grows_with_its_content(pool: TailPool) -> None:
+    tail = pool.take(1, 7)
+    tail.data[:, :, :, :5] = torch.arange(5.0).view(1, 1, 1, 5, 1)
+    larger = pool.grow(tail, 5, 3 * FIRST_TAIL_TOKENS)
+    assert (larger.capacity, larger.start) == (4 * FIRST_TAIL_TOKENS, 7)
+    assert torch.equal(larger.data[1, 0, 0, :5, 0], torch.arange(5.0))
+    assert not larger.data[:, :, :, 5:].any()
+    assert pool.take(1, 0).slot == tail.slot
+
+
+@given(st.lists(st.tuples(st.integers(1, 3 * ARENA_TOKENS), st.booleans()), max_size=30))
+def test_no_two_holders_share_memory(requests: list[tuple[int, bool]]) -> None:
+    pool = TailPool(LAYOUT, CPU)
+    held: list[tuple[float, TailSegment]] = []
+    for number, (tokens, keep) in enumerate(requests, start=1):
+        tail = pool.take(tokens, 0)
+        assert tail.capacity >= tokens
+        assert not tail.data.any()
+        tail.data.fill_(float(number))
+        held.append((float(number), tail))
+        if not keep:
+            pool.give_back(held.pop(0)[1])
+        assert all(bool((segment.data == mark).all()) for mark, segment in held)
+    for _, segment in held:
+        pool.give_back(segment)
+
+
+def test_memory_of_a_burst_is_let_go(pool: TailPool) -> None:
+    tails = [pool.take(1, 0) for _ in range(3 * ARENA_TOKENS // FIRST_TAIL_TOKENS)]
+    long = pool.take(2 * ARENA_TOKENS, 0)
+    arenas = {weakref.ref(tail.arena) for tail in (*tails, long)}
+    assert pool.used_bytes == 5 * ARENA_TOKENS * LAYOUT.bytes_per_token
+    for tail in (*tails, long):
+        pool.give_back(tail)
+    del tail, tails, long
+    assert pool.used_bytes == 0
+    assert sum(arena() is not None for arena in arenas) == 1
