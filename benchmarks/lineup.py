@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -106,8 +105,6 @@ def open_bench(
     console: Console, progress: Progress, *, adapters: int, kind: Kind = "qkv", dtype: str | None = None
 ) -> Bench:
     """Model, adapters and tokenizer. The first time this takes a minute."""
-    # Loading bars of libraries would get between ours.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     model = ensure_demo_model()
     used = dtype or native_dtype()
     made = ensure_adapters(model, ADAPTER_ROOT / f"{kind}-{B_STANDARD_DEVIATION[kind]:g}", count=adapters, kind=kind)

@@ -35,7 +35,10 @@ class Child:
         self._process: Process | None = None
 
     async def __aenter__(self) -> Child:
-        here = {**os.environ, "PYTHONPATH": str(_BENCHMARKS), "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join(filter(None, [str(_BENCHMARKS), os.environ.get("PYTHONPATH")]))
+        # Their warnings about each other's names are no news here.
+        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+        here = {**os.environ, **quiet, "PYTHONPATH": path}
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=PIPE,

@@ -67,8 +67,10 @@ class Peft:
         tokens, cache = self._cached
         same = next((i for i, (a, b) in enumerate(zip(tokens, prefix, strict=False)) if a != b), None)
         shared = min(len(tokens), len(prefix)) if same is None else same
-        if shared < len(tokens):
-            cache.crop(shared)
+        if shared == 0:
+            cache = DynamicCache(config=self._config)
+        elif shared < len(tokens):
+            cache.crop(shared - len(tokens))
         rest = prefix[shared:]
         if rest:
             positions = torch.arange(shared, len(prefix))[None]
