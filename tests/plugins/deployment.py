@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +27,7 @@ from alora_serve.types import EndpointStatus
 from alora_serve.v1.adapter_decode_pb2 import AdapterDecodeServiceWatchStatusRequest
 from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceStub
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
-from tiny_models import FAMILIES, peft_generate, save_adapter, save_model
+from tiny_models import FAMILIES, greedy, load_peft, save_adapter, save_model
 
 ANSWER_TOKENS = 10
 GREEDY = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True)
@@ -78,10 +78,22 @@ class ServedModel:
         """All tokens that PEFT must be given to be asked the same."""
         return handle.prefix_tokens + self.suffix(handle, adapter)
 
+    def cold_answers(
+        self, asked: Sequence[tuple[str, tuple[int, ...]]], count: int = ANSWER_TOKENS
+    ) -> list[tuple[int, ...]]:
+        """What stock PEFT generates in fp32, greedily, from nothing, for each adapter (``""``: none) and prompt."""
+        answers: dict[int, tuple[int, ...]] = {}
+        for name in {adapter for adapter, _ in asked}:
+            path = next(root / name for root in self.roots if (root / name).is_dir()) if name else None
+            model = load_peft(self.directory, path)  # one in memory at a time: they take half a GB on the real model
+            answers |= {
+                at: greedy(model, prompt, count).tokens for at, (adapter, prompt) in enumerate(asked) if adapter == name
+            }
+        return [answers[at] for at in range(len(asked))]
+
     def cold_tokens(self, adapter: str, prompt: tuple[int, ...], count: int = ANSWER_TOKENS) -> tuple[int, ...]:
-        """What stock PEFT generates in fp32, greedily, from nothing."""
-        path = next(root / adapter for root in self.roots if (root / adapter).is_dir()) if adapter else None
-        return peft_generate(self.directory, path, prompt, count).tokens
+        """What stock PEFT generates for one prompt: see :meth:`cold_answers`."""
+        return self.cold_answers([(adapter, prompt)], count)[0]
 
 
 def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:

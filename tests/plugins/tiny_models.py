@@ -127,22 +127,20 @@ class Reference:
     logits: torch.Tensor
 
 
-def peft_generate(
-    model_directory: Path,
-    adapter: Path | None,
-    prompt: tuple[int, ...],
-    max_tokens: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> Reference:
+def load_peft(
+    model_directory: Path, adapter: Path | None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel | PeftModel:
+    """The stock model, with a stock PEFT adapter unless that is None."""
+    model = load_reference(model_directory, dtype)
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+
+
+def greedy(model: PreTrainedModel | PeftModel, prompt: tuple[int, ...], max_tokens: int) -> Reference:
     """Stock ``generate(input_ids=...)``, greedy, past any end of sequence, cold.
 
     ``attention_mask`` is given because without it transformers guesses: with ``eos_token_id=None`` it takes every token
     equal to the padding id for padding and masks it, which on SmolLM2 hides each ``<|im_end|>`` of the prompt.
     """
-    model = load_reference(model_directory, dtype)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter).eval()
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(
@@ -155,3 +153,8 @@ def peft_generate(
             return_dict_in_generate=True,
         )
     return Reference(tuple(out.sequences[0, len(prompt) :].tolist()), torch.stack(out.logits)[:, 0].float())
+
+
+def peft_generate(model_directory: Path, adapter: Path | None, prompt: tuple[int, ...], max_tokens: int) -> Reference:
+    """What stock PEFT says to a prompt in fp32: see :func:`greedy`."""
+    return greedy(load_peft(model_directory, adapter), prompt, max_tokens)
