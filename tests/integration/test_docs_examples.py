@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from alora_serve.cli.local import DeploymentOptions, LocalDeployment
-from tiny_models import save_adapter
 
 PAGES = ("README.md", "docs/api.md")
 PUBLISHED_ADDRESS = "127.0.0.1:50051"
@@ -44,24 +42,14 @@ async def _run(language: str, text: str, address: str, directory: Path) -> tuple
     return process.returncode, output.decode()
 
 
-def _save_jailbreak(demo_model_directory: Path, root: Path) -> None:
-    """An adapter of the examples' name, invoked by the generation prompt as theirs is."""
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_directory)
-    invocation = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
-    settings = {"r": 4, "target_modules": ["q_proj"], "alora_invocation_tokens": invocation}
-    save_adapter(demo_model_directory, root / "jailbreak", seed=0, **settings)
-
-
 @pytest.mark.timeout(400)
 async def test_published_examples_run(
     demo_model_directory: Path, tmp_path: Path, pytestconfig: pytest.Config, subtests: pytest.Subtests
 ) -> None:
-    roots = tmp_path / "adapters"
-    _save_jailbreak(demo_model_directory, roots)
     options = DeploymentOptions(
         model=str(demo_model_directory),
         store_url=f"lmdb://{tmp_path / 'store'}",
-        adapter_roots=(roots,),
+        adapter_roots=(pytestconfig.rootpath / "examples" / "intrinsics",),
         threads=1,
         settings={"store_budget_bytes": "256MiB"},
     )
