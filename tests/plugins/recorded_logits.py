@@ -14,7 +14,7 @@ async def generate_with_logits(
     stack: Stack, handle: PrefixHandle, adapter: str = "", *, resume: Resume | None = None, **sampling: object
 ) -> tuple[Answer, torch.Tensor]:
     """:meth:`Stack.generate` alone on its stack, and the model's logits: ``[generated tokens, vocabulary]``, fp32."""
-    runner = stack.core.engine._runner
+    runner = stack.core.engine._stepper._runner
     forward, passes = runner.forward, []
 
     def recording(*args: object) -> torch.Tensor | None:

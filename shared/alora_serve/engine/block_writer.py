@@ -53,11 +53,14 @@ class BlockWriter:
         finally:
             self._cache.release(prefix)
 
-    def write_in_background(self, chain: BlockChain, prefix: Prefix, start: int) -> None:
-        """As :meth:`write`, without waiting."""
-        task = asyncio.get_running_loop().create_task(self.write(chain, prefix, start))
+    def start(
+        self, chain: BlockChain, prefix: Prefix, start: int, *, known: Collection[BlockHash] | None = None
+    ) -> asyncio.Task[StoreResult]:
+        """As :meth:`write`, beside whatever the caller does meanwhile; goes on also when the caller is cancelled."""
+        task = asyncio.get_running_loop().create_task(self.write(chain, prefix, start, known=known))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     async def drain(self) -> None:
         """Wait for background writes; for an orderly shutdown."""

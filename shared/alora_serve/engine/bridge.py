@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from alora_serve.engine.engine import Engine
-from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceEvent, SequenceFailed, SequenceRequest
+from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent, SequenceFailed
+from alora_serve.engine.sequence import SequenceRequest
 
 
 class RunningSequence:

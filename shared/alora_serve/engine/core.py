@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from alora_serve.engine.block_writer import BlockWriter
-from alora_serve.engine.engine import Engine, EngineLimits, EngineMetrics
+from alora_serve.engine.engine import Engine, EngineMetrics
 from alora_serve.engine.prefix_cache import PrefixCache, PrefixCacheMetrics
 from alora_serve.engine.prefix_loader import LoadedPrefix, PrefixLoader
 from alora_serve.engine.rates import ServiceRates
 from alora_serve.engine.resident_prefixes import ResidentPrefixes
+from alora_serve.engine.stepper import EngineLimits
 from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.fingerprints import PrefixFingerprints
 from alora_serve.kv.keys import BlockChain, RootFields, root_hash, storage_digest

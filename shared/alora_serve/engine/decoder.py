@@ -13,8 +13,9 @@ from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.core import ServingCore
+from alora_serve.engine.events import BaseComputed, SequenceDone
 from alora_serve.engine.prefix_loader import LoadedPrefix
-from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceRequest
+from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.errors import AdapterRefusedError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.transfer import StoreResult
@@ -112,7 +113,7 @@ class Decoder:
                 end_ids=end_ids,
                 text=text,
             )
-            stored = StoreResult()
+            writes: list[asyncio.Task[StoreResult]] = []
             async with run_sequence(self._core.engine, sequence) as running:
                 async for event in running:
                     match event:
@@ -120,14 +121,13 @@ class Decoder:
                             yield event
                         case BaseComputed(computed, prefix, start, _):
                             self._core.resident.note(computed)
-                            if adapter is None:
-                                # Stored before the stream ends, so that the next turn's prefill finds it.
-                                stored = await self._core.writer.write(computed, prefix, start)
-                            else:
-                                self._core.writer.write_in_background(computed, prefix, start)
+                            writes.append(self._core.writer.start(computed, prefix, start))
                         case SequenceDone():
                             stats = event.stats
                             self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
+                            # A base turn is stored before its stream ends, so that the next turn's prefill finds it.
+                            waited = await asyncio.gather(*writes) if adapter is None else ()
+                            stored = sum(waited, StoreResult())
                             timings = _timings(event, loaded, adapter_load_seconds, monotonic() - started)
                             yield self._finished(request, plan, event, loaded, stored, timings)
 

@@ -17,27 +17,16 @@ from typing import Protocol
 import structlog
 import torch
 
-from alora_serve.engine.batch import Batch, adapter_rows, arrange
-from alora_serve.engine.lora_rows import LoraRows
+from alora_serve.engine.events import SequenceDone, SequenceFailed, SequenceStats, Sink
 from alora_serve.engine.places import Places
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.rates import StepRates
-from alora_serve.engine.sampling import choose_tokens
-from alora_serve.engine.scheduler import share_step
-from alora_serve.engine.sequence import (
-    Sequence,
-    SequenceDone,
-    SequenceFailed,
-    SequenceId,
-    SequenceRequest,
-    SequenceStats,
-    Sink,
-)
+from alora_serve.engine.sequence import Sequence, SequenceId, SequenceRequest
+from alora_serve.engine.stepper import Ended, EngineLimits, Stepper
 from alora_serve.errors import AloraServeError, UnavailableError
 from alora_serve.model.loader import BaseModel
-from alora_serve.model.runner import ModelRunner
 from alora_serve.model.tails import TailPool
-from alora_serve.types import FinishReason, Heartbeat, SamplingParams, TokenChunk
+from alora_serve.types import Heartbeat
 
 _log = structlog.get_logger(__name__)
 
@@ -53,21 +42,6 @@ class EngineMetrics(Protocol):
 
     def load(self, running: int, waiting: int, tail_bytes: int) -> None:
         """Sequences in the batch and waiting for a place, and the bytes of their private KV."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """Bounds of one engine.
-
-    Attributes:
-        max_sequences: places in the batch.
-        max_step_tokens: prompt tokens of one step, the chunk of a prefill.
-        max_queue: sequences that may wait for a place.
-    """
-
-    max_sequences: int = 32
-    max_step_tokens: int = 256
-    max_queue: int = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +73,7 @@ class Engine:
 
     def __init__(self, model: BaseModel, cache: PrefixCache, *, limits: EngineLimits, metrics: EngineMetrics) -> None:
         self._model = model
-        self._runner = ModelRunner(model)
-        self._lora = LoraRows(model.projections, limits.max_sequences, model.device)
+        self._stepper = Stepper(model, cache, limits)
         self._cache = cache
         self._tails = TailPool(model.layout, model.device)
         self._limits = limits
@@ -215,7 +188,7 @@ class Engine:
         for sequence in [*self._running, *self._waiting]:
             if sequence.id == sequence_id:
                 # What it computed of base KV is kept for others: nothing is computed twice.
-                kept = sequence.publish()
+                kept = sequence.publish(tail=True)
                 if kept is not None:
                     self._cache.release(kept.prefix)
                 self._leave(sequence)
@@ -229,17 +202,14 @@ class Engine:
         del self._waiting[:free]
 
     def _step(self) -> None:
-        planned = [sequence for sequence in self._running if sequence.pending_tokens > 0]
         for finished in [sequence for sequence in self._running if sequence.pending_tokens <= 0]:
-            self._finish(finished, None)
-        shares = share_step([sequence.pending_tokens for sequence in planned], self._limits.max_step_tokens)
-        chosen = [(sequence, share) for sequence, share in zip(planned, shares, strict=True) if share]
+            self._finish(Ended(finished, None))
+        chosen = self._stepper.schedule(self._running)
         if not chosen:
             return
         started = monotonic()
         try:
-            batch = arrange(chosen)
-            self._advance(batch)
+            batch = self._stepper.run(chosen, self._finish)
         except Exception as error:  # noqa: BLE001
             # The engine must outlive any one batch: its sequences fail with what happened, the rest go on.
             _log.exception("step failed", sequences=len(chosen))
@@ -254,71 +224,24 @@ class Engine:
             sequences=len(batch), tokens=tokens, budget_tokens=self._limits.max_step_tokens, seconds=seconds
         )
 
-    def _advance(self, batch: Batch) -> None:
-        output = [
-            sequence.request.sampling is not None and span.start + len(span.tokens) == sequence.known_tokens
-            for sequence, span in batch
-        ]
-        self._lora.set_rows(adapter_rows(batch))
-        try:
-            logits = self._runner.forward([span for _, span in batch], output)
-        finally:
-            self._lora.clear()
-        for sequence, span in batch:
-            was_base = sequence.in_base_phase
-            sequence.commit(span)
-            if was_base and not sequence.in_base_phase and sequence.request.sampling is not None:
-                self._publish(sequence)
-        ready = [sequence for (sequence, _), wanted in zip(batch, output, strict=True) if wanted]
-        if logits is not None:
-            params = [sequence.request.sampling or SamplingParams() for sequence in ready]
-            tokens, logprobs = choose_tokens(
-                logits, params, [s.request.prompt for s in ready], [s.generated for s in ready]
-            )
-            for sequence, token, logprob in zip(ready, tokens, logprobs, strict=True):
-                self._deliver(sequence, token, logprob)
-        for sequence, _ in batch:
-            if sequence.request.sampling is None and sequence.pending_tokens == 0:
-                self._finish(sequence, None)
-
-    def _deliver(self, sequence: Sequence, token: int, logprob: float | None) -> None:
-        sampling, text = sequence.request.sampling, sequence.request.text
-        if sampling is None or text is None:
-            raise RuntimeError("a prefill has no tokens to deliver")
-        now = monotonic()
-        sequence.first_token_at = sequence.first_token_at or now
-        sequence.last_event_at = now
-        sequence.generated.append(token)
-        ended = token in sequence.request.end_ids
-        delta = text.push((token,))
-        sequence.sink(TokenChunk((token,), delta.text, () if logprob is None else (logprob,)))
-        if ended or delta.stop_string is not None:
-            self._finish(sequence, FinishReason.STOP, delta.stop_string or "")
-        elif len(sequence.generated) >= sampling.max_tokens:
-            self._finish(sequence, FinishReason.LENGTH)
-
-    def _publish(self, sequence: Sequence) -> None:
-        computed = sequence.publish()
-        if computed is not None:
-            sequence.sink(computed)
-
-    def _finish(self, sequence: Sequence, reason: FinishReason | None, stop_string: str = "") -> None:
+    def _finish(self, ended: Ended) -> None:
+        sequence = ended.sequence
         if sequence.in_base_phase or sequence.request.sampling is None:
-            self._publish(sequence)
+            sequence.tell_published(tail=True)
         now = monotonic()
         text = sequence.request.text
-        held_back = text.finish() if text is not None and not stop_string else ""
+        held_back = text.finish() if text is not None and not ended.stop_string else ""
         first = sequence.first_token_at or now
         stats = SequenceStats(
             queue_seconds=sequence.started_at - sequence.submitted_at,
             prefill_seconds=first - sequence.started_at,
             first_token_seconds=first - sequence.submitted_at,
             decode_seconds=now - first,
-            computed_tokens=len(sequence.request.prompt) - sequence.request.prefix.tokens,
+            computed_tokens=len(sequence.request.prompt) - sequence.loaded_tokens,
             generated_tokens=len(sequence.generated),
         )
         self._leave(sequence)
-        sequence.sink(SequenceDone(reason, held_back, stop_string, tuple(sequence.generated), stats))
+        sequence.sink(SequenceDone(ended.reason, held_back, ended.stop_string, tuple(sequence.generated), stats))
 
     def _fail(self, sequence: Sequence, error: AloraServeError) -> None:
         self._leave(sequence)

@@ -9,8 +9,9 @@ from time import monotonic
 
 from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.core import ServingCore
+from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceStats
 from alora_serve.engine.prefix_loader import LoadedPrefix
-from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceRequest, SequenceStats
+from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.errors import FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.keys import BlockChain
@@ -70,19 +71,27 @@ class Prefiller:
     async def _compute_and_store(
         self, chain: BlockChain, loaded: LoadedPrefix
     ) -> tuple[int, StoreResult, SequenceStats | None]:
+        writer, known = self._core.writer, loaded.present
         if loaded.prefix.tokens == len(chain):
-            return 0, await self._core.writer.write(chain, loaded.prefix, len(chain), known=loaded.present), None
+            return 0, await writer.write(chain, loaded.prefix, len(chain), known=known), None
         request = SequenceRequest(prompt=chain.tokens, prefix=loaded.prefix, chain=chain)
-        stored, stats = StoreResult(), None
+        writes: list[asyncio.Task[StoreResult]] = []
+        stats = None
         async with run_sequence(self._core.engine, request) as running:
             async for event in running:
                 match event:
                     case BaseComputed(computed_chain, prefix, start, _):
                         self._core.resident.note(computed_chain)
-                        stored = await self._core.writer.write(computed_chain, prefix, start, known=loaded.present)
+                        # Stored while the next chunk computes. Blocks before the first one may be in memory only.
+                        writes.append(writer.start(computed_chain, prefix, start, known=None if writes else known))
                     case SequenceDone():
                         stats = event.stats
                         self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
+        if not writes:
+            # A neighbour computed all of it, and may not have stored it yet.
+            adopted = await self._core.loader.load(chain, len(chain))
+            writes.append(writer.start(chain, adopted.prefix, len(chain), known=known))
+        stored = sum(await asyncio.gather(*writes), StoreResult())
         return stats.computed_tokens if stats else 0, stored, stats
 
     def _check_length(self, tokens: TokenIds) -> None:

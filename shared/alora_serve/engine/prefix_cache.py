@@ -78,6 +78,15 @@ class PrefixCache:
         self._metrics.prefix_lookup(prefix.tokens, limit - prefix.tokens)
         return prefix
 
+    def longer(self, chain: BlockChain, limit: int, than_tokens: int) -> Prefix | None:
+        """As :meth:`acquire`, uncounted, if that is longer than ``than_tokens`` by now; else None and no pin."""
+        with self._lock:
+            prefix = self._longest(chain).take(limit)
+            if prefix.tokens <= than_tokens:
+                return None
+            self._pin(prefix)
+            return prefix
+
     def _longest(self, chain: BlockChain) -> Prefix:
         for block in range(len(chain.full), -1, -1):
             if block and chain.full[block - 1] not in self._index:

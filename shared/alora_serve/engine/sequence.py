@@ -2,7 +2,7 @@
 
 ::
 
-    [0, request.prefix.tokens)          base KV, pinned in the prefix cache
+    [0, loaded tokens)                  base KV, pinned in the prefix cache: the request's, or a neighbour's since
     [.., base_until)                    base KV computed here, adapter off, in slices reserved from the prefix cache
     [base_until, ...)                   adapter KV, in a private tail that nobody else can reach
 
@@ -11,76 +11,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NewType
 
 from alora_serve.adapters.lora import LoadedAdapter
+from alora_serve.engine.events import BaseComputed, Sink
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.errors import AloraServeError
 from alora_serve.kv.keys import BlockChain
 from alora_serve.model.kv_memory import KVSlice, Prefix
 from alora_serve.model.step import Span
 from alora_serve.model.tails import TailPool, TailSegment
 from alora_serve.model.text import TextStream
-from alora_serve.types import FinishReason, Heartbeat, SamplingParams, TokenChunk, TokenIds
+from alora_serve.types import SamplingParams, TokenIds
 
 SequenceId = NewType("SequenceId", int)
 
 BASE_GROWTH_TOKENS = 256
 """Room that a base turn reserves at a time for its answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class BaseComputed:
-    """Base KV that a sequence computed is resident now. The receiver owns a pin on ``prefix`` and must release it.
-
-    Attributes:
-        chain: block names of the tokens.
-        prefix: holds positions ``[0, end)``.
-        start: first position computed here.
-        end: position after the last one.
-    """
-
-    chain: BlockChain
-    prefix: Prefix
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceStats:
-    """What a sequence cost in the engine. Seconds since submission unless said otherwise."""
-
-    queue_seconds: float
-    prefill_seconds: float
-    first_token_seconds: float
-    decode_seconds: float
-    computed_tokens: int
-    generated_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceDone:
-    """Last event of a sequence that ran to its end. ``finish_reason`` is None for a prefill."""
-
-    finish_reason: FinishReason | None
-    text: str
-    stop_string: str
-    generated: TokenIds
-    stats: SequenceStats
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceFailed:
-    """Last event of a sequence that did not."""
-
-    error: AloraServeError
-
-
-SequenceEvent = TokenChunk | Heartbeat | BaseComputed | SequenceDone | SequenceFailed
-Sink = Callable[[SequenceEvent], None]
-"""Takes events on the engine's thread; must not block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +76,53 @@ class Sequence:
     _own: KVSlice | None = field(init=False, default=None)
     _room: KVSlice | None = field(init=False, default=None)
     _promised: list[KVSlice] = field(init=False, default_factory=list)
+    _loaded: Prefix = field(init=False)
     _base: Prefix = field(init=False)
+    _published: int = field(init=False)
     _tail: TailSegment | None = field(init=False, default=None)
     _released: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.computed = self.request.prefix.tokens
         self.generated = list(self.request.generated)
-        self._shared = self.request.prefix.slices
-        self._base = self.request.prefix
+        self._start_after(self.request.prefix)
+
+    def _start_after(self, prefix: Prefix) -> None:
+        self._loaded = self._base = prefix
+        self._shared = prefix.slices
+        self.computed = self._published = prefix.tokens
+
+    @property
+    def loaded_tokens(self) -> int:
+        """Positions whose KV was there: what this sequence did not compute."""
+        return self._loaded.tokens
+
+    @property
+    def is_fresh(self) -> bool:
+        """It has base KV to compute and has not begun."""
+        return self.in_base_phase and self.computed == self._loaded.tokens
+
+    @property
+    def last_base_position(self) -> int:
+        """Up to where base KV of others is of use: the last prompt token chooses the next and must run."""
+        needed = len(self.request.prompt) - (self.request.sampling is not None)
+        return min(self.base_until, needed, len(self.request.chain))
+
+    @property
+    def prompt_base_end(self) -> int:
+        """End of the prompt's base KV, which this sequence is computing or has computed."""
+        return min(self.base_until, len(self.request.prompt))
+
+    @property
+    def names_tail(self) -> bool:
+        """Its base KV ends with the prompt's, and is published to the last token."""
+        return self.request.sampling is None or self.request.adapter is not None
+
+    def adopt(self, prefix: Prefix) -> None:
+        """Go on after a longer prefix than the one loaded; before anything was computed here. Takes over its pin."""
+        if not self.is_fresh:
+            raise RuntimeError("a sequence that has computed KV of its own adopts no other")
+        self.cache.release(self._loaded)
+        self._start_after(prefix)
 
     @property
     def base_until(self) -> int:
@@ -227,17 +212,32 @@ class Sequence:
             if not self.in_base_phase:
                 self._close_room()
 
-    def publish(self) -> BaseComputed | None:
-        """Make the base KV computed here findable; a pinned view of it, or None when there is nothing new."""
-        start, end = self.request.prefix.tokens, self._base.tokens
+    def publish(self, *, tail: bool) -> BaseComputed | None:
+        """Make base KV computed here findable; a pinned view of it, or None when there is nothing new.
+
+        Args:
+            tail: name what follows the last full block, too. Done at the end of the base phase: each length has a name
+                of its own.
+        """
+        chain, end = self.request.chain, self._base.tokens
+        if not tail:
+            end -= end % chain.block_tokens
+        start = self._published
         if end <= start:
             return None
-        chain = self.request.chain
+        self._published = end
         if end > len(chain):
             chain = chain.extended([self.token_at(position) for position in range(len(chain), end)])
-        self.cache.publish(chain, self._base, start, end)
-        self.cache.pin(self._base)
-        return BaseComputed(chain, self._base, start, end)
+        prefix = self._base.take(end)
+        self.cache.publish(chain, prefix, start, end)
+        self.cache.pin(prefix)
+        return BaseComputed(chain, prefix, start, end)
+
+    def tell_published(self, *, tail: bool) -> None:
+        """:meth:`publish`, and hand it to the sink."""
+        computed = self.publish(tail=tail)
+        if computed is not None:
+            self.sink(computed)
 
     def release(self) -> None:
         """Give back every pin and what was reserved but not written. Idempotent."""
@@ -249,5 +249,5 @@ class Sequence:
             self.tails.give_back(self._tail)
             self._tail = self._room = self._own = None
         if not self._released:
-            self.cache.release(self.request.prefix)
+            self.cache.release(self._loaded)
             self._released = True

@@ -9,7 +9,7 @@ import torch
 
 from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, StoreSettings
 from alora_serve.engine.core import CoreOptions, ServingCore
-from alora_serve.engine.engine import EngineLimits
+from alora_serve.engine.stepper import EngineLimits
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.store import KVStore

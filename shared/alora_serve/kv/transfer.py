@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -90,6 +91,11 @@ class StoreResult:
 
     stored_bytes: int = 0
     drops: Mapping[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: StoreResult) -> StoreResult:
+        """Both together."""
+        drops = Counter(self.drops) + Counter(other.drops)
+        return StoreResult(self.stored_bytes + other.stored_bytes, dict(drops))
 
 
 class BlockMetrics(Protocol):

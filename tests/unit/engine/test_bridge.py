@@ -10,7 +10,8 @@ import pytest
 
 from alora_serve.engine.bridge import RunningSequence, run_sequence
 from alora_serve.engine.core import CoreOptions, ServingCore
-from alora_serve.engine.sequence import BaseComputed, SequenceDone, SequenceRequest
+from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent
+from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.errors import AloraServeError, UnavailableError
 from alora_serve.kv.keys import BlockChain
 from alora_serve.model.kv_memory import Prefix
@@ -37,12 +38,15 @@ class Bench:
     def pins(self) -> int:
         return sum(segment.pins for segment in self.core.cache._names)
 
+    def discard(self, event: SequenceEvent) -> None:
+        if isinstance(event, BaseComputed):
+            self.core.cache.release(event.prefix)
+
     async def quiet(self) -> None:
         """Wait until the engine has nothing in its batch and the loop has taken all its events."""
         async with run_sequence(self.core.engine, self.request(prefill=True)) as running:
             async for event in running:
-                if isinstance(event, BaseComputed):
-                    self.core.cache.release(event.prefix)
+                self.discard(event)
         await asyncio.sleep(0)
 
 
@@ -61,11 +65,13 @@ async def test_events_come_in_order_up_to_the_last(bench: Bench) -> None:
     async with run_sequence(bench.core.engine, bench.request()) as running:
         events = [event async for event in running]
     kinds = [type(event) for event in events]
-    assert kinds == [TokenChunk] * 4 + [BaseComputed, SequenceDone]
+    assert kinds == [BaseComputed, *[TokenChunk] * 3, BaseComputed, TokenChunk, SequenceDone]
     assert running.ended
-    computed = events[4]
-    assert isinstance(computed, BaseComputed)
-    bench.core.cache.release(computed.prefix)
+    computed = [event for event in events if isinstance(event, BaseComputed)]
+    # 29 tokens of prompt: a block is told of when it is full.
+    assert [(part.start, part.end) for part in computed] == [(0, 24), (24, 32)]
+    for part in computed:
+        bench.core.cache.release(part.prefix)
 
 
 async def test_one_who_leaves_before_reading_anything_leaves_no_pin(bench: Bench) -> None:
@@ -99,8 +105,9 @@ async def test_what_arrives_after_the_reader_left_is_given_back(bench: Bench) ->
 async def test_leaving_early_cancels_the_sequence(bench: Bench) -> None:
     async with run_sequence(bench.core.engine, bench.request(max_tokens=400)) as running:
         async for event in running:
-            assert isinstance(event, TokenChunk)
-            break
+            if isinstance(event, TokenChunk):
+                break
+            bench.discard(event)
     await bench.quiet()
     assert bench.core.engine.load.running == 0
     assert bench.metrics.counts["step tokens"] < 400
@@ -112,7 +119,8 @@ async def test_a_reader_that_is_cancelled_cancels_the_sequence(bench: Bench) -> 
 
     async def read() -> None:
         async with run_sequence(bench.core.engine, bench.request(max_tokens=400)) as running:
-            async for _ in running:
+            async for event in running:
+                bench.discard(event)
                 reading.set()
 
     task = asyncio.create_task(read())
@@ -125,7 +133,7 @@ async def test_a_reader_that_is_cancelled_cancels_the_sequence(bench: Bench) -> 
 
 
 async def test_a_failure_is_raised_where_it_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.core.engine._runner, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(bench.core.engine._stepper._runner, "forward", lambda *_: 1 / 0)
     async with run_sequence(bench.core.engine, bench.request()) as running:
         with pytest.raises(AloraServeError, match="ZeroDivisionError"):
             _ = [event async for event in running]

@@ -16,16 +16,11 @@ from torch import Tensor
 
 from alora_serve.adapters.lora import LoadedAdapter, LoraPair
 from alora_serve.engine import engine as engine_module
-from alora_serve.engine.engine import Engine, EngineLimits
+from alora_serve.engine.engine import Engine
+from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent, SequenceFailed
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.engine.sequence import (
-    BaseComputed,
-    SequenceDone,
-    SequenceEvent,
-    SequenceFailed,
-    SequenceId,
-    SequenceRequest,
-)
+from alora_serve.engine.sequence import SequenceId, SequenceRequest
+from alora_serve.engine.stepper import EngineLimits
 from alora_serve.errors import AloraServeError, InvalidRequestError, OverloadedError, UnavailableError
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.model.kv_memory import Prefix
@@ -91,11 +86,11 @@ class Gate:
     """Holds every forward pass until the test lets it run, and can make one fail."""
 
     def __init__(self, engine: Engine) -> None:
-        self._forward = engine._runner.forward
+        self._forward = engine._stepper._runner.forward
         self._arrived: queue.SimpleQueue[Sequence[Span]] = queue.SimpleQueue()
         self._go: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._open = False
-        engine._runner.forward = self.forward  # type: ignore[method-assign]
+        engine._stepper._runner.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, spans: Sequence[Span], output: Sequence[bool]) -> Tensor | None:
         if not self._open:
@@ -633,3 +628,91 @@ def test_load_tells_how_fast_it_is(bench: Bench) -> None:
     assert rates.step_seconds > 0.0
     assert rates.prefill_tokens_per_second > 0.0
     assert bench.model.vocabulary_size == VOCABULARY
+
+
+# --- nothing is computed twice ----------------------------------------------------------------------------------------
+
+
+def _computed_prompt_tokens(bench: Bench) -> int:
+    return bench.metrics.counts["step tokens"]
+
+
+@pytest.mark.parametrize("count", [20, 24, 37])  # with and without a partial tail
+def test_identical_prefills_that_run_together_are_computed_once(make_bench: Callable[..., Bench], count: int) -> None:
+    bench = make_bench(max_step_tokens=8)
+    gate = Gate(bench.engine)
+    runs = [bench.submit(_prompt(1, count), prefill=True) for _ in range(4)]
+    gate.open()
+    done = [run.done() for run in runs]
+    assert _computed_prompt_tokens(bench) == count
+    assert sorted(end.stats.computed_tokens for end in done) == [0, 0, 0, count]
+
+
+def test_adapters_on_a_prefix_that_nobody_holds_compute_it_once(
+    make_bench: Callable[..., Bench], greedy: Callable[..., tuple[int, ...]]
+) -> None:
+    bench = make_bench(max_step_tokens=8)
+    idle = _adapter(bench.model, scale=0.0)
+    gate = Gate(bench.engine)
+    runs = [bench.submit(_prompt(1), adapter=idle, base_until=17, max_tokens=3) for _ in range(3)]
+    gate.open()
+    assert [run.done().generated for run in runs] == [greedy(_prompt(1), 3)] * 3
+    # 17 base tokens once; three suffix tokens and two generated ones that run, for each.
+    assert _computed_prompt_tokens(bench) == 17 + 3 * (3 + 2)
+
+
+def test_a_longer_conversation_takes_over_the_blocks_of_a_shorter_one(
+    make_bench: Callable[..., Bench], greedy: Callable[..., tuple[int, ...]]
+) -> None:
+    bench = make_bench(max_step_tokens=8)
+    gate = Gate(bench.engine)
+    short = bench.submit(_prompt(1, 40)[:24], prefill=True)
+    long = bench.submit(_prompt(1, 40), max_tokens=2)
+    gate.open()
+    short.done()
+    assert long.done().generated == greedy(_prompt(1, 40), 2)
+    assert _computed_prompt_tokens(bench) == 40 + 1
+
+
+def test_who_waits_for_a_neighbour_that_is_cancelled_computes_for_itself(
+    make_bench: Callable[..., Bench], greedy: Callable[..., tuple[int, ...]]
+) -> None:
+    bench = make_bench(max_step_tokens=8)
+    gate = Gate(bench.engine)
+    first = bench.submit(_prompt(1), prefill=True)
+    second = bench.submit(_prompt(1), max_tokens=2)
+    gate.waiting()
+    gate.let()
+    gate.waiting()
+    assert first.id is not None
+    bench.engine.cancel(first.id)
+    gate.open()
+    assert second.done().generated == greedy(_prompt(1), 2)
+    assert _computed_prompt_tokens(bench) <= 20 + 1 + 8, "at most the chunk in flight twice"
+
+
+def test_blocks_are_told_of_while_the_next_ones_are_computed(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_step_tokens=8)
+    run = bench.submit(_prompt(1), prefill=True)
+    run.done()
+    told = [(event.start, event.end) for event in run.events if isinstance(event, BaseComputed)]
+    assert told == [(0, 8), (8, 16), (16, 20)]
+
+
+def test_a_long_prompt_beside_a_decoding_sequence_runs_in_small_chunks(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_step_tokens=32, max_mixed_step_tokens=4)
+    gate = Gate(bench.engine)
+    decoding = bench.submit(_prompt(1, 8), max_tokens=9)
+    gate.waiting()
+    gate.let()
+    prompt = bench.submit(_prompt(2, 40), prefill=True)
+    chunks = []
+    while not prompt.ended.is_set() and not decoding.ended.is_set():
+        chunks.append(sorted(len(tokens) for tokens in gate.waiting()))
+        gate.let()
+        if len(chunks) == 5:
+            break
+    gate.open()
+    prompt.done()
+    assert chunks[1:] == [[1, 4]] * 4
+    assert decoding.done().generated

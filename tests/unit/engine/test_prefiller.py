@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -65,6 +66,19 @@ async def test_the_same_conversation_again_computes_and_stores_nothing(stack: St
     assert (usage.cached_tokens, usage.computed_tokens, usage.fetched_tokens, usage.stored_bytes) == (
         len(first.handle.prefix_tokens), 0, 0, 0,
     )  # fmt: skip
+
+
+async def test_one_prompt_asked_by_many_at_once_is_computed_once_and_stored_before_any_answer(
+    stack: Stack, store: FaultyStore
+) -> None:
+    async def ask() -> int:
+        result = await stack.prefill(Prompt(token_ids=TOKENS))
+        chain = stack.core.blocks.chain(result.handle.prefix_tokens)
+        assert stack.core.blocks.missing(stack.core.blocks.blocks(chain, 0)) == []
+        return result.usage.computed_tokens
+
+    assert sorted(await asyncio.gather(*(ask() for _ in range(4)))) == [0, 0, 0, len(TOKENS)]
+    assert stack.metrics.counts["step tokens"] == len(TOKENS)
 
 
 async def test_blocks_are_stored_before_the_answer_names_them(stack: Stack, store: FaultyStore) -> None:

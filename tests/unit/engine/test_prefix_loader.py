@@ -293,7 +293,8 @@ async def test_background_writes_are_waited_for_when_draining(store: GatedStore,
     process = Process(store, executor)
     await process.writer.drain()
     store.values.clear()
-    process.writer.write_in_background(process.blocks.chain(TOKENS), process.compute(), 0)
+    task = process.writer.start(process.blocks.chain(TOKENS), process.compute(), 0)
     await process.writer.drain()
     assert len(store.values) == 8
+    assert task.result().stored_bytes > 0
     assert process.pins == 0
