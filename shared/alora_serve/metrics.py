@@ -138,6 +138,9 @@ class EngineMetrics:
         )
         self._evicted = Counter("alora_prefix_evicted_segments_total", "Segments dropped.", registry=registry)
         self._prefix_bytes = Gauge("alora_prefix_bytes", "Memory of resident base KV.", registry=registry)
+        self._fetch_decisions = Counter(
+            "alora_fetch_decisions_total", "Prefixes fetched or computed again.", ["decision"], registry=registry
+        )
         self._tail_bytes = Gauge("alora_tail_bytes", "Memory of running sequences' own KV.", registry=registry)
 
     def step(self, sequences: int, tokens: int, seconds: float) -> None:
@@ -156,6 +159,10 @@ class EngineMetrics:
         """Tokens found resident and tokens not."""
         self._prefix_tokens.labels("hit").inc(hit_tokens)
         self._prefix_tokens.labels("miss").inc(missed_tokens)
+
+    def fetch_decision(self, decision: str) -> None:
+        """A prefix is fetched, or computed because that has been faster."""
+        self._fetch_decisions.labels(decision).inc()
 
     def prefix_evicted(self, segments: int) -> None:
         """Segments dropped for space."""

@@ -82,6 +82,9 @@ class CountingMetrics:
     def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
         self.counts["resident tokens"] += hit_tokens
 
+    def fetch_decision(self, decision: str) -> None:
+        self.counts[f"decided to {decision}"] += 1
+
     def prefix_evicted(self, segments: int) -> None:
         self.counts["evicted segments"] += segments
 

@@ -120,6 +120,7 @@ def test_engine(registry: CollectorRegistry, value: Callable[..., float | None])
     metrics.load(running=3, waiting=7, tail_bytes=512)
     metrics.prefix_lookup(100, 20)
     metrics.prefix_evicted(2)
+    metrics.fetch_decision("compute")
     metrics.prefix_bytes(1 << 20)
     assert value("engine_step_seconds_sum") == 0.05
     assert value("engine_step_sequences_sum") == 3
@@ -128,6 +129,7 @@ def test_engine(registry: CollectorRegistry, value: Callable[..., float | None])
     assert value("prefix_lookup_tokens_total", outcome="hit") == 100
     assert value("prefix_lookup_tokens_total", outcome="miss") == 20
     assert value("prefix_evicted_segments_total") == 2
+    assert value("fetch_decisions_total", decision="compute") == 1
     assert value("prefix_bytes") == 1 << 20
     assert value("tail_bytes") == 512
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from alora_serve.engine.block_writer import BlockWriter
 from alora_serve.engine.engine import Engine, EngineMetrics
+from alora_serve.engine.fetch_decision import FetchDecision, FetchMetrics
 from alora_serve.engine.prefix_cache import PrefixCache, PrefixCacheMetrics
 from alora_serve.engine.prefix_loader import LoadedPrefix, PrefixLoader
 from alora_serve.engine.rates import ServiceRates
@@ -25,7 +26,7 @@ STORE_THREADS = 4
 """Threads for blocking store calls: enough to fetch for several requests while a write waits for its deadline."""
 
 
-class CoreMetrics(BlockMetrics, EngineMetrics, PrefixCacheMetrics, Protocol):
+class CoreMetrics(BlockMetrics, EngineMetrics, FetchMetrics, PrefixCacheMetrics, Protocol):
     """What the parts report; implemented by ``metrics.py``."""
 
 
@@ -83,11 +84,17 @@ class ServingCore:
         self.engine = Engine(model, self.cache, limits=options.limits, metrics=metrics)
         self._limits = options.limits
         self._executor = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
-        self.loader = PrefixLoader(self.cache, self.blocks, self._executor)
+        self.rates = ServiceRates()
+        fetching = FetchDecision(
+            model.layout.bytes_per_token,
+            lambda: self.rates.fetch_bytes.per_second,
+            lambda: self.engine.prefill_tokens_per_second,
+            metrics,
+        )
+        self.loader = PrefixLoader(self.cache, self.blocks, self._executor, fetching.should_fetch)
         self.writer = BlockWriter(self.cache, self.blocks, self._executor)
         fingerprints = PrefixFingerprints(options.tenant_salt)
         self.resident = ResidentPrefixes(self.cache.resident, fingerprints, model.model_digest)
-        self.rates = ServiceRates()
 
     async def load_prefix(self, chain: BlockChain, limit: int) -> LoadedPrefix:
         """As :meth:`PrefixLoader.load`, and remembered for routers: how fast it came and that it is here."""

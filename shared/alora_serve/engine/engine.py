@@ -104,6 +104,11 @@ class Engine:
         pending = sum(count for sequence in running + waiting if (count := sequence.pending_tokens) > 1)
         return EngineLoad(len(running), len(waiting), pending, replace(self._rates))
 
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Recent speed of steps that are mostly prompt, 0 before the first."""
+        return self._rates.prefill_tokens_per_second
+
     def place(self) -> AbstractContextManager[None]:
         """A place in batch or queue, held while the block runs: see :meth:`Places.hold`."""
         return self._places.hold()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from time import monotonic
@@ -78,18 +78,23 @@ class PrefixLoader:
 
     Args:
         executor: threads for blocking store calls.
+        should_fetch: whether to ask the store for so many tokens; see :class:`FetchDecision`.
     """
 
-    def __init__(self, cache: PrefixCache, blocks: BlockStore, executor: Executor) -> None:
+    def __init__(
+        self, cache: PrefixCache, blocks: BlockStore, executor: Executor, should_fetch: Callable[[int], bool]
+    ) -> None:
         self._cache = cache
         self._blocks = blocks
         self._executor = executor
+        self._should_fetch = should_fetch
         self._flights: dict[BlockHash, _Flight] = {}
 
     async def load(self, chain: BlockChain, limit: int) -> LoadedPrefix:
         """The longest prefix of ``chain`` up to ``limit`` positions that memory or the store holds, pinned.
 
-        Concurrent calls for the same prefix fetch it once. Never raises for the store.
+        Concurrent calls for the same prefix fetch it once, and none does where computing it is faster. Never raises for
+        the store.
         """
         started = monotonic()
         prefix = self._cache.acquire(chain, limit)
@@ -97,6 +102,8 @@ class PrefixLoader:
             return LoadedPrefix(prefix)
         name = chain.name_of(limit)
         leading = name not in self._flights
+        if leading and not self._should_fetch(limit - prefix.tokens):
+            return LoadedPrefix(prefix)
         if leading:
             self._flights[name] = self._take_off(name, chain, prefix, limit)
         flight = self._flights[name]

@@ -55,8 +55,14 @@ class Process:
             timing=StoreTiming(),
             metrics=self.metrics,
         )
-        self.loader = PrefixLoader(self.cache, self.blocks, executor)
+        self.asked: list[int] = []
+        self.fetching = True
+        self.loader = PrefixLoader(self.cache, self.blocks, executor, self.should_fetch)
         self.writer = BlockWriter(self.cache, self.blocks, executor)
+
+    def should_fetch(self, tokens: int) -> bool:
+        self.asked.append(tokens)
+        return self.fetching
 
     def compute(self, count: int = len(TOKENS)) -> Prefix:
         """Stand in for the engine: KV of the first tokens, each position's value its number, pinned."""
@@ -98,6 +104,17 @@ async def store(executor: ThreadPoolExecutor) -> GatedStore:
     assert writer.pins == 0
     store.gate.set()
     return store
+
+
+async def test_where_computing_is_faster_the_store_is_not_asked(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    process = Process(store, executor)
+    process.fetching = False
+    chain = process.blocks.chain(TOKENS)
+    loaded = await process.loader.load(chain, 30)
+    assert (loaded.prefix.tokens, loaded.fetched_bytes, process.asked) == (0, 0, [30])
+    assert process.pins == 0
 
 
 async def test_what_is_not_resident_is_fetched_and_then_resident(
