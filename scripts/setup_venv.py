@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ import sys
 from pathlib import Path
 
 MINIMUM_PYTHON = (3, 11)
-MINIMUM_FREE_BYTES = 4 * 1024**3  # the CPU build of torch and the rest take 1.6 GB; pip unpacks beside it
+CPU_BUILD_BYTES = 4 * 1024**3  # the CPU build of torch and the rest take 1.6 GB; pip unpacks beside it
+CUDA_BUILD_BYTES = 12 * 1024**3  # several GB of wheels, which unpack to twice as much, and the rest
 
 
 class SetupError(Exception):
@@ -43,19 +45,33 @@ def check_venv_module() -> None:
             )
 
 
-def check_disk(directory: Path, free_bytes: int) -> None:
-    """Raise SetupError unless ``directory``, with ``free_bytes`` left, is writable and has room for the environment."""
+def needed_bytes(system: str, machine: str, torch_pip_args: str) -> int:
+    """Free disk that the environment needs on this system: pip's own choice on Linux x86-64 is torch's CUDA build."""
+    takes_cuda = (system, machine) == ("Linux", "x86_64") and not torch_pip_args.strip()
+    return CUDA_BUILD_BYTES if takes_cuda else CPU_BUILD_BYTES
+
+
+def check_disk(directory: Path, free_bytes: int, needed: int) -> None:
+    """Raise SetupError unless ``directory``, with ``free_bytes`` left of ``needed``, can take the environment."""
     if not os.access(directory, os.W_OK):
         raise SetupError(f"{directory} is not writable: the virtual environment is created in it")
-    if free_bytes < MINIMUM_FREE_BYTES:
+    if free_bytes < needed:
+        smaller = (
+            f" for the CUDA build of torch. The CPU build needs {_gib(CPU_BUILD_BYTES)}: choose it with "
+            'TORCH_PIP_ARGS="--index-url ...", as the README says'
+        )
         raise SetupError(
             f"{directory} has {free_bytes / 1024**3:.1f} GiB free; the virtual environment needs "
-            f"{MINIMUM_FREE_BYTES / 1024**3:.0f} GiB"
+            f"{_gib(needed)}{smaller if needed == CUDA_BUILD_BYTES else ''}"
         )
 
 
-def create(venv: Path) -> None:
-    """Create ``venv`` unless it already holds a Python with pip."""
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 1024**3:.0f} GiB"
+
+
+def create(venv: Path, needed: int) -> None:
+    """Create ``venv``, which will take ``needed`` bytes of disk, unless it already holds a Python with pip."""
     python = venv / "bin" / "python"
     if (
         python.exists()
@@ -63,7 +79,7 @@ def create(venv: Path) -> None:
     ):
         return
     check_venv_module()
-    check_disk(venv.parent, shutil.disk_usage(venv.parent).free)
+    check_disk(venv.parent, shutil.disk_usage(venv.parent).free, needed)
     print(f"creating {venv} with Python {sys.version.split()[0]}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
 
@@ -96,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     project = Path(__file__).resolve().parent.parent
     try:
         check_python(tuple(sys.version_info[:3]), sys.executable)
-        create(options.venv.absolute())
+        create(options.venv.absolute(), needed_bytes(platform.system(), platform.machine(), options.torch_pip_args))
         install(options.venv.absolute(), project, options.torch, options.torch_pip_args, options.lock.absolute())
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)

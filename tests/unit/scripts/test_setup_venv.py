@@ -32,15 +32,34 @@ def test_a_python_without_venv_is_refused_by_module_name(
 
 
 def test_a_full_disk_is_refused_with_the_space_found_and_needed(setup: Any, tmp_path: Path) -> None:
-    with pytest.raises(setup.SetupError, match=r"has 1\.0 GiB free.*needs 4 GiB"):
-        setup.check_disk(tmp_path, 1024**3)
-    setup.check_disk(tmp_path, setup.MINIMUM_FREE_BYTES)
+    with pytest.raises(setup.SetupError, match=r"has 1\.0 GiB free.*needs 4 GiB$"):
+        setup.check_disk(tmp_path, 1024**3, setup.CPU_BUILD_BYTES)
+    with pytest.raises(
+        setup.SetupError, match=r"needs 12 GiB for the CUDA build.*CPU build needs 4 GiB.*TORCH_PIP_ARGS"
+    ):
+        setup.check_disk(tmp_path, setup.CPU_BUILD_BYTES, setup.CUDA_BUILD_BYTES)
+    setup.check_disk(tmp_path, setup.CPU_BUILD_BYTES, setup.CPU_BUILD_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "torch_pip_args", "gib"),
+    [
+        ("Linux", "x86_64", "", 12),
+        ("Linux", "x86_64", "--index-url cpu", 4),
+        ("Linux", "aarch64", "", 4),
+        ("Darwin", "x86_64", "", 4),
+    ],
+)
+def test_room_is_asked_for_the_build_of_torch_that_pip_takes(
+    setup: Any, system: str, machine: str, torch_pip_args: str, gib: int
+) -> None:
+    assert setup.needed_bytes(system, machine, torch_pip_args) == gib * 1024**3
 
 
 def test_an_unwritable_directory_is_refused(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(setup.SetupError, match="is not writable"):
-        setup.check_disk(tmp_path, setup.MINIMUM_FREE_BYTES)
+        setup.check_disk(tmp_path, 1, 1)
 
 
 def test_the_steps_run_in_the_order_that_keeps_torch_the_chosen_build(
@@ -62,7 +81,7 @@ def test_a_failing_pip_is_reported_by_its_command_without_a_traceback(
     def fail(command: list[str], **_: object) -> None:
         raise subprocess.CalledProcessError(2, command)
 
-    monkeypatch.setattr(setup, "create", lambda venv: None)
+    monkeypatch.setattr(setup, "create", lambda venv, needed: None)
     monkeypatch.setattr(setup.subprocess, "run", fail)
     arguments = ["--venv", str(tmp_path), "--lock", "x.lock", "--torch", "torch==1"]
     assert setup.main(arguments) == 1
@@ -73,9 +92,9 @@ def test_a_broken_environment_is_made_anew_and_a_usable_one_is_kept(setup: Any, 
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(tmp_path / "uninstalled")
-    setup.create(tmp_path / "venv")
+    setup.create(tmp_path / "venv", 1)
     subprocess.run([python, "-m", "pip", "--version"], check=True, capture_output=True)
     marker = tmp_path / "venv" / "marker"
     marker.touch()
-    setup.create(tmp_path / "venv")
+    setup.create(tmp_path / "venv", 1)
     assert marker.exists()
