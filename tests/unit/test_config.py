@@ -134,6 +134,11 @@ def test_a_wrong_flag_is_named_with_its_value(argv: list[str], says: list[str]) 
         assert part in str(caught.value)
 
 
+def test_a_flag_that_resembles_none_is_named_without_a_guess() -> None:
+    with pytest.raises(ConfigError, match=r"^unrecognized arguments: --nope 3$"):
+        load("--nope", "3")
+
+
 def test_all_wrong_values_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALORA_MAX_QUEUE", "")
     with pytest.raises(ConfigError, match=r"max_queue=''.*; log_level='loud'|log_level='loud'.*; max_queue=''"):

@@ -27,7 +27,12 @@ Dtype = Annotated[
     typer.Option(metavar="DTYPE", help="auto (default: what the processor is fast at), float32 or bfloat16."),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=0, metavar="N", help="torch threads of each process; 0 is one a core.")
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="torch threads of each process; 0 (default) is OMP_NUM_THREADS or, where that is unset, one a core.",
+    ),
 ]
 StoreUrl = Annotated[
     str | None,

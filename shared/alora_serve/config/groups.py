@@ -60,7 +60,9 @@ class ModelSettings(SettingsGroup):
         "auto", description="Compute dtype; auto is bfloat16 where the processor multiplies it natively."
     )
     device: Literal["cpu"] = Field("cpu", description="Where the model runs; this release serves on the CPU alone.")
-    threads: int = Field(0, ge=0, description="torch threads of the process; 0 leaves torch's default.")
+    threads: int = Field(
+        0, ge=0, description="torch threads of each process; 0 is OMP_NUM_THREADS or, where that is unset, one a core."
+    )
     context_tokens: int | None = Field(None, ge=2, description="Longest prompt plus answer; unset: the model's.")
 
 

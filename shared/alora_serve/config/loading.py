@@ -65,7 +65,7 @@ def load_settings(settings: type[Loaded], argv: Sequence[str]) -> Loaded:
     except ValidationError as error:
         raise ConfigError("; ".join(_describe(detail) for detail in error.errors())) from None  # it holds secrets
     except SettingsError as error:
-        raise ConfigError(_with_nearest_flag(str(error))) from error
+        raise ConfigError(_with_nearest_flag(str(error).removeprefix("error parsing CLI: "))) from error
     return loaded
 
 
@@ -148,11 +148,13 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
 
 def _with_nearest_flag(message: str) -> str:
     """What the parser says, and the flag that an unknown one may have been meant for."""
-    flags = {flag_name(name) for name in known_names()}
+    names = {flag_name(name).removeprefix("--") for name in known_names()}
     for word in message.split():
-        flag = word.partition("=")[0]
-        if word.startswith("--") and flag.rstrip(":") not in flags and (nearest := _nearest(flag, flags)):
-            return f"{message}; did you mean {nearest}?"
+        if word.startswith("--"):
+            # Without the dashes, which would make any short flag look like any other.
+            name = word.removeprefix("--").partition("=")[0].rstrip(":")
+            if name not in names and (nearest := _nearest(name, names)):
+                return f"{message}; did you mean --{nearest}?"
     return message
 
 

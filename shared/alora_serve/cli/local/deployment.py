@@ -53,7 +53,7 @@ class DeploymentOptions:
         store_url: see :class:`~alora_serve.config.StoreSettings`.
         adapter_roots: directories of adapters; empty also looks into the environment, then for a checkout's examples.
         dtype: ``auto``, ``float32`` or ``bfloat16``.
-        threads: torch threads of each process; 0 is one a core.
+        threads: torch threads of each process; 0 is ``OMP_NUM_THREADS`` or, where that is unset, one a core.
         log_format: ``json`` or ``console``.
         drain_seconds: how long running requests may take when the deployment ends.
         settings: any other setting by name, for all services.

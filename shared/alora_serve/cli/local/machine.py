@@ -59,7 +59,7 @@ def service_environment(base: Mapping[str, str], *, threads: int) -> dict[str, s
 
     Args:
         base: the user's own environment, whose values win.
-        threads: OpenMP threads of each process, whatever ``base`` says; 0 is one a core.
+        threads: OpenMP threads of each process, whatever ``base`` says; 0 is what ``base`` says or, unset, one a core.
     """
     defaults = {
         # Prefill and decode take turns more than they overlap, so each may use every core ...
