@@ -26,14 +26,13 @@ from alora_serve.cli.local.deployment import (
     example_adapter_roots,
     resolve_settings,
 )
-from alora_serve.cli.local.store_room import place_store
+from alora_serve.cli.local.store_room import place_store, shown_store
 from alora_serve.cli.options import DEFAULT_ADDRESS
 from alora_serve.cli.output import console, print_json
 from alora_serve.config import CACHE_DIRECTORY_VARIABLE, default_cache_directory
 from alora_serve.errors import AloraServeError, ConfigError, UnavailableError
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.store import Put, StoreKey
-from alora_serve.kv.store_url import public_url
 from alora_serve.metrics import CoreMetrics
 
 State = Literal["ok", "note", "wrong"]
@@ -149,13 +148,13 @@ def _store(settings: LocalSettings) -> str:
         store.delete_many([key], timeout_seconds=_STORE_SECONDS)
     except AloraServeError as error:
         raise ConfigError(
-            f"{public_url(place.url)}: {error}; requests would still be answered, by computing everything anew"
+            f"{shown_store(place.url)}: {error}; requests would still be answered, by computing everything anew"
         ) from error
     finally:
         store.close()
     if found != [value]:
-        raise ConfigError(f"{public_url(place.url)}: a value that was just written did not come back")
-    return "; ".join([f"{public_url(place.url)} keeps what is put", *place.notices])
+        raise ConfigError(f"{shown_store(place.url)}: a value that was just written did not come back")
+    return "; ".join([f"{shown_store(place.url)} keeps what is put", *place.notices])
 
 
 def _model_and_adapters(settings: LocalSettings) -> Iterator[Finding]:

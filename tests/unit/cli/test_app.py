@@ -110,5 +110,5 @@ def test_a_service_that_does_not_start_ends_up_with_what_it_said(invoke, tmp_pat
     told = invoke("up", "--port", "0", "--model", str(tmp_path), "--store", f"lmdb://{tmp_path}/kv")
     assert told.exit_code == 1
     assert "did not start (exit status 2)" in told.stderr
-    assert "the directory holds no config.json" in told.stderr
+    assert "the directory holds no config.json" in told.stdout
     assert "Traceback" not in told.output

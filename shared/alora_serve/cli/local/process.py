@@ -31,6 +31,14 @@ _LAST_OUTPUT_SECONDS: Final = 1.0
 """After a process ended, how long its pipes are read on: a process that it started may hold them open."""
 
 
+class StartError(ConfigError):
+    """A process ended before it listened. ``summary`` is the message without the last lines that the process wrote."""
+
+    def __init__(self, summary: str, wrote: str) -> None:
+        super().__init__(f"{summary}:\n{wrote}")
+        self.summary = summary
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """What to run. The command must take ``--listen`` and ``--metrics-listen``, and print a line when it listens.
@@ -259,7 +267,7 @@ class SupervisedProcess:
         error: AloraServeError = UnavailableError(f"{self.name} was stopped")
         if not self._stop.is_set():
             wrote = "\n".join(self._last_lines) or "it wrote nothing"
-            error = ConfigError(f"{self.name} did not start (exit status {status}):\n{wrote}")
+            error = StartError(f"{self.name} did not start (exit status {status})", wrote)
         self._listening.set_exception(error)
         self._listening.exception()  # seen: nobody has to be waiting
 

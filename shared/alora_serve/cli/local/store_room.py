@@ -11,6 +11,7 @@ from typing import Final
 from alora_serve.errors import ConfigError
 from alora_serve.kv.factory import lmdb_root
 from alora_serve.kv.lmdb import disk_location
+from alora_serve.kv.store_url import public_url
 
 COMFORTABLE_BYTES: Final = 256 << 20
 """Less room than this in shared memory (a container's default is 64 MiB) sends the default store to disk."""
@@ -57,6 +58,11 @@ def place_store(url: str, budget_bytes: int) -> StorePlace:
         notices.append(f"the store's budget is lowered from {_mib(budget_bytes)} to {_mib(room_bytes)}, to fit {root}")
         budget_bytes = room_bytes
     return StorePlace(url, budget_bytes, tuple(notices))
+
+
+def shown_store(url: str) -> str:
+    """Where a store is, for people: the directory of an LMDB store, or a URL without its password."""
+    return f"LMDB in {lmdb_root(url)}" if url.startswith("lmdb:") else public_url(url)
 
 
 def _room_bytes(root: Path) -> int:

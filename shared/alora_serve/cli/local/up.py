@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,11 @@ from rich.text import Text
 
 from alora_serve.cli.local.deployment import DeploymentOptions, LocalDeployment, resolve_settings
 from alora_serve.cli.local.events import Exited, Listening, LogLine, Notice, ProcessEvent, Spawned
+from alora_serve.cli.local.process import StartError
+from alora_serve.cli.local.store_room import shown_store
 from alora_serve.cli.output import console, print_json
+from alora_serve.errors import ConfigError
+from alora_serve.kv.factory import lmdb_root
 from alora_serve.model.demo_model import ensure_demo_model
 
 _STYLES: Final = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta")
@@ -110,7 +115,9 @@ class JsonView:
     def ready(self, deployment: LocalDeployment) -> None:
         """See :class:`View`."""
         processes = {name: _addresses(listening) for name, listening in deployment.processes.items()}
-        print_json({"event": "ready", "router_address": deployment.router_address, "processes": processes})
+        store = shown_store(deployment.settings.store_url)
+        address = deployment.router_address
+        print_json({"event": "ready", "router_address": address, "store": store, "processes": processes})
 
     def draining(self) -> None:
         """See :class:`View`."""
@@ -154,7 +161,8 @@ class TextView:
         settings = deployment.settings
         roots = ", ".join(map(str, settings.adapter_roots)) or "none: pass --adapters DIRECTORY"
         self._line("up", f"ready: gRPC API of alora_serve.v1.AloraService on {address}", "bold green")
-        self._line("up", f"model {settings.model}, store {settings.store_url}, adapters {roots}")
+        self._line("up", f"model {settings.model}, adapters {roots}")
+        self._line("up", f"store: {shown_store(settings.store_url)}{_how_to_empty(settings.store_url)}")
         for name, listening in deployment.processes.items():
             self._line("up", f"metrics of {name}: http://{listening.metrics_address}/metrics", "dim")
         self._line("up", f'try: alora-serve generate --address {address} --message "What is the capital of France?"')
@@ -182,6 +190,13 @@ def _addresses(listening: Listening) -> dict[str, object]:
     return {"pid": listening.pid, "address": listening.address, "metrics_address": listening.metrics_address}
 
 
+def _how_to_empty(store_url: str) -> str:
+    """What outlives the deployment, and how to be rid of it."""
+    if not store_url.startswith("lmdb:"):
+        return ""
+    return f", kept for the next start; to free it once this has ended: rm -r {shlex.quote(str(lmdb_root(store_url)))}"
+
+
 def _ending(status: int) -> str:
     if status >= 0:
         return f"exit status {status}"
@@ -189,7 +204,11 @@ def _ending(status: int) -> str:
 
 
 def run(options: DeploymentOptions, *, as_json: bool) -> None:
-    """The command. The demo model is converted, with a progress bar, before anything else starts."""
+    """The command. The demo model is converted, with a progress bar, before anything else starts.
+
+    Raises:
+        ConfigError: it could not start; says why, or as text that the log does, which is shown.
+    """
     if as_json:
         asyncio.run(serve_until_told(options, JsonView()))
         return
@@ -197,4 +216,7 @@ def run(options: DeploymentOptions, *, as_json: bool) -> None:
     if resolve_settings(options).model == "demo":
         ensure_demo_model(console=out)
     with out.status("starting") as status:
-        asyncio.run(serve_until_told(options, TextView(out, options.workers, status)))
+        try:
+            asyncio.run(serve_until_told(options, TextView(out, options.workers, status)))
+        except StartError as error:
+            raise ConfigError(f"{error.summary}: see the last lines of its log") from error

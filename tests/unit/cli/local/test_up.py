@@ -15,8 +15,9 @@ from rich.console import Console
 from alora_serve.cli.local import DeploymentOptions, deployment, up
 from alora_serve.cli.local.deployment import LocalSettings
 from alora_serve.cli.local.events import Exited, Listening, LogLine, Notice, Spawned
-from alora_serve.cli.local.process import ProcessSpec
+from alora_serve.cli.local.process import ProcessSpec, StartError
 from alora_serve.errors import ConfigError
+from alora_serve.kv.lmdb import default_location
 
 EVENTS = [
     Notice("the budget is lowered"),
@@ -63,10 +64,23 @@ def test_people_are_told_where_it_answers_and_what_to_try(shown: tuple[up.TextVi
     view.draining()
     told = out.getvalue()
     assert "ready: gRPC API of alora_serve.v1.AloraService on 127.0.0.1:50051" in told
-    assert "model demo, store lmdb:, adapters none: pass --adapters DIRECTORY" in told
+    assert "model demo, adapters none: pass --adapters DIRECTORY" in told
+    root = default_location()
+    assert f"store: LMDB in {root}, kept for the next start; to free it once this has ended: rm -r {root}\n" in told
     assert "metrics of router: http://127.0.0.1:9/metrics" in told
     assert 'alora-serve generate --address 127.0.0.1:50051 --message "What' in told
     assert "draining: running requests may finish" in told
+
+
+def test_another_store_is_shown_without_its_password(
+    shown: tuple[up.TextView, io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, out = shown
+    settings = LocalSettings(store_url="redis://user:secret@127.0.0.1:6379/0")
+    monkeypatch.setattr(FakeDeployment, "settings", settings)
+    view.ready(FakeDeployment())  # type: ignore[arg-type]
+    assert "store: redis://127.0.0.1:6379/0\n" in out.getvalue()
+    assert "secret" not in out.getvalue()
 
 
 def test_the_status_says_what_is_still_starting() -> None:
@@ -111,6 +125,7 @@ def test_machines_get_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> No
         {
             "event": "ready",
             "router_address": "127.0.0.1:50051",
+            "store": f"LMDB in {default_location()}",
             "processes": {"router": {"pid": 13, "address": "127.0.0.1:50051", "metrics_address": "127.0.0.1:9"}},
         },
         {"event": "draining"},
@@ -187,6 +202,22 @@ async def test_a_second_signal_ends_everything_at_once(children, options: Deploy
     os.kill(os.getpid(), signal.SIGINT)
     await running
     assert ("router", -signal.SIGKILL) in recorder.ends()
+
+
+def test_what_a_process_wrote_before_it_failed_to_start_is_shown_once(
+    options: DeploymentOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fail(options: DeploymentOptions, view: up.View) -> None:
+        view.event(LogLine("prefill", "error: no such model"))
+        raise StartError("prefill did not start (exit status 2)", "error: no such model")
+
+    monkeypatch.setattr(up, "serve_until_told", fail)
+    with pytest.raises(ConfigError) as told:
+        up.run(options, as_json=False)
+    assert str(told.value) == "prefill did not start (exit status 2): see the last lines of its log"
+    assert capsys.readouterr().out.count("no such model") == 1
+    with pytest.raises(ConfigError, match="no such model"):
+        up.run(options, as_json=True)
 
 
 async def test_a_signal_during_the_start_ends_it(children, options: DeploymentOptions) -> None:
