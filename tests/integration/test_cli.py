@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -115,8 +116,8 @@ def ready(up: Up) -> dict[str, Any]:
 def run(ready: dict[str, Any]) -> Callable[..., Result]:
     """Runs a command against the deployment."""
 
-    def invoke(*arguments: str, stdin: str | None = None) -> Result:
-        environment = {"ALORA_ADDRESS": ready["router_address"], "COLUMNS": "200"}
+    def invoke(*arguments: str, stdin: str | None = None, columns: int = 200) -> Result:
+        environment = {"ALORA_ADDRESS": ready["router_address"], "COLUMNS": str(columns)}
         return CliRunner().invoke(app, list(arguments), input=stdin, env=environment)
 
     return invoke
@@ -181,14 +182,19 @@ def test_fanout_answers_for_each_and_fails_if_one_failed(run, ask) -> None:
 
 
 def test_adapters_are_listed_loaded_and_unloaded(run, ask) -> None:
-    assert [adapter["name"] for adapter in ask("adapters", "list")] == [ADAPTER, LORA_TWIN]
+    alora, lora = ask("adapters", "list")
+    assert (alora["name"], lora["name"]) == (ADAPTER, LORA_TWIN)
+    assert (alora["invocation_text"], lora["invocation_text"]) == ("<|im_start|>jailbreak<|im_end|>", "")
     assert ask("adapters", "load", ADAPTER)["resident"]
     assert f"{ADAPTER} is in memory: alora, rank 8" in run("adapters", "load", ADAPTER).stdout
-    assert ask("adapters", "unload", ADAPTER) == {"unloaded": ADAPTER}
-    assert "out of memory" in run("adapters", "unload", ADAPTER).stdout
-    listed = run("adapters", "list")
+    assert ask("adapters", "unload", ADAPTER) == {"name": ADAPTER, "was_resident": True}
+    assert run("adapters", "unload", ADAPTER).stdout == f"{ADAPTER}: was not loaded\n"
+    assert run("adapters", "load", ADAPTER).exit_code == 0
+    assert run("adapters", "unload", ADAPTER).stdout == f"{ADAPTER}: unloaded; its next use reads it again\n"
+    listed = run("adapters", "list", columns=40)
     assert listed.exit_code == 0
-    assert LORA_TWIN in listed.stdout
+    assert re.search(f"^{LORA_TWIN}  lora, rank 8, [a-z ]+, digest {lora['digest'][:12]}$", listed.stdout, re.MULTILINE)
+    assert "    invoked by '<|im_start|>jailbreak<|im_end|>'\n    adapts q_proj, v_proj\n" in listed.stdout
 
 
 def test_the_model_is_described(run, ask) -> None:
@@ -217,7 +223,7 @@ def test_doctor_finds_nothing_wrong_with_it(ready, adapters: Path, tmp_path: Pat
     told = CliRunner().invoke(app, ["doctor", *arguments, "--dtype", "float32"])
     assert told.exit_code == 0, told.output
     assert "adapter jailbreak-lora" in told.stdout
-    assert "serves demo in float32 with 2 adapters" in " ".join(told.stdout.split())
+    assert "serves SmolLM2-135M-Instruct in float32 with 2 adapters" in " ".join(told.stdout.split())
     assert "nothing is wrong" in told.stdout
 
 

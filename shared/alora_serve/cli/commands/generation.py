@@ -227,10 +227,16 @@ def _cost(usage: Usage, timings: Timings) -> str:
         f"{usage.prompt_tokens:,} prompt tokens: {usage.cached_tokens:,} cached, {usage.computed_tokens:,} computed"
     ]
     if usage.fetched_bytes or usage.stored_bytes:
-        parts.append(f"{usage.fetched_bytes >> 10:,} KiB fetched, {usage.stored_bytes >> 10:,} KiB stored")
+        # A worker fetches what base prefill has just computed as well; with nothing cached, that is all it fetched.
+        fresh = " of it" if usage.stored_bytes and not usage.cached_tokens else ""
+        parts.append(f"{usage.stored_bytes >> 10:,} KiB stored, {usage.fetched_bytes >> 10:,} KiB{fresh} fetched")
     if usage.generated_tokens:
         parts.append(f"{usage.generated_tokens} generated, first after {timings.first_token_seconds:.3f} s")
     parts.append(f"{timings.total_seconds:.3f} s in all")
     for what, reasons in (("not in the store", usage.store_misses), ("not stored", usage.store_drops)):
-        parts += [f"{count} blocks {what}: {reason}" for reason, count in reasons.items() if reason != "absent"]
+        parts += [
+            f"{count} {'block' if count == 1 else 'blocks'} {what}: {reason}"
+            for reason, count in reasons.items()
+            if reason != "absent"
+        ]
     return "; ".join(parts)

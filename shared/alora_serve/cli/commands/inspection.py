@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alora_serve.cli.options import DEFAULT_ADDRESS, Address, AsJson, Timeout
 from alora_serve.cli.output import console, errors_reported, print_json, print_table
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from alora_serve.client import AdapterInfo
 
 commands = typer.Typer()
 adapters = typer.Typer(no_args_is_help=True, help="List the adapters, or bring one into memory or out of it.")
@@ -47,8 +52,6 @@ def list_adapters(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 30.0, a
     ```
     """
     with errors_reported(as_json=as_json):
-        from rich.text import Text
-
         from alora_serve.cli.connection import connected
 
         with connected(address) as client:
@@ -58,21 +61,12 @@ def list_adapters(address: Address = DEFAULT_ADDRESS, timeout: Timeout = 30.0, a
         elif not listed:
             console().print("no adapters: give the workers a directory, as with up --adapters", markup=False)
         else:
-            rows = [
-                {
-                    "name": adapter.name,
-                    "kind": adapter.kind,
-                    "rank": adapter.rank,
-                    "targets": ", ".join(adapter.target_modules),
-                    "invocation": repr(adapter.invocation_text) if adapter.invocation_text else "",
-                    "state": Text(adapter.problem, style="red")
-                    if adapter.problem
-                    else ("in memory" if adapter.resident else "on disk"),
-                    "digest": adapter.digest[:12],
-                }
-                for adapter in listed
-            ]
-            print_table("", rows)
+            out = console()
+            for adapter in listed:
+                for line in _described(adapter):
+                    out.print(
+                        line, soft_wrap=True
+                    )  # whole at any width: invocations and digests are there to be copied
 
 
 @adapters.command()
@@ -108,8 +102,24 @@ def unload(name: Name, address: Address = DEFAULT_ADDRESS, timeout: Timeout = 12
         from alora_serve.cli.connection import connected
 
         with connected(address) as client:
-            client.unload_adapter(name, timeout_seconds=timeout)
+            was_resident = client.unload_adapter(name, timeout_seconds=timeout)
         if as_json:
-            print_json({"unloaded": name})
+            print_json({"name": name, "was_resident": was_resident})
         else:
-            console().print(f"{name} is out of memory; its next use reads it again", markup=False)
+            done = "unloaded; its next use reads it again" if was_resident else "was not loaded"
+            console().print(f"{name}: {done}", markup=False)
+
+
+def _described(adapter: AdapterInfo) -> list[Text]:
+    """What is known of an adapter, or why it is refused: its name's line, and indented ones."""
+    from rich.text import Text
+
+    name = (adapter.name, "bold")
+    if adapter.problem:
+        return [Text.assemble(name, ("  refused", "red")), Text(f"    {adapter.problem}", style="red")]
+    state = "in memory" if adapter.resident else "on disk"
+    lines = [Text.assemble(name, f"  {adapter.kind}, rank {adapter.rank}, {state}, digest {adapter.digest[:12]}")]
+    if adapter.invocation_text:
+        lines.append(Text(f"    invoked by {adapter.invocation_text!r}"))
+    lines.append(Text(f"    adapts {', '.join(adapter.target_modules)}"))
+    return lines
