@@ -112,7 +112,11 @@ async def _tell(script: DemoScript, deployment: LocalDeployment, client: AsyncCl
     await deployment.restart(PREFILL, *deployment.worker_names)
     await _warm_up(client)
     conversation = (*script.opening, ChatMessage("assistant", answer.text))
-    warm, handle = await timed_prefill(client, "prefill, all stored", conversation)
+    warm, handle = await timed_prefill(client, "prefill, turns stored", conversation)
+    view.note(
+        "does the user try to break the rules? an Activated LoRA is asked, and its plain LoRA twin, which changes "
+        "every token, so that stored KV is of no use to it"
+    )
     first = await timed_answer(client, handle, adapter=adapter, model=model, max_tokens=VERDICT_TOKENS)
     view.answered(first)
     view.doing(f"asking {twin.name}, a plain LoRA, which computes the whole conversation anew")

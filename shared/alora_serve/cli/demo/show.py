@@ -7,7 +7,7 @@ import signal
 
 from alora_serve.cli.demo.run import run_demo
 from alora_serve.cli.demo.script import DemoScript
-from alora_serve.cli.demo.view import RichView, SilentView
+from alora_serve.cli.demo.view import ProgressView, RichView
 from alora_serve.cli.local import DeploymentOptions
 from alora_serve.cli.output import console, print_json
 from alora_serve.model.demo_model import ensure_demo_model
@@ -25,7 +25,9 @@ def show(dtype: str | None, threads: int | None, *, as_json: bool) -> bool:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     if as_json:
-        result = asyncio.run(run_demo(script, options, SilentView()))
+        err = console(stderr=True)
+        ensure_demo_model(console=err)
+        result = asyncio.run(run_demo(script, options, ProgressView(err)))
         print_json(result.to_json())
         return result.equal_to_peft
     out = console()

@@ -77,6 +77,23 @@ class SilentView:
         """See :class:`View`."""
 
 
+class ProgressView(SilentView):
+    """Says what is being done, and what goes wrong with processes, a line each: beside the object for machines."""
+
+    def __init__(self, console: Console) -> None:
+        """``console`` is standard error's."""
+        self._console = console
+
+    def doing(self, what: str) -> None:
+        """See :class:`View`."""
+        if what:
+            self._console.print(Text(what, "dim"))
+
+    def process(self, event: ProcessEvent) -> None:
+        """See :class:`View`."""
+        _show_trouble(self._console, event)
+
+
 class RichView:
     """Shows the conversation as it goes."""
 
@@ -101,12 +118,7 @@ class RichView:
 
     def process(self, event: ProcessEvent) -> None:
         """See :class:`View`."""
-        match event:
-            case Exited(expected=False):
-                how = f"exit status {event.status}" if event.status >= 0 else signal.Signals(-event.status).name
-                self._console.print(Text(f"{event.name} died: {how}", "bold red"))
-            case Notice():
-                self._console.print(Text(event.message, "yellow"))
+        _show_trouble(self._console, event)
 
     def listening(self, processes: Mapping[str, Listening], source: str) -> None:
         """See :class:`View`."""
@@ -162,6 +174,9 @@ class RichView:
                 f" than its plain LoRA twin, which computes all {result.lora.usage.computed_tokens:,} tokens itself.",
             )
         )
+        if rest := result.warm_prefill.usage.computed_tokens:
+            why = "what ends the assistant's turn after its text"
+            self._console.print(f"The second prefill had {rest:,} tokens left to compute: {why}.")
         self._heading("the same tokens as stock PEFT, computing the same prompts cold?")
         for check in result.checks:
             mark = Text("equal", "bold green") if check.equal else Text("DIFFERENT", "bold red")
@@ -176,6 +191,15 @@ class RichView:
 
     def _indented(self, text: Text) -> None:
         self._console.print(Padding(text, _INDENT))
+
+
+def _show_trouble(console: Console, event: ProcessEvent) -> None:
+    match event:
+        case Exited(expected=False):
+            how = f"exit status {event.status}" if event.status >= 0 else signal.Signals(-event.status).name
+            console.print(Text(f"{event.name} died: {how}", "bold red"))
+        case Notice():
+            console.print(Text(event.message, "yellow"))
 
 
 def _table(result: DemoResult) -> Table:

@@ -21,7 +21,7 @@ from alora_serve.cli.demo.reference import _check, compare_with_peft
 from alora_serve.cli.demo.result import Answer, Check, DemoResult, Row
 from alora_serve.cli.demo.run import temporary_store
 from alora_serve.cli.demo.script import DemoScript
-from alora_serve.cli.demo.view import RichView
+from alora_serve.cli.demo.view import ProgressView, RichView, View
 from alora_serve.cli.local.events import Exited, Listening, Notice
 from alora_serve.errors import ConfigError
 from alora_serve.types import ChatMessage, Usage
@@ -31,7 +31,7 @@ USAGE = Usage(prompt_tokens=2000, cached_tokens=1990, computed_tokens=10, fetche
 RECOMPUTED = Usage(prompt_tokens=1999, computed_tokens=1999)
 RESULT = DemoResult(
     cold_prefill=Row("prefill, nothing stored", 4.0, RECOMPUTED),
-    warm_prefill=Row("prefill, all stored", 0.2, USAGE),
+    warm_prefill=Row("prefill, turns stored", 0.2, USAGE),
     adapter=Row("aLoRA, first token", 0.1, USAGE),
     lora=Row("plain LoRA, first token", 4.2, RECOMPUTED),
     answers=(Answer("", "Trevithick.", (1, 2), 0.1, USAGE), Answer("jailbreak", "no", (3,), 0.1, USAGE)),
@@ -102,11 +102,23 @@ def test_people_see_the_conversation_the_verdicts_and_the_table(screen: tuple[Ri
         "│ aLoRA, first token      │   0.100 │  2,000 │  1,990 │       10 │       3,072 │",
         "42 times sooner",
         "which computes all 1,999 tokens itself.",
+        "The second prefill had 10 tokens left to compute",
         "equal  jailbreak  PEFT: tokens [3]",
         "DIFFERENT  other  PEFT: tokens [4]",
     ):
         assert part in told, part
     assert "exit status 0" not in told
+
+
+def test_machines_are_told_of_progress_beside_the_object() -> None:
+    out = io.StringIO()
+    view = ProgressView(Console(file=out, width=140))
+    view.doing("starting")
+    view.doing("")
+    view.turn(ChatMessage("user", "who?"))
+    view.process(Notice("the budget is lowered"))
+    view.process(Exited("worker-1", 1, -9, False, 0.1))
+    assert out.getvalue().splitlines() == ["starting", "the budget is lowered", "worker-1 died: SIGKILL"]
 
 
 def test_the_script_is_the_examples_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -184,7 +196,8 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> dict[str, DemoResult]:
     """The demo, with its run replaced by a result."""
     results = {"now": RESULT}
 
-    async def run_demo(script: object, options: object, view: object) -> DemoResult:
+    async def run_demo(script: object, options: object, view: View) -> DemoResult:
+        view.doing("computing")
         return results["now"]
 
     script = DemoScript((), ChatMessage("user", ""), Path())
@@ -202,3 +215,4 @@ def test_the_command_fails_when_a_token_differs(rehearsed: dict[str, DemoResult]
     asked = CliRunner().invoke(app, ["demo", "--json"])
     assert asked.exit_code == 1
     assert json.loads(asked.stdout)["equal_to_peft"] is False
+    assert asked.stderr == "computing\n"
