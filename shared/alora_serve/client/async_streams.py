@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -20,7 +21,7 @@ from alora_serve.v1 import alora_pb2
 ItemT = TypeVar("ItemT")
 
 
-class AsyncResponseStream(Generic[ItemT]):
+class AsyncResponseStream(ABC, Generic[ItemT]):
     """A running call. Iterate it; :meth:`close` it, or leave its context, to cancel what is not read."""
 
     def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
@@ -85,8 +86,9 @@ class AsyncResponseStream(Generic[ItemT]):
         self._call = self._open_call(self._retries.remaining_seconds())
         self._responses = aiter(self._call)
 
+    @abstractmethod
     def _item(self, response: Any) -> ItemT:
-        raise NotImplementedError
+        """What a response holds, taken into account for the result."""
 
 
 class AsyncGenerationStream(AsyncResponseStream[StreamEvent]):

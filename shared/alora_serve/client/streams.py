@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -20,7 +21,7 @@ from alora_serve.v1 import alora_pb2
 ItemT = TypeVar("ItemT")
 
 
-class ResponseStream(Generic[ItemT]):
+class ResponseStream(ABC, Generic[ItemT]):
     """A running call. Iterate it; :meth:`close` it, or leave its context, to cancel what is not read."""
 
     def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
@@ -67,8 +68,9 @@ class ResponseStream(Generic[ItemT]):
         time.sleep(self._retries.pause_after(error))
         self._call = self._open_call(self._retries.remaining_seconds())
 
+    @abstractmethod
     def _item(self, response: Any) -> ItemT:
-        raise NotImplementedError
+        """What a response holds, taken into account for the result."""
 
 
 class GenerationStream(ResponseStream[StreamEvent]):
