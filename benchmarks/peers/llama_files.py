@@ -42,9 +42,10 @@ def ensure_adapter_files(
 def _convert(build: LlamaBuild, script: str, arguments: Sequence[str], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
+    path = os.pathsep.join([str(build.source / "gguf-py"), str(build.converter_packages)])
     done = subprocess.run(
         [sys.executable, str(build.source / script), *arguments, "--outfile", str(part)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(build.source / "gguf-py")},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -5,7 +5,8 @@
   turn is a question to the base model and one to an adapter, and the history is longer every time.
 
 What goes into the history is a given text, never a system's own answer, so that all systems have the same prompts. A
-whole script is played to one system, then to the next; each round has a script of its own.
+whole script is played to one system, then to the next; each round has a script of its own. Our plain LoRA twins take no
+part: they share services with our aLoRAs, and would find base turns that those had stored.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from alora_serve.types import ChatMessage, TokenIds
 
 BASE, ADAPTER, WHOLE = "base turn", "adapter", "whole script"
 BASELINE = "PEFT, plain LoRA, recomputed"
-SYSTEMS = ("ours", "ours-twins", "peft-lora", "peft-alora", "llama")
+SYSTEMS = ("ours", "peft-lora", "peft-alora", "llama")
 TITLES = {
     "b": "Base turn, adapter, base turn, adapter: six turns of one conversation",
     "e": "Replay: conversations that share a system prompt and grow",
