@@ -1,8 +1,10 @@
-"""What happens to supervised processes, as told to whoever shows it."""
+"""What happens to supervised processes, as told to whoever shows it, and the error of one that did not start."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from alora_serve.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,14 @@ class Notice:
     """Something the user should know about the deployment itself."""
 
     message: str
+
+
+class StartError(ConfigError):
+    """A process ended before it listened. ``summary`` is the message without the last lines that the process wrote."""
+
+    def __init__(self, summary: str, wrote: str) -> None:
+        super().__init__(f"{summary}:\n{wrote}")
+        self.summary = summary
 
 
 ProcessEvent = Spawned | Listening | LogLine | Exited | Notice

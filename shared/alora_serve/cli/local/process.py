@@ -17,8 +17,8 @@ from time import monotonic
 from typing import Any, Final
 
 from alora_serve.cli.local import tether
-from alora_serve.cli.local.events import Exited, Listening, LogLine, ProcessEvent, Spawned
-from alora_serve.errors import AloraServeError, ConfigError, UnavailableError
+from alora_serve.cli.local.events import Exited, Listening, LogLine, ProcessEvent, Spawned, StartError
+from alora_serve.errors import AloraServeError, UnavailableError
 
 Emit = Callable[[ProcessEvent], None]
 
@@ -29,14 +29,6 @@ _MAX_LINE_BYTES: Final = 1 << 20
 _KEPT_LINES: Final = 20
 _LAST_OUTPUT_SECONDS: Final = 1.0
 """After a process ended, how long its pipes are read on: a process that it started may hold them open."""
-
-
-class StartError(ConfigError):
-    """A process ended before it listened. ``summary`` is the message without the last lines that the process wrote."""
-
-    def __init__(self, summary: str, wrote: str) -> None:
-        super().__init__(f"{summary}:\n{wrote}")
-        self.summary = summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +102,7 @@ class SupervisedProcess:
         """Start it and wait until it listens.
 
         Raises:
-            ConfigError: it ended before; carries the last lines it wrote.
+            StartError: it ended before; carries the last lines it wrote.
         """
         if self._life is None:
             self._life = asyncio.create_task(self._live(), name=f"supervise {self.name}")

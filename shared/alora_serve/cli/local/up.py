@@ -14,8 +14,7 @@ from rich.status import Status
 from rich.text import Text
 
 from alora_serve.cli.local.deployment import DeploymentOptions, LocalDeployment, resolve_settings
-from alora_serve.cli.local.events import Exited, Listening, LogLine, Notice, ProcessEvent, Spawned
-from alora_serve.cli.local.process import StartError
+from alora_serve.cli.local.events import Exited, Listening, LogLine, Notice, ProcessEvent, Spawned, StartError
 from alora_serve.cli.local.store_room import shown_store
 from alora_serve.cli.output import console, print_json
 from alora_serve.errors import ConfigError

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from alora_serve.cli.local import DeploymentOptions, deployment, up
 from alora_serve.cli.local.deployment import LocalSettings
-from alora_serve.cli.local.events import Exited, Listening, LogLine, Notice, Spawned
-from alora_serve.cli.local.process import ProcessSpec, StartError
+from alora_serve.cli.local.events import Exited, Listening, LogLine, Notice, Spawned, StartError
+from alora_serve.cli.local.process import ProcessSpec
 from alora_serve.errors import ConfigError
 from alora_serve.kv.lmdb import default_location
 
