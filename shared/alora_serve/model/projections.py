@@ -79,13 +79,10 @@ class Projection:
 def fuse_projections(model: PreTrainedModel) -> tuple[Projection, ...]:
     """Put every ``Linear`` and ``Conv1D`` of ``model`` under a projection, siblings under one."""
     names = {module: name for name, module in model.named_modules()}
+    # An output layer tied to the embedding is held twice then: it is a fifth of a small model's step, and packed it
+    # takes half the time for one sequence and a third for sixteen.
     pack = _can_pack(model.dtype, model.device)
-    # A tied output layer shares the embedding's memory; packing it would hold it twice.
-    tied = model.get_input_embeddings().weight
-    return tuple(
-        Projection([names[part] for part in group], group, pack=pack and group[0].weight is not tied)
-        for group in _groups(model)
-    )
+    return tuple(Projection([names[part] for part in group], group, pack=pack) for group in _groups(model))
 
 
 def _groups(model: PreTrainedModel) -> Iterator[list[nn.Module]]:
