@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,14 +255,11 @@ def test_sigterm_drains_router_then_workers_then_prefill_and_leaves_nobody(up: U
 
 
 @pytest.mark.timeout(600)  # five processes load torch, on a machine that tests may share
-async def test_the_demo_measures_a_conversation_and_gives_the_tokens_of_peft(adapters: Path) -> None:
-    script = DemoScript(
-        opening=(ChatMessage("user", f"{FACT[:200]} At how many degrees does water boil at sea level?"),),
-        follow_up=ChatMessage("user", "And on a mountain?"),
-        adapter_root=adapters,
-    )
+async def test_the_demo_measures_a_conversation_and_gives_the_tokens_of_peft() -> None:
+    """Its own adapters and second turn, on a conversation that is short, for time."""
+    question = ChatMessage("user", f"{FACT[:200]} At how many degrees does water boil at sea level?")
     options = DeploymentOptions(dtype="float32", threads=1)
-    result = (await run_demo(script, options, SilentView())).to_json()
+    result = (await run_demo(replace(DemoScript.load(), opening=(question,)), options, SilentView())).to_json()
     assert result["equal_to_peft"] is True
     assert result["dtype"] == "float32"
     cold, warm, alora, lora = (row["usage"] for row in result["rows"])
@@ -272,4 +270,5 @@ async def test_the_demo_measures_a_conversation_and_gives_the_tokens_of_peft(ada
     assert result["computed_tokens"] == result["prompt_tokens"] - result["cached_tokens"] < 20
     assert (lora.cached_tokens, lora.fetched_bytes) == (0, 0)
     assert [answer["adapter"] for answer in result["answers"]] == ["", ADAPTER, LORA_TWIN, ADAPTER]
+    assert [answer["text"].strip() for answer in result["answers"][1:]] == ["no", "no", "yes"]
     assert {"alora-serve", "torch", "transformers", "peft"} <= set(result["versions"])
