@@ -1,11 +1,12 @@
 """Many turns of a conversation, base turns and two adapters in between: every turn as if it had been run cold.
 
 By handle, a turn computes only what is new. By messages alone it stays as right, and computes an answer again when its
-text does not tokenize back to the tokens that were generated.
+text does not tokenize back to the tokens that were generated. There, what adapters answer joins the conversation.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -13,9 +14,14 @@ import pytest
 from alora_serve.client import ChatMessage, GenerationResult, PrefixHandle
 from deployment import ANSWER_TOKENS, BLOCK_TOKENS, GREEDY, Deployed
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
 
-TURNS = [("tiny", 20), ("smollm2", 4)]
+BY_HANDLE = [("tiny", 20), ("smollm2", 20)]
+BY_MESSAGES = [("tiny", 20), ("smollm2", 6)]
+"""Fewer on the real model, for time: enough that later turns read what each adapter said."""
+
+Asked = list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+"""Of each turn: the adapter, or none, the prompt, and what was answered."""
 
 
 def _asked(running: Deployed, turn: int) -> str:
@@ -23,16 +29,23 @@ def _asked(running: Deployed, turn: int) -> str:
     return ("", running.model.appended, "", running.model.answering)[turn % 4]
 
 
-@pytest.mark.parametrize(("running", "turns"), TURNS, indirect=["running"])
+async def _assert_each_as_if_cold(running: Deployed, asked: Asked) -> None:
+    expected = await asyncio.to_thread(running.model.cold_answers, [(adapter, prompt) for adapter, prompt, _ in asked])
+    for turn, ((adapter, _, answer), cold) in enumerate(zip(asked, expected, strict=True)):
+        assert answer == cold, f"turn {turn} with {adapter or 'base'}"
+
+
+@pytest.mark.parametrize(("running", "turns"), BY_HANDLE, indirect=["running"])
 async def test_by_handle_every_turn_equals_a_cold_run_and_computes_only_what_is_new(
     running: Deployed, turns: int
 ) -> None:
     handle: PrefixHandle | None = None
     computed_before = 0  # positions whose KV some turn has computed
+    asked: Asked = []
     for turn in range(turns):
         adapter = _asked(running, turn)
         if adapter:
-            # An adapter judges the conversation so far; its answer does not become part of it.
+            # An adapter judges the conversation so far; here, its answer does not become part of it.
             assert handle is not None
             closed = await running.client.prefill(handle=handle)
             prompt = running.model.prompt(closed.handle, adapter)
@@ -49,7 +62,8 @@ async def test_by_handle_every_turn_equals_a_cold_run_and_computes_only_what_is_
             handle = result.handle
             computed_before = len(handle.prefix_tokens) - 1  # the last token was chosen, and never run
         assert result.usage.prompt_tokens == len(prompt)
-        assert result.token_ids == running.model.cold_tokens(adapter, prompt), f"turn {turn} with {adapter or 'base'}"
+        asked.append((adapter, prompt, result.token_ids))
+    await _assert_each_as_if_cold(running, asked)
 
 
 async def test_a_worker_that_lost_its_memory_computes_at_most_a_block_more(tiny: Deployed) -> None:
@@ -66,7 +80,7 @@ async def test_a_worker_that_lost_its_memory_computes_at_most_a_block_more(tiny:
         handle = turn.handle
 
 
-@pytest.mark.parametrize(("running", "turns"), TURNS, indirect=["running"])
+@pytest.mark.parametrize(("running", "turns"), BY_MESSAGES, indirect=["running"])
 async def test_by_messages_alone_every_turn_equals_a_cold_run_and_says_what_was_computed_again(
     running: Deployed, turns: int, record_property: Callable[[str, object], None]
 ) -> None:
@@ -74,6 +88,7 @@ async def test_by_messages_alone_every_turn_equals_a_cold_run_and_says_what_was_
     generated: tuple[int, ...] = ()  # the conversation as it was generated
     prefilled_before: tuple[int, ...] = ()  # the conversation as it tokenized the last time
     answers = round_trips = again = 0
+    asked: Asked = []
     for turn in range(turns):
         adapter = _asked(running, turn)
         if not adapter:
@@ -81,7 +96,7 @@ async def test_by_messages_alone_every_turn_equals_a_cold_run_and_says_what_was_
         result = await running.client.generate(messages, adapter=adapter, sampling=GREEDY).result()
         handle = (await running.client.prefill(messages)).handle
         prompt = running.model.prompt(handle, adapter)
-        assert result.token_ids == running.model.cold_tokens(adapter, prompt), f"turn {turn} with {adapter or 'base'}"
+        asked.append((adapter, prompt, result.token_ids))
         # What was computed before, as it was generated or as it tokenized, is found again as far as it is the same.
         known = max(_common(prompt, generated[:-1]), _common(prompt, prefilled_before))
         assert result.usage.computed_tokens <= len(prompt) - known + BLOCK_TOKENS, f"turn {turn}"
@@ -90,11 +105,19 @@ async def test_by_messages_alone_every_turn_equals_a_cold_run_and_says_what_was_
             round_trips += handle.prefix_tokens[: len(generated)] == generated
             # By handle, it would have computed what follows the last token generated.
             again += max(0, result.usage.computed_tokens - (len(prompt) - (len(generated) - 1)))
-        prefilled_before = handle.prefix_tokens
-        if not adapter:
+        messages.append(ChatMessage("assistant", result.text))
+        if adapter:
+            # Its answer joins as text: base prefill computes that, and nothing else, whoever computed it before.
+            joined = await running.client.prefill(messages)
+            assert joined.handle.prefix_tokens[: len(handle.prefix_tokens)] == handle.prefix_tokens
+            new_tokens = len(joined.handle.prefix_tokens) - len(handle.prefix_tokens)
+            assert joined.usage.computed_tokens == new_tokens, f"turn {turn}"
+            handle = joined.handle
+        else:
             assert result.handle is not None
             generated = result.handle.prefix_tokens
-            messages.append(ChatMessage("assistant", result.text))
+        prefilled_before = handle.prefix_tokens
+    await _assert_each_as_if_cold(running, asked)
     told = f"{round_trips} of {answers} answers tokenized back to themselves; {again} tokens were computed again"
     record_property("by messages alone", told)
     print(told)
