@@ -51,7 +51,7 @@ SCENARIOS = {
     "a": Scenario(fan_out.TITLE, fan_out.Plan(), fan_out.QUICK, fan_out.SYSTEMS, fan_out.BASELINE, "total_seconds"),
     "b": Scenario(turns.TITLES["b"], turns.Plan(), turns.QUICK, turns.SYSTEMS, turns.BASELINE),
     "c": Scenario(arrivals.TITLE, arrivals.Plan(), arrivals.QUICK, arrivals.SYSTEMS, arrivals.BASELINE),
-    "d": Scenario(cold_worker.TITLE, cold_worker.Plan(), cold_worker.QUICK, (), cold_worker.BASELINE),
+    "d": Scenario(cold_worker.TITLE, cold_worker.Plan(), cold_worker.QUICK, cold_worker.SYSTEMS, cold_worker.BASELINE),
     "e": Scenario(turns.TITLES["e"], turns.Plan(), turns.QUICK, turns.SYSTEMS, turns.BASELINE),
 }
 
@@ -66,7 +66,7 @@ def progress_on(console: Console) -> Progress:
 async def play(bench: Bench, letter: str, plan: Any, systems: Sequence[str]) -> list[Row]:
     """All rows of one scenario, compared with PEFT."""
     if letter == "d":
-        rows = await cold_worker.run(bench, plan)
+        rows = await cold_worker.run(bench, plan, compare="llama" in systems)
     else:
         async with bench.systems(systems) as running:
             match letter:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from adapters import Adapter
 from correctness import key_of
 from harness import Row, Sample
 from lineup import Bench
@@ -57,16 +56,21 @@ class Arrival:
 
 
 def arrivals(rate: float, plan: Plan, seed: int) -> list[Arrival]:
-    """A Poisson process of ``rate`` a second over ``plan.seconds``; at least one arrival."""
+    """A Poisson process of ``rate`` a second over ``plan.seconds``; at least two arrivals."""
     drawn = random.Random(seed)
     weights = [1 / (rank**plan.zipf) for rank in range(1, plan.adapters + 1)]
     found: list[Arrival] = []
     at = drawn.expovariate(rate)
-    while at < plan.seconds or not found:
+    while at < plan.seconds or len(found) < 2:
         [adapter] = drawn.choices(range(plan.adapters), weights)
         found.append(Arrival(at, drawn.randrange(plan.conversations), adapter))
         at += drawn.expovariate(rate)
     return found
+
+
+def per_second(times: Sequence[float]) -> float:
+    """How often something happened that happened at these times, two or more, in any order."""
+    return (len(times) - 1) / (max(times) - min(times))
 
 
 def saturated(offered: float, completed: float, first_token_seconds: float) -> bool:
@@ -97,17 +101,20 @@ async def _at_rate(bench: Bench, system: System, prefixes: Sequence[tuple[int, .
     schedule = arrivals(rate, plan, seed=int(1000 * rate))
     began = perf_counter()
 
-    async def client(arrival: Arrival) -> tuple[Adapter, Answer]:
+    async def client(arrival: Arrival) -> tuple[Answer, float]:
         await asyncio.sleep(max(0.0, began + arrival.at_seconds - perf_counter()))
         adapter = bench.adapters[arrival.adapter]
-        return adapter, await system.ask(prefixes[arrival.conversation], adapter, plan.answer_tokens)
+        answer = await system.ask(prefixes[arrival.conversation], adapter, plan.answer_tokens)
+        return answer, perf_counter() - began
 
     answered = await asyncio.gather(*(client(arrival) for arrival in schedule))
-    elapsed = perf_counter() - began
-    samples = tuple(Sample(answer.first_token_seconds, answer.total_seconds) for _, answer in answered)
+    samples = tuple(Sample(answer.first_token_seconds, answer.total_seconds) for answer, _ in answered)
     row = Row(system.name, len(prefixes[0]), samples, what=f"{rate:g}/s")
-    offered, completed = len(schedule) / max(plan.seconds, schedule[-1].at_seconds), len(schedule) / elapsed
-    for arrival, (adapter, answer) in list(zip(schedule, answered, strict=True))[:8]:
+    # From first to last of each: the time that the last answers take is not a lack of throughput.
+    offered = per_second([arrival.at_seconds for arrival in schedule])
+    completed = per_second([finished for _, finished in answered])
+    for arrival, (answer, _) in list(zip(schedule, answered, strict=True))[:8]:
+        adapter = bench.adapters[arrival.adapter]
         bench.answers.keep(key_of(row), system, prefixes[arrival.conversation], adapter, answer)
     details = {
         "rate": rate,

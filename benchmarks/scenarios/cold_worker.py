@@ -24,30 +24,30 @@ from alora_serve.types import TokenIds
 
 TITLE = "A cold worker on a warm store"
 BASELINE = "llama-server, best case (one slot, serial)"
+SYSTEMS = ("ours", "llama")
 FIRST, FETCHED, RESIDENT = "first question of the process", "prefix in the store", "prefix in the worker"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``stores``: of ``lmdb`` and ``valkey``; ``llama``: for comparison."""
+    """``stores``: of ``lmdb`` and ``valkey``."""
 
     tokens: int = 2048
     rounds: int = 5
     answer_tokens: int = 16
     stores: tuple[str, ...] = ("lmdb", "valkey")
-    llama: bool = True
 
 
 QUICK = Plan(tokens=512, rounds=1)
 
 
-async def run(bench: Bench, plan: Plan) -> list[Row]:
-    """A row for each store and state of the worker, and llama-server's."""
+async def run(bench: Bench, plan: Plan, *, compare: bool) -> list[Row]:
+    """A row for each store and state of the worker, and llama-server's where it is to be compared with."""
     rows: list[Row] = []
     for store in plan.stores:
         with store_url(store) as url:
             rows += await _measure_store(bench, store, url, plan)
-    if plan.llama:
+    if compare:
         rows += await _measure_llama(bench, plan)
     return rows
 

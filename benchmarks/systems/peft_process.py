@@ -16,8 +16,22 @@ from systems.answering import answer_lines
 from transformers import AutoModelForCausalLM, DynamicCache
 
 
+CONVERSATIONS = 8
+"""Whose base caches are kept at a time."""
+SAME_CONVERSATION_TOKENS = 64
+"""A cache that goes on for no more than this past a prompt's beginning is cut back, not copied: a generation prompt."""
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the common beginning."""
+    for position, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return position
+    return min(len(one), len(other))
+
+
 class Peft:
-    """One model with many adapters, and the base cache of the conversation that is talked about."""
+    """One model with many adapters, and the base caches of the conversations that are talked about."""
 
     def __init__(self, model: str, dtype: str, adapters: dict[str, str]) -> None:
         """``adapters`` are directories by name."""
@@ -28,7 +42,7 @@ class Peft:
         for name in names[1:]:
             self._model.load_adapter(adapters[name], adapter_name=name)
         self._model.eval()
-        self._cached: tuple[list[int], DynamicCache] = ([], DynamicCache(config=self._config))
+        self._caches: list[tuple[list[int], DynamicCache]] = []
 
     @torch.inference_mode()
     def warm(self, prefix: list[int]) -> dict[str, float]:
@@ -51,7 +65,7 @@ class Peft:
         began = perf_counter()
         self._extend(prompt[:base_tokens])
         self._model.set_adapter(adapter)
-        cache = copy.deepcopy(self._cached[1])
+        cache = copy.deepcopy(self._caches[-1][1])
         return self._generate(prompt, base_tokens, cache, max_tokens, began, activated=True)
 
     @torch.inference_mode()
@@ -59,31 +73,38 @@ class Peft:
         """The base model. Its answer is not kept: the conversation goes on with a text that is given."""
         began = perf_counter()
         self._extend(prompt[:-1])
-        cache = copy.deepcopy(self._cached[1])
+        cache = copy.deepcopy(self._caches[-1][1])
         with self._model.disable_adapter():
             return self._generate(prompt, len(prompt) - 1, cache, max_tokens, began, activated=False)
 
     def _extend(self, prefix: list[int]) -> int:
-        tokens, cache = self._cached
-        same = next((i for i, (a, b) in enumerate(zip(tokens, prefix, strict=False)) if a != b), None)
-        shared = min(len(tokens), len(prefix)) if same is None else same
-        if shared == 0:
-            cache = DynamicCache(config=self._config)
-        elif shared < len(tokens):
-            cache.crop(shared - len(tokens))
-        rest = prefix[shared:]
+        """Make the cache of ``prefix`` the newest; the number of tokens computed for it."""
+        tokens, cache = self._nearest(prefix)
+        rest = prefix[len(tokens) :]
         if rest:
-            positions = torch.arange(shared, len(prefix))[None]
+            positions = torch.arange(len(tokens), len(prefix))[None]
+            ids = torch.tensor([rest])
             with self._model.disable_adapter():
-                self._model(
-                    input_ids=torch.tensor([rest]),
-                    cache=cache,
-                    position_ids=positions,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-        self._cached = (prefix, cache)
+                self._model(input_ids=ids, cache=cache, position_ids=positions, use_cache=True, logits_to_keep=1)
+        self._caches.append((prefix, cache))
+        del self._caches[:-CONVERSATIONS]
         return len(rest)
+
+    def _nearest(self, prefix: list[int]) -> tuple[list[int], DynamicCache]:
+        """A cache of the longest known beginning of ``prefix``, out of the list where it is the same conversation's."""
+        shared = [_common(tokens, prefix) for tokens, _ in self._caches]
+        best = max(range(len(shared)), key=shared.__getitem__, default=None)
+        if best is None or shared[best] == 0:
+            return [], DynamicCache(config=self._config)
+        tokens, cache = self._caches[best]
+        beyond = len(tokens) - shared[best]
+        if beyond <= SAME_CONVERSATION_TOKENS:
+            del self._caches[best]
+        else:
+            cache = copy.deepcopy(cache)
+        if beyond:
+            cache.crop(-beyond)
+        return prefix[: shared[best]], cache
 
     def _generate(
         self, prompt: list[int], start: int, cache: DynamicCache, max_tokens: int, began: float, *, activated: bool

@@ -76,6 +76,14 @@ def test_a_system_is_saturated_when_it_falls_behind(
     assert arrivals.saturated(2.0, completed, first_token_seconds) is saturated
 
 
+def test_a_rate_is_counted_from_the_first_to_the_last() -> None:
+    assert arrivals.per_second([10.0, 14.0, 11.0, 12.0, 13.0]) == 1.0
+
+
+def test_there_is_a_rate_to_count_however_short_the_time() -> None:
+    assert len(arrivals.arrivals(0.01, arrivals.Plan(seconds=1.0), seed=6)) == 2
+
+
 def test_six_turns_alternate_between_base_model_and_adapters_and_only_ever_grow() -> None:
     renderer = WordRenderer()
 
