@@ -86,6 +86,9 @@ class EngineSettings(SettingsGroup):
 
     max_batch_sequences: int = Field(32, ge=1, description="Sequences in one batch.")
     max_step_tokens: int = Field(256, ge=1, description="Prompt tokens of one step: the chunk of a prefill.")
+    max_mixed_step_tokens: int = Field(
+        64, ge=1, description="Prompt tokens of a step that others decode in: the longer, the longer they wait for it."
+    )
     max_queue: int = Field(100, ge=0, description="Requests that may wait for a place before RESOURCE_EXHAUSTED.")
     prefix_cache_bytes: ByteSize = Field(ByteSize(1 << 30), description="Memory for resident base KV.")
 

@@ -63,6 +63,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         limits=EngineLimits(
             max_sequences=settings.max_batch_sequences,
             max_step_tokens=settings.max_step_tokens,
+            max_mixed_step_tokens=settings.max_mixed_step_tokens,
             max_queue=settings.max_queue,
         ),
         timing=StoreTiming(settings.store_timeout_seconds, settings.store_bytes_per_second),
