@@ -19,7 +19,7 @@ from alora_serve.adapters import activation
 from alora_serve.adapters.activation import Activation
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.engine import decoder as decoder_module
-from alora_serve.engine import engine as engine_module
+from alora_serve.engine import stepper as stepper_module
 from alora_serve.engine.batch import Batch
 from alora_serve.engine.batch import adapter_rows as right_rows
 from alora_serve.engine.core import CoreOptions
@@ -323,7 +323,7 @@ async def test_decode_steps_do_not_forget_the_adapter(bench: Bench, monkeypatch:
     def prefill_only(batch: Batch) -> list[tuple[LoadedAdapter, slice]]:
         return right_rows(batch) if any(len(span.tokens) > 1 for _, span in batch) else []
 
-    monkeypatch.setattr(engine_module, "adapter_rows", prefill_only)
+    monkeypatch.setattr(stepper_module, "adapter_rows", prefill_only)
     forgetful, logits = await generate_with_logits(bench.stack, handle, "guard")
     assert forgetful.tokens != reference.tokens
     assert (logits[0] - reference.logits[0]).abs().max() < ROUNDING
@@ -400,7 +400,7 @@ async def test_adapter_kv_that_got_into_the_cache_would_spoil_the_next_base_turn
     with monkeypatch.context() as patch:
         patch.setattr(Sequence, "in_base_phase", property(lambda _: True))
         patch.setattr(Sequence, "base_until", property(lambda _: 1 << 62))
-        patch.setattr(engine_module, "adapter_rows", by_position)
+        patch.setattr(stepper_module, "adapter_rows", by_position)
         answer = await bench.stack.generate(handle, "guard", max_tokens=20)
         await bench.stack.core.drain()
     tokens = TEXT + GUARD + answer.tokens

@@ -27,6 +27,8 @@ from alora_serve.kv.layout import KVLayout
 from alora_serve.model.attention import PackedAttention
 from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.kv_memory import KVSegment, KVSlice
+from alora_serve.model.lean import LeanForward
+from alora_serve.model.lean_check import lean_forward
 from alora_serve.model.projections import Projection, fuse_projections
 from alora_serve.model.step import Span, Step
 
@@ -61,6 +63,7 @@ class BaseModel:
         attention: our attention function inside it.
         tokenizer: renders, tokenizes and decodes.
         projections: its linear modules, as the engine runs them.
+        lean: its forward pass in few calls; None where transformers' code runs.
         layout: shape of a token's KV.
         dtype: compute dtype, ``float32`` or ``bfloat16``.
         context_tokens: longest prompt plus answer.
@@ -72,6 +75,7 @@ class BaseModel:
     module: PreTrainedModel
     attention: PackedAttention
     projections: tuple[Projection, ...]
+    lean: LeanForward | None
     tokenizer: ChatTokenizer
     layout: KVLayout
     dtype: str
@@ -126,7 +130,7 @@ def load_base_model(
     implementation = _implementation(attention)
     ALL_ATTENTION_FUNCTIONS.register(implementation, attention)
     module.set_attn_implementation(implementation)
-    layout = _probe(module, attention, dtype)
+    layout, windows = _probe(module, attention, dtype)
     generation_ids = getattr(module.generation_config, "eos_token_id", None)
     tokenizer = ChatTokenizer(
         AutoTokenizer.from_pretrained(directory),
@@ -137,6 +141,7 @@ def load_base_model(
         module=module,
         attention=attention,
         projections=projections,
+        lean=lean_forward(module, projections, attention, layout, windows),
         tokenizer=tokenizer,
         layout=layout,
         dtype=dtype,
@@ -203,7 +208,9 @@ def _context_limit(config: PreTrainedConfig, wanted: int | None = None) -> int:
     return min(limit, wanted or limit)
 
 
-def _probe(module: PreTrainedModel, attention: PackedAttention, dtype: str) -> KVLayout:
+def _probe(
+    module: PreTrainedModel, attention: PackedAttention, dtype: str
+) -> tuple[KVLayout, Mapping[int, int | None]]:
     """Run two tokens and see that every layer's attention came to us, with the window its config says."""
     config = module.config
     layers = int(config.num_hidden_layers)
@@ -241,7 +248,7 @@ def _probe(module: PreTrainedModel, attention: PackedAttention, dtype: str) -> K
             "layers with attention code or state of their own are not served"
         )
     _check_windows(config, recorder.windows_seen)
-    return layout
+    return layout, recorder.windows_seen
 
 
 def _check_windows(config: PreTrainedConfig, seen: Mapping[int, int | None]) -> None:

@@ -57,19 +57,19 @@ class Projection:
             module.forward = partial(self._member, index)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """All modules' products of ``x`` ``[1, rows, in_features]``, adapters included: ``[1, rows, columns]``."""
+        """All modules' products of ``x`` ``[rows, in_features]``, adapters included: ``[rows, columns]``."""
         if self._packed is not None:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         else:
             out = linear(x, self._weight, self._bias)  # type: ignore[arg-type] # one of the two is there
         if self.adapt is not None:
-            self.adapt(x[0], out[0])
+            self.adapt(x, out)
         return out
 
     def _member(self, index: int, x: Tensor) -> Tensor:
-        """What one module answers. The product is made when the first one is asked and kept for its siblings."""
+        """What one module answers to ``[..., in_features]``. The first one asked makes the product for all."""
         if x is not self._input or self._output is None:
-            self._input, self._output = x, self(x)
+            self._input, self._output = x, self(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         out = self._output[..., self.columns[index]]
         if index == len(self.columns) - 1:
             self._input = self._output = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.step import Span, Step
+from alora_serve.model.stock import run_stock
 
 
 class ModelRunner:
@@ -30,16 +31,8 @@ class ModelRunner:
         """
         model = self._model
         step = Step(spans, model.device)
-        wanted = [rows.stop - 1 for rows, want in zip(step.rows, output, strict=True) if want]
-        arguments = {"input_ids": step.token_ids[None], "position_ids": step.positions[None], "use_cache": False}
-        model.attention.begin(step)
-        try:
-            with torch.inference_mode():
-                if not wanted:
-                    model.module.base_model(**arguments)
-                    return None
-                keep = torch.tensor(wanted, device=model.device)
-                logits: Tensor = model.module(**arguments, logits_to_keep=keep).logits
-                return logits[0].float()
-        finally:
-            model.attention.end()
+        rows = [rows.stop - 1 for rows, want in zip(step.rows, output, strict=True) if want]
+        wanted = torch.tensor(rows, device=model.device) if rows else None
+        with torch.inference_mode():
+            logits = model.lean(step, wanted) if model.lean else run_stock(model.module, model.attention, step, wanted)
+        return None if logits is None else logits.float()
