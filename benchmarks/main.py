@@ -22,8 +22,9 @@ from conversations import REQUESTS, conversation
 from harness import REPOSITORY, Row, Sample, machine, show, write
 from rich.console import Console
 from systems.peft import PeftAlora
+from systems.served import Deployed
 
-from alora_serve.cli.local.deployment import DeploymentOptions, LocalDeployment
+from alora_serve.cli.local.deployment import DeploymentOptions
 from alora_serve.client import AsyncClient
 from alora_serve.types import ChatMessage, Finished, PrefixHandle, TokenChunk, TokenIds
 
@@ -108,13 +109,10 @@ async def run(
 ) -> tuple[list[Row], str]:
     """Every row, and the compute dtype."""
     rows: list[Row] = []
-    async with (
-        LocalDeployment(DeploymentOptions(adapter_roots=(adapters,), dtype=dtype)) as deployment,
-        AsyncClient(deployment.router_address) as client,
-    ):
-        used = (await client.get_model()).dtype
+    async with Deployed(DeploymentOptions(adapter_roots=(adapters,), dtype=dtype), ()) as deployed:
+        used = (await deployed.client.get_model()).dtype
         for tokens in lengths:
-            measured, prefixes = await measure(client, tokens, rounds, console)
+            measured, prefixes = await measure(deployed.client, tokens, rounds, console)
             # The services stand still meanwhile, so the cores are the baseline's.
             peft = await measure_peft(adapters, prefixes[0], used, rounds)
             rows += [*measured, peft]

@@ -15,7 +15,6 @@ from peft import PeftModel
 from systems.answering import answer_lines
 from transformers import AutoModelForCausalLM, DynamicCache
 
-
 CONVERSATIONS = 8
 """Whose base caches are kept at a time."""
 SAME_CONVERSATION_TOKENS = 64

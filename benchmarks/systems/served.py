@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
@@ -118,11 +122,22 @@ class ServedResident(Served):
         return warmed
 
 
+@contextmanager
+def empty_store() -> Iterator[str]:
+    """The URL of an LMDB of this run alone: what an earlier run left would be found, and not be computed."""
+    shared_memory = Path("/dev/shm")
+    place = shared_memory if shared_memory.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="alora-serve-bench-", dir=place) as directory:
+        yield f"lmdb://{directory}"
+
+
 class Deployed:
-    """The services while the block runs, with every adapter in the worker's memory."""
+    """The services while the block runs, on an empty store, with every adapter in the worker's memory."""
 
     def __init__(self, options: DeploymentOptions, adapters: Sequence[Adapter]) -> None:
-        self.deployment = LocalDeployment(options)
+        """Without a store in ``options``, it is :func:`empty_store`."""
+        self._options = options
+        self._stack = AsyncExitStack()
         self.adapters = adapters
 
     @property
@@ -131,16 +146,18 @@ class Deployed:
         return self._client
 
     async def __aenter__(self) -> Self:
-        await self.deployment.__aenter__()
-        self._client = AsyncClient(self.deployment.router_address)
-        await self.load_adapters()
+        async with AsyncExitStack() as stack:
+            url = self._options.store_url or stack.enter_context(empty_store())
+            self.deployment = await stack.enter_async_context(LocalDeployment(replace(self._options, store_url=url)))
+            self._client = await stack.enter_async_context(AsyncClient(self.deployment.router_address))
+            await self.load_adapters()
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.close()
-        await self.deployment.__aexit__(kind, error, trace)
+        await self._stack.aclose()
 
     async def restart_workers(self) -> None:
         """Replace every decode worker by a fresh process, which holds neither adapters nor KV."""
