@@ -8,9 +8,10 @@ one of a float32 run.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from adapters import Adapter
 from harness import Correct, Row
@@ -69,11 +70,32 @@ class Answers:
         async with Child("systems.judge_process", {}) as child:
             for directory, asked in by_adapter.items():
                 # One adapter at a time: each is a whole model in float32 in the child.
-                cases = [{"adapter": directory, "prompt": q.prompt, "tokens": q.tokens, "name": ""} for q in asked]
-                for question, found in zip(asked, await child.ask(request | {"cases": cases}), strict=True):
-                    verdicts[question] = Verdict(found["equal"], found.get("largest_gap"))
+                groups = computed_together(asked, dtype)
+                firsts = [group[0] for group in groups]
+                cases = [{"adapter": directory, "prompt": q.prompt, "tokens": q.tokens, "name": ""} for q in firsts]
+                for group, found in zip(groups, await child.ask(request | {"cases": cases}), strict=True):
+                    verdicts |= {question: verdict(question, found) for question in group}
                 progress.advance(task, len(asked))
         return {key: summary([verdicts[question] for question in asked], dtype) for key, asked in self.kept.items()}
+
+
+def computed_together(questions: Sequence[Question], dtype: str) -> list[list[Question]]:
+    """Questions about one adapter, grouped by what PEFT has to compute.
+
+    In float32 that is its own answer, whatever was answered; in bfloat16 each answer is run through the model.
+    """
+    groups: dict[tuple[object, ...], list[Question]] = defaultdict(list)
+    for question in questions:
+        one_answer = len(question.tokens) if dtype == "float32" else question.tokens
+        groups[question.prompt, one_answer].append(question)
+    return list(groups.values())
+
+
+def verdict(question: Question, found: Mapping[str, Any]) -> Verdict:
+    """What a case of the child says about a question of its group."""
+    if "peft_tokens" in found:
+        return Verdict(tuple(found["peft_tokens"]) == question.tokens, None)
+    return Verdict(found["equal"], found["largest_gap"])
 
 
 def summary(verdicts: Sequence[Verdict], dtype: str) -> Correct:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import harness
 import pytest
-from correctness import Verdict, key_of, summary, with_verdicts
+from correctness import Question, Verdict, computed_together, key_of, summary, verdict, with_verdicts
 from harness import Correct, Row, Sample, rounds_after, show
 from rich.console import Console
 from systems.engine import shared_step_seconds
@@ -66,6 +66,21 @@ def test_a_verdict_counts_equal_answers_and_keeps_the_worst_gap() -> None:
 
     assert summary(verdicts, "bfloat16") == Correct(equal=2, of=3, dtype="bfloat16", largest_gap=2.0)
     assert summary([Verdict(True, None)], "float32").largest_gap is None
+
+
+def test_in_float32_pefts_answer_is_computed_once_a_prompt_and_in_bfloat16_each_answer_is_run() -> None:
+    same, other, elsewhere = Question("a", (1, 2), (3, 4)), Question("a", (1, 2), (3, 5)), Question("a", (9,), (3, 4))
+
+    assert computed_together([same, other, elsewhere], "float32") == [[same, other], [elsewhere]]
+    assert computed_together([same, other, elsewhere], "bfloat16") == [[same], [other], [elsewhere]]
+
+
+def test_an_answer_is_equal_if_it_has_pefts_tokens_or_in_bfloat16_if_the_rule_says_so() -> None:
+    question = Question(None, (1, 2), (3, 4))
+
+    assert verdict(question, {"peft_tokens": [3, 4]}) == Verdict(True, None)
+    assert verdict(question, {"peft_tokens": [3, 5]}) == Verdict(False, None)
+    assert verdict(question, {"equal": True, "largest_gap": 0.1}) == Verdict(True, 0.1)
 
 
 def test_verdicts_go_to_the_row_they_were_kept_for() -> None:
