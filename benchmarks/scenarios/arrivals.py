@@ -1,7 +1,7 @@
 """Scenario c: eight clients on eight conversations, questions that arrive whether or not the last was answered.
 
-Arrivals are Poisson at a rate that doubles until the system is saturated: until it finishes less than nine tenths of
-what arrives, or the median first token takes over ten seconds. The conversations are warmed before.
+Arrivals are Poisson at a rate that doubles until the system is saturated at two rates: until it finishes less than nine
+tenths of what arrives, or the median first token takes over ten seconds. The conversations are warmed before.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ def saturated(offered: float, completed: float, first_token_seconds: float) -> b
     return completed < SATURATED_SHARE * offered or first_token_seconds > SATURATED_FIRST_TOKEN_SECONDS
 
 
+def is_over(found: Sequence[bool]) -> bool:
+    """Whether rising rates end here: saturated twice in a row, as few arrivals may seem so once by chance."""
+    return list(found[-2:]) == [True, True]
+
+
 async def run(bench: Bench, systems: dict[str, System], plan: Plan) -> list[Row]:
     """A row for each system and rate; rates of one system follow each other, as each begins with an empty queue."""
     prefixes = [bench.renderer.of_length(plan.tokens, seed=7_000 + number) for number in range(plan.conversations)]
@@ -87,11 +92,13 @@ async def run(bench: Bench, systems: dict[str, System], plan: Plan) -> list[Row]
         for prefix in prefixes:
             await system.warm(prefix)
             await system.ask(prefix, bench.adapters[0], 1)
+        found: list[bool] = []
         for rate in plan.rates:
             row = await _at_rate(bench, system, prefixes, rate, plan)
             rows.append(row)
+            found.append(bool(row.details["saturated"]))
             bench.progress.advance(task)
-            if row.details["saturated"]:
+            if is_over(found):
                 break
     bench.progress.remove_task(task)
     return rows

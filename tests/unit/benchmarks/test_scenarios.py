@@ -76,6 +76,14 @@ def test_a_system_is_saturated_when_it_falls_behind(
     assert arrivals.saturated(2.0, completed, first_token_seconds) is saturated
 
 
+@pytest.mark.parametrize(
+    ("found", "over"),
+    [([True], False), ([False, True], False), ([True, False, True], False), ([False, True, True], True)],
+)
+def test_rates_rise_until_a_system_is_saturated_twice_in_a_row(found: list[bool], over: bool) -> None:
+    assert arrivals.is_over(found) is over
+
+
 def test_a_rate_is_counted_from_the_first_to_the_last() -> None:
     assert arrivals.per_second([10.0, 14.0, 11.0, 12.0, 13.0]) == 1.0
 
