@@ -87,6 +87,10 @@ class AdapterStack:
         """What its adapters change."""
         return self._stacked.keys()
 
+    def __len__(self) -> int:
+        """Adapters that have a slot."""
+        return len(self._slots)
+
     def place(self, adapters: Sequence[LoadedAdapter]) -> list[int]:
         """The slots of the adapters of one step, at most ``max_slots`` different ones, after copying in new ones."""
         wanted = {adapter.digest for adapter in adapters}

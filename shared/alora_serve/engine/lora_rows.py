@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,12 +83,24 @@ class LoraRows:
             stack = self._stack(shape)
             by_slot = sorted(zip(stack.place(adapters), (listed[adapter] for adapter in adapters), strict=True))
             runs.extend((stack, pad_rows(run, self._device)) for run in _runs(by_slot))
+        self._drop_old_stacks(keep=groups.keys())
         return tuple(runs)
 
     def _stack(self, shape: Shape) -> AdapterStack:
-        if shape not in self._stacks:
-            self._stacks[shape] = AdapterStack(shape, self._projections, self._max_adapters, self._device)
-        return self._stacks[shape]
+        """Of that shape; it is the most recently used then."""
+        stack = self._stacks.pop(shape, None)
+        if stack is None:
+            stack = AdapterStack(shape, self._projections, self._max_adapters, self._device)
+        self._stacks[shape] = stack
+        return stack
+
+    def _drop_old_stacks(self, keep: Collection[Shape]) -> None:
+        """Copies of adapters of shapes that came and went must not add up."""
+        held = 0
+        for shape, stack in reversed(tuple(self._stacks.items())):
+            held += len(stack)
+            if held > self._max_adapters and shape not in keep:
+                del self._stacks[shape]
 
 
 def _runs(by_slot: Sequence[tuple[int, list[int]]]) -> list[list[tuple[int, list[int]]]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from typing import Final
 
@@ -156,11 +155,6 @@ class Step:
         self.causal = [index for index in self.outside if len(self.spans[index].tokens) > 1]
         self.tails = self._tails()
         self.pieces = self._pieces()
-
-    @cached_property
-    def last_rows(self) -> Tensor:
-        """The row of each span's last token."""
-        return torch.tensor([rows.stop - 1 for rows in self.rows], device=self._device)
 
     def _tails(self) -> list[TailBatch]:
         held: defaultdict[int, list[int]] = defaultdict(list)

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from alora_serve.adapters.lora import LoadedAdapter, LoraPair
 from alora_serve.engine.adapter_stack import AdapterStack, shape_of
+from alora_serve.engine.lora_rows import LoraRows
 from alora_serve.model.padding import pad_rows
 from alora_serve.model.projections import Projection
 from alora_serve.types import AdapterDigest, AdapterInfo
@@ -184,3 +185,12 @@ def test_rank_and_scaling_tell_stacks_apart() -> None:
     stronger = LoraPair(pair.a, pair.b, 2.0)
     shapes = {shape_of(an_adapter("a", pairs)) for pairs in ({"q": pair}, {"q": wider}, {"q": stronger}, {"k": pair})}
     assert len(shapes) == 4
+
+
+def test_copies_of_adapters_of_many_shapes_do_not_add_up() -> None:
+    rows = LoraRows([a_projection("proj")], 3, CPU)
+    for rank in range(1, 12):
+        pair = LoraPair(torch.randn(rank, 32), torch.randn(48, rank), 1.0)
+        rows.set_rows([(an_adapter(chr(96 + rank), {"proj": pair}), slice(0, 1))])
+        rows.clear()
+        assert sum(map(len, rows._stacks.values())) == min(rank, 3)
