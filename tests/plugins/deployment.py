@@ -39,6 +39,7 @@ PATIENCE_SECONDS = 60.0
 SECRET = "one secret for all deployments of a test"
 SALT = "the salt of these deployments"
 WORKER = "worker-1"
+FETCHING = {"always_fetch": "true"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,10 @@ class Deployed:
 
 @asynccontextmanager
 async def deployed(model: ServedModel, store_url: str, *, workers: int = 1, **settings: str) -> AsyncIterator[Deployed]:
-    """All services on a model, in fp32, where tokens are promised equal, with one torch thread a process."""
+    """All services on a model, in fp32, where tokens are promised equal, with one torch thread a process.
+
+    What is stored is always fetched: how fast this machine computes just now must not decide what a test sees.
+    """
     options = DeploymentOptions(
         workers=workers,
         model=str(model.directory),
@@ -196,7 +200,7 @@ async def deployed(model: ServedModel, store_url: str, *, workers: int = 1, **se
         dtype="float32",
         threads=1,
         drain_seconds=5,
-        settings={"handle_secrets": SECRET, "tenant_salt": SALT, "store_budget_bytes": "64MiB", **settings},
+        settings={"handle_secrets": SECRET, "tenant_salt": SALT, "store_budget_bytes": "64MiB", **FETCHING, **settings},
     )
     # What the services log is shown with a test that fails.
     async with (

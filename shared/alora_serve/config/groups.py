@@ -78,6 +78,9 @@ class StoreSettings(SettingsGroup):
     store_bytes_per_second: float = Field(20e6, gt=0, description="Slowest transfer the store is waited for.")
     breaker_failures: int = Field(5, ge=1, description="Store failures in a row that open the circuit breaker.")
     breaker_reset_seconds: float = Field(5.0, gt=0, description="Time until an open breaker lets a probe through.")
+    always_fetch: bool = Field(
+        False, description="Fetch stored KV even where computing it again has been measured to be faster."
+    )
     block_tokens: int | None = Field(None, ge=1, le=4096, description="Tokens a stored block; unset: by KV size.")
 
 

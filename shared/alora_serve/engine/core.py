@@ -37,12 +37,14 @@ class CoreOptions:
     Attributes:
         block_tokens: tokens a stored block; None for the layout's default.
         prefix_cache_bytes: budget of resident base KV.
+        always_fetch: stored KV is fetched even where computing it has been faster.
         tenant_salt: keeps deployments and tenants apart in a shared store.
     """
 
     limits: EngineLimits = field(default_factory=EngineLimits)
     timing: StoreTiming = field(default_factory=StoreTiming)
     prefix_cache_bytes: int = 1 << 30
+    always_fetch: bool = False
     block_tokens: int | None = None
     tenant_salt: bytes = b""
 
@@ -90,6 +92,7 @@ class ServingCore:
             lambda: self.rates.fetch_bytes.per_second,
             lambda: self.engine.prefill_tokens_per_second,
             metrics,
+            always=options.always_fetch,
         )
         self.loader = PrefixLoader(self.cache, self.blocks, self._executor, fetching.should_fetch)
         self.writer = BlockWriter(self.cache, self.blocks, self._executor)

@@ -28,6 +28,7 @@ class FetchDecision:
         bytes_per_token: KV of one token.
         fetch_bytes_per_second: as measured, 0 while unknown.
         compute_tokens_per_second: likewise.
+        always: fetch whatever was measured.
         clock: seconds, monotonic.
     """
 
@@ -37,12 +38,15 @@ class FetchDecision:
         fetch_bytes_per_second: Callable[[], float],
         compute_tokens_per_second: Callable[[], float],
         metrics: FetchMetrics,
+        *,
+        always: bool = False,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._bytes_per_token = bytes_per_token
         self._fetch_speed = fetch_bytes_per_second
         self._compute_speed = compute_tokens_per_second
         self._metrics = metrics
+        self._always = always
         self._clock = clock
         self._probed_at = clock()
 
@@ -54,7 +58,7 @@ class FetchDecision:
 
     def _decide(self, tokens: int) -> Decision:
         fetch_speed, compute_speed = self._fetch_speed(), self._compute_speed()
-        if not fetch_speed or not compute_speed:
+        if self._always or not fetch_speed or not compute_speed:
             return "fetch"
         if tokens * self._bytes_per_token / fetch_speed <= tokens / compute_speed:
             return "fetch"

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from math import ceil
 from time import monotonic
 
 from torch import Tensor
@@ -103,7 +104,8 @@ class PrefixLoader:
         name = chain.name_of(limit)
         leading = name not in self._flights
         if leading and not self._should_fetch(limit - prefix.tokens):
-            return LoadedPrefix(prefix)
+            blocks = ceil(limit / chain.block_tokens) - prefix.tokens // chain.block_tokens
+            return LoadedPrefix(prefix, misses={"slower": blocks})
         if leading:
             self._flights[name] = self._take_off(name, chain, prefix, limit)
         flight = self._flights[name]

@@ -68,6 +68,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         ),
         timing=StoreTiming(settings.store_timeout_seconds, settings.store_bytes_per_second),
         prefix_cache_bytes=settings.prefix_cache_bytes,
+        always_fetch=settings.always_fetch,
         block_tokens=settings.block_tokens,
         tenant_salt=settings.tenant_salt.get_secret_value().encode(),
     )

@@ -33,7 +33,7 @@ class Usage:
         stored_bytes: bytes of KV written to the store.
         invocation_start: first adapted position; None for base and plain LoRA.
         store_misses: blocks not had from the store, by reason (``absent``, ``corrupt``, ``version``, ``timeout``,
-            ``unavailable``).
+            ``unavailable``), or ``slower``: not asked for, as computing them has been faster.
         store_drops: blocks not written, by reason (``full``, ``timeout``, ``unavailable``).
     """
 

@@ -12,11 +12,16 @@ BYTES_PER_TOKEN = 1000
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, *, always: bool = False) -> None:
         self.now, self.fetch_speed, self.compute_speed = 0.0, 0.0, 0.0
         self.counts: Counter[str] = Counter()
         self.decision = FetchDecision(
-            BYTES_PER_TOKEN, lambda: self.fetch_speed, lambda: self.compute_speed, self, clock=lambda: self.now
+            BYTES_PER_TOKEN,
+            lambda: self.fetch_speed,
+            lambda: self.compute_speed,
+            self,
+            always=always,
+            clock=lambda: self.now,
         )
 
     def fetch_decision(self, decision: str) -> None:
@@ -37,6 +42,13 @@ def test_the_faster_way_is_taken(bytes_per_second: float, fetches: bool) -> None
     bench.fetch_speed, bench.compute_speed = bytes_per_second, 500.0
     assert bench.decision.should_fetch(64) is fetches
     assert bench.counts == {"fetch" if fetches else "compute": 1}
+
+
+def test_where_it_is_wanted_a_slow_store_is_asked_all_the_same() -> None:
+    bench = Bench(always=True)
+    bench.fetch_speed, bench.compute_speed = 1.0, 500.0
+    assert bench.decision.should_fetch(64)
+    assert bench.counts == {"fetch": 1}
 
 
 def test_a_slow_store_is_measured_again_after_a_while() -> None:

@@ -114,6 +114,7 @@ async def test_where_computing_is_faster_the_store_is_not_asked(
     chain = process.blocks.chain(TOKENS)
     loaded = await process.loader.load(chain, 30)
     assert (loaded.prefix.tokens, loaded.fetched_bytes, process.asked) == (0, 0, [30])
+    assert loaded.misses == {"slower": 8}
     assert process.pins == 0
 
 

@@ -233,7 +233,7 @@ def _cost(usage: Usage, timings: Timings) -> str:
     if usage.generated_tokens:
         parts.append(f"{usage.generated_tokens} generated, first after {timings.first_token_seconds:.3f} s")
     parts.append(f"{timings.total_seconds:.3f} s in all")
-    for what, reasons in (("not in the store", usage.store_misses), ("not stored", usage.store_drops)):
+    for what, reasons in (("not fetched", usage.store_misses), ("not stored", usage.store_drops)):
         parts += [
             f"{count} {'block' if count == 1 else 'blocks'} {what}: {reason}"
             for reason, count in reasons.items()

@@ -22,6 +22,6 @@ def test_blocks_that_the_store_did_not_give_or_take_are_counted_by_reason() -> N
     usage = Usage(store_misses={"absent": 7, "corrupt": 1, "timeout": 2}, store_drops={"full": 1})
     told = _cost(usage, TIMINGS)
     assert told.endswith(
-        "; 1 block not in the store: corrupt; 2 blocks not in the store: timeout; 1 block not stored: full"
+        "; 1 block not fetched: corrupt; 2 blocks not fetched: timeout; 1 block not stored: full"
     )
     assert "absent" not in told
