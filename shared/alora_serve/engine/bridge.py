@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from weakref import WeakKeyDictionary
 
 from alora_serve.engine.engine import Engine
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent, SequenceFailed
 from alora_serve.engine.sequence import SequenceRequest
+
+
+class _Mailbox:
+    """What engines have for the sequences of one event loop. A step wakes the loop once, not once a token."""
+
+    def __init__(self) -> None:
+        self._events: deque[tuple[RunningSequence, SequenceEvent]] = deque()
+        self._called = False
+
+    def put(self, loop: asyncio.AbstractEventLoop, running: RunningSequence, event: SequenceEvent) -> None:
+        """Leave an event, on an engine's thread."""
+        self._events.append((running, event))
+        if self._called:
+            return
+        self._called = True
+        try:
+            loop.call_soon_threadsafe(self._empty)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            for unread, left in self._events:
+                unread.discard(left)
+            self._events.clear()
+            self._called = False
+
+    def _empty(self) -> None:
+        # First: what is put from here on calls again, and nothing is left lying.
+        self._called = False
+        while self._events:
+            running, event = self._events.popleft()
+            running.arrive(event)
+
+
+_mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = WeakKeyDictionary()
 
 
 class RunningSequence:
@@ -23,23 +57,23 @@ class RunningSequence:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[SequenceEvent] = asyncio.Queue()
+        self._mailbox = _mailboxes.setdefault(self._loop, _Mailbox())
         self._left = False
         self.ended = False
 
     def sink(self, event: SequenceEvent) -> None:
         """Take an event on the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._arrive, event)
-        except RuntimeError:  # the loop is closed: nobody reads any more
-            self._discard(event)
+        self._mailbox.put(self._loop, self, event)
 
-    def _arrive(self, event: SequenceEvent) -> None:
+    def arrive(self, event: SequenceEvent) -> None:
+        """Take an event on the loop's thread."""
         if not self._left:
             self._events.put_nowait(event)
         else:
-            self._discard(event)
+            self.discard(event)
 
-    def _discard(self, event: SequenceEvent) -> None:
+    def discard(self, event: SequenceEvent) -> None:
+        """Give back what an event that nobody reads holds."""
         if isinstance(event, BaseComputed):  # nobody is left to take over its pin
             self._engine.cache.release(event.prefix)
 
@@ -47,7 +81,7 @@ class RunningSequence:
         """Nobody will read further events."""
         self._left = True
         while not self._events.empty():
-            self._discard(self._events.get_nowait())
+            self.discard(self._events.get_nowait())
 
     async def __aiter__(self) -> AsyncIterator[SequenceEvent]:
         """Yield events.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from alora_serve.types import SamplingParams
+
+SHORTLIST: Final = 256
+"""Likeliest tokens sorted first; all are only where the draw or the truncation lies beyond them."""
 
 
 def uniform(seed: int, sample_index: int, position: int) -> float:
@@ -41,9 +46,12 @@ def choose_tokens(
     for row, param in enumerate(params):
         _penalize(logits[row], param, prompts[row], generated[row])
     tokens = logits.argmax(dim=-1).tolist()
-    for row, param in enumerate(params):
-        if param.temperature > 0.0:
-            tokens[row] = _draw(logits[row], param, len(generated[row]))
+    drawing = [row for row, param in enumerate(params) if param.temperature > 0.0]
+    if drawing:
+        rows = logits if len(drawing) == len(params) else logits[drawing]
+        drawn = _draw(rows, [params[row] for row in drawing], [len(generated[row]) for row in drawing])
+        for row, token in zip(drawing, drawn, strict=True):
+            tokens[row] = token
     logprobs = [
         float(raw[row, token]) if raw is not None and param.logprobs else None
         for row, (token, param) in enumerate(zip(tokens, params, strict=True))
@@ -67,24 +75,63 @@ def _penalize(row: Tensor, param: SamplingParams, prompt: Sequence[int], generat
         row[ids] += torch.tensor(list(param.logit_bias.values()), dtype=row.dtype, device=row.device)
 
 
-def _draw(row: Tensor, param: SamplingParams, position: int) -> int:
-    """Inverse-transform sampling over the sorted, truncated distribution, in float64: one random number a token."""
+def _draw(rows: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """Inverse-transform sampling over the sorted, truncated distributions, in float64: one random number a token."""
+    temperatures = torch.tensor([[param.temperature] for param in params], dtype=torch.float64, device=rows.device)
     # Largest first set to 0: however small the temperature, nothing but -inf can come of the division.
-    scaled = (row.double() - row.max().double()) / param.temperature
-    probabilities, order = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
-    if param.top_k:
-        keep[param.top_k :] = False
-    if param.min_p:
-        keep &= probabilities >= param.min_p * probabilities[0]
-    if param.top_p < 1.0:
-        before = probabilities.cumsum(0) - probabilities
-        keep &= before < param.top_p
-    keep[0] = True
-    cumulative = torch.where(keep, probabilities, 0.0).cumsum(0)
+    scaled = (rows.double() - rows.max(dim=-1, keepdim=True).values.double()) / temperatures
+    probabilities = torch.softmax(scaled, dim=-1)
+    draws = [_uniform_of(param, position) for param, position in zip(params, positions, strict=True)]
+    # By id, so that equally likely tokens come in the same order however many candidates there are.
+    ids = rows.topk(min(SHORTLIST, rows.shape[-1]), dim=-1).indices.sort(dim=-1).values
+    tokens = _pick(probabilities.gather(1, ids), ids, params, draws, complete=ids.shape == rows.shape)
+    everything = torch.arange(rows.shape[-1], device=rows.device).unsqueeze(0)
+    for row, token in enumerate(tokens):
+        if token is None:
+            part = slice(row, row + 1)
+            tokens[row] = _pick(probabilities[part], everything, params[part], draws[part], complete=True)[0]
+    return [token for token in tokens if token is not None]
+
+
+def _pick(
+    candidates: Tensor, ids: Tensor, params: Sequence[SamplingParams], draws: Sequence[float], *, complete: bool
+) -> list[int | None]:
+    """The drawn token of each row of candidates, the likeliest there are; None where more of them are needed.
+
+    Args:
+        candidates: ``[rows, count]`` float64 probabilities, in the order of their ids.
+        draws: random number of each row, in [0, 1).
+        complete: there are no other candidates.
+    """
+    device, count = candidates.device, candidates.shape[-1]
+    limits = torch.tensor(
+        [[param.top_k or math.inf, param.min_p, param.top_p, draw] for param, draw in zip(params, draws, strict=True)],
+        dtype=torch.float64,
+        device=device,
+    )
+    top_k, min_p, top_p, drawn = limits.unsqueeze(-1).unbind(1)
+    ranked, order = candidates.sort(dim=-1, descending=True, stable=True)
+    mass = ranked.cumsum(-1)
+    keep = (torch.arange(count, device=device) < top_k) & (ranked >= min_p * ranked[:, :1])
+    # All of it is kept where top_p is 1, whatever rounding made of the sum.
+    keep &= (mass - ranked < top_p) | (top_p >= 1.0)
+    keep[:, 0] = True
+    kept = keep.sum(dim=-1, keepdim=True)  # each rule keeps the likeliest so many
+    cut = kept < count
+    target = drawn * torch.where(cut, mass.gather(1, kept - 1), 1.0)
+    places = torch.minimum(torch.searchsorted(mass, target, right=True), kept - 1)
+    untruncated = top_k.isinf() & (min_p == 0.0) & (top_p >= 1.0)
+    # Others may be as likely as the last candidate, and have lower ids.
+    above_others = ranked.gather(1, places) > ranked[:, -1:]
+    known = ((cut | (untruncated & (target < mass[:, -1:]))) & above_others) | complete
+    tokens = ids.expand_as(order).gather(1, order.gather(1, places))
+    return [
+        token if is_known else None
+        for token, is_known in zip(tokens.flatten().tolist(), known.flatten().tolist(), strict=True)
+    ]
+
+
+def _uniform_of(param: SamplingParams, position: int) -> float:
     if param.seed is None:
         raise ValueError("a sampled request must carry a seed")
-    target = uniform(param.seed, param.sample_index, position) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=cumulative.dtype), right=True))
-    last_kept = int(keep.nonzero()[-1])
-    return int(order[min(index, last_kept)])
+    return uniform(param.seed, param.sample_index, position)

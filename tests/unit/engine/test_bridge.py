@@ -102,6 +102,20 @@ async def test_what_arrives_after_the_reader_left_is_given_back(bench: Bench) ->
     assert bench.pins == 0
 
 
+async def test_events_of_one_step_wake_the_loop_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    running = [RunningSequence(bench.core.engine) for _ in range(16)]
+    wakes = []
+    call = loop.call_soon_threadsafe
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: (wakes.append(1), call(*args)))
+    for step in range(2):
+        for sequence in running:
+            sequence.sink(TokenChunk((step,), "a"))
+        await asyncio.sleep(0)
+        assert len(wakes) == step + 1
+    assert [sequence._events.qsize() for sequence in running] == [2] * 16
+
+
 async def test_leaving_early_cancels_the_sequence(bench: Bench) -> None:
     async with run_sequence(bench.core.engine, bench.request(max_tokens=400)) as running:
         async for event in running:

@@ -174,6 +174,24 @@ def test_a_row_draws_the_same_in_any_batch() -> None:
     assert together == alone
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize(
+    "truncation", [{}, {"top_k": 3}, {"top_k": 40}, {"top_p": 0.5}, {"top_p": 0.99}, {"min_p": 0.02}]
+)
+def test_a_shortlist_of_candidates_changes_no_token(
+    monkeypatch: pytest.MonkeyPatch, spread: float, truncation: dict[str, float]
+) -> None:
+    """Rounded logits: many tokens are equally likely, and whether one is in the list must not decide their order."""
+    rows = (torch.randn(64, 300, generator=torch.Generator().manual_seed(5)) * spread).bfloat16().float()
+    params = [SamplingParams(temperature=0.9, seed=row, **truncation) for row in range(64)]  # type: ignore[arg-type]
+
+    def drawn(shortlist: int) -> list[int]:
+        monkeypatch.setattr("alora_serve.engine.sampling.SHORTLIST", shortlist)
+        return choose_tokens(rows.clone(), params, [(0,)] * 64, [()] * 64)[0]
+
+    assert drawn(16) == drawn(300)
+
+
 def test_drawing_without_a_seed_is_a_defect() -> None:
     with pytest.raises(ValueError, match="must carry a seed"):
         _choose(_logits(0), temperature=1.0)
