@@ -21,7 +21,5 @@ def test_a_worker_that_fetched_what_was_just_computed_is_told_apart_from_one_tha
 def test_blocks_that_the_store_did_not_give_or_take_are_counted_by_reason() -> None:
     usage = Usage(store_misses={"absent": 7, "corrupt": 1, "timeout": 2}, store_drops={"full": 1})
     told = _cost(usage, TIMINGS)
-    assert told.endswith(
-        "; 1 block not fetched: corrupt; 2 blocks not fetched: timeout; 1 block not stored: full"
-    )
+    assert told.endswith("; 1 block not fetched: corrupt; 2 blocks not fetched: timeout; 1 block not stored: full")
     assert "absent" not in told
