@@ -13,7 +13,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from alora_serve.cli.local.machine import service_environment
 
@@ -83,3 +83,17 @@ class Child:
         if "error" in answer:
             raise RuntimeError(f"{self._program}: {answer['error']}")
         return answer["result"]
+
+
+class ChildSystem:
+    """A system that is one child, ready when the block begins and gone when it ends."""
+
+    def __init__(self, module: str, settings: Mapping[str, object]) -> None:
+        self._child = Child(module, settings)
+
+    async def __aenter__(self) -> Self:
+        await self._child.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._child.__aexit__(*error)

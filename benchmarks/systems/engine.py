@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Self
 
 from adapters import Adapter
 from systems.base import Answer, FanOutAnswers, Warmed
-from systems.child import Child
+from systems.child import ChildSystem
 
 from alora_serve.types import TokenIds
 
@@ -27,7 +25,7 @@ class Memory:
     kv_bytes_per_token: int
 
 
-class EngineInProcess:
+class EngineInProcess(ChildSystem):
     """aLoRA called in process."""
 
     plain = False
@@ -40,16 +38,7 @@ class EngineInProcess:
             "roots": [str(adapters[0].directory.parent)],
             "adapters": [adapter.name for adapter in adapters],
         }
-        self._child = Child(_PROGRAM, settings)
-
-    async def __aenter__(self) -> Self:
-        await self._child.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._child.__aexit__(kind, error, trace)
+        super().__init__(_PROGRAM, settings)
 
     async def warm(self, prefix: TokenIds) -> Warmed:
         """Prefill; the conversation is resident then."""

@@ -57,7 +57,7 @@ class InProcess:
         base = load_base_model(Path(model), dtype=dtype)
         self._core = ServingCore(base, MemoryStore(), CoreOptions(), CoreMetrics(service_registry()))
         host = AdapterHost(
-            module_shapes=module_shapes(base.module), vocabulary_size=base.vocabulary_size, decode=base.tokenizer.decode
+            module_shapes=module_shapes(base.module), vocabulary_size=base.vocabulary_size, decode=base.tokenizer.spell
         )
         registry = AdapterRegistry([Path(root) for root in roots], base=host, max_resident_bytes=1 << 30)
         for adapter in adapters:

@@ -6,19 +6,18 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from adapters import Adapter
 from systems.base import Answer, FanOutAnswers, Warmed
-from systems.child import Child
+from systems.child import ChildSystem
 
 from alora_serve.types import TokenIds
 
 _PROGRAM = "systems.peft_process"
 
 
-class PeftLora:
+class PeftLora(ChildSystem):
     """Plain LoRA, as one runs it today: each adapter computes the whole conversation."""
 
     plain = True
@@ -30,16 +29,7 @@ class PeftLora:
         }
         # One model and one cache: whoever shares them in a program needs a lock as well.
         self._turn = asyncio.Lock()
-        self._child = Child(_PROGRAM, {"model": str(model), "dtype": dtype, "adapters": directories})
-
-    async def __aenter__(self) -> Self:
-        await self._child.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._child.__aexit__(kind, error, trace)
+        super().__init__(_PROGRAM, {"model": str(model), "dtype": dtype, "adapters": directories})
 
     async def warm(self, prefix: TokenIds) -> Warmed:
         """Nothing that an adapter could use."""
