@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import frexp
 from typing import Final
 
 import torch
@@ -37,6 +38,8 @@ class _Member:
     Attributes:
         columns: its columns of the projection's product.
         ranks: its columns of the intermediate ``A x``.
+        scaling: of the product with ``b``.
+        b_scaling: of ``b`` itself: a power of two may stand there, as it rounds nothing, and saves a call.
         b: ``[slots, out_features, rank]``.
     """
 
@@ -44,6 +47,7 @@ class _Member:
     columns: slice
     ranks: slice
     scaling: float
+    b_scaling: float
     b: Tensor
 
 
@@ -77,7 +81,9 @@ class AdapterStack:
                 if name in ranks:
                     rank, scaling = ranks[name]
                     empty = self._empty(0, columns.stop - columns.start, rank)
-                    members.append(_Member(name, columns, slice(first, first + rank), scaling, empty))
+                    exact = abs(frexp(scaling)[0]) == 0.5
+                    outer, inner = (1.0, scaling) if exact else (scaling, 1.0)
+                    members.append(_Member(name, columns, slice(first, first + rank), outer, inner, empty))
                     first += rank
             if members:
                 self._stacked[projection] = _Stacked(self._empty(0, first, projection.in_features), members)
@@ -90,6 +96,10 @@ class AdapterStack:
     def __len__(self) -> int:
         """Adapters that have a slot."""
         return len(self._slots)
+
+    def slot_of(self, digest: AdapterDigest) -> int | None:
+        """Where an adapter lies; None where it has no slot."""
+        return self._slots.get(digest)
 
     def place(self, adapters: Sequence[LoadedAdapter]) -> list[int]:
         """The slots of the adapters of one step, at most ``max_slots`` different ones, after copying in new ones."""
@@ -132,7 +142,7 @@ class AdapterStack:
             for member in stacked.members:
                 pair = adapter.pairs[member.name]
                 stacked.a[slot, member.ranks] = pair.a
-                member.b[slot] = pair.b
+                torch.mul(pair.b, member.b_scaling, out=member.b[slot])
 
     def add_deltas(self, projection: Projection, rows: PaddedRows, x: Tensor, out: Tensor) -> None:
         """Add ``scaling * B(A(x))`` of each slot's adapter to its rows of ``out``, rounded as PEFT rounds it.
@@ -148,7 +158,9 @@ class AdapterStack:
         stacked, slots = self._stacked[projection], slice(rows.first, rows.last)
         inner = torch.bmm(rows.take(x).float(), stacked.a[slots].transpose(1, 2))
         for member in stacked.members:
-            places = torch.bmm(inner[..., member.ranks], member.b[slots].transpose(1, 2)).mul_(member.scaling)
+            places = torch.bmm(inner[..., member.ranks], member.b[slots].transpose(1, 2))
+            if member.scaling != 1.0:
+                places.mul_(member.scaling)
             delta, target = rows.give(places), out[:, member.columns]
             if isinstance(rows.rows, slice):
                 target[rows.rows].add_(delta)

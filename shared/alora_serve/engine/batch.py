@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Listed
 
 from alora_serve.adapters.lora import LoadedAdapter
@@ -12,24 +13,30 @@ Batch = list[tuple[Sequence, Span]]
 """Sequences with the tokens they run in one step, in row order."""
 
 
-def arrange(shares: Listed[tuple[Sequence, int]]) -> Batch:
+def arrange(
+    shares: Listed[tuple[Sequence, int]], standing: Callable[[LoadedAdapter], tuple[int, int]] = lambda _: (0, 0)
+) -> Batch:
     """Spans of at most the given numbers of tokens, in row order.
 
     Sequences on one prefix stand side by side, and within them those of one adapter, so that shared reads and adapter
-    deltas cover runs of rows. The order depends on nothing but arrival, prefix and adapter: equal batches round alike.
+    deltas cover runs of rows: the base model first, then adapters in the order of their slots, so that their weights
+    are read in place and no row is gathered; then by arrival.
+
+    Args:
+        standing: see :meth:`alora_serve.engine.lora_rows.LoraRows.standing`.
     """
     first_on: dict[int, int] = {}
     first_with: dict[tuple[int, str], int] = {}
     keyed = []
     for order, (sequence, share) in enumerate(shares):
-        span = sequence.span(share)
-        root = id(span.shared[0].segment) if span.shared else id(sequence)
-        digest = sequence.request.adapter.digest if sequence.request.adapter else ""
-        # By arrival, not by digest: slots of tails and adapters are given out by arrival, too, and match rows so.
-        key = (first_on.setdefault(root, order), first_with.setdefault((root, digest), order), order)
-        keyed.append((key, sequence, span))
+        adapter = sequence.request.adapter
+        place = standing(adapter) if adapter else (-1, -1)
+        with_it = (sequence.root, adapter.digest if adapter else "")
+        key = (first_on.setdefault(sequence.root, order), place, first_with.setdefault(with_it, order), order)
+        keyed.append((key, sequence, share))
     keyed.sort(key=lambda item: item[0])
-    return [(sequence, span) for _, sequence, span in keyed]
+    # Only now, so that slots of tails are given out in this order, too.
+    return [(sequence, sequence.span(share)) for _, sequence, share in keyed]
 
 
 def adapter_rows(batch: Batch) -> list[tuple[LoadedAdapter, slice]]:

@@ -51,6 +51,14 @@ class LoraRows:
         self._planned: tuple[object, Runs] = (None, ())
         self._adapted: list[Projection] = []
 
+    def standing(self, adapter: LoadedAdapter) -> tuple[int, int]:
+        """Where its weights lie: number of its stack and slot in it. Those that have no slot yet come last."""
+        for number, stack in enumerate(self._stacks.values()):
+            slot = stack.slot_of(adapter.digest)
+            if slot is not None:
+                return number, slot
+        return len(self._stacks), 0
+
     def set_rows(self, rows: Sequence[tuple[LoadedAdapter, slice]]) -> None:
         """Say which rows of the next packed row each adapter is on for. Rows in no slice run base weights."""
         # While sequences only decode, one step's plan is the next one's.

@@ -102,6 +102,11 @@ class Sequence:
         return self.in_base_phase and self.computed == self._loaded.tokens
 
     @property
+    def root(self) -> int:
+        """The same for sequences whose KV begins with the same memory."""
+        return id(self._shared[0].segment) if self._shared else id(self)
+
+    @property
     def last_base_position(self) -> int:
         """Up to where base KV of others is of use: the last prompt token chooses the next and must run."""
         needed = len(self.request.prompt) - (self.request.sampling is not None)

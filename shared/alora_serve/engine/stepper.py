@@ -80,7 +80,7 @@ class Stepper:
 
     def run(self, shares: Listed[Share], finish: Callable[[Ended], None]) -> Batch:
         """Run the shares in one forward pass, tell sinks what came of it, and ``finish`` what it ends, one by one."""
-        batch = arrange(shares)
+        batch = arrange(shares, self._lora.standing)
         wanted = [
             sequence.request.sampling is not None and span.end == sequence.known_tokens for sequence, span in batch
         ]

@@ -26,10 +26,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 ROWS = 64
 
 
-def a_pair(seed: int = 3) -> LoraPair:
+def a_pair(seed: int = 3, scaling: float = 3.0 / 7.0) -> LoraPair:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(4, 32, generator=generator), torch.randn(48, 4, generator=generator)
-    return LoraPair(a=a, b=b, scaling=3.0 / 7.0)
+    return LoraPair(a=a, b=b, scaling=scaling)
 
 
 def an_adapter(name: str, pairs: dict[str, LoraPair]) -> LoadedAdapter:
@@ -76,9 +76,10 @@ def adapted(x: Tensor, output: Tensor, pair: LoraPair, rows: Sequence[int]) -> T
     return out
 
 
+@pytest.mark.parametrize("scaling", [3.0 / 7.0, 2.0, 0.25, -1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_plain_and_activated_lora_round_alike_and_so_do_we(dtype: torch.dtype) -> None:
-    (x, output), pair = rows_of(dtype), a_pair()
+def test_plain_and_activated_lora_round_alike_and_so_do_we(dtype: torch.dtype, scaling: float) -> None:
+    (x, output), pair = rows_of(dtype), a_pair(scaling=scaling)
     with torch.no_grad():
         plain = peft_layer(pair, output, alora=False)(x)
         activated = peft_layer(pair, output.unsqueeze(0), alora=True)(x.unsqueeze(0), alora_offsets=[ROWS])[0]

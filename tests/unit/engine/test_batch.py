@@ -73,7 +73,17 @@ def test_those_on_one_prefix_stand_together_and_in_it_those_of_one_adapter(bench
     sequences = [bench.sequence(10, prefix=prefix, adapter=adapter, base_until=8) for prefix, adapter in makers]
     batch = arrange([(sequence, 2) for sequence in sequences])
     order = [sequences.index(sequence) for sequence, _ in batch]
-    assert order == [0, 4, 2, 6, 1, 5, 3], "prefixes, and adapters on them, in the order of their first"
+    assert order == [6, 0, 4, 2, 5, 1, 3], "prefixes in the order of their first; on them base, then adapters likewise"
+
+
+def test_adapters_stand_in_the_order_of_their_slots_and_their_tails_likewise(bench: Bench) -> None:
+    shared, tails = bench.prefix(8), TailPool(LAYOUT, CPU)
+    sequences = [bench.sequence(10, prefix=shared, adapter=adapter, base_until=8) for adapter in (A, B)]
+    for sequence in sequences:
+        sequence.tails = tails
+    batch = arrange([(sequence, 2) for sequence in sequences], {A: (0, 1), B: (0, 0)}.__getitem__)
+    assert [sequence.request.adapter for sequence, _ in batch] == [B, A]
+    assert [span.own.segment.slot for _, span in batch] == [0, 1]  # type: ignore[attr-defined] # of an arena
 
 
 def test_equal_batches_stand_alike(bench: Bench) -> None:
