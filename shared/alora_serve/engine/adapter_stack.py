@@ -18,6 +18,7 @@ from torch import Tensor
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.model.padding import PaddedRows
 from alora_serve.model.projections import Projection
+from alora_serve.model.threads import ThreadsFor
 from alora_serve.types import AdapterDigest
 
 FIRST_SLOTS: Final = 4
@@ -156,9 +157,9 @@ class AdapterStack:
             out: its product, ``[total_rows, columns]``; changed in place.
         """
         stacked, slots = self._stacked[projection], slice(rows.first, rows.last)
-        inner = torch.bmm(rows.take(x).float(), stacked.a[slots].transpose(1, 2))
+        inner = _products(rows.take(x).float(), stacked.a[slots])
         for member in stacked.members:
-            places = torch.bmm(inner[..., member.ranks], member.b[slots].transpose(1, 2))
+            places = _products(inner[..., member.ranks], member.b[slots])
             if member.scaling != 1.0:
                 places.mul_(member.scaling)
             delta, target = rows.give(places), out[:, member.columns]
@@ -166,3 +167,10 @@ class AdapterStack:
                 target[rows.rows].add_(delta)
             else:
                 target.index_copy_(0, rows.rows, target[rows.rows].add_(delta))
+
+
+def _products(x: Tensor, weights: Tensor) -> Tensor:
+    """``[slots, rows, in]`` times ``[slots, out, in]``: ``[slots, rows, out]``."""
+    count = weights.numel()
+    with ThreadsFor(count * weights.element_size(), count * x.shape[1]):
+        return torch.bmm(x, weights.transpose(1, 2))

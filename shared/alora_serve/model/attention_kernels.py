@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alora_serve.model.threads import ThreadsFor
+
 
 def attend(
     query: Tensor,
@@ -34,9 +36,11 @@ def attend(
     """
     if softcap is None and query.device.type == "cpu" and (mask is None or mask.dim() == 4):
         # A mask of four dimensions comes with queries that see at least themselves.
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-        )
+        read = key.numel() + value.numel()
+        with ThreadsFor(read * key.element_size(), read * query.shape[2]):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+            )
         return out, lse
     if causal:
         hidden = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).triu(1)

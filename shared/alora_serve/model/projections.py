@@ -18,6 +18,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from alora_serve.model.threads import ThreadsFor
+
 FUSED_SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that transformers' models give the same input, by their usual names."""
 
@@ -48,6 +50,7 @@ class Projection:
         self._bias = torch.cat([bias.detach() for bias in biases if bias is not None]) if None not in biases else None
         self._packed = torch.ops.mkldnn._reorder_linear_weight(fused, PACKED_ROWS) if pack else None
         self._weight = None if pack else fused
+        self._weight_count = fused.numel()
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         for index, module in enumerate(modules):
@@ -58,13 +61,17 @@ class Projection:
 
     def __call__(self, x: Tensor) -> Tensor:
         """All modules' products of ``x`` ``[rows, in_features]``, adapters included: ``[rows, columns]``."""
-        if self._packed is not None:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        else:
-            out = linear(x, self._weight, self._bias)  # type: ignore[arg-type] # one of the two is there
+        with ThreadsFor(self._weight_count * x.element_size(), x.shape[0] * self._weight_count):
+            out = self._product(x)
         if self.adapt is not None:
             self.adapt(x, out)
         return out
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self._packed is not None:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+            return out
+        return linear(x, self._weight, self._bias)  # type: ignore[arg-type] # one of the two is there
 
     def _member(self, index: int, x: Tensor) -> Tensor:
         """What one module answers to ``[..., in_features]``. The first one asked makes the product for all."""

@@ -1,0 +1,61 @@
+"""Calls that are over before another thread wakes run on one; what comes after them has all threads again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from alora_serve.model import threads
+from alora_serve.model.threads import BYTES_PER_SECOND, MULTIPLICATIONS_PER_SECOND, WAKE_SECONDS, ThreadsFor
+
+SMALL_BYTES = WAKE_SECONDS * BYTES_PER_SECOND
+"""One of two threads would save half of that time: half a wake."""
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    usual = torch.get_num_threads()
+    monkeypatch.setattr(threads, "_threads_sleep", True)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "multiplications", "expected"),
+    [
+        (SMALL_BYTES, 0.0, 1),
+        (0.0, WAKE_SECONDS * MULTIPLICATIONS_PER_SECOND, 1),
+        (SMALL_BYTES, 2 * WAKE_SECONDS * MULTIPLICATIONS_PER_SECOND, 2),
+        (3 * SMALL_BYTES, 0.0, 2),
+    ],
+)
+def test_a_call_has_another_thread_where_that_saves_more_than_a_wake(
+    size_bytes: float, multiplications: float, expected: int
+) -> None:
+    with ThreadsFor(size_bytes, multiplications):
+        assert torch.get_num_threads() == expected
+    assert torch.get_num_threads() == 2
+
+
+def test_the_more_threads_the_sooner_they_pay() -> None:
+    work = 1.5 * SMALL_BYTES
+    with ThreadsFor(work, 0.0):
+        assert torch.get_num_threads() == 1
+    torch.set_num_threads(8)
+    with ThreadsFor(work, 0.0):
+        assert torch.get_num_threads() == 8
+
+
+def test_a_call_that_fails_gives_the_threads_back() -> None:
+    with pytest.raises(ZeroDivisionError), ThreadsFor(0.0, 0.0):
+        _ = 1 / 0
+    assert torch.get_num_threads() == 2
+
+
+def test_threads_that_do_not_sleep_are_used_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_threads_sleep", False)
+    with ThreadsFor(0.0, 0.0):
+        assert torch.get_num_threads() == 2
