@@ -6,7 +6,9 @@
     [.., base_until)                    base KV computed here, adapter off, in slices reserved from the prefix cache
     [base_until, ...)                   adapter KV, in a private tail that nobody else can reach
 
-``base_until`` is the invocation's start for an aLoRA, 0 for a plain LoRA, and beyond everything for the base model.
+``base_until`` is the invocation's start for an aLoRA, 0 for a plain LoRA, and beyond everything for the base model. An
+answer of the base model is computed in a private tail as well, so that one call attends to the answers of all sequences
+of a step, and copied to its slices token by token.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from alora_serve.engine.events import BaseComputed, Sink
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.kv.keys import BlockChain
 from alora_serve.model.kv_memory import KVSlice, Prefix
-from alora_serve.model.step import Span
+from alora_serve.model.step import NARROW_TOKENS, Span
 from alora_serve.model.tails import TailPool, TailSegment
 from alora_serve.model.text import TextStream
 from alora_serve.types import SamplingParams, TokenIds
@@ -80,6 +82,7 @@ class Sequence:
     _base: Prefix = field(init=False)
     _published: int = field(init=False)
     _tail: TailSegment | None = field(init=False, default=None)
+    _tail_used: int = field(init=False, default=0)
     _released: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -155,24 +158,31 @@ class Sequence:
         prompt = self.request.prompt
         return prompt[position] if position < len(prompt) else self.generated[position - len(prompt)]
 
+    @property
+    def _in_tail(self) -> bool:
+        """The next token's KV goes to the private tail: an adapter's, an answer's, or what is just before that."""
+        answers = self.request.adapter is None and self.request.sampling is not None
+        return not self.in_base_phase or (answers and self.computed + NARROW_TOKENS >= len(self.request.prompt))
+
     def span(self, count: int) -> Span:
         """Plan the next ``count`` tokens, as many as memory takes in one slice; call :meth:`commit` after they ran."""
-        count = min(count, self._make_room())
-        room, own = self._room, self._own
-        if room is None:
+        if self.in_base_phase:
+            count = min(count, self._make_room())
+        if self._in_tail:
+            own, held = self._make_tail(), self._tail_used
+            count = min(count, own.tokens - held)
+        elif self._room is not None:
+            own, held = self._room, self._own.tokens if self._own else 0
+        else:
             raise RuntimeError("a sequence without room was scheduled")
-        held = own.tokens if own else 0
-        grown = KVSlice(room.segment, room.offset, held + count)
         tokens = tuple(self.token_at(position) for position in range(self.computed, self.computed + count))
-        return Span(tokens, self.computed, self._shared, grown)
+        return Span(tokens, self.computed, self._shared, KVSlice(own.segment, own.offset, held + count))
 
     def _make_room(self) -> int:
-        """Tokens that fit the current room, after making one where there is none left."""
-        room, own = self._room, self._own
-        if room is not None and (left := room.tokens - (own.tokens if own else 0)):
+        """Tokens of base KV that fit the current room, after making one where there is none left."""
+        room = self._room
+        if room is not None and (left := room.end - self.computed):
             return left
-        if not self.in_base_phase:
-            return self._extend_tail(own.tokens if own else 0)
         new = self._reserve()
         if room is not None and room.segment is new.segment and room.offset + room.tokens == new.offset:
             self._room = KVSlice(room.segment, room.offset, room.tokens + new.tokens)
@@ -181,22 +191,25 @@ class Sequence:
             self._room = new
         return new.tokens
 
-    def _extend_tail(self, used: int) -> int:
-        """Make the private tail longer, by moving it where it has to be; the tokens that fit now."""
-        wanted = used + self.pending_tokens
+    def _make_tail(self) -> KVSlice:
+        """All of the private tail, longer than what is used of it, by moving it where it has to be."""
+        wanted = self._tail_used + self.pending_tokens
         if self._tail is None:
             self._tail = self.tails.take(wanted, self.computed)
-        else:
-            self._tail = self.tails.grow(self._tail, used, wanted)
-            self._own = KVSlice(self._tail, 0, used)
-        self._room = KVSlice(self._tail, 0, self._tail.capacity)
-        return self._tail.capacity - used
+            self._see_own()
+        elif self._tail.capacity == self._tail_used:
+            self._tail = self.tails.grow(self._tail, self._tail_used, wanted)
+        return KVSlice(self._tail, 0, self._tail.capacity)
 
     def _close_room(self) -> None:
         """What was written becomes history; the next token starts a slice of its own."""
+        self._see_own()
+        self._room = None
+
+    def _see_own(self) -> None:
         if self._own is not None:
             self._shared = (*self._shared, self._own)
-        self._room = self._own = None
+        self._own = None
 
     def _reserve(self) -> KVSlice:
         wanted = self.pending_tokens
@@ -208,14 +221,25 @@ class Sequence:
 
     def commit(self, span: Span) -> None:
         """Account for a span that ran. At the end of the base phase its memory is closed to the adapter."""
-        base = self.in_base_phase
-        self._own = span.own
-        count = len(span.tokens)
-        self.computed += count
+        base, in_tail = self.in_base_phase, self._in_tail
+        if in_tail:
+            self._tail_used = span.own.tokens
+        else:
+            self._own = span.own
         if base:
-            self._base = self._base.append(span.destination)
-            if not self.in_base_phase:
-                self._close_room()
+            self._base = self._base.append(self._bring_home(span) if in_tail else span.destination)
+        self.computed += len(span.tokens)
+        if base and not self.in_base_phase:
+            self._close_room()
+
+    def _bring_home(self, span: Span) -> KVSlice:
+        """Copy base KV from the tail to its place in the room."""
+        room, tail = self._room, span.destination
+        if room is None:
+            raise RuntimeError("an answer without room was computed")
+        home = KVSlice(room.segment, room.offset + tail.start - room.start, tail.tokens)
+        home.positions().copy_(tail.positions())
+        return home
 
     def publish(self, *, tail: bool) -> BaseComputed | None:
         """Make base KV computed here findable; a pinned view of it, or None when there is nothing new.
@@ -252,7 +276,7 @@ class Sequence:
         self._promised.clear()
         if self._tail is not None:
             self.tails.give_back(self._tail)
-            self._tail = self._room = self._own = None
+            self._tail = None
         if not self._released:
             self.cache.release(self._loaded)
             self._released = True

@@ -76,6 +76,10 @@ class KVSlice:
         """Absolute position after the last token."""
         return self.start + self.tokens
 
+    def positions(self) -> Tensor:
+        """All of it, a view ``[layers, 2, kv_heads, tokens, head_dim]``."""
+        return self.segment.data[:, :, :, self.offset : self.offset + self.tokens]
+
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each a view ``[kv_heads, tokens, head_dim]``."""
         window = self.segment.data[layer, :, :, self.offset : self.offset + self.tokens]

@@ -14,7 +14,8 @@ from alora_serve.engine.sequence import Sequence, SequenceId, SequenceRequest
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.kv.layout import KVLayout
 from alora_serve.model.kv_memory import Prefix
-from alora_serve.model.tails import TailPool
+from alora_serve.model.step import NARROW_TOKENS
+from alora_serve.model.tails import FIRST_TAIL_TOKENS, TailPool
 from alora_serve.types import AdapterDigest, AdapterInfo, SamplingParams
 from in_process import CountingMetrics
 
@@ -124,12 +125,27 @@ def test_a_span_never_crosses_the_boundary(bench: Bench) -> None:
     assert span.destination.segment in bench.cache._names
 
 
-def test_base_turns_go_on_in_the_memory_of_their_prompt(bench: Bench) -> None:
-    sequence = bench.sequence(6)
-    first = sequence.span(6)
+def test_answers_of_the_base_model_are_computed_in_a_tail_and_go_on_in_the_memory_of_their_prompt(
+    bench: Bench,
+) -> None:
+    prompt = 4 + NARROW_TOKENS
+    sequence = bench.sequence(prompt)
+    first = sequence.span(4)
     sequence.commit(first)
-    sequence.generated.append(7)
-    second = sequence.span(1)
-    assert second.own.segment is first.own.segment
-    assert second.own.tokens == 7
-    assert second.shared == ()
+    end = sequence.span(NARROW_TOKENS)
+    assert (end.shared, end.is_narrow_tail) == ((first.own,), True), "the last few of a prompt go with its answer"
+    end.destination.positions().fill_(-1.0)
+    sequence.commit(end)
+    for number in range(FIRST_TAIL_TOKENS + 3):  # more than the first tail takes
+        sequence.generated.append(7)
+        span = sequence.span(1)
+        assert (span.shared, span.own.tokens) == ((first.own,), NARROW_TOKENS + number + 1)
+        span.destination.positions().fill_(float(number))
+        sequence.commit(span)
+    answer = sequence.publish(tail=True)
+    assert answer is not None
+    (home,) = answer.prefix.slices
+    assert (home.segment, home.tokens) == (first.own.segment, prompt + FIRST_TAIL_TOKENS + 3)
+    assert home.positions()[0, 0, 0, 4:, 0].tolist() == [-1.0] * NARROW_TOKENS + list(range(FIRST_TAIL_TOKENS + 3))
+    sequence.release()
+    assert sequence.tails.used_bytes == 0
