@@ -37,7 +37,12 @@ def resolve_model(source: str) -> Path:
         return directory
     try:
         return Path(snapshot_download(source, allow_patterns=_WANTED_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError as error:
+        raise ConfigError(
+            f"model={source!r} is no directory here, and no hub id could be written so: check the path, or pass a "
+            "hub id (organisation/name) or demo"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model={source!r} is no directory here, and the hub did not give it: {error}; "
             "pass a directory, a hub id, or demo"

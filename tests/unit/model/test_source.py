@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from alora_serve.errors import ConfigError
 from alora_serve.model import source
@@ -65,9 +66,18 @@ def test_people_call_a_model_by_its_own_name(tmp_path: Path, monkeypatch: pytest
     assert model_name("org/model") == "org/model"
 
 
-@pytest.mark.parametrize(
-    "failure", [HFValidationError("bad id"), LocalEntryNotFoundError("offline"), OSError("no route")], ids=str
-)
+@pytest.mark.parametrize("path", ["/no/such/model", "~/no-such-model", "./no-such-model", "no/such/model"])
+def test_a_path_to_nothing_is_called_so_and_not_a_bad_hub_id(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "snapshot_download", snapshot_download)  # refuses these before it asks anyone
+    with pytest.raises(ConfigError) as caught:
+        resolve_model(path)
+    assert str(caught.value) == (
+        f"model={path!r} is no directory here, and no hub id could be written so: check the path, or pass a "
+        "hub id (organisation/name) or demo"
+    )
+
+
+@pytest.mark.parametrize("failure", [LocalEntryNotFoundError("offline"), OSError("no route")], ids=str)
 def test_what_the_hub_does_not_give_is_a_setting_at_fault(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: object, **__: object) -> str:
         raise failure
