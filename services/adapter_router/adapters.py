@@ -82,7 +82,7 @@ class AdapterDirectory:
     async def _unload_from(self, worker: Endpoint[WorkerStub], name: str, call: Call) -> bool:
         request = decode_pb2.AdapterDecodeServiceUnloadAdapterRequest(name=name)
         try:
-            with peer_errors(f"worker {worker.address}"):
+            with peer_errors(self._workers.service, worker.address):
                 response = await worker.stub.UnloadAdapter(
                     request, timeout=call.remaining_seconds(), metadata=call.metadata
                 )

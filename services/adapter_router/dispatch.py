@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
+import structlog
 from grpc import aio
 
 from adapter_router.endpoints.endpoint import Endpoint
@@ -20,10 +21,19 @@ from alora_serve.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from alora_serve.rpc.status import REQUEST_ID_KEY, error_from_rpc
+from alora_serve.rpc.status import REQUEST_ID_KEY, MessageTooLargeError, error_from_rpc, is_own_status
 
 StubT = TypeVar("StubT")
 ResponseT = TypeVar("ResponseT")
+
+_OUTCOMES: Final[Mapping[type[AloraServeError], str]] = {
+    UnavailableError: "is gone; send it again",
+    DeadlinePassedError: "did not answer before the deadline; allow it more time",
+    MessageTooLargeError: "cannot be sent a message this large, or cannot send its answer; shorten the request",
+}
+"""What became of a request where the peer itself did not say."""
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +113,11 @@ class Retries(Generic[StubT]):
 
 
 @contextmanager
-def peer_errors(what: str) -> Iterator[None]:
-    """Turn a failed RPC into our own error; ``what`` names the peer for people.
+def peer_errors(service: str, address: str) -> Iterator[None]:
+    """Turn a failed RPC into our own error, fit for a client.
 
-    A peer that cancels a call nobody here cancelled is shutting down, which is as good as gone.
+    A peer that cancels a call nobody here cancelled is shutting down, which is as good as gone. What a peer says about
+    the request is passed on; how it was reached and lost is for the log, since gRPC and proxies name addresses.
 
     Raises:
         AloraServeError: for every :class:`grpc.aio.AioRpcError`.
@@ -116,8 +127,17 @@ def peer_errors(what: str) -> Iterator[None]:
     except aio.AioRpcError as rpc_error:
         error = error_from_rpc(rpc_error)
         if isinstance(error, RequestCancelledError | UnavailableError):
-            raise UnavailableError(f"{what} is gone: {error}") from rpc_error
+            raise peer_failure(UnavailableError, service, address, str(error)) from rpc_error
+        if not is_own_status(rpc_error):
+            raise peer_failure(type(error), service, address, str(error)) from rpc_error
         raise error from rpc_error
+
+
+def peer_failure(kind: type[AloraServeError], service: str, address: str, cause: str) -> AloraServeError:
+    """The error of a call that a peer did not end itself: the kind of service for the client, the rest for the log."""
+    _log.warning("call failed", role=service, address=address, status=kind.status, cause=cause)
+    outcome = _OUTCOMES.get(kind, f"failed with {kind.status}; report the request id")
+    return kind(f"the {service} endpoint that had this request {outcome}")
 
 
 async def call_endpoint(
@@ -145,7 +165,7 @@ async def call_endpoint(
         async with endpoints.lease(demand, avoid=retries.failed) as lease:
             endpoint = lease.endpoint
             try:
-                with peer_errors(f"{endpoints.service} {endpoint.address}"):
+                with peer_errors(endpoints.service, endpoint.address):
                     return await invoke(endpoint.stub)
             except AloraServeError as error:
                 retries.after(endpoint, error)

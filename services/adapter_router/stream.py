@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from adapter_router.dispatch import Call, Retries, peer_errors
+from adapter_router.dispatch import Call, Retries, peer_errors, peer_failure
 from adapter_router.endpoints.pool import Lease
 from adapter_router.policy import Demand
 from adapter_router.usage import merged_timings, merged_usage
@@ -91,7 +91,7 @@ class DecodeStream:
         request = decode_to_proto(self._request, attempt=attempt)
         rpc = worker.stub.Decode(request, timeout=self._call.remaining_seconds(), metadata=self._call.metadata)
         try:
-            with peer_errors(f"worker {worker.address}"):
+            with peer_errors(self._workers.service, worker.address):
                 async for response in rpc:
                     event = response.event
                     event.attempt = attempt
@@ -105,7 +105,8 @@ class DecodeStream:
                         return
         finally:
             rpc.cancel()
-        raise UnavailableError(f"worker {worker.address} ended its stream before the generation was done")
+        cause = "it ended its stream before the generation was done"
+        raise peer_failure(UnavailableError, self._workers.service, worker.address, cause)
 
     def _is_news(self, event: types_pb2.GenerationEvent) -> bool:
         """Account for an event and say whether the client should see it."""

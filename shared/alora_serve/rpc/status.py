@@ -147,6 +147,15 @@ def error_from_rpc(error: grpc.RpcError) -> AloraServeError:
     return _rebuild(code, call.details() or code.name.lower().replace("_", " "), status)
 
 
+def is_own_status(error: grpc.RpcError) -> bool:
+    """A service of this project ended the call: not gRPC, a proxy or whatever else, whose texts may name addresses."""
+    call: Any = error
+    info = error_details_pb2.ErrorInfo()
+    for detail in _rich_status(call.trailing_metadata() or ()).details:
+        detail.Unpack(info)
+    return bool(info.domain == ERROR_DOMAIN)
+
+
 def _rich_status(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status:
     for key, value in metadata:
         if key == DETAILS_KEY and isinstance(value, bytes):
