@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Final
 
 from adapter_router.policy import EndpointSnapshot
@@ -65,21 +65,28 @@ def paired_models(
     return live_models(prefills, workers, adapter) or _paired(prefills, workers, adapter)
 
 
-def prevailing_model(reported: Iterable[ModelInfo], served: Collection[bytes]) -> ModelInfo:
-    """The model that most workers have, while a rollout runs two.
+def prevailing_model(
+    prefills: Sequence[ModelInfo], workers: Sequence[ModelInfo], served: Collection[bytes]
+) -> ModelInfo:
+    """The model that most workers have, while a rollout runs two; of what differs between them, what most of them say.
+
+    Its context is the shortest of all its endpoints, since a prompt needs a base prefill and a worker, whichever.
 
     Args:
-        reported: one a worker.
-        served: digests of the models that also have a base prefill.
+        prefills: one a base prefill.
+        workers: one a worker.
+        served: digests of the models that have both.
 
     Raises:
         UnavailableError: none is served.
     """
-    models = [model for model in reported if model.model_digest in served]
-    if not models:
+    counts = Counter(model.model_digest for model in workers if model.model_digest in served)
+    if not counts:
         raise UnavailableError(NO_MODEL)
-    counts = Counter(model.model_digest for model in models)
-    return max(models, key=lambda model: (counts[model.model_digest], model.model_digest))
+    digest = max(counts, key=lambda digest: (counts[digest], digest))
+    context_tokens = min(model.context_tokens for model in (*prefills, *workers) if model.model_digest == digest)
+    told = Counter(replace(model, context_tokens=context_tokens) for model in workers if model.model_digest == digest)
+    return max(told, key=lambda model: (told[model], astuple(model)))
 
 
 def _takes_requests(endpoint: EndpointSnapshot) -> bool:

@@ -209,16 +209,12 @@ class AloraServicer(AloraServiceServicer):
     async def GetModel(self, request: alora_pb2.GetModelRequest, context: Context) -> alora_pb2.GetModelResponse:
         """The base model."""
         served = paired_models(self._prefills.snapshots(), self._workers.snapshots())
-        reported = (worker.status.model for worker in self._workers.members() if worker.status)
-        return alora_pb2.GetModelResponse(model=model_to_proto(prevailing_model(reported, served)))
+        model = prevailing_model(self._prefills.models(), self._workers.models(), served)
+        return alora_pb2.GetModelResponse(model=model_to_proto(model))
 
     def max_message_bytes(self) -> int:
         """The largest request that a model behind this router takes, as far as its endpoints have reported."""
-        reported = (
-            *(prefill.status for prefill in self._prefills.members()),
-            *(worker.status for worker in self._workers.members()),
-        )
-        contexts = [status.model.context_tokens for status in reported if status]
+        contexts = [model.context_tokens for model in (*self._prefills.models(), *self._workers.models())]
         return message_bytes_for_context(max(contexts)) if contexts else DEFAULT_MESSAGE_BYTES
 
     # --- not served yet -----------------------------------------------------------------------------------------------

@@ -379,6 +379,16 @@ async def test_the_model_is_the_one_most_workers_have() -> None:
         assert model_from_proto(response.model) == model("new")
 
 
+async def test_the_model_takes_no_longer_prompt_than_its_base_prefill_and_its_workers_do() -> None:
+    def status(context_tokens: int) -> EndpointStatus:
+        return EndpointStatus(dataclasses.replace(model(), context_tokens=context_tokens), adapters=ADAPTERS)
+
+    prefills = [FakePrefill(status(120)), FakePrefill(status(240))]
+    async with deployment(prefills, [FakeWorker(status=status(200)), FakeWorker(status=status(160))]) as (router, _):
+        response = await router.stub.GetModel(alora_pb2.GetModelRequest())
+        assert response.model.context_tokens == 120
+
+
 async def test_without_endpoints_everything_is_unavailable() -> None:
     async with deployment([], []) as (router, _):
         for call in (

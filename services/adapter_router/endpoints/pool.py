@@ -24,7 +24,7 @@ from adapter_router.endpoints.resolver import Resolver, resolve_target
 from adapter_router.policy import Demand, EndpointSnapshot, eligible, pick
 from alora_serve.errors import AloraServeError, UnavailableError
 from alora_serve.metrics import RouterMetrics
-from alora_serve.types import EndpointStatus
+from alora_serve.types import EndpointStatus, ModelInfo
 
 StubT = TypeVar("StubT")
 
@@ -81,7 +81,7 @@ class EndpointSet(Generic[StubT]):
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._resolving: asyncio.Task[None] | None = None
-        self._log = structlog.get_logger(__name__).bind(service=service)
+        self._log = structlog.get_logger(__name__).bind(role=service)  # "service" is the process in every line
 
     async def __aenter__(self) -> Self:
         await self.refresh()
@@ -103,6 +103,10 @@ class EndpointSet(Generic[StubT]):
     def members(self) -> list[Endpoint[StubT]]:
         """Current endpoints, healthy or not."""
         return list(self._members.values())
+
+    def models(self) -> list[ModelInfo]:
+        """The base model of each endpoint that has reported one, healthy or not."""
+        return [endpoint.status.model for endpoint in self._members.values() if endpoint.status]
 
     def snapshots(self) -> list[EndpointSnapshot]:
         """What is known now."""

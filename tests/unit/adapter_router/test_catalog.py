@@ -9,7 +9,7 @@ import pytest
 from adapter_router.catalog import find_adapter, live_models, merged_adapters, paired_models, prevailing_model
 from adapter_router.policy import EndpointSnapshot
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, UnavailableError
-from alora_serve.types import AdapterDigest, AdapterInfo
+from alora_serve.types import AdapterDigest, AdapterInfo, ModelInfo
 from fake_services import adapter, model
 
 
@@ -89,8 +89,30 @@ def test_a_models_workers_must_serve_the_adapter() -> None:
 def test_the_model_of_most_workers_prevails() -> None:
     old, new = model("old"), model("new")
     both = {old.model_digest, new.model_digest}
-    assert prevailing_model([old, new, new], both) == new
-    assert prevailing_model([old, new, new], {old.model_digest}) == old
-    assert prevailing_model([old, new], both) == prevailing_model([new, old], both)
+    assert prevailing_model([], [old, new, new], both) == new
+    assert prevailing_model([], [old, new, new], {old.model_digest}) == old
+    assert prevailing_model([], [old, new], both) == prevailing_model([], [new, old], both)
     with pytest.raises(UnavailableError):
-        prevailing_model([old], set())
+        prevailing_model([old], [old], set())
+
+
+def test_the_context_is_the_shortest_of_every_endpoint_of_the_model() -> None:
+    def of(context_tokens: int, name: str = "m") -> ModelInfo:
+        return dataclasses.replace(model(name), context_tokens=context_tokens)
+
+    served = {model().model_digest}
+    assert prevailing_model([of(100)], [of(300), of(200)], served) == of(100), "no longer prompt is prefilled"
+    assert prevailing_model([of(300), of(200)], [of(200), of(100)], served) == of(100), "no longer one is decoded"
+    assert prevailing_model([of(300), of(10, "n")], [of(300), of(10, "n")], served) == of(300), "another model"
+
+
+def test_what_workers_of_one_model_tell_differently_is_as_most_of_them_say() -> None:
+    float32 = dataclasses.replace(model(), context_tokens=300)
+    bfloat16 = dataclasses.replace(float32, dtype="bfloat16", storage_digest=b"t" * 32, kv_bytes_per_token=32)
+    served = {model().model_digest}
+    # Contexts of their own must not hide that two say the same.
+    workers = [float32, bfloat16, dataclasses.replace(bfloat16, context_tokens=200)]
+    expected = dataclasses.replace(bfloat16, context_tokens=200)
+    assert prevailing_model([float32], workers, served) == expected
+    pair = [float32, bfloat16]
+    assert prevailing_model([], pair, served) == prevailing_model([], pair[::-1], served), "whoever reports first"
