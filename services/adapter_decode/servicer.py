@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from time import monotonic
 
 import grpc.aio
@@ -19,8 +20,8 @@ from alora_serve.rpc.convert import (
     endpoint_status_to_proto,
     event_to_proto,
 )
-from alora_serve.rpc.watch import watch_status
-from alora_serve.types import EndpointStatus, Finished, TokenChunk
+from alora_serve.rpc.watch import changed_adapters, watch_status
+from alora_serve.types import AdapterInfo, EndpointStatus, Finished, TokenChunk
 from alora_serve.v1 import adapter_decode_pb2 as pb
 from alora_serve.v1 import adapter_decode_pb2_grpc
 
@@ -86,5 +87,12 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
         self, request: pb.AdapterDecodeServiceWatchStatusRequest, context: _Context
     ) -> AsyncIterator[pb.AdapterDecodeServiceWatchStatusResponse]:
         """See the proto."""
+        told: tuple[AdapterInfo, ...] | None = None
         async for status in watch_status(self._status):
-            yield pb.AdapterDecodeServiceWatchStatusResponse(status=endpoint_status_to_proto(status))
+            changed = changed_adapters(told, status.adapters)
+            if request.accept_partial_adapters:
+                told = status.adapters
+            yield pb.AdapterDecodeServiceWatchStatusResponse(
+                status=endpoint_status_to_proto(status if changed is None else replace(status, adapters=changed)),
+                partial_adapters=changed is not None,
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from adapter_router.endpoints.endpoint import EndpointOptions
@@ -11,7 +12,8 @@ from adapter_router.endpoints.resolver import Resolver, resolve_target
 from alora_serve.metrics import RouterMetrics
 from alora_serve.rpc.channels import internal_channel
 from alora_serve.rpc.convert import endpoint_status_from_proto
-from alora_serve.types import EndpointStatus
+from alora_serve.rpc.watch import with_changes
+from alora_serve.types import AdapterInfo, EndpointStatus
 from alora_serve.v1.adapter_decode_pb2 import AdapterDecodeServiceWatchStatusRequest
 from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceStub
 from alora_serve.v1.base_prefill_pb2 import BasePrefillServiceWatchStatusRequest
@@ -84,9 +86,12 @@ async def _watch_prefill(stub: PrefillStub) -> AsyncGenerator[EndpointStatus, No
 
 
 async def _watch_worker(stub: WorkerStub) -> AsyncGenerator[EndpointStatus, None]:
-    call = stub.WatchStatus(AdapterDecodeServiceWatchStatusRequest(), wait_for_ready=True)
+    request = AdapterDecodeServiceWatchStatusRequest(accept_partial_adapters=True)
+    call, known = stub.WatchStatus(request, wait_for_ready=True), tuple[AdapterInfo, ...]()
     try:
         async for response in call:
-            yield endpoint_status_from_proto(response.status)
+            status = endpoint_status_from_proto(response.status)
+            known = with_changes(known, status.adapters) if response.partial_adapters else status.adapters
+            yield replace(status, adapters=known)
     finally:
         call.cancel()

@@ -11,6 +11,7 @@ from grpc import aio
 from adapter_router.policy import Demand, EndpointSnapshot
 from adapter_router.prediction import Pace
 from alora_serve.kv.fingerprints import STRIDE_TOKENS
+from alora_serve.rpc.watch import adapters_by_name
 from alora_serve.types import AdapterInfo, EndpointStatus
 
 StubT = TypeVar("StubT")
@@ -98,7 +99,7 @@ class Endpoint(Generic[StubT]):
         before = self.status
         changed = not self.healthy or before is None or _role(before) != _role(status)
         if before is None or before.adapters != status.adapters:
-            self.adapters = {adapter.name: adapter for adapter in status.adapters}
+            self.adapters = adapters_by_name(status.adapters)
         self.status, self.healthy = status, True
         self._pace = Pace.of(status)
         self._in_flight_at_report = self.in_flight

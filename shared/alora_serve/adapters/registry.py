@@ -60,7 +60,9 @@ class AdapterRegistry:
     def list_adapters(self) -> tuple[AdapterInfo, ...]:
         """Every adapter, sorted by name; those that cannot be served with their ``problem``."""
         infos = [entry.info for entry in self._entries.values() if entry.info is not None]
-        listed = [replace(info, resident=(info.name, info.digest) in self._residency) for info in infos]
+        resident = self._residency.held()
+        # Asked ten times a second for each router, of thousands of adapters: only those in memory are made anew.
+        listed = [replace(info, resident=True) if (info.name, info.digest) in resident else info for info in infos]
         return tuple(sorted([*listed, *self._hidden], key=lambda info: info.name))
 
     def resident_bytes(self) -> int:

@@ -83,10 +83,10 @@ class Residency:
         self._lock = threading.Lock()  # guards the residents, each one's fields included
         self._residents: OrderedDict[_Key, _Resident] = OrderedDict()  # least recently used first
 
-    def __contains__(self, key: _Key) -> bool:
-        """Whether the weights of this name and digest are in memory."""
+    def held(self) -> frozenset[_Key]:
+        """Name and digest of all whose weights are in memory."""
         with self._lock:
-            return key in self._residents
+            return frozenset(self._residents)
 
     def bytes_held(self) -> int:
         """Memory that all weights here take."""

@@ -1,12 +1,12 @@
-"""``WatchStatus``: a status told on every change and at least once a second."""
+"""``WatchStatus``: a status told on every change and at least once a second, its adapters only as they change."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from time import monotonic
 
-from alora_serve.types import EndpointStatus
+from alora_serve.types import AdapterInfo, EndpointStatus
 
 POLL_SECONDS = 0.1
 """How soon a change is told. Cheaper than waking every watcher from the engine's thread at each step."""
@@ -25,3 +25,35 @@ async def watch_status(status: Callable[[], EndpointStatus]) -> AsyncIterator[En
         if current != told or monotonic() - told_at >= REPEAT_SECONDS:
             told, told_at = current, monotonic()
             yield told
+
+
+def adapters_by_name(adapters: Iterable[AdapterInfo]) -> dict[str, AdapterInfo]:
+    """Listed adapters by name. Of two with one name the first counts: the other says that it is hidden."""
+    by_name: dict[str, AdapterInfo] = {}
+    for adapter in adapters:
+        by_name.setdefault(adapter.name, adapter)
+    return by_name
+
+
+def changed_adapters(
+    before: tuple[AdapterInfo, ...] | None, now: tuple[AdapterInfo, ...]
+) -> tuple[AdapterInfo, ...] | None:
+    """From what :func:`with_changes` makes ``now`` of ``before``.
+
+    None when all must be told: nothing was told ``before``, or one that was is gone.
+    """
+    if before is None:
+        return None
+    if now == before:
+        return ()
+    old, new = adapters_by_name(before), adapters_by_name(now)
+    if old.keys() - new.keys():
+        return None
+    return tuple(adapter for name, adapter in new.items() if adapter != old.get(name))
+
+
+def with_changes(before: tuple[AdapterInfo, ...], changed: tuple[AdapterInfo, ...]) -> tuple[AdapterInfo, ...]:
+    """``before`` with ``changed`` in the place of those of the same names; ``before`` itself when nothing changed."""
+    if not changed:
+        return before
+    return tuple((adapters_by_name(before) | adapters_by_name(changed)).values())

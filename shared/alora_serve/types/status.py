@@ -34,7 +34,11 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The base model a release serves. Digests as in :class:`PrefixHandle`."""
+    """The base model a release serves. Digests as in :class:`PrefixHandle`.
+
+    Attributes:
+        context_tokens: longest prompt plus answer; as a router tells it, the shortest of all endpoints.
+    """
 
     name: str
     model_digest: bytes
@@ -74,7 +78,7 @@ class EndpointStatus:
         kv_bytes: KV held in memory.
         fetch_bytes_per_second: measured.
         prefill_tokens_per_second: measured.
-        adapters: every adapter this worker can serve; empty from base prefill.
+        adapters: every adapter of this worker, by name, refused ones too; empty from base prefill.
         pending_prefill_tokens: prompt tokens of accepted requests that have not run yet.
         adapter_load_seconds: measured time to read an adapter's weights into memory.
         sequence_seconds: measured time of a sequence in the batch, from its place to its last token.

@@ -47,6 +47,12 @@ def test_a_report_is_what_a_pick_sees(endpoint: Endpoint[Any]) -> None:
     assert seen.resident_tokens(PREFIX[::-1]) == STRIDE_TOKENS
 
 
+def test_an_adapter_that_is_listed_twice_is_what_the_first_listing_says(endpoint: Endpoint[Any]) -> None:
+    hidden = adapter("a", problem="/late/a is hidden by /early/a, of the same name")
+    endpoint.report(replace(STATUS, adapters=(adapter("a"), hidden)))
+    assert endpoint.snapshot().serves("a")
+
+
 def test_what_is_sent_there_counts_at_once_and_its_prefix_and_adapter_are_on_their_way(endpoint: Endpoint[Any]) -> None:
     endpoint.report(STATUS)
     endpoint.take(DEMAND)

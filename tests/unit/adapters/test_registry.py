@@ -63,6 +63,12 @@ def test_everything_is_listed_before_anything_is_loaded(opened: Opened) -> None:
     assert opened.registry.resident_bytes() == 0
 
 
+def test_what_is_not_in_memory_is_listed_without_being_made_anew(opened: Opened) -> None:
+    with opened.registry.acquire("certainty"):
+        (_, first), (_, again) = opened.registry.list_adapters(), opened.registry.list_adapters()
+    assert first is again
+
+
 def test_the_first_use_loads_and_the_second_hits(opened: Opened) -> None:
     with opened.registry.acquire("certainty") as first, opened.registry.acquire("certainty") as second:
         assert first.adapter is second.adapter

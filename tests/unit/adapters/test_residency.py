@@ -26,7 +26,7 @@ class Held:
         self.residency = Residency(max_bytes=3 * SIZE_BYTES, on_event=self.events.append)
 
     def names(self) -> set[str]:
-        return {name for name in "abcdef" if (name, AdapterDigest("v1")) in self.residency}
+        return {name for name in "abcdef" if (name, AdapterDigest("v1")) in self.residency.held()}
 
     def insert(self, *names: str) -> None:
         for name in names:
@@ -129,14 +129,14 @@ def test_a_new_version_retires_the_old_and_running_sequences_keep_theirs(held: H
     resumed.release()
     assert held.residency.lease("a", AdapterDigest("v1")) is None
     new.release()
-    assert ("a", AdapterDigest("v2")) in held.residency
+    assert ("a", AdapterDigest("v2")) in held.residency.held()
 
 
 def test_a_retired_version_makes_room_before_anything_current_does(held: Held) -> None:
     held.insert("a", "b", "c")
     held.residency.insert(adapter("c", "v2")).release()
     assert held.names() == {"a", "b"}
-    assert ("c", AdapterDigest("v2")) in held.residency
+    assert ("c", AdapterDigest("v2")) in held.residency.held()
 
 
 def test_a_version_that_is_still_held_is_not_held_twice(held: Held) -> None:
