@@ -57,11 +57,13 @@ class LostPrefill(FakePrefill):
 
 
 @asynccontextmanager
-async def lost(code: grpc.StatusCode, *, prefill: bool = False) -> AsyncGenerator[tuple[Router, str], None]:
+async def lost(
+    code: grpc.StatusCode, text: str = NOT_OURS, *, prefill: bool = False
+) -> AsyncGenerator[tuple[Router, str], None]:
     """A router whose decode worker, or base prefill, answers so; and that endpoint's address."""
 
     async def abort(context: Any) -> None:
-        await context.abort(code, NOT_OURS)
+        await context.abort(code, text)
 
     def bare() -> tuple[grpc.aio.Server, str]:
         server = grpc.aio.server()  # without our interceptor, so that nothing here has our details
@@ -144,6 +146,14 @@ async def test_a_target_of_a_fan_out_is_told_as_little() -> None:
         [line] = [line for line in logs if line["event"] == "call failed"]
         assert line["address"] == address
         assert line["request_id"] == dict(await call.trailing_metadata())["x-request-id"]
+
+
+async def test_a_message_that_grpc_finds_too_large_is_called_so() -> None:
+    text = "10.0.0.7:50052: Received message larger than max (9 vs. 4)"
+    async with lost(grpc.StatusCode.RESOURCE_EXHAUSTED, text) as (router, address):
+        error = await failure_of(events_of(router.stub.Generate(GENERATE)))
+        assert (error.details() or "").endswith("shorten the request")
+        assert no_address_in(told(error), address), told(error)
 
 
 async def test_a_lost_base_prefill_is_named_by_its_kind() -> None:
