@@ -1,5 +1,9 @@
 """The real model: tokens and logits of stock PEFT in fp32, and right by the τ rule in bf16.
 
+In fp32 the logits of plain weights are PEFT's within 1e-4. Packed weights round more, and the strong adapter magnifies
+rounding so much that PEFT computing a prompt at once and token by token is up to 2.5e-4 from itself. There the measure
+is how far PEFT's logits are from the float64 model's: ours may be a few times as far.
+
 In bf16 rounding depends on matrix shapes, so equal tokens are not promised: stock ``generate`` itself differs. A
 delivered greedy token is *wrong* when, teacher-forced through a cold fp32 PEFT run, its logit is more than τ below the
 largest one.
@@ -11,9 +15,10 @@ it is 0.12, which ``test_stock_peft_in_bf16_stays_below_tau`` finds again. The m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,9 +38,12 @@ from tiny_models import greedy, load_peft, save_adapter
 
 TAU = 0.25
 ANSWER_TOKENS = 24
-ROUNDING = 5e-4
-"""Logits reach 45 here, and PEFT is up to 1.2e-4 from itself, between computing a prompt whole and an answer after it.
-Ours were up to 2.7e-4 from PEFT with weights packed for oneDNN, whose fp32 products round more, and 0.9e-4 without."""
+ROUNDING = 1e-4
+"""Largest difference from PEFT's logits, which reach 36 here, with plain weights. On three sets of kernels and four
+conversations it was at most 0.7e-4."""
+TIMES_PEFTS = 3.0
+"""Largest distance from the float64 model, in PEFT's own largest ones with that kind of adapter. Here it is 1.2 to 1.8;
+with other kernels (``MKL_CBWR``) up to 2.1, with other conversations up to 2.7."""
 QUESTIONS = (
     (
         "The Amazon rainforest covers most of the Amazon basin of South America. This basin holds seven million square "
@@ -45,10 +53,13 @@ QUESTIONS = (
     ),
     "Write a short poem about the sea, then explain in two sentences what a tide is and why there are two a day.",
 )
-STRENGTHS = {"certainty": 64, "generation-prompt": 16}
+STRENGTHS = {"certainty": 64, "generation-prompt": 16, "mild": 16}
 """``lora_alpha``. At 16, leaving the first one out would change too little to be noticed; at 64, the second one would
 make stock PEFT itself differ between fp32 and bf16 by more than τ (0.36)."""
-INVOCATIONS = {"certainty": "<|im_start|>certainty<|im_end|>", "generation-prompt": "<|im_start|>assistant\n"}
+APPENDED, ANSWERING = "<|im_start|>certainty<|im_end|>", "<|im_start|>assistant\n"
+INVOCATIONS = {"certainty": APPENDED, "generation-prompt": ANSWERING, "mild": APPENDED}
+KINDS = ("mild", "generation-prompt", "lora", "")
+"""aLoRAs invoked by what is appended and by the generation prompt, a plain LoRA, and the base model."""
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +82,64 @@ def adapters(demo_model_directory: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def model(request: pytest.FixtureRequest, demo_model_directory: Path) -> BaseModel:
+    """Packed where the processor can; ``float32 plain`` is not."""
     torch.set_num_threads(1)
-    return load_base_model(demo_model_directory, dtype=request.param)
+    dtype, _, layout = request.param.partition(" ")
+    return load_base_model(demo_model_directory, dtype=dtype, pack=layout != "plain")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An answer of ours.
+
+    Attributes:
+        prompt: what PEFT must be given to be asked the same.
+        logits: ``[answer tokens, vocabulary]``.
+    """
+
+    prompt: TokenIds
+    invocation_start: int | None
+    tokens: TokenIds
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What stock PEFT says to the same prompt.
+
+    Attributes:
+        logits: in fp32, from ``generate``.
+        at_once: in fp32, from one pass over prompt and answer.
+        exact: in float64, from one pass.
+    """
+
+    tokens: TokenIds
+    logits: torch.Tensor
+    at_once: torch.Tensor
+    exact: torch.Tensor
+
+
+Asked = tuple[TokenIds, int | None]
+"""A prompt, and where its invocation starts."""
+
+
+@pytest.fixture(scope="module")
+def pefts(demo_model_directory: Path, adapters: Path) -> Callable[[str, tuple[Asked, ...]], list[Expected]]:
+    """Asks stock PEFT, once whatever the number of tests that compare with it."""
+
+    @cache
+    def ask(adapter: str, asked: tuple[Asked, ...]) -> list[Expected]:
+        path = adapters / adapter if adapter else None
+        stock, exact = (load_peft(demo_model_directory, path, dtype) for dtype in (torch.float32, torch.float64))
+        answers = []
+        for prompt, start in asked:
+            said = greedy(stock, prompt, ANSWER_TOKENS)
+            at_once, in_float64 = (_forced_logits(model, prompt, said.tokens, start) for model in (stock, exact))
+            assert in_float64.dtype == torch.float64
+            answers.append(Expected(said.tokens, said.logits, at_once, in_float64))
+        return answers
+
+    return ask
 
 
 async def _prefilled(stack: Stack, question: str) -> PrefillResult:
@@ -83,41 +150,92 @@ def _prompt(prefilled: PrefillResult, stack: Stack, adapter: str) -> tuple[int, 
     """What PEFT must be given to be asked the same."""
     handle = prefilled.handle
     listed = {info.name: info for info in stack.adapters.list_adapters()}
-    if adapter == "certainty":
+    if INVOCATIONS.get(adapter) == APPENDED:
         return handle.prefix_tokens + listed[adapter].invocation_tokens
     return handle.prefix_tokens + handle.generation_prompt_tokens
+
+
+async def _answers(model: BaseModel, adapters: Path, adapter: str) -> list[Served]:
+    """To each of the questions."""
+    answers = []
+    async with open_stack(model, MemoryStore(), adapters) as stack:
+        for question in QUESTIONS:
+            prefilled = await _prefilled(stack, question)
+            answer, logits = await generate_with_logits(stack, prefilled.handle, adapter, max_tokens=ANSWER_TOKENS)
+            prompt, start = _prompt(prefilled, stack, adapter), answer.started.invocation_start
+            answers.append(Served(prompt, start, answer.tokens, logits))
+    return answers
+
+
+def _asked(answers: Sequence[Served]) -> tuple[Asked, ...]:
+    return tuple((answer.prompt, answer.invocation_start) for answer in answers)
+
+
+def _forced_logits(
+    model: PreTrainedModel | PeftModel, prompt: TokenIds, answer: TokenIds, invocation_start: int | None
+) -> torch.Tensor:
+    """What a cold PEFT run that is given the answer chooses its tokens from: ``[answer tokens, vocabulary]``."""
+    arguments = {}
+    if invocation_start is not None:
+        arguments["alora_offsets"] = [len(prompt) + len(answer) - invocation_start]
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([prompt + answer]), **arguments).logits
+    return logits[0, len(prompt) - 1 : -1]
 
 
 def _largest_gap(
     reference: PreTrainedModel | PeftModel, prompt: TokenIds, answer: TokenIds, invocation_start: int | None
 ) -> float:
     """How far, at worst, a delivered token's logit lies below the largest in a cold, teacher-forced fp32 PEFT run."""
-    arguments = {}
-    if invocation_start is not None:
-        arguments["alora_offsets"] = [len(prompt) + len(answer) - invocation_start]
-    ids = torch.tensor([prompt + answer])
-    with torch.no_grad():
-        logits = reference(input_ids=ids, **arguments).logits[0, len(prompt) - 1 : -1].float()
+    logits = _forced_logits(reference, prompt, answer, invocation_start)
     chosen = logits[range(len(answer)), list(answer)]
     return float((logits.max(-1).values - chosen).max())
 
 
+@pytest.mark.parametrize("model", ["float32 plain"], indirect=True)
+@pytest.mark.parametrize("adapter", KINDS)
+async def test_plain_weights_give_pefts_tokens_and_logits(
+    model: BaseModel, adapters: Path, pefts: Callable[[str, tuple[Asked, ...]], list[Expected]], adapter: str
+) -> None:
+    answers = await _answers(model, adapters, adapter)
+    for answer, expected in zip(answers, pefts(adapter, _asked(answers)), strict=True):
+        assert answer.tokens == expected.tokens
+        torch.testing.assert_close(answer.logits, expected.logits, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [*(("float32", kind) for kind in ("certainty", *KINDS)), ("float32 plain", "certainty")],
+    indirect=["model"],
+)
+async def test_rounding_is_of_the_size_of_pefts_own(
+    model: BaseModel,
+    adapters: Path,
+    pefts: Callable[[str, tuple[Asked, ...]], list[Expected]],
+    adapter: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    answers = await _answers(model, adapters, adapter)
+    said = pefts(adapter, _asked(answers))
+    assert [answer.tokens for answer in answers] == [expected.tokens for expected in said]
+    ours = max(_distance(answer.logits, expected) for answer, expected in zip(answers, said, strict=True))
+    theirs = max(_distance(logits, expected) for expected in said for logits in (expected.logits, expected.at_once))
+    record_property("from float64", f"ours {ours:.3e}, PEFT's {theirs:.3e}")
+    assert ours <= TIMES_PEFTS * theirs
+
+
+def _distance(logits: torch.Tensor, expected: Expected) -> float:
+    return float((logits - expected.exact).abs().max())
+
+
+@pytest.mark.parametrize("model", ["bfloat16"], indirect=True)
 @pytest.mark.parametrize("adapter", ["certainty", "generation-prompt", "lora", ""])
-async def test_served_answers_are_pefts(
+async def test_answers_in_bf16_are_right(
     model: BaseModel, demo_model_directory: Path, adapters: Path, adapter: str
 ) -> None:
     peft = load_peft(demo_model_directory, adapters / adapter if adapter else None)
-    async with open_stack(model, MemoryStore(), adapters) as stack:
-        for question in QUESTIONS:
-            prefilled = await _prefilled(stack, question)
-            answer, logits = await generate_with_logits(stack, prefilled.handle, adapter, max_tokens=ANSWER_TOKENS)
-            prompt = _prompt(prefilled, stack, adapter)
-            if model.dtype == "float32":
-                reference = greedy(peft, prompt, ANSWER_TOKENS)
-                assert answer.tokens == reference.tokens
-                torch.testing.assert_close(logits, reference.logits, rtol=0, atol=ROUNDING)
-            else:
-                assert _largest_gap(peft, prompt, answer.tokens, answer.started.invocation_start) <= TAU
+    for answer in await _answers(model, adapters, adapter):
+        assert _largest_gap(peft, answer.prompt, answer.tokens, answer.invocation_start) <= TAU
 
 
 async def test_a_worker_that_fetches_gives_the_bits_of_one_that_has_it_resident(

@@ -66,6 +66,7 @@ class ServingCore:
             forward_config_digest=model.forward_config_digest,
             compute_dtype=model.dtype,
             weight_quantization="none",
+            weight_layout=model.weight_layout,
             kv_dtype=model.layout.dtype,
             kv_layout=model.layout.canonical(),
             block_tokens=self.block_tokens,

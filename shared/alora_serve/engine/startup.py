@@ -77,6 +77,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         "core started",
         model=model.name,
         dtype=model.dtype,
+        weight_layout=model.weight_layout,
         context_tokens=model.context_tokens,
         block_tokens=core.block_tokens,
         threads=torch.get_num_threads(),
@@ -92,6 +93,7 @@ def open_model(settings: ModelSettings) -> BaseModel:
         dtype=settings.dtype,
         device=settings.device,
         context_tokens=settings.context_tokens,
+        pack=settings.pack_weights,
         name=model_name(settings.model),
     )
     if model.tokenizer.prints_date:

@@ -15,7 +15,7 @@ from typing import NewType
 
 from alora_serve.kv.store import StoreKey
 
-KEY_SCHEMA_VERSION = 1
+KEY_SCHEMA_VERSION = 2
 
 BlockHash = NewType("BlockHash", bytes)
 """32 bytes naming the KV of all tokens up to a block's end. Not the key of a stored part: see :func:`part_key`."""
@@ -30,6 +30,7 @@ class RootFields:
         forward_config_digest: SHA-256 of every config field that affects the forward pass.
         compute_dtype: torch dtype name of the forward pass.
         weight_quantization: ``none`` or the scheme.
+        weight_layout: ``plain`` or ``packed``: which kernels multiply by the weights, and so how products round.
         kv_dtype: torch dtype name of stored KV.
         kv_layout: :meth:`alora_serve.kv.layout.KVLayout.canonical`.
         block_tokens: tokens a block.
@@ -40,6 +41,7 @@ class RootFields:
     forward_config_digest: bytes
     compute_dtype: str
     weight_quantization: str
+    weight_layout: str
     kv_dtype: str
     kv_layout: str
     block_tokens: int

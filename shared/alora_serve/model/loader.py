@@ -1,4 +1,4 @@
-"""Load a base model unmodified, refuse what the engine cannot serve exactly, and take the digests that name its KV.
+"""Load a base model unmodified, and refuse what the engine cannot serve exactly.
 
 What is refused, by name: layers that keep state other than keys and values, attention that does not pass through
 transformers' attention interface, arguments our attention does not handle, encoder-decoder models. Rotary embeddings
@@ -10,7 +10,6 @@ short sequence.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,31 +25,17 @@ from alora_serve.errors import ModelUnsupportedError
 from alora_serve.kv.layout import KVLayout
 from alora_serve.model.attention import PackedAttention
 from alora_serve.model.chat import ChatTokenizer
+from alora_serve.model.digests import forward_config_digest, weights_digest
 from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.lean import LeanForward
 from alora_serve.model.lean_check import lean_forward
-from alora_serve.model.projections import Projection, fuse_projections
+from alora_serve.model.projections import Projection, can_pack, fuse_projections
 from alora_serve.model.step import Span, Step
 
 _log = structlog.get_logger(__name__)
 
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-
-IGNORED_CONFIG_FIELDS = frozenset(
-    {
-        "_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
-        "id2label", "label2id", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
-        "decoder_start_token_id",
-        "output_attentions", "output_hidden_states", "return_dict", "problem_type", "initializer_range",
-        "_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation",
-        "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "summary_type",
-        "summary_use_proj", "summary_activation", "summary_proj_to_labels", "task_specific_params",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder", "pretraining_tp", "embedding_dropout", "resid_dropout", "hidden_dropout", "dropout",
-    }
-)  # fmt: skip
-"""Fields that do not change an inference forward pass. Every other field, known or not, is part of the KV's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +51,7 @@ class BaseModel:
         lean: its forward pass in few calls; None where transformers' code runs.
         layout: shape of a token's KV.
         dtype: compute dtype, ``float32`` or ``bfloat16``.
+        weight_layout: ``packed`` or ``plain``: their products round differently, and so does all KV.
         context_tokens: longest prompt plus answer.
         weights_digest: SHA-256 of the weight files.
         forward_config_digest: SHA-256 of the config fields that affect the forward pass.
@@ -79,6 +65,7 @@ class BaseModel:
     tokenizer: ChatTokenizer
     layout: KVLayout
     dtype: str
+    weight_layout: str
     device: torch.device
     context_tokens: int
     vocabulary_size: int
@@ -103,7 +90,13 @@ def native_dtype() -> str:
 
 
 def load_base_model(
-    directory: Path, *, dtype: str, device: str = "cpu", context_tokens: int | None = None, name: str | None = None
+    directory: Path,
+    *,
+    dtype: str,
+    device: str = "cpu",
+    context_tokens: int | None = None,
+    pack: bool = True,
+    name: str | None = None,
 ) -> BaseModel:
     """Load a Hugging Face directory for serving.
 
@@ -111,6 +104,7 @@ def load_base_model(
         directory: holds ``config.json``, safetensors weights and a tokenizer.
         dtype: ``float32``, ``bfloat16`` or ``auto`` (see :func:`native_dtype`).
         context_tokens: lower the context below what the model allows, or give it where the config names none.
+        pack: lay weights out for oneDNN, where this processor has kernels for the dtype.
 
     Raises:
         ModelUnsupportedError: a part of the model cannot be served exactly; names it.
@@ -124,7 +118,8 @@ def load_base_model(
     )
     nn.Module.to(module, torch.device(device))
     module.train(False).requires_grad_(False)
-    projections = fuse_projections(module)
+    pack = pack and can_pack(module.dtype, module.device)
+    projections = fuse_projections(module, pack=pack)
     attention = PackedAttention()
     # One registration a loaded model: the function finds its step without process-wide state.
     implementation = _implementation(attention)
@@ -145,6 +140,7 @@ def load_base_model(
         tokenizer=tokenizer,
         layout=layout,
         dtype=dtype,
+        weight_layout="packed" if pack else "plain",
         device=torch.device(device),
         context_tokens=_context_limit(config, context_tokens),
         vocabulary_size=int(config.vocab_size),
@@ -263,33 +259,3 @@ def _check_windows(config: PreTrainedConfig, seen: Mapping[int, int | None]) -> 
             raise ModelUnsupportedError(
                 f"layer {layer} of {config.model_type} has window {expected} in its config but passes {given}"
             )
-
-
-def weights_digest(directory: Path) -> bytes:
-    """SHA-256 over the safetensors files, in name order, each length-prefixed.
-
-    Raises:
-        ModelUnsupportedError: no safetensors file.
-    """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ModelUnsupportedError(f"{directory} holds no .safetensors weights")
-    hasher = hashlib.sha256(b"alora-serve weights")
-    for file in files:
-        hasher.update(file.stat().st_size.to_bytes(8, "little"))
-        with file.open("rb") as stream:
-            hasher.update(hashlib.file_digest(stream, "sha256").digest())
-    return hasher.digest()
-
-
-def forward_config_digest(config: PreTrainedConfig) -> bytes:
-    """SHA-256 over every config field that may affect the forward pass, in canonical JSON."""
-    kept = _without_ignored(config.to_dict())
-    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(b"alora-serve config" + canonical.encode()).digest()
-
-
-def _without_ignored(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _without_ignored(item) for key, item in value.items() if key not in IGNORED_CONFIG_FIELDS}
-    return [_without_ignored(item) for item in value] if isinstance(value, (list, tuple)) else value

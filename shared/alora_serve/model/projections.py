@@ -1,9 +1,10 @@
 """The model's linear modules, run as few and as fast products as its shape allows.
 
 Modules that are given the same input (q, k and v; gate and up) become one product over their weights side by side: each
-weight is read once a step, and one call serves three. On a CPU weights are laid out once as oneDNN's kernels want them;
-the plain layout is re-ordered at every call, or runs a slow kernel for few rows. The transformers model stays as it is:
-its modules ask their projection instead of multiplying themselves.
+weight is read once a step, and one call serves three. On a CPU weights can be packed: laid out once as oneDNN's kernels
+want them. The plain layout is re-ordered at every call, or runs a slow kernel for few rows, but its products are those
+of the modules themselves, and in fp32 they round less. The transformers model stays as it is: its modules ask their
+projection instead of multiplying themselves.
 """
 
 from __future__ import annotations
@@ -83,12 +84,16 @@ class Projection:
         return out
 
 
-def fuse_projections(model: PreTrainedModel) -> tuple[Projection, ...]:
-    """Put every ``Linear`` and ``Conv1D`` of ``model`` under a projection, siblings under one."""
+def fuse_projections(model: PreTrainedModel, *, pack: bool) -> tuple[Projection, ...]:
+    """Put every ``Linear`` and ``Conv1D`` of ``model`` under a projection, siblings under one.
+
+    An output layer tied to the embedding is held twice if packed: it is a fifth of a small model's step, and takes half
+    the time then for one sequence and a third for sixteen.
+
+    Args:
+        pack: lay weights out for oneDNN; only where it :func:`can <can_pack>`.
+    """
     names = {module: name for name, module in model.named_modules()}
-    # An output layer tied to the embedding is held twice then: it is a fifth of a small model's step, and packed it
-    # takes half the time for one sequence and a third for sixteen.
-    pack = _can_pack(model.dtype, model.device)
     return tuple(Projection([names[part] for part in group], group, pack=pack) for group in _groups(model))
 
 
@@ -106,7 +111,7 @@ def _groups(model: PreTrainedModel) -> Iterator[list[nn.Module]]:
             yield [part]
 
 
-def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """This processor has oneDNN kernels for the dtype."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False

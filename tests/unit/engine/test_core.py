@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from alora_serve.engine.core import CoreOptions
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
@@ -62,3 +65,17 @@ async def test_what_memory_had_no_room_for_is_not_told(model: BaseModel) -> None
             await stack.prefill(Prompt(token_ids=(first, *TOKENS)))
         told = stack.core.status().resident_prefixes.fingerprints
     assert told == {*PrefixFingerprints(b"").of((2, *TOKENS), model_digest=model.model_digest)}
+
+
+@pytest.mark.parametrize("weight_layout", ["packed", "plain"])
+async def test_kv_is_shared_by_those_whose_weights_lie_alike(model: BaseModel, weight_layout: str) -> None:
+    """Products of packed weights round otherwise. To a worker of the other kind such KV is a plain miss."""
+    store, packed = MemoryStore(), replace(model, weight_layout="packed")
+    async with open_stack(packed, store, options=OPTIONS) as stack:
+        handle = (await stack.prefill(Prompt(token_ids=TOKENS))).handle
+    async with open_stack(replace(model, weight_layout=weight_layout), store, options=OPTIONS) as cold:
+        usage = (await cold.generate(handle, max_tokens=2)).finished.usage
+        shared = cold.core.storage_digest == handle.storage_digest
+    assert shared == (weight_layout == "packed")
+    # The last token of the prompt is run again: its logits choose the first of the answer.
+    assert usage.fetched_tokens == (len(TOKENS) - 1 if shared else 0)

@@ -9,6 +9,8 @@ import torch
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
+from adapter_decode.config import AdapterDecodeSettings
+from alora_serve.config import load_settings
 from alora_serve.engine import startup
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.startup import CoreSettings, open_model, start_core
@@ -16,6 +18,8 @@ from alora_serve.errors import ConfigError, UnavailableError
 from alora_serve.kv.keys import BlockHash
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.loader import BaseModel
+from alora_serve.model.projections import can_pack
+from base_prefill.config import BasePrefillSettings
 from in_process import CountingMetrics, MemoryStore
 
 SECRET = "a secret of at least 16 bytes"
@@ -84,6 +88,16 @@ def test_a_hub_model_goes_by_its_id(model_directory: Path, tmp_path: Path, monke
     monkeypatch.setattr(startup, "resolve_model", lambda _: model_directory)
     settings = _settings(model_directory, tmp_path).model_copy(update={"model": "org/tiny"})
     assert open_model(settings).name == "org/tiny"
+
+
+@pytest.mark.parametrize("service", [BasePrefillSettings, AdapterDecodeSettings])
+def test_weights_are_packed_unless_the_setting_says_no(service: type[CoreSettings], model_directory: Path) -> None:
+    argv = ["--model", str(model_directory), "--dtype", "float32"]
+    packed = "packed" if can_pack(torch.float32, torch.device("cpu")) else "plain"
+    for more, layout in (([], packed), (["--pack-weights", "true"], packed), (["--pack-weights", "false"], "plain")):
+        model = open_model(load_settings(service, argv + more))
+        assert model.weight_layout == layout
+        assert {projection._packed is not None for projection in model.projections} == {layout == "packed"}
 
 
 def test_a_template_that_prints_the_date_is_warned_of(

@@ -27,6 +27,7 @@ ROOT = RootFields(
     forward_config_digest=b"c" * 32,
     compute_dtype="float32",
     weight_quantization="none",
+    weight_layout="plain",
     kv_dtype="float32",
     kv_layout="layers=2;order=layer,kv,head,token,dim;kv_heads=1;head_dim=4",
     block_tokens=16,
@@ -37,6 +38,7 @@ CHANGED: dict[str, object] = {
     "forward_config_digest": b"d" * 32,
     "compute_dtype": "bfloat16",
     "weight_quantization": "int8",
+    "weight_layout": "packed",
     "kv_dtype": "bfloat16",
     "kv_layout": "layers=3;order=layer,kv,head,token,dim;kv_heads=1;head_dim=4",
     "block_tokens": 32,
@@ -44,11 +46,11 @@ CHANGED: dict[str, object] = {
 }
 
 # A change here is a change of schema: raise KEY_SCHEMA_VERSION with it, or old and new records get mixed up.
-GOLDEN_ROOT = "359fe2047f61ffd0ace33c021be7a1a629a96421cb14e40d2b390fe7c37e3d1a"
-GOLDEN_STORAGE = "8cefb2f1cfe0f08731f3a327d77bad422e939bd612529d196351ba6100cdc73b"
-GOLDEN_SECOND_BLOCK = "a28419d47555c957c29ec0f76884c507a6925c656bc9c7dc29ddb22944dc8d20"
-GOLDEN_TAIL = "1ce9416bb90b458bec99ae579d73e741ea5586424302ff05d935295b4eb25d86"
-GOLDEN_PART = "c1ea98ef725b072d37f007634730aa62ea3ccd219f2d8ccca95c2de747fd3b07"
+GOLDEN_ROOT = "db2d40ed9f0ad2a6c83072fbd4247b8182691b4810cbd6492b64bde9e684dedc"
+GOLDEN_STORAGE = "6cdfaecd6710616dc07a20de676cebb0b5745423fe1c98f377d0d045a73c1d98"
+GOLDEN_SECOND_BLOCK = "3f1552f230fa5293a5684834bd46b953af80b6fac2672900fe7e9f35f6494e3b"
+GOLDEN_TAIL = "3d097b679148008aece7e110088f16c4029e9e5746818e08f48b08da64ee02cd"
+GOLDEN_PART = "ababcfdc0f18f2a2e650ed1e0060d96f727b2fc97f0077502cb353e8a6db55a7"
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 small_tokens = st.lists(st.integers(0, 1), max_size=12)
@@ -58,6 +60,7 @@ roots = st.builds(
     forward_config_digest=st.binary(max_size=2),
     compute_dtype=st.text("ab", max_size=2),
     weight_quantization=st.text("ab", max_size=2),
+    weight_layout=st.text("ab", max_size=2),
     kv_dtype=st.text("ab", max_size=2),
     kv_layout=st.text("ab", max_size=2),
     block_tokens=st.integers(1, 4),
@@ -209,12 +212,12 @@ def test_names_are_those_that_earlier_releases_stored_under() -> None:
 def test_names_do_not_depend_on_the_process(seed: str) -> None:
     """Python's own ``hash`` does, which is why no store was ever hit by keys made of it."""
     script = (
-        "from alora_serve.kv.keys import *; r = RootFields(b'w', b'c', 'f', 'n', 'f', 'l', 4, b's');"
+        "from alora_serve.kv.keys import *; r = RootFields(b'w', b'c', 'f', 'n', 'p', 'f', 'l', 4, b's');"
         "print(BlockChain(root_hash(r), range(11), 4).name_of(11).hex())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
     printed = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    root = RootFields(b"w", b"c", "f", "n", "f", "l", 4, b"s")
+    root = RootFields(b"w", b"c", "f", "n", "p", "f", "l", 4, b"s")
     assert printed.stdout.strip() == BlockChain(root_hash(root), range(11), 4).name_of(11).hex()

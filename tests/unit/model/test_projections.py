@@ -8,11 +8,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from alora_serve.model.projections import Projection, fuse_projections
+from alora_serve.model.projections import Projection, can_pack, fuse_projections
 from tiny_models import FAMILIES, VOCABULARY
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+CPU = torch.device("cpu")
 
 
 def _model(family: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -20,14 +23,15 @@ def _model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval().requires_grad_(False)
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_stock_model(family: str, dtype: torch.dtype) -> None:
+def test_logits_are_those_of_the_stock_model(family: str, dtype: torch.dtype, pack: bool) -> None:
     model = _model(family, dtype)
     tokens = torch.arange(4, 40).unsqueeze(0) % VOCABULARY
     with torch.inference_mode():
         expected = model(input_ids=tokens).logits.float()
-        fuse_projections(model)
+        fuse_projections(model, pack=pack and can_pack(dtype, CPU))
         found = model(input_ids=tokens).logits.float()
     assert torch.allclose(found, expected, atol=1e-4 if dtype == torch.float32 else 0.1)
 
@@ -46,17 +50,41 @@ def test_logits_are_those_of_the_stock_model(family: str, dtype: torch.dtype) ->
 def test_siblings_are_fused_where_the_model_has_them(family: str, kinds: set[tuple[str, ...]]) -> None:
     model = _model(family, torch.float32)
     linears = {name for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
-    projections = fuse_projections(model)
+    projections = fuse_projections(model, pack=False)
     assert {tuple(name.rpartition(".")[2] for name in projection.names) for projection in projections} == kinds
     assert sorted(name for projection in projections for name in projection.names) == sorted(linears)
 
 
-def test_weights_are_not_held_twice() -> None:
+@pytest.mark.parametrize("pack", [False, True])
+def test_weights_are_not_held_twice(pack: bool) -> None:
     model = _model("llama", torch.float32)
-    fuse_projections(model)
+    fuse_projections(model, pack=pack and can_pack(torch.float32, CPU))
     linears = [part for part in model.modules() if isinstance(part, nn.Linear)]
     assert all(part.weight.is_meta for part in linears)
     assert all((part.out_features, part.in_features) == tuple(part.weight.shape) for part in linears)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_every_weight_is_packed_or_none_is_with_the_output_layer_that_is_the_embedding(pack: bool) -> None:
+    """Plain, a tied output layer still is the embedding, and is not copied."""
+    model = _model("gpt2", torch.float32)
+    projections = fuse_projections(model, pack=pack)
+    assert {projection._packed is not None for projection in projections} == {pack}
+    assert {projection._weight is None for projection in projections} == {pack}
+    (output,) = (projection for projection in projections if projection.names == ("lm_head",))
+    if output._weight is not None:
+        assert output._weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_a_plain_product_has_the_bits_of_the_modules_own() -> None:
+    """What ``pack_weights`` off is for: the packed kernels sum in another order."""
+    torch.manual_seed(3)
+    for rows in (1, 5):
+        part = nn.Linear(576, 96).requires_grad_(False)
+        x = torch.randn(1, rows, 576)
+        expected = part(x)
+        Projection(["a"], [part], pack=False)
+        assert torch.equal(part(x), expected)
 
 
 def _projected(*, bias: bool = True, pack: bool = False) -> tuple[list[nn.Linear], Projection, list[torch.Tensor]]:

@@ -12,13 +12,8 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from alora_serve.errors import ModelUnsupportedError
-from alora_serve.model.loader import (
-    IGNORED_CONFIG_FIELDS,
-    BaseModel,
-    forward_config_digest,
-    load_base_model,
-    weights_digest,
-)
+from alora_serve.model.digests import IGNORED_CONFIG_FIELDS, forward_config_digest, weights_digest
+from alora_serve.model.loader import BaseModel, load_base_model
 from tiny_models import FAMILIES, save_model
 
 torch.set_num_threads(1)
