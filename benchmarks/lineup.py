@@ -24,7 +24,7 @@ from systems.served import Deployed, Served, ServedResident, ServedTwins
 
 from alora_serve.cli.local.deployment import DeploymentOptions
 from alora_serve.model.demo_model import ensure_demo_model
-from alora_serve.model.loader import native_dtype
+from alora_serve.model.device import CPU, native_dtype
 
 ADAPTER_ROOT: Final = REPOSITORY / "build" / "bench" / "adapters"
 LLAMA: Final[Mapping[str, LlamaSettings]] = {
@@ -106,6 +106,6 @@ def open_bench(
 ) -> Bench:
     """Model, adapters and tokenizer. The first time this takes a minute."""
     model = ensure_demo_model()
-    used = dtype or native_dtype()
+    used = dtype or native_dtype(CPU)
     made = ensure_adapters(model, ADAPTER_ROOT / f"{kind}-{B_STANDARD_DEVIATION[kind]:g}", count=adapters, kind=kind)
     return Bench(console, progress, model, used, made, Renderer(model))

@@ -124,6 +124,8 @@ def test_one_environment_and_one_file_serve_all_services(
         (["--max-queue", "many"], ["max_queue='many'", "integer", "--max-queue", "ALORA_MAX_QUEUE"]),
         (["--max-queue", "-1"], ["max_queue='-1'", "greater than or equal to 0"]),
         (["--dtype", "float16"], ["dtype='float16'", "bfloat16"]),
+        (["--device", "gpu"], ["device='gpu'", "cpu|cuda"]),
+        (["--device", "cuda:x"], ["device='cuda:x'", "cpu|cuda"]),
         (["--store-budget-bytes", "5 elephants"], ["store_budget_bytes='5 elephants'"]),
     ],
 )

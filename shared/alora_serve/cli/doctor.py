@@ -164,7 +164,8 @@ def _model_and_adapters(settings: LocalSettings) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("model", "wrong", str(error))
         return
-    detail = f"{report['model']} ({report['architecture']}), {report['dtype']}, context {report['context_tokens']}"
+    kind = f"{report['model']} ({report['architecture']})"
+    detail = f"{kind}, {report['dtype']} on {report['device']}, context {report['context_tokens']}"
     yield Finding("model", "ok", detail)
     if not report["adapters"]:
         where = f"no adapters in {', '.join(map(str, roots))}" if roots else "no adapter directory: pass --adapters"
@@ -176,9 +177,9 @@ def _model_and_adapters(settings: LocalSettings) -> Iterator[Finding]:
 
 
 def _run_model_check(settings: LocalSettings, roots: str) -> dict[str, Any]:
-    flags = ["--model", settings.model, "--dtype", settings.dtype, "--adapter-roots", roots]
+    flags = ["--model", settings.model, "--dtype", settings.dtype, "--device", settings.device]
     environment = machine.service_environment(os.environ, threads=settings.threads)
-    command = [sys.executable, "-P", "-m", "alora_serve.cli.model_check", *flags]
+    command = [sys.executable, "-P", "-m", "alora_serve.cli.model_check", *flags, "--adapter-roots", roots]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_MODEL_SECONDS, check=False

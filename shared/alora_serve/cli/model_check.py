@@ -15,6 +15,7 @@ from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.config import AdapterSettings, ModelSettings, run_with_settings
 from alora_serve.engine.startup import open_model
 from alora_serve.errors import AloraServeError
+from alora_serve.model.device import device_name
 
 
 class CheckSettings(ModelSettings, AdapterSettings):
@@ -22,7 +23,7 @@ class CheckSettings(ModelSettings, AdapterSettings):
 
 
 def main() -> None:
-    """Print one JSON object: model, dtype, context and adapters with their problems; or only ``error``."""
+    """Print one JSON object: model, dtype, device, context and adapters with their problems; or only ``error``."""
     settings = run_with_settings(CheckSettings)
     try:
         model = open_model(settings)
@@ -41,6 +42,7 @@ def main() -> None:
                 "model": model.name,
                 "architecture": type(model.module).__name__,
                 "dtype": model.dtype,
+                "device": device_name(model.device),
                 "context_tokens": model.context_tokens,
                 "adapters": [
                     {"name": adapter.name, "kind": adapter.kind, "rank": adapter.rank, "problem": adapter.problem}

@@ -57,9 +57,16 @@ class ModelSettings(SettingsGroup):
 
     model: str = Field("demo", description="Directory, Hugging Face hub id, or demo (SmolLM2-135M-Instruct).")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Compute dtype; auto is bfloat16 where the processor multiplies it natively."
+        "auto", description="Compute dtype; auto is bfloat16 where the device multiplies it natively."
     )
-    device: Literal["cpu"] = Field("cpu", description="Where the model runs; this release serves on the CPU alone.")
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description=(
+            "Where the model runs and resident KV lies: cpu, cuda or cuda:N. CUDA has never been run on hardware. "
+            "Services on other devices share no KV."
+        ),
+    )
     threads: int = Field(
         0, ge=0, description="torch threads of each process; 0 is OMP_NUM_THREADS or, where that is unset, one a core."
     )

@@ -67,6 +67,7 @@ class ServingCore:
             compute_dtype=model.dtype,
             weight_quantization="none",
             weight_layout=model.weight_layout,
+            device_type=model.device.type,
             kv_dtype=model.layout.dtype,
             kv_layout=model.layout.canonical(),
             block_tokens=self.block_tokens,

@@ -16,6 +16,7 @@ from alora_serve.kv.store import KVStore
 from alora_serve.kv.store_url import public_url
 from alora_serve.kv.transfer import StoreTiming
 from alora_serve.metrics import CoreMetrics
+from alora_serve.model.device import device_name, open_device
 from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.model.source import model_name, resolve_model
 
@@ -77,6 +78,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         "core started",
         model=model.name,
         dtype=model.dtype,
+        device=device_name(model.device),
         weight_layout=model.weight_layout,
         context_tokens=model.context_tokens,
         block_tokens=core.block_tokens,
@@ -87,11 +89,17 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
 
 
 def open_model(settings: ModelSettings) -> BaseModel:
-    """Load the base model that settings name."""
+    """Load the base model that settings name.
+
+    Raises:
+        ConfigError: the device or the model is not there.
+        ModelUnsupportedError: the model cannot be served.
+    """
+    device = open_device(settings.device)
     model = load_base_model(
         resolve_model(settings.model),
         dtype=settings.dtype,
-        device=settings.device,
+        device=device,
         context_tokens=settings.context_tokens,
         pack=settings.pack_weights,
         name=model_name(settings.model),

@@ -15,7 +15,7 @@ from typing import NewType
 
 from alora_serve.kv.store import StoreKey
 
-KEY_SCHEMA_VERSION = 2
+KEY_SCHEMA_VERSION = 3
 
 BlockHash = NewType("BlockHash", bytes)
 """32 bytes naming the KV of all tokens up to a block's end. Not the key of a stored part: see :func:`part_key`."""
@@ -31,6 +31,7 @@ class RootFields:
         compute_dtype: torch dtype name of the forward pass.
         weight_quantization: ``none`` or the scheme.
         weight_layout: ``plain`` or ``packed``: which kernels multiply by the weights, and so how products round.
+        device_type: ``cpu`` or ``cuda``: likewise.
         kv_dtype: torch dtype name of stored KV.
         kv_layout: :meth:`alora_serve.kv.layout.KVLayout.canonical`.
         block_tokens: tokens a block.
@@ -42,6 +43,7 @@ class RootFields:
     compute_dtype: str
     weight_quantization: str
     weight_layout: str
+    device_type: str
     kv_dtype: str
     kv_layout: str
     block_tokens: int

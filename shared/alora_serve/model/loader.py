@@ -25,6 +25,7 @@ from alora_serve.errors import ModelUnsupportedError
 from alora_serve.kv.layout import KVLayout
 from alora_serve.model.attention import PackedAttention
 from alora_serve.model.chat import ChatTokenizer
+from alora_serve.model.device import CPU, native_dtype
 from alora_serve.model.digests import forward_config_digest, weights_digest
 from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.lean import LeanForward
@@ -52,6 +53,7 @@ class BaseModel:
         layout: shape of a token's KV.
         dtype: compute dtype, ``float32`` or ``bfloat16``.
         weight_layout: ``packed`` or ``plain``: their products round differently, and so does all KV.
+        device: where it runs, and its KV lies.
         context_tokens: longest prompt plus answer.
         weights_digest: SHA-256 of the weight files.
         forward_config_digest: SHA-256 of the config fields that affect the forward pass.
@@ -79,21 +81,11 @@ class BaseModel:
         return hashlib.sha256(b"alora-serve model" + b"".join(parts)).digest()
 
 
-def native_dtype() -> str:
-    """``bfloat16`` where this processor multiplies it natively, else ``float32``."""
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        return "bfloat16"
-    # oneDNN emulates bf16 with avx512 alone, slower than fp32; only the dot-product instructions pay.
-    capabilities = torch.cpu.get_capabilities()
-    fast = ("avx512_bf16", "amx_bf16", "bf16")
-    return "bfloat16" if any(capabilities.get(name) for name in fast) else "float32"
-
-
 def load_base_model(
     directory: Path,
     *,
     dtype: str,
-    device: str = "cpu",
+    device: torch.device = CPU,
     context_tokens: int | None = None,
     pack: bool = True,
     name: str | None = None,
@@ -103,6 +95,7 @@ def load_base_model(
     Args:
         directory: holds ``config.json``, safetensors weights and a tokenizer.
         dtype: ``float32``, ``bfloat16`` or ``auto`` (see :func:`native_dtype`).
+        device: where it runs (see :func:`alora_serve.model.device.open_device`).
         context_tokens: lower the context below what the model allows, or give it where the config names none.
         pack: lay weights out for oneDNN, where this processor has kernels for the dtype.
 
@@ -110,13 +103,13 @@ def load_base_model(
         ModelUnsupportedError: a part of the model cannot be served exactly; names it.
     """
     if dtype == "auto":
-        dtype = native_dtype()
+        dtype = native_dtype(device)
     config = AutoConfig.from_pretrained(directory)
     _check_config(config)
     module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=getattr(torch, dtype), attn_implementation="eager", use_safetensors=True
     )
-    nn.Module.to(module, torch.device(device))
+    nn.Module.to(module, device)
     module.train(False).requires_grad_(False)
     pack = pack and can_pack(module.dtype, module.device)
     projections = fuse_projections(module, pack=pack)
@@ -141,7 +134,7 @@ def load_base_model(
         layout=layout,
         dtype=dtype,
         weight_layout="packed" if pack else "plain",
-        device=torch.device(device),
+        device=device,
         context_tokens=_context_limit(config, context_tokens),
         vocabulary_size=int(config.vocab_size),
         weights_digest=weights_digest(directory),

@@ -58,10 +58,7 @@ def test_a_good_machine_model_and_store_are_found_so(findings, adapters: Path) -
     found = findings(adapter_roots=(adapters,))
     good = ["python", "packages", "memory and cores", "cache", "store", "model", "adapter good"]
     assert {found[subject].state for subject in good} == {"ok"}
-    assert (
-        found["model"].detail.endswith("(LlamaForCausalLM), float32, context 512")
-        or "bfloat16" in found["model"].detail
-    )
+    assert found["model"].detail.endswith("(LlamaForCausalLM), float32 on cpu, context 512")
     assert found["adapter good"].detail == "alora, rank 8"
     assert found["adapter bad"].state == "wrong"
     assert "use_dora" in found["adapter bad"].detail
@@ -93,10 +90,12 @@ def test_a_store_that_loses_values_is_wrong(findings, quick, monkeypatch) -> Non
 
 
 def test_no_adapters_are_noted(findings, monkeypatch, tmp_path: Path) -> None:
-    report = {"model": "m", "architecture": "a", "dtype": "d", "context_tokens": 1, "adapters": []}
+    report = {"model": "m", "architecture": "a", "dtype": "d", "device": "cuda:0 (card)", "context_tokens": 1}
+    report["adapters"] = []
     monkeypatch.setattr(doctor, "_run_model_check", lambda settings, roots: report)
-    found = findings()["adapters"]
-    assert (found.state, found.detail) == ("note", f"no adapters in {tmp_path}")
+    found = findings()
+    assert (found["adapters"].state, found["adapters"].detail) == ("note", f"no adapters in {tmp_path}")
+    assert found["model"].detail == "m (a), d on cuda:0 (card), context 1"
 
 
 def test_a_model_that_does_not_load_is_wrong_by_its_reason(findings, tmp_path: Path) -> None:

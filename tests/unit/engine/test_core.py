@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from alora_serve.engine.core import CoreOptions
+from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
 from alora_serve.model.loader import BaseModel
 from alora_serve.types import Prompt
-from in_process import MemoryStore, open_stack
+from in_process import CountingMetrics, MemoryStore, open_stack
 
 OPTIONS = CoreOptions(block_tokens=16, tenant_salt=b"salt")
 TOKENS = tuple(range(1, 251)) + tuple(range(1, 51))
@@ -79,3 +80,12 @@ async def test_kv_is_shared_by_those_whose_weights_lie_alike(model: BaseModel, w
     assert shared == (weight_layout == "packed")
     # The last token of the prompt is run again: its logits choose the first of the answer.
     assert usage.fetched_tokens == (len(TOKENS) - 1 if shared else 0)
+
+
+def test_kv_of_a_processor_and_of_a_gpu_is_not_shared_but_that_of_two_gpus_is(model: BaseModel) -> None:
+    def digest(device: str) -> bytes:
+        core = ServingCore(replace(model, device=torch.device(device)), MemoryStore(), OPTIONS, CountingMetrics())
+        core.close()
+        return core.storage_digest
+
+    assert digest("cpu") != digest("cuda:0") == digest("cuda:1")

@@ -84,6 +84,14 @@ def test_a_model_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
         start_core(_settings(tmp_path, tmp_path), CoreMetrics(CollectorRegistry()))
 
 
+def test_a_device_that_is_not_there_stops_the_start_before_a_model_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(ConfigError, match=r"device='cuda:1': torch \S+ was built without CUDA"):
+        start_core(_settings(tmp_path / "none", tmp_path, device="cuda:1"), CoreMetrics(CollectorRegistry()))
+
+
 def test_a_hub_model_goes_by_its_id(model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "resolve_model", lambda _: model_directory)
     settings = _settings(model_directory, tmp_path).model_copy(update={"model": "org/tiny"})

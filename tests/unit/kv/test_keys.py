@@ -28,6 +28,7 @@ ROOT = RootFields(
     compute_dtype="float32",
     weight_quantization="none",
     weight_layout="plain",
+    device_type="cpu",
     kv_dtype="float32",
     kv_layout="layers=2;order=layer,kv,head,token,dim;kv_heads=1;head_dim=4",
     block_tokens=16,
@@ -39,6 +40,7 @@ CHANGED: dict[str, object] = {
     "compute_dtype": "bfloat16",
     "weight_quantization": "int8",
     "weight_layout": "packed",
+    "device_type": "cuda",
     "kv_dtype": "bfloat16",
     "kv_layout": "layers=3;order=layer,kv,head,token,dim;kv_heads=1;head_dim=4",
     "block_tokens": 32,
@@ -46,11 +48,11 @@ CHANGED: dict[str, object] = {
 }
 
 # A change here is a change of schema: raise KEY_SCHEMA_VERSION with it, or old and new records get mixed up.
-GOLDEN_ROOT = "db2d40ed9f0ad2a6c83072fbd4247b8182691b4810cbd6492b64bde9e684dedc"
-GOLDEN_STORAGE = "6cdfaecd6710616dc07a20de676cebb0b5745423fe1c98f377d0d045a73c1d98"
-GOLDEN_SECOND_BLOCK = "3f1552f230fa5293a5684834bd46b953af80b6fac2672900fe7e9f35f6494e3b"
-GOLDEN_TAIL = "3d097b679148008aece7e110088f16c4029e9e5746818e08f48b08da64ee02cd"
-GOLDEN_PART = "ababcfdc0f18f2a2e650ed1e0060d96f727b2fc97f0077502cb353e8a6db55a7"
+GOLDEN_ROOT = "a1fa63d09ec4a7d4a7493e2f3603e30ef0e1b88028b2552b82a6d70d784d3722"
+GOLDEN_STORAGE = "00a5bb64425a9e718a894e726c417926701b4496e4e983c4ac36920d97318803"
+GOLDEN_SECOND_BLOCK = "00045dffd7652a756efb34b23c0c521869de0988f6b9d7d9ab8cc6aa6ae6287c"
+GOLDEN_TAIL = "25ef24bf510a95d2457b60a3e2b41cba523dac305abfcf4b61bf949d0a340575"
+GOLDEN_PART = "bdf06367b65a9fcd708c2e9b551817182cc15b816b6a1ceaeaac7eb60eeda419"
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 small_tokens = st.lists(st.integers(0, 1), max_size=12)
@@ -61,6 +63,7 @@ roots = st.builds(
     compute_dtype=st.text("ab", max_size=2),
     weight_quantization=st.text("ab", max_size=2),
     weight_layout=st.text("ab", max_size=2),
+    device_type=st.text("ab", max_size=2),
     kv_dtype=st.text("ab", max_size=2),
     kv_layout=st.text("ab", max_size=2),
     block_tokens=st.integers(1, 4),
@@ -212,12 +215,12 @@ def test_names_are_those_that_earlier_releases_stored_under() -> None:
 def test_names_do_not_depend_on_the_process(seed: str) -> None:
     """Python's own ``hash`` does, which is why no store was ever hit by keys made of it."""
     script = (
-        "from alora_serve.kv.keys import *; r = RootFields(b'w', b'c', 'f', 'n', 'p', 'f', 'l', 4, b's');"
+        "from alora_serve.kv.keys import *; r = RootFields(b'w', b'c', 'f', 'n', 'p', 'd', 'f', 'l', 4, b's');"
         "print(BlockChain(root_hash(r), range(11), 4).name_of(11).hex())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
     printed = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    root = RootFields(b"w", b"c", "f", "n", "p", "f", "l", 4, b"s")
+    root = RootFields(b"w", b"c", "f", "n", "p", "d", "f", "l", 4, b"s")
     assert printed.stdout.strip() == BlockChain(root_hash(root), range(11), 4).name_of(11).hex()

@@ -18,12 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from alora_serve.errors import ModelUnsupportedError
 from alora_serve.kv.layout import KVLayout
 from alora_serve.model import loader
+from alora_serve.model.device import CPU, native_dtype
 from alora_serve.model.kv_memory import KVSegment, KVSlice
-from alora_serve.model.loader import (
-    BaseModel,
-    load_base_model,
-    native_dtype,
-)
+from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.model.runner import ModelRunner
 from alora_serve.model.step import Span
 from tiny_models import FAMILIES, VOCABULARY, load_reference, save_model, save_tokenizer
@@ -183,7 +180,6 @@ def test_a_model_can_have_another_name_than_its_directory(llama_directory: Path)
 def test_the_dtype_is_what_the_processor_does_natively_unless_given(
     llama_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for capabilities, expected in (
         ({"avx512_bf16": True}, "bfloat16"),
         ({"amx_bf16": True}, "bfloat16"),
@@ -191,11 +187,8 @@ def test_the_dtype_is_what_the_processor_does_natively_unless_given(
         ({}, "float32"),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert native_dtype() == expected
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert native_dtype() == "bfloat16"
-    monkeypatch.setattr(loader, "native_dtype", lambda: "bfloat16")
+        assert native_dtype(CPU) == expected
+    monkeypatch.setattr(loader, "native_dtype", lambda _: "bfloat16")
     automatic = load_base_model(llama_directory, dtype="auto")
     assert (automatic.dtype, automatic.layout.dtype, automatic.module.dtype) == ("bfloat16", "bfloat16", torch.bfloat16)
 
