@@ -23,12 +23,12 @@ class _Mailbox:
     def put(self, loop: asyncio.AbstractEventLoop, running: RunningSequence, event: SequenceEvent) -> None:
         """Leave an event, on an engine's thread."""
         self._events.append((running, event))
-        if self._called:
+        if self._called and not loop.is_closed():
             return
         self._called = True
         try:
             loop.call_soon_threadsafe(self._empty)
-        except RuntimeError:  # the loop is closed: nobody reads any more
+        except RuntimeError:  # the loop is closed: nobody reads any more, nor what it was called for and never took
             for unread, left in self._events:
                 unread.discard(left)
             self._events.clear()

@@ -172,3 +172,20 @@ async def test_events_for_a_loop_that_is_closed_are_dropped_with_their_pins(benc
     running.sink(BaseComputed(bench.core.blocks.chain(PROMPT), Prefix((promised,)), 0, 8))
     assert bench.pins == 0
     running.sink(TokenChunk((1,), "a"))
+
+
+async def test_events_that_a_loop_was_woken_for_and_never_took_are_dropped_with_the_next(bench: Bench) -> None:
+    async def make() -> RunningSequence:
+        return RunningSequence(bench.core.engine)
+
+    def computed() -> BaseComputed:
+        promised = bench.core.cache.reserve(Prefix(), 8)
+        return BaseComputed(bench.core.blocks.chain(PROMPT), Prefix((promised,)), 0, 8)
+
+    loop = asyncio.new_event_loop()
+    running = await asyncio.to_thread(loop.run_until_complete, make())
+    running.sink(computed())
+    loop.close()
+    assert bench.pins == 1
+    running.sink(computed())
+    assert bench.pins == 0
