@@ -13,9 +13,7 @@ Batch = list[tuple[Sequence, Span]]
 """Sequences with the tokens they run in one step, in row order."""
 
 
-def arrange(
-    shares: Listed[tuple[Sequence, int]], standing: Callable[[LoadedAdapter], tuple[int, int]] = lambda _: (0, 0)
-) -> Batch:
+def arrange(shares: Listed[tuple[Sequence, int]], standing: Callable[[LoadedAdapter], tuple[int, int]]) -> Batch:
     """Spans of at most the given numbers of tokens, in row order.
 
     Sequences on one prefix stand side by side, and within them those of one adapter, so that shared reads and adapter

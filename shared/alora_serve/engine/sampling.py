@@ -85,10 +85,9 @@ def _draw(rows: Tensor, params: Sequence[SamplingParams], positions: Sequence[in
     # By id, so that equally likely tokens come in the same order however many candidates there are.
     ids = rows.topk(min(SHORTLIST, rows.shape[-1]), dim=-1).indices.sort(dim=-1).values
     tokens = _pick(probabilities.gather(1, ids), ids, params, draws, complete=ids.shape == rows.shape)
-    everything = torch.arange(rows.shape[-1], device=rows.device).unsqueeze(0)
     for row, token in enumerate(tokens):
         if token is None:
-            part = slice(row, row + 1)
+            part, everything = slice(row, row + 1), torch.arange(rows.shape[-1], device=rows.device).unsqueeze(0)
             tokens[row] = _pick(probabilities[part], everything, params[part], draws[part], complete=True)[0]
     return [token for token in tokens if token is not None]
 

@@ -49,8 +49,8 @@ class Projection:
         fused = weights[0] if len(weights) == 1 else torch.cat(weights)
         biases = [getattr(module, "bias", None) for module in modules]
         self._bias = torch.cat([bias.detach() for bias in biases if bias is not None]) if None not in biases else None
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(fused, PACKED_ROWS) if pack else None
-        self._weight = None if pack else fused
+        self._is_packed = pack
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(fused, PACKED_ROWS) if pack else fused
         self._weight_count = fused.numel()
         self._input: Tensor | None = None
         self._output: Tensor | None = None
@@ -69,10 +69,10 @@ class Projection:
         return out
 
     def _product(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        if self._is_packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return out
-        return linear(x, self._weight, self._bias)  # type: ignore[arg-type] # one of the two is there
+        return linear(x, self._weight, self._bias)
 
     def _member(self, index: int, x: Tensor) -> Tensor:
         """What one module answers to ``[..., in_features]``. The first one asked makes the product for all."""

@@ -105,7 +105,7 @@ def test_weights_are_packed_unless_the_setting_says_no(service: type[CoreSetting
     for more, layout in (([], packed), (["--pack-weights", "true"], packed), (["--pack-weights", "false"], "plain")):
         model = open_model(load_settings(service, argv + more))
         assert model.weight_layout == layout
-        assert {projection._packed is not None for projection in model.projections} == {layout == "packed"}
+        assert {projection._is_packed for projection in model.projections} == {layout == "packed"}
 
 
 def test_a_template_that_prints_the_date_is_warned_of(
