@@ -61,7 +61,8 @@ def _protoc(proto_root: Path, protos: list[Path], output: Path) -> None:
     well_known = Path(grpc_tools.__file__).parent / "_proto"
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{proto_root}", f"-I{well_known}"]
     command += [f"--plugin={name}={_find_plugin(name)}" for name in PLUGINS]
-    command += [f"--{kind}_out={output}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    command += [f"--{kind}_out={output}" for kind in ("python", "grpc_python")]
+    command += [f"--{kind}_out=quiet:{output}" for kind in ("mypy", "mypy_grpc")]
     result = subprocess.run([*command, *map(str, protos)], check=False)
     if result.returncode:
         raise RuntimeError(f"protoc exited {result.returncode} on {', '.join(path.name for path in protos)}")
