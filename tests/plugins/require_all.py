@@ -1,6 +1,7 @@
 """Pytest plugin: with ``ALORA_TEST_REQUIRE_ALL=1`` a skip is a failure, so that CI cannot pass by lacking a tool.
 
-Without it, pytest's own summary lists the skips at the end of its output, with the reason each test gave.
+The one exception are tests marked ``gpu`` on a machine without one: a tool can be installed, a GPU cannot. Without the
+variable, pytest's own summary lists the skips at the end of its output, with the reason each test gave.
 """
 
 from __future__ import annotations
@@ -9,15 +10,27 @@ import os
 from collections.abc import Generator
 
 import pytest
+import torch
 
 VARIABLE = "ALORA_TEST_REQUIRE_ALL"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA device, and is skipped without one")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Fail a test that skipped itself or was marked to be skipped; expected failures stay what they are."""
     report = yield
-    if report.skipped and not hasattr(report, "wasxfail"):
+    if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("gpu") is None:
         _fail_if_required(report)
     return report
 

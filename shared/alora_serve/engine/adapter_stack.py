@@ -143,7 +143,7 @@ class AdapterStack:
             for member in stacked.members:
                 pair = adapter.pairs[member.name]
                 stacked.a[slot, member.ranks] = pair.a
-                torch.mul(pair.b, member.b_scaling, out=member.b[slot])
+                torch.mul(pair.b.to(self._device), member.b_scaling, out=member.b[slot])
 
     def add_deltas(self, projection: Projection, rows: PaddedRows, x: Tensor, out: Tensor) -> None:
         """Add ``scaling * B(A(x))`` of each slot's adapter to its rows of ``out``, rounded as PEFT rounds it.

@@ -19,6 +19,7 @@ from alora_serve.kv.fingerprints import PrefixFingerprints
 from alora_serve.kv.keys import BlockChain, RootFields, root_hash, storage_digest
 from alora_serve.kv.store import KVStore
 from alora_serve.kv.transfer import BlockMetrics, StoreTiming
+from alora_serve.model.host_copies import host_copies
 from alora_serve.model.loader import BaseModel
 from alora_serve.types import EndpointStatus, ModelInfo
 
@@ -96,7 +97,9 @@ class ServingCore:
             metrics,
             always=options.always_fetch,
         )
-        self.loader = PrefixLoader(self.cache, self.blocks, self._executor, fetching.should_fetch)
+        self.loader = PrefixLoader(
+            self.cache, self.blocks, self._executor, host_copies(model.device), fetching.should_fetch
+        )
         self.writer = BlockWriter(self.cache, self.blocks, self._executor)
         fingerprints = PrefixFingerprints(options.tenant_salt)
         self.resident = ResidentPrefixes(self.cache.resident, fingerprints, model.model_digest)

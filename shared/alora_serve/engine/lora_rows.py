@@ -14,11 +14,20 @@ from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.engine.adapter_stack import AdapterStack, Shape, shape_of
 from alora_serve.model.padding import PaddedRows, pad_rows
 from alora_serve.model.projections import Projection
+from alora_serve.types import AdapterDigest
 
 NARROW_ROWS: Final = 16
 """Adapters with up to so many rows share a batched product, padded to the widest; longer ones have their own."""
 
 Runs = tuple[tuple[AdapterStack, PaddedRows], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """What runs which rows, for these adapters on these rows. Equal to itself alone: it stands for memory."""
+
+    rows: Sequence[tuple[AdapterDigest, int, int]]
+    runs: Runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,7 @@ class LoraRows:
         self._max_adapters = max_adapters
         self._device = device
         self._stacks: dict[Shape, AdapterStack] = {}
-        self._planned: tuple[object, Runs] = (None, ())
+        self._plan = _Plan((), ())
         self._adapted: list[Projection] = []
 
     def standing(self, adapter: LoadedAdapter) -> tuple[int, int]:
@@ -62,16 +71,21 @@ class LoraRows:
     def set_rows(self, rows: Sequence[tuple[LoadedAdapter, slice]]) -> None:
         """Say which rows of the next packed row each adapter is on for. Rows in no slice run base weights."""
         # While sequences only decode, one step's plan is the next one's.
-        key = [(adapter.digest, where.start, where.stop) for adapter, where in rows]
-        if self._planned[0] != key:
-            self._planned = (key, self._plan(rows))
+        key = tuple((adapter.digest, where.start, where.stop) for adapter, where in rows)
+        if self._plan.rows != key:
+            self._plan = _Plan(key, self._runs_of(rows))
         runs: defaultdict[Projection, list[tuple[AdapterStack, PaddedRows]]] = defaultdict(list)
-        for stack, where in self._planned[1]:
+        for stack, where in self._plan.runs:
             for projection in stack.projections:
                 runs[projection].append((stack, where))
         for projection, its in runs.items():
             projection.adapt = _Adapt(projection, tuple(its))
         self._adapted = list(runs)
+
+    @property
+    def plan(self) -> object:
+        """What :meth:`set_rows` came to: the same object as long as the same weights lie in the same memory."""
+        return self._plan
 
     def clear(self) -> None:
         """No adapter is on."""
@@ -79,7 +93,7 @@ class LoraRows:
             projection.adapt = None
         self._adapted = []
 
-    def _plan(self, rows: Sequence[tuple[LoadedAdapter, slice]]) -> Runs:
+    def _runs_of(self, rows: Sequence[tuple[LoadedAdapter, slice]]) -> Runs:
         listed: dict[LoadedAdapter, list[int]] = {}
         for adapter, where in rows:
             listed.setdefault(adapter, []).extend(range(where.start, where.stop))

@@ -15,6 +15,7 @@ from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.kv.transfer import FetchResult
+from alora_serve.model.host_copies import HostCopies
 from alora_serve.model.kv_memory import KVSlice, Prefix
 
 
@@ -40,6 +41,7 @@ class _SliceDestination:
     """A reserved slice as memory for fetched KV; see :class:`alora_serve.kv.transfer.KVDestination`."""
 
     target: KVSlice
+    copies: HostCopies
 
     @property
     def start(self) -> int:
@@ -51,10 +53,15 @@ class _SliceDestination:
         """Position after its last."""
         return self.target.end
 
-    def view(self, start: int, end: int) -> Tensor:
-        """Positions of the slice, writable."""
-        base = self.target.segment.start
-        return self.target.segment.data[:, :, :, start - base : end - base]
+    def write(self, start: int, layers: range, values: Tensor) -> None:
+        """Copy into the slice."""
+        segment = self.target.segment
+        first = start - segment.start
+        self.copies.copy(values, segment.data[layers.start : layers.stop, :, :, first : first + values.shape[3]])
+
+    def finish(self) -> None:
+        """Wait for copies under way."""
+        self.copies.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +86,22 @@ class PrefixLoader:
 
     Args:
         executor: threads for blocking store calls.
+        copies: how fetched values get to where resident KV lies.
         should_fetch: whether to ask the store for so many tokens; see :class:`FetchDecision`.
     """
 
     def __init__(
-        self, cache: PrefixCache, blocks: BlockStore, executor: Executor, should_fetch: Callable[[int], bool]
+        self,
+        cache: PrefixCache,
+        blocks: BlockStore,
+        executor: Executor,
+        copies: HostCopies,
+        should_fetch: Callable[[int], bool],
     ) -> None:
         self._cache = cache
         self._blocks = blocks
         self._executor = executor
+        self._copies = copies
         self._should_fetch = should_fetch
         self._flights: dict[BlockHash, _Flight] = {}
 
@@ -148,10 +162,11 @@ class PrefixLoader:
         """Fetch what follows ``prefix`` into memory reserved for it and publish it; the result's prefix is pinned."""
         self._cache.pin(prefix)
         promised = self._cache.reserve(prefix, limit - prefix.tokens)
+        self._copies.begin()
         fetched = prefix
         try:
             result = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._blocks.fetch, chain, _SliceDestination(promised)
+                self._executor, self._blocks.fetch, chain, _SliceDestination(promised, self._copies)
             )
             if result.end > promised.start:
                 fetched = prefix.append(KVSlice(promised.segment, promised.offset, result.end - promised.start))

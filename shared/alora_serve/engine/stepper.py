@@ -86,7 +86,7 @@ class Stepper:
         ]
         self._lora.set_rows(adapter_rows(batch))
         try:
-            logits = self._runner.forward([span for _, span in batch], wanted)
+            logits = self._runner.forward([span for _, span in batch], wanted, self._lora.plan)
         finally:
             self._lora.clear()
         for sequence, span in batch:

@@ -151,8 +151,7 @@ class BlockStore:
                 return
             low, high = max(block.start, destination.start), min(block.end, destination.end)
             stored = torch.frombuffer(payload, dtype=getattr(torch, self._layout.dtype)).view(spec.shape)
-            target = destination.view(low, high)[spec.group.start : spec.group.stop]
-            target.copy_(stored[:, :, :, low - block.start : high - block.start])
+            destination.write(low, spec.group, stored[:, :, :, low - block.start : high - block.start])
             with lock:
                 parts_left[block.name] -= 1
 
@@ -164,6 +163,7 @@ class BlockStore:
             )
         except StoreError as error:
             failure = _miss_reason(error)
+        destination.finish()
         good = {name for name, left in parts_left.items() if not left}
         for block in blocks:
             if block.name not in good:

@@ -49,8 +49,17 @@ class KVDestination(Protocol):
     def end(self) -> int:
         """Position after the last it takes."""
 
-    def view(self, start: int, end: int) -> Tensor:
-        """Writable ``[layers, 2, kv_heads, end - start, head_dim]`` for those positions."""
+    def write(self, start: int, layers: range, values: Tensor) -> None:
+        """Take KV of some layers from position ``start`` on.
+
+        The values may be gone when this returns. Called from several threads at once, never twice for one place.
+
+        Args:
+            values: ``[layers, 2, kv_heads, n, head_dim]`` in host memory, any strides.
+        """
+
+    def finish(self) -> None:
+        """Return when all that was written is there for whoever reads the memory."""
 
 
 class KVSource(Protocol):

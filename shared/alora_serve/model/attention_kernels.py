@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alora_serve.model.device_kernels import fused_kernel
 from alora_serve.model.threads import ThreadsFor
 
 
@@ -42,6 +43,10 @@ def attend(
                 query, key, value, 0.0, causal, attn_mask=mask, scale=scale
             )
         return out, lse
+    if query.device.type == "cuda" and softcap is None and mask is None:
+        kernel = fused_kernel(query.device, query.dtype, query.shape[-1])
+        if kernel is not None:
+            return kernel(query, key, value, scale, causal)
     if causal:
         hidden = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).triu(1)
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, float("-inf"))

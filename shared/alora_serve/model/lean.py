@@ -90,6 +90,11 @@ class LeanForward:
                 )
             )
 
+    @property
+    def has_windows(self) -> bool:
+        """What a row sees of a slice depends on its position."""
+        return any(layer.rules.window is not None for layer in self._layers)
+
     def __call__(self, step: Step, wanted: Tensor | None) -> Tensor | None:
         """Compute the step's KV in place, and the logits of some rows.
 

@@ -7,32 +7,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from alora_serve.model.decode_replay import READ_MULTIPLE, DecodeReplay, can_replay, decode_replay
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.step import Span, Step
 from alora_serve.model.stock import run_stock
 
 
 class ModelRunner:
-    """Runs steps on a base model. Used by one thread at a time: the model's attention holds the step's plan."""
+    """Runs steps on a base model. Used by one thread at a time: the model's attention holds the step's plan.
 
-    def __init__(self, model: BaseModel) -> None:
+    Args:
+        replay: replays its decode steps; by default where the device gains by it.
+    """
+
+    def __init__(self, model: BaseModel, replay: DecodeReplay | None = None) -> None:
         self._model = model
+        self._replay = replay or decode_replay(model.lean, model.device)
 
-    def forward(self, spans: Sequence[Span], output: Sequence[bool]) -> Tensor | None:
+    def forward(self, spans: Sequence[Span], output: Sequence[bool], adapters: object = None) -> Tensor | None:
         """Compute the KV of every span's tokens in place, and logits for the last token of some.
 
         Args:
             spans: at least one; tokens of all spans together form the packed row, in this order.
             output: for each span, whether its last token's logits are wanted.
+            adapters: stands for those that are on (see :class:`DecodeReplay`).
 
         Returns:
             ``[wanted, vocabulary]`` float32 in the order of the spans, or None when none is wanted (the output layer,
-            a large share of a small model, is not run then).
+            a large share of a small model, is not run then). Valid until the next call.
         """
-        model = self._model
-        step = Step(spans, model.device)
+        step = Step(spans, self._model.device, read_multiple=READ_MULTIPLE if self._replay else 1)
         rows = [rows.stop - 1 for rows, want in zip(step.rows, output, strict=True) if want]
-        wanted = torch.tensor(rows, device=model.device) if rows else None
+        wanted = torch.tensor(rows, device=self._model.device) if rows else None
         with torch.inference_mode():
-            logits = model.lean(step, wanted) if model.lean else run_stock(model.module, model.attention, step, wanted)
+            logits = self._logits(step, wanted, adapters)
         return None if logits is None else logits.float()
+
+    def _logits(self, step: Step, wanted: Tensor | None, adapters: object) -> Tensor | None:
+        model = self._model
+        if self._replay is not None:
+            if wanted is not None and len(wanted) == step.total_rows and can_replay(step):
+                return self._replay.run(step, wanted, adapters)
+            self._replay.forget()
+        return model.lean(step, wanted) if model.lean else run_stock(model.module, model.attention, step, wanted)

@@ -117,6 +117,11 @@ class TailBatch:
             self._masks[key] = zeros.masked_fill_(~visible, float("-inf"))
         return self._masks[key]
 
+    def take_over(self, other: TailBatch) -> None:
+        """The same slots, one token on: see :meth:`Step.take_over`."""
+        self.offsets.copy_(other.offsets)
+        self._masks.clear()
+
     def _offset_of_query(self) -> Tensor:
         """``[slots, width]``: the offset in its slot of each query; of padding, 0, which sees something."""
         rows = self.rows
@@ -130,6 +135,10 @@ class TailBatch:
 class Step:
     """The plan for a packed row of spans.
 
+    Args:
+        spans: at least one.
+        read_multiple: positions of a tail are read in multiples of it.
+
     Attributes:
         rows: of each span.
         tails: own parts in arenas.
@@ -139,7 +148,7 @@ class Step:
             seen something before it meets a slice that a window may hide.
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(self, spans: Sequence[Span], device: torch.device, read_multiple: int = 1) -> None:
         self.spans = tuple(spans)
         self.rows: list[slice] = []
         first = 0
@@ -148,6 +157,7 @@ class Step:
             first += len(span.tokens)
         self.total_rows = first
         self._device = device
+        self._read_multiple = read_multiple
         positions = [position for span in self.spans for position in range(span.start, span.end)]
         self.positions = torch.tensor(positions, device=device)
         self.token_ids = torch.tensor([token for span in self.spans for token in span.tokens], device=device)
@@ -173,10 +183,25 @@ class Step:
         return TailBatch(
             arena=segments[0].arena,
             rows=pad_rows([(s.slot, rows) for s, rows in zip(segments, listed, strict=True)], self._device),
-            tokens=max(span.own.offset + span.own.tokens for span in spans),
+            tokens=self._tokens_read(max(span.own.offset + span.own.tokens for span in spans), segments[0].arena),
             slots=self._tensor(slots),
             offsets=self._tensor(offsets),
         )
+
+    def _tokens_read(self, tokens: int, arena: TailArena) -> int:
+        """Rounded up: what is not written yet is masked, and the next step reads as many."""
+        return min(arena.capacity, -(-tokens // self._read_multiple) * self._read_multiple)
+
+    def take_over(self, other: Step) -> None:
+        """Become a step of the same shape over other tokens, in the memory that kernels have been given.
+
+        Args:
+            other: one whose spans hold the same slices and slots, and read as many positions of them.
+        """
+        self.token_ids.copy_(other.token_ids)
+        self.positions.copy_(other.positions)
+        for mine, its in zip(self.tails, other.tails, strict=True):
+            mine.take_over(its)
 
     def _pieces(self) -> list[Piece]:
         readers: defaultdict[KVSlice, list[int]] = defaultdict(list)

@@ -20,6 +20,7 @@ from alora_serve.kv.keys import BlockHash, part_key
 from alora_serve.kv.layout import KVLayout
 from alora_serve.kv.store import Sink, StoreKey
 from alora_serve.kv.transfer import StoreTiming
+from alora_serve.model.host_copies import DirectCopies
 from alora_serve.model.kv_memory import Prefix
 from faulty_store import FaultyStore
 from in_process import CountingMetrics
@@ -57,7 +58,7 @@ class Process:
         )
         self.asked: list[int] = []
         self.fetching = True
-        self.loader = PrefixLoader(self.cache, self.blocks, executor, self.should_fetch)
+        self.loader = PrefixLoader(self.cache, self.blocks, executor, DirectCopies(), self.should_fetch)
         self.writer = BlockWriter(self.cache, self.blocks, executor)
 
     def should_fetch(self, tokens: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -45,6 +45,7 @@ class Memory:
 
     data: Tensor
     start: int = 0
+    _under_way: list[tuple[int, range, Tensor]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, start: int, end: int) -> Memory:
@@ -58,6 +59,15 @@ class Memory:
     def view(self, start: int, end: int) -> Tensor:
         assert self.start <= start < end <= self.end
         return self.data[:, :, :, start - self.start : end - self.start]
+
+    def write(self, start: int, layers: range, values: Tensor) -> None:
+        self._under_way.append((start, layers, values.clone()))
+
+    def finish(self) -> None:
+        """Nothing is here before, as on a GPU."""
+        for start, layers, values in self._under_way:
+            self.view(start, start + values.shape[3])[layers.start : layers.stop] = values
+        self._under_way.clear()
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[Tensor, int]]:
         middle = (start + end) // 2

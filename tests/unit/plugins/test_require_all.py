@@ -57,3 +57,18 @@ def test_an_expected_failure_is_no_skip(project: pytest.Pytester, monkeypatch: p
     monkeypatch.setenv(require_all.VARIABLE, "1")
     project.makepyfile("import pytest\n@pytest.mark.xfail(reason='known')\ndef test_a(): assert False")
     project.runpytest_inprocess("-p", "no:asyncio").assert_outcomes(xfailed=1)
+
+
+def test_a_gpu_is_not_required(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(require_all.VARIABLE, "1")
+    monkeypatch.setattr(require_all.torch.cuda, "is_available", lambda: False)
+    project.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_a(): assert False")
+    result = project.runpytest_inprocess("-rs", "-p", "no:asyncio")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*torch sees no CUDA device*"])
+
+
+def test_what_needs_a_gpu_runs_where_there_is_one(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(require_all.torch.cuda, "is_available", lambda: True)
+    project.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_a(): assert False")
+    project.runpytest_inprocess("-p", "no:asyncio").assert_outcomes(failed=1)
