@@ -74,8 +74,9 @@ class ModelSettings(SettingsGroup):
     pack_weights: bool = Field(
         True,
         description=(
-            "Lay weights out for oneDNN: faster decode steps, but fp32 products round up to twice as much, which moves "
-            "logits of 40 by about 2e-4; off, cold logits are within 1e-4 of PEFT's. Services that differ share no KV."
+            "Lay weights out for the fastest kernels: shorter steps, but fp32 products round up to twice as much, which "
+            "moves logits of 40 by about 2e-4; off, cold logits are within 1e-4 of PEFT's. Services that differ "
+            "share no KV."
         ),
     )
 

@@ -30,7 +30,8 @@ class RootFields:
         forward_config_digest: SHA-256 of every config field that affects the forward pass.
         compute_dtype: torch dtype name of the forward pass.
         weight_quantization: ``none`` or the scheme.
-        weight_layout: ``plain`` or ``packed``: which kernels multiply by the weights, and so how products round.
+        weight_layout: ``plain``, ``packed`` or ``half``: which kernels multiply by the weights, and so how products
+            round.
         device_type: ``cpu`` or ``cuda``: likewise.
         kv_dtype: torch dtype name of stored KV.
         kv_layout: :meth:`alora_serve.kv.layout.KVLayout.canonical`.

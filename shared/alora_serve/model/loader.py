@@ -30,8 +30,9 @@ from alora_serve.model.digests import forward_config_digest, weights_digest
 from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.lean import LeanForward
 from alora_serve.model.lean_check import lean_forward
-from alora_serve.model.projections import Projection, can_pack, fuse_projections
+from alora_serve.model.projections import Projection, fuse_projections
 from alora_serve.model.step import Span, Step
+from alora_serve.model.weights import WeightLayout, best_layout
 
 _log = structlog.get_logger(__name__)
 
@@ -52,7 +53,7 @@ class BaseModel:
         lean: its forward pass in few calls; None where transformers' code runs.
         layout: shape of a token's KV.
         dtype: compute dtype, ``float32`` or ``bfloat16``.
-        weight_layout: ``packed`` or ``plain``: their products round differently, and so does all KV.
+        weight_layout: how its weights lie: products round differently, and so does all KV.
         device: where it runs, and its KV lies.
         context_tokens: longest prompt plus answer.
         weights_digest: SHA-256 of the weight files.
@@ -67,7 +68,7 @@ class BaseModel:
     tokenizer: ChatTokenizer
     layout: KVLayout
     dtype: str
-    weight_layout: str
+    weight_layout: WeightLayout
     device: torch.device
     context_tokens: int
     vocabulary_size: int
@@ -97,7 +98,7 @@ def load_base_model(
         dtype: ``float32``, ``bfloat16`` or ``auto`` (see :func:`native_dtype`).
         device: where it runs (see :func:`alora_serve.model.device.open_device`).
         context_tokens: lower the context below what the model allows, or give it where the config names none.
-        pack: lay weights out for oneDNN, where this processor has kernels for the dtype.
+        pack: lay weights out for this processor's kernels (see :func:`alora_serve.model.weights.best_layout`).
 
     Raises:
         ModelUnsupportedError: a part of the model cannot be served exactly; names it.
@@ -111,8 +112,8 @@ def load_base_model(
     )
     nn.Module.to(module, device)
     module.train(False).requires_grad_(False)
-    pack = pack and can_pack(module.dtype, module.device)
-    projections = fuse_projections(module, pack=pack)
+    weight_layout = best_layout(module.dtype, module.device) if pack else "plain"
+    projections = fuse_projections(module, weight_layout)
     attention = PackedAttention()
     # One registration a loaded model: the function finds its step without process-wide state.
     implementation = _implementation(attention)
@@ -133,7 +134,7 @@ def load_base_model(
         tokenizer=tokenizer,
         layout=layout,
         dtype=dtype,
-        weight_layout="packed" if pack else "plain",
+        weight_layout=weight_layout,
         device=device,
         context_tokens=_context_limit(config, context_tokens),
         vocabulary_size=int(config.vocab_size),

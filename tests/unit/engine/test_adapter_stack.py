@@ -38,7 +38,7 @@ def an_adapter(name: str, pairs: dict[str, LoraPair]) -> LoadedAdapter:
 
 
 def a_projection(*names: str) -> Projection:
-    return Projection(names, [nn.Linear(32, 48, bias=False) for _ in names], pack=False)
+    return Projection(names, [nn.Linear(32, 48, bias=False) for _ in names], "plain")
 
 
 def rows_of(dtype: torch.dtype, rows: int = ROWS, columns: int = 48) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from alora_serve.errors import ConfigError, UnavailableError
 from alora_serve.kv.keys import BlockHash
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.loader import BaseModel
-from alora_serve.model.projections import can_pack
+from alora_serve.model.weights import PlainWeights, best_layout
 from base_prefill.config import BasePrefillSettings
 from in_process import CountingMetrics, MemoryStore
 
@@ -101,11 +101,11 @@ def test_a_hub_model_goes_by_its_id(model_directory: Path, tmp_path: Path, monke
 @pytest.mark.parametrize("service", [BasePrefillSettings, AdapterDecodeSettings])
 def test_weights_are_packed_unless_the_setting_says_no(service: type[CoreSettings], model_directory: Path) -> None:
     argv = ["--model", str(model_directory), "--dtype", "float32"]
-    packed = "packed" if can_pack(torch.float32, torch.device("cpu")) else "plain"
-    for more, layout in (([], packed), (["--pack-weights", "true"], packed), (["--pack-weights", "false"], "plain")):
+    fastest = best_layout(torch.float32, torch.device("cpu"))
+    for more, layout in (([], fastest), (["--pack-weights", "true"], fastest), (["--pack-weights", "false"], "plain")):
         model = open_model(load_settings(service, argv + more))
         assert model.weight_layout == layout
-        assert {projection._is_packed for projection in model.projections} == {layout == "packed"}
+        assert {type(projection.weights) is PlainWeights for projection in model.projections} == {layout == "plain"}
 
 
 def test_a_template_that_prints_the_date_is_warned_of(

@@ -8,14 +8,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from alora_serve.model.projections import Projection, can_pack, fuse_projections
+from alora_serve.model.projections import Projection, fuse_projections
+from alora_serve.model.weights import PlainWeights, WeightLayout, best_layout
 from tiny_models import FAMILIES, VOCABULARY
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.bfloat16]
 
-
 CPU = torch.device("cpu")
+FASTEST = best_layout(torch.float32, CPU)
 
 
 def _model(family: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -23,15 +24,15 @@ def _model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("fastest", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_stock_model(family: str, dtype: torch.dtype, pack: bool) -> None:
+def test_logits_are_those_of_the_stock_model(family: str, dtype: torch.dtype, fastest: bool) -> None:
     model = _model(family, dtype)
     tokens = torch.arange(4, 40).unsqueeze(0) % VOCABULARY
     with torch.inference_mode():
         expected = model(input_ids=tokens).logits.float()
-        fuse_projections(model, pack=pack and can_pack(dtype, CPU))
+        fuse_projections(model, best_layout(dtype, CPU) if fastest else "plain")
         found = model(input_ids=tokens).logits.float()
     assert torch.allclose(found, expected, atol=1e-4 if dtype == torch.float32 else 0.1)
 
@@ -50,30 +51,27 @@ def test_logits_are_those_of_the_stock_model(family: str, dtype: torch.dtype, pa
 def test_siblings_are_fused_where_the_model_has_them(family: str, kinds: set[tuple[str, ...]]) -> None:
     model = _model(family, torch.float32)
     linears = {name for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
-    projections = fuse_projections(model, pack=False)
+    projections = fuse_projections(model, "plain")
     assert {tuple(name.rpartition(".")[2] for name in projection.names) for projection in projections} == kinds
     assert sorted(name for projection in projections for name in projection.names) == sorted(linears)
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_weights_are_not_held_twice(pack: bool) -> None:
+@pytest.mark.parametrize("layout", ["plain", FASTEST])
+def test_weights_are_not_held_twice(layout: WeightLayout) -> None:
     model = _model("llama", torch.float32)
-    fuse_projections(model, pack=pack and can_pack(torch.float32, CPU))
+    fuse_projections(model, layout)
     linears = [part for part in model.modules() if isinstance(part, nn.Linear)]
     assert all(part.weight.is_meta for part in linears)
     assert all((part.out_features, part.in_features) == tuple(part.weight.shape) for part in linears)
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_every_weight_is_packed_or_none_is_with_the_output_layer_that_is_the_embedding(pack: bool) -> None:
-    """Plain, a tied output layer still is the embedding, and is not copied."""
+def test_a_plain_output_layer_still_is_the_embedding() -> None:
+    """Tied, it is not copied."""
     model = _model("gpt2", torch.float32)
-    projections = fuse_projections(model, pack=pack)
-    assert {projection._is_packed for projection in projections} == {pack}
-    assert {projection._weight.is_mkldnn for projection in projections} == {pack}
+    projections = fuse_projections(model, "plain")
     (output,) = (projection for projection in projections if projection.names == ("lm_head",))
-    if not pack:
-        assert output._weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert isinstance(output.weights, PlainWeights)
+    assert output.weights.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
 def test_a_plain_product_has_the_bits_of_the_modules_own() -> None:
@@ -83,21 +81,23 @@ def test_a_plain_product_has_the_bits_of_the_modules_own() -> None:
         part = nn.Linear(576, 96).requires_grad_(False)
         x = torch.randn(1, rows, 576)
         expected = part(x)
-        Projection(["a"], [part], pack=False)
+        Projection(["a"], [part], "plain")
         assert torch.equal(part(x), expected)
 
 
-def _projected(*, bias: bool = True, pack: bool = False) -> tuple[list[nn.Linear], Projection, list[torch.Tensor]]:
+def _projected(
+    *, bias: bool = True, layout: WeightLayout = "plain"
+) -> tuple[list[nn.Linear], Projection, list[torch.Tensor]]:
     torch.manual_seed(3)
     parts = [nn.Linear(8, width, bias=bias).requires_grad_(False) for width in (6, 2, 4)]
     weights = [part.weight.clone() for part in parts]
-    return parts, Projection("abc", parts, pack=pack), weights
+    return parts, Projection("abc", parts, layout), weights
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("layout", ["plain", FASTEST])
 @pytest.mark.parametrize("bias", [False, True])
-def test_each_module_answers_its_columns(bias: bool, pack: bool) -> None:
-    parts, _, weights = _projected(bias=bias, pack=pack)
+def test_each_module_answers_its_columns(bias: bool, layout: WeightLayout) -> None:
+    parts, _, weights = _projected(bias=bias, layout=layout)
     x = torch.randn(1, 5, 8)
     for part, weight in zip(parts, weights, strict=True):
         assert torch.allclose(part(x), nn.functional.linear(x, weight, part.bias), atol=1e-6)
