@@ -33,6 +33,13 @@ _log = structlog.get_logger(__name__)
 HEARTBEAT_SECONDS = 1.0
 """Longest silence on a stream whose sequence is alive, but for the step in progress."""
 
+GATHER_SECONDS = 0.002
+"""How long an engine that was idle waits for the next of those who hold a place already: a fan-out's calls come one by
+one, and who comes after the first step has begun is a whole step late."""
+
+GATHER_LIMIT_SECONDS = 0.01
+"""How long it waits in all."""
+
 
 class EngineMetrics(Protocol):
     """What the engine counts; implemented by ``metrics.py``."""
@@ -63,6 +70,9 @@ class _Close:
     pass
 
 
+_Message = Sequence | _Cancel | _Close
+
+
 class Engine:
     """Runs sequences on one base model.
 
@@ -78,7 +88,7 @@ class Engine:
         self._tails = TailPool(model.layout, model.device)
         self._limits = limits
         self._metrics = metrics
-        self._inbox: queue.SimpleQueue[Sequence | _Cancel | _Close] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._ids = itertools.count()
@@ -174,20 +184,31 @@ class Engine:
 
     def _receive(self) -> bool:
         """Take what arrived; waits when there is nothing to run. False when closed."""
-        idle = not self._running and not self._waiting
+        if not self._running and not self._waiting:
+            if not self._take(self._inbox.get()):
+                return False
+            wait_until = monotonic() + GATHER_LIMIT_SECONDS
+        else:
+            wait_until = 0.0
         while True:
+            gather = self._places.taken > len(self._running) + len(self._waiting)
+            seconds = min(GATHER_SECONDS, wait_until - monotonic()) if gather else 0.0
             try:
-                message = self._inbox.get(block=idle)
+                message = self._inbox.get(timeout=seconds) if seconds > 0 else self._inbox.get_nowait()
             except queue.Empty:
                 return True
-            idle = False
-            match message:
-                case Sequence():
-                    self._waiting.append(message)
-                case _Cancel(sequence_id):
-                    self._cancel(sequence_id)
-                case _Close():
-                    return False
+            if not self._take(message):
+                return False
+
+    def _take(self, message: _Message) -> bool:
+        match message:
+            case Sequence():
+                self._waiting.append(message)
+            case _Cancel(sequence_id):
+                self._cancel(sequence_id)
+            case _Close():
+                return False
+        return True
 
     def _cancel(self, sequence_id: SequenceId) -> None:
         for sequence in [*self._running, *self._waiting]:

@@ -27,6 +27,11 @@ class Places:
         self._closed = False
         self._lock = threading.Lock()
 
+    @property
+    def taken(self) -> int:
+        """Places held now."""
+        return self._taken
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         """One place while the block runs. Taken before a prefix is loaded, so that a burst cannot fill memory.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,13 +93,13 @@ class Gate:
         self._open = False
         engine._stepper._runner.forward = self.forward  # type: ignore[method-assign]
 
-    def forward(self, spans: Sequence[Span], output: Sequence[bool]) -> Tensor | None:
+    def forward(self, spans: Sequence[Span], output: Sequence[bool], adapters: object) -> Tensor | None:
         if not self._open:
             self._arrived.put(spans)
             error = self._go.get(timeout=PATIENCE_SECONDS)
             if error is not None:
                 raise error
-        return self._forward(spans, output)
+        return self._forward(spans, output, adapters)
 
     def waiting(self) -> list[tuple[int, ...]]:
         """The tokens of each span in the pass that stands at the gate."""
@@ -335,6 +336,37 @@ def test_private_memory_is_counted_and_given_back(bench: Bench) -> None:
 
 
 # --- joining and leaving ----------------------------------------------------------------------------------------------
+
+
+def test_an_idle_engine_waits_a_moment_for_those_who_hold_a_place(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fan-out's calls arrive one by one; without the wait the first would run a step of its own, the others a step
+    later."""
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(engine_module, "GATHER_LIMIT_SECONDS", PATIENCE_SECONDS)
+    gate = Gate(bench.engine)
+    with bench.engine.place(), bench.engine.place():
+        first = bench.submit(_prompt(1))
+        time.sleep(0.05)
+        second = bench.submit(_prompt(2))
+        assert len(gate.waiting()) == 2
+        gate.open()
+        assert first.done()
+        assert second.done()
+
+
+def test_an_idle_engine_waits_for_nobody_else(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 2 * PATIENCE_SECONDS)
+    monkeypatch.setattr(engine_module, "GATHER_LIMIT_SECONDS", 2 * PATIENCE_SECONDS)
+    with bench.engine.place():
+        assert bench.submit(_prompt(1)).done()
+
+
+def test_an_idle_engine_does_not_wait_long(bench: Bench) -> None:
+    """Who holds a place may be loading a prefix for as long as that takes."""
+    with bench.engine.place(), bench.engine.place():
+        assert bench.submit(_prompt(1)).done()
 
 
 def test_sequences_join_and_leave_in_the_middle(bench: Bench, greedy: Callable[..., tuple[int, ...]]) -> None:
