@@ -55,7 +55,9 @@ class InProcess:
 
     def __init__(self, model: str, dtype: str, roots: Sequence[str], adapters: Sequence[str]) -> None:
         base = load_base_model(Path(model), dtype=dtype)
-        self._core = ServingCore(base, MemoryStore(), CoreOptions(), CoreMetrics(service_registry()))
+        self._core = ServingCore(
+            base, MemoryStore(), CoreOptions(prefix_cache_bytes=4 << 30), CoreMetrics(service_registry())
+        )
         host = AdapterHost(
             module_shapes=module_shapes(base.module), vocabulary_size=base.vocabulary_size, decode=base.tokenizer.spell
         )
@@ -86,7 +88,7 @@ class InProcess:
         that moment do.
         """
         gc.collect()
-        before = _tensor_bytes()
+        before = self._bytes()
         handle = (await self._prefiller.prefill(Prompt(token_ids=tuple(prefix)))).handle
         began = perf_counter()
         started = [asyncio.Event() for _ in adapters]
@@ -96,9 +98,13 @@ class InProcess:
         ]
         for event in started:
             await event.wait()
-        alive = _tensor_bytes() - before
+        alive = self._bytes() - before
         await asyncio.gather(*running)
         return {"bytes": alive, "kv_bytes_per_token": self._core.model_info().kv_bytes_per_token}
+
+    def _bytes(self) -> int:
+        """Of all tensors and, as their memory comes from one tensor that is there from the start, of resident KV."""
+        return _tensor_bytes() + self._core.cache.size_bytes
 
     async def _decode(
         self, handle: PrefixHandle, adapter: str, max_tokens: int, began: float, started: asyncio.Event | None = None

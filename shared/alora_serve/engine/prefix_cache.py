@@ -20,6 +20,7 @@ import torch
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.kv.layout import KVLayout
 from alora_serve.model.kv_memory import KVSegment, KVSlice, Prefix
+from alora_serve.model.kv_pool import KVPool
 
 MIN_SLACK_TOKENS = 128
 """Room a new segment keeps for the conversation to go on in place, as one slice (besides a quarter of its size)."""
@@ -51,7 +52,7 @@ class PrefixCache:
     ) -> None:
         self._layout = layout
         self._budget_bytes = budget_bytes
-        self._device = device
+        self._pool = KVPool(layout, budget_bytes, device)
         self._metrics = metrics
         self._lock = threading.Lock()
         self._index: dict[BlockHash, Prefix] = {}
@@ -131,7 +132,7 @@ class PrefixCache:
             capacity = tokens + max(MIN_SLACK_TOKENS, tokens // 4)
             size_bytes = capacity * self._layout.bytes_per_token
             self._evict(size_bytes)
-            segment = KVSegment.allocate(self._layout, capacity, prefix.tokens, self._device)
+            segment = self._pool.segment(capacity, prefix.tokens)
             self._names[segment] = set()
             self._size_bytes += segment.size_bytes
             self._metrics.prefix_bytes(self._size_bytes)

@@ -9,6 +9,8 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from alora_serve.model.threads import ThreadsFor
+
 STAGED_BYTES: Final = 2 << 20
 """First size of a pinned buffer: a stored part fits."""
 
@@ -36,8 +38,9 @@ class DirectCopies:
         """Nothing is under way."""
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy at once."""
-        target.copy_(source)
+        """Copy at once, on this thread alone where the part is small: others may be computing."""
+        with ThreadsFor(source.nbytes, 0):
+            target.copy_(source)
 
     def finish(self) -> None:
         """Nothing is under way."""

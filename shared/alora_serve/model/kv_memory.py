@@ -29,7 +29,7 @@ class KVSegment:
         pins: live holders; a pinned segment is not evicted. Owned by the prefix cache.
     """
 
-    __slots__ = ("data", "last_use", "pins", "start", "used")
+    __slots__ = ("__weakref__", "data", "last_use", "pins", "start", "used")
 
     def __init__(self, data: Tensor, start: int) -> None:
         self.data = data

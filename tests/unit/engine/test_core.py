@@ -10,6 +10,7 @@ import torch
 
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
+from alora_serve.model.host_copies import DirectCopies
 from alora_serve.model.loader import BaseModel
 from alora_serve.types import Prompt
 from in_process import CountingMetrics, MemoryStore, open_stack
@@ -82,7 +83,11 @@ async def test_kv_is_shared_by_those_whose_weights_lie_alike(model: BaseModel, w
     assert usage.fetched_tokens == (len(TOKENS) - 1 if shared else 0)
 
 
-def test_kv_of_a_processor_and_of_a_gpu_is_not_shared_but_that_of_two_gpus_is(model: BaseModel) -> None:
+def test_kv_of_a_processor_and_of_a_gpu_is_not_shared_but_that_of_two_gpus_is(
+    model: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alora_serve.engine.core.host_copies", lambda _: DirectCopies())  # there is no GPU to copy to
+
     def digest(device: str) -> bytes:
         core = ServingCore(replace(model, device=torch.device(device)), MemoryStore(), OPTIONS, CountingMetrics())
         core.close()
