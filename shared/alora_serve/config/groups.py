@@ -74,8 +74,8 @@ class ModelSettings(SettingsGroup):
     pack_weights: bool = Field(
         True,
         description=(
-            "Lay weights out for the fastest kernels: shorter steps, but fp32 products round up to twice as much, which "
-            "moves logits of 40 by about 2e-4; off, cold logits are within 1e-4 of PEFT's. Services that differ "
+            "Lay weights out for the fastest kernels: shorter steps, but fp32 products round up to twice as much: "
+            "logits of 40 move by about 2e-4; off, cold logits are within 1e-4 of PEFT's. Services that differ "
             "share no KV."
         ),
     )
