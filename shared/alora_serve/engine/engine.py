@@ -33,11 +33,11 @@ _log = structlog.get_logger(__name__)
 HEARTBEAT_SECONDS = 1.0
 """Longest silence on a stream whose sequence is alive, but for the step in progress."""
 
-GATHER_SECONDS = 0.002
+GATHER_SECONDS = 0.005
 """How long an engine that was idle waits for the next of those who hold a place already: a fan-out's calls come one by
 one, and who comes after the first step has begun is a whole step late."""
 
-GATHER_LIMIT_SECONDS = 0.01
+GATHER_LIMIT_SECONDS = 0.02
 """How long it waits in all."""
 
 

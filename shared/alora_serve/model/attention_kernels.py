@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from alora_serve.model.device_kernels import fused_kernel
 from alora_serve.model.threads import ThreadsFor
+
+HEAD_MULTIPLICATIONS: Final = 100_000
+"""What the two products of one head cost besides their arithmetic, as multiplications: some 4 us."""
 
 
 def attend(
@@ -38,7 +43,8 @@ def attend(
     if softcap is None and query.device.type == "cpu" and (mask is None or mask.dim() == 4):
         # A mask of four dimensions comes with queries that see at least themselves.
         read = key.numel() + value.numel()
-        with ThreadsFor(read * key.element_size(), read * query.shape[2]):
+        products = HEAD_MULTIPLICATIONS * key.shape[0] * key.shape[1]
+        with ThreadsFor(read * key.element_size(), read * query.shape[2] + products):
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, 0.0, causal, attn_mask=mask, scale=scale
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from alora_serve.model.decode_replay import READ_MULTIPLE, DecodeReplay, can_rep
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.step import Span, Step
 from alora_serve.model.stock import run_stock
+from alora_serve.model.threads import ThreadsFor
+
+OPERANDS_BYTES: Final = 12
+"""What an operation on a row reads and writes of each feature: two float32 operands and a result."""
 
 
 class ModelRunner:
@@ -23,6 +28,7 @@ class ModelRunner:
     def __init__(self, model: BaseModel, replay: DecodeReplay | None = None) -> None:
         self._model = model
         self._replay = replay or decode_replay(model.lean, model.device)
+        self._widest = max(projection.in_features for projection in model.projections)
 
     def forward(self, spans: Sequence[Span], output: Sequence[bool], adapters: object = None) -> Tensor | None:
         """Compute the KV of every span's tokens in place, and logits for the last token of some.
@@ -39,7 +45,9 @@ class ModelRunner:
         step = Step(spans, self._model.device, read_multiple=READ_MULTIPLE if self._replay else 1)
         rows = [rows.stop - 1 for rows, want in zip(step.rows, output, strict=True) if want]
         wanted = torch.tensor(rows, device=self._model.device) if rows else None
-        with torch.inference_mode():
+        # A step of few rows is a thousand small calls beside its products and attentions, which choose for themselves.
+        size_bytes = step.total_rows * self._widest * OPERANDS_BYTES
+        with torch.inference_mode(), ThreadsFor(size_bytes, 0):
             logits = self._logits(step, wanted, adapters)
         return None if logits is None else logits.float()
 

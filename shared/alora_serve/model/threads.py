@@ -8,6 +8,7 @@ that are over by then: they run on the calling thread alone.
 from __future__ import annotations
 
 import os
+import threading
 from typing import Final
 
 import torch
@@ -22,26 +23,43 @@ MULTIPLICATIONS_PER_SECOND: Final = 30e9
 _threads_sleep = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
 
 
+class _Usual(threading.local):
+    """How many threads the calling thread's calls had before the outermost block; None outside of one."""
+
+    threads: int | None = None
+
+
+_usual = _Usual()
+
+
 class ThreadsFor:
     """As many threads as a call is worth while the ``with`` block runs: torch's own number, or one.
 
+    Blocks nest: a call inside one that runs on one thread has all of them where it is worth them.
+
     Args:
-        size_bytes: what the call reads.
+        size_bytes: what the call reads; for a block of many calls, what the largest of the others in it reads.
         multiplications: what it computes.
     """
 
-    __slots__ = ("_usual",)
+    __slots__ = ("_before", "_is_outermost", "_wanted")
 
     def __init__(self, size_bytes: float, multiplications: float) -> None:
-        usual = torch.get_num_threads()
+        self._before = torch.get_num_threads()
+        self._is_outermost = _usual.threads is None
+        usual = _usual.threads or self._before
         alone_seconds = size_bytes / BYTES_PER_SECOND + multiplications / MULTIPLICATIONS_PER_SECOND
         few = _threads_sleep and usual > 1 and alone_seconds * (1 - 1 / usual) < WAKE_SECONDS
-        self._usual = usual if few else 0
+        self._wanted = 1 if few else usual
 
     def __enter__(self) -> None:
-        if self._usual:
-            torch.set_num_threads(1)
+        if self._is_outermost:
+            _usual.threads = self._before
+        if self._wanted != self._before:
+            torch.set_num_threads(self._wanted)
 
     def __exit__(self, *error: object) -> None:
-        if self._usual:
-            torch.set_num_threads(self._usual)
+        if self._is_outermost:
+            _usual.threads = None
+        if self._wanted != self._before:
+            torch.set_num_threads(self._before)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from alora_serve.model import threads
+from alora_serve.model import threads as threads_module
 from alora_serve.model.threads import BYTES_PER_SECOND, MULTIPLICATIONS_PER_SECOND, WAKE_SECONDS, ThreadsFor
 
 SMALL_BYTES = WAKE_SECONDS * BYTES_PER_SECOND
@@ -17,7 +18,7 @@ SMALL_BYTES = WAKE_SECONDS * BYTES_PER_SECOND
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     usual = torch.get_num_threads()
-    monkeypatch.setattr(threads, "_threads_sleep", True)
+    monkeypatch.setattr(threads_module, "_threads_sleep", True)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(usual)
@@ -56,6 +57,34 @@ def test_a_call_that_fails_gives_the_threads_back() -> None:
 
 
 def test_threads_that_do_not_sleep_are_used_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_threads_sleep", False)
+    monkeypatch.setattr(threads_module, "_threads_sleep", False)
     with ThreadsFor(0.0, 0.0):
         assert torch.get_num_threads() == 2
+
+
+def test_a_large_call_inside_a_block_of_small_ones_has_all_threads() -> None:
+    with ThreadsFor(0.0, 0.0):
+        with ThreadsFor(3 * SMALL_BYTES, 0.0):
+            assert torch.get_num_threads() == 2
+            with ThreadsFor(0.0, 0.0):
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_what_one_thread_does_changes_no_other() -> None:
+    """A store's thread copies while the engine computes."""
+    seen: list[int] = []
+
+    def other() -> None:
+        torch.set_num_threads(2)
+        with ThreadsFor(3 * SMALL_BYTES, 0.0):
+            seen.append(torch.get_num_threads())
+
+    with ThreadsFor(0.0, 0.0):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert torch.get_num_threads() == 1
+    assert seen == [2]
