@@ -79,6 +79,13 @@ class ModelSettings(SettingsGroup):
             "share no KV."
         ),
     )
+    weight_quantization: Literal["none", "int8"] = Field(
+        "none",
+        description=(
+            "int8 rounds the weights of linear layers: a quarter of float32's memory, and another model than the "
+            "checkpoint, with other tokens. Services that differ share no KV."
+        ),
+    )
 
 
 class StoreSettings(SettingsGroup):

@@ -66,7 +66,7 @@ class ServingCore:
             weights_digest=model.weights_digest,
             forward_config_digest=model.forward_config_digest,
             compute_dtype=model.dtype,
-            weight_quantization="none",
+            weight_quantization=model.weight_quantization,
             weight_layout=model.weight_layout,
             device_type=model.device.type,
             kv_dtype=model.layout.dtype,

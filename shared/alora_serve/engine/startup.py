@@ -80,6 +80,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         dtype=model.dtype,
         device=device_name(model.device),
         weight_layout=model.weight_layout,
+        weight_quantization=model.weight_quantization,
         context_tokens=model.context_tokens,
         block_tokens=core.block_tokens,
         threads=torch.get_num_threads(),
@@ -102,6 +103,7 @@ def open_model(settings: ModelSettings) -> BaseModel:
         device=device,
         context_tokens=settings.context_tokens,
         pack=settings.pack_weights,
+        quantization=settings.weight_quantization,
         name=model_name(settings.model),
     )
     if model.tokenizer.prints_date:

@@ -32,7 +32,7 @@ from alora_serve.model.lean import LeanForward
 from alora_serve.model.lean_check import lean_forward
 from alora_serve.model.projections import Projection, fuse_projections
 from alora_serve.model.step import Span, Step
-from alora_serve.model.weights import WeightLayout, best_layout
+from alora_serve.model.weights import WeightLayout, WeightQuantization, best_layout
 
 _log = structlog.get_logger(__name__)
 
@@ -54,6 +54,7 @@ class BaseModel:
         layout: shape of a token's KV.
         dtype: compute dtype, ``float32`` or ``bfloat16``.
         weight_layout: how its weights lie: products round differently, and so does all KV.
+        weight_quantization: what its weights were rounded to.
         device: where it runs, and its KV lies.
         context_tokens: longest prompt plus answer.
         weights_digest: SHA-256 of the weight files.
@@ -69,6 +70,7 @@ class BaseModel:
     layout: KVLayout
     dtype: str
     weight_layout: WeightLayout
+    weight_quantization: WeightQuantization
     device: torch.device
     context_tokens: int
     vocabulary_size: int
@@ -89,6 +91,7 @@ def load_base_model(
     device: torch.device = CPU,
     context_tokens: int | None = None,
     pack: bool = True,
+    quantization: WeightQuantization = "none",
     name: str | None = None,
 ) -> BaseModel:
     """Load a Hugging Face directory for serving.
@@ -99,6 +102,7 @@ def load_base_model(
         device: where it runs (see :func:`alora_serve.model.device.open_device`).
         context_tokens: lower the context below what the model allows, or give it where the config names none.
         pack: lay weights out for this processor's kernels (see :func:`alora_serve.model.weights.best_layout`).
+        quantization: ``int8`` rounds the linear modules' weights.
 
     Raises:
         ModelUnsupportedError: a part of the model cannot be served exactly; names it.
@@ -112,8 +116,10 @@ def load_base_model(
     )
     nn.Module.to(module, device)
     module.train(False).requires_grad_(False)
-    weight_layout = best_layout(module.dtype, module.device) if pack else "plain"
-    projections = fuse_projections(module, weight_layout)
+    # Integers have one layout.
+    packed = pack and quantization == "none"
+    weight_layout: WeightLayout = best_layout(module.dtype, module.device) if packed else "plain"
+    projections = fuse_projections(module, weight_layout, quantization)
     attention = PackedAttention()
     # One registration a loaded model: the function finds its step without process-wide state.
     implementation = _implementation(attention)
@@ -135,6 +141,7 @@ def load_base_model(
         layout=layout,
         dtype=dtype,
         weight_layout=weight_layout,
+        weight_quantization=quantization,
         device=device,
         context_tokens=_context_limit(config, context_tokens),
         vocabulary_size=int(config.vocab_size),

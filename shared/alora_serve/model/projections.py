@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from alora_serve.model.threads import ThreadsFor
-from alora_serve.model.weights import WeightLayout, lay_out
+from alora_serve.model.weights import WeightLayout, WeightQuantization, lay_out
 
 FUSED_SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that transformers' models give the same input, by their usual names."""
@@ -36,14 +36,21 @@ class Projection:
         adapt: set for the steps in which an adapter changes one of the modules.
     """
 
-    def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], layout: WeightLayout) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        modules: Sequence[nn.Module],
+        layout: WeightLayout,
+        quantization: WeightQuantization = "none",
+    ) -> None:
         self.names = tuple(names)
         parts = [_weight(module) for module in modules]
         self.in_features = parts[0].shape[1]
         self.columns = tuple(_columns([part.shape[0] for part in parts]))
         self.adapt: Adapt | None = None
         biases = [getattr(module, "bias", None) for module in modules]
-        self.weights = lay_out(parts, [None if bias is None else bias.detach() for bias in biases], layout)
+        given = [None if bias is None else bias.detach() for bias in biases]
+        self.weights = lay_out(parts, given, layout, quantization)
         self._weight_count = sum(part.numel() for part in parts)
         self._input: Tensor | None = None
         self._output: Tensor | None = None
@@ -71,14 +78,16 @@ class Projection:
         return out
 
 
-def fuse_projections(model: PreTrainedModel, layout: WeightLayout) -> tuple[Projection, ...]:
+def fuse_projections(
+    model: PreTrainedModel, layout: WeightLayout, quantization: WeightQuantization = "none"
+) -> tuple[Projection, ...]:
     """Put every ``Linear`` and ``Conv1D`` of ``model`` under a projection, siblings under one.
 
     An output layer tied to the embedding is held twice unless plain: it is a fifth of a small model's step, and takes
     half the time then for one sequence and a third for sixteen.
     """
     names = {module: name for name, module in model.named_modules()}
-    return tuple(Projection([names[part] for part in group], group, layout) for group in _groups(model))
+    return tuple(Projection([names[part] for part in group], group, layout, quantization) for group in _groups(model))
 
 
 def _groups(model: PreTrainedModel) -> Iterator[list[nn.Module]]:

@@ -12,6 +12,7 @@ from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
 from alora_serve.model.host_copies import DirectCopies
 from alora_serve.model.loader import BaseModel
+from alora_serve.model.weights import WeightQuantization
 from alora_serve.types import Prompt
 from in_process import CountingMetrics, MemoryStore, open_stack
 
@@ -94,3 +95,14 @@ def test_kv_of_a_processor_and_of_a_gpu_is_not_shared_but_that_of_two_gpus_is(
         return core.storage_digest
 
     assert digest("cpu") != digest("cuda:0") == digest("cuda:1")
+
+
+def test_kv_of_rounded_weights_is_not_shared(model: BaseModel) -> None:
+    """It is another model's, whatever the digest of the files says."""
+
+    def digest(quantization: WeightQuantization) -> bytes:
+        core = ServingCore(replace(model, weight_quantization=quantization), MemoryStore(), OPTIONS, CountingMetrics())
+        core.close()
+        return core.storage_digest
+
+    assert digest("none") != digest("int8")

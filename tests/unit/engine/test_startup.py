@@ -18,7 +18,7 @@ from alora_serve.errors import ConfigError, UnavailableError
 from alora_serve.kv.keys import BlockHash
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.loader import BaseModel
-from alora_serve.model.weights import PlainWeights, best_layout
+from alora_serve.model.weights import Int8Weights, PlainWeights, best_layout
 from base_prefill.config import BasePrefillSettings
 from in_process import CountingMetrics, MemoryStore
 
@@ -106,6 +106,15 @@ def test_weights_are_packed_unless_the_setting_says_no(service: type[CoreSetting
         model = open_model(load_settings(service, argv + more))
         assert model.weight_layout == layout
         assert {type(projection.weights) is PlainWeights for projection in model.projections} == {layout == "plain"}
+
+
+def test_weights_are_rounded_only_where_the_setting_says_so(model_directory: Path) -> None:
+    argv = ["--model", str(model_directory), "--dtype", "float32"]
+    exact = open_model(load_settings(AdapterDecodeSettings, argv))
+    rounded = open_model(load_settings(AdapterDecodeSettings, [*argv, "--weight-quantization", "int8"]))
+    assert (exact.weight_quantization, rounded.weight_quantization) == ("none", "int8")
+    assert not any(isinstance(projection.weights, Int8Weights) for projection in exact.projections)
+    assert all(isinstance(projection.weights, Int8Weights) for projection in rounded.projections)
 
 
 def test_a_template_that_prints_the_date_is_warned_of(

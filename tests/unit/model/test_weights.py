@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from alora_serve.model.weights import HalfWeights, PackedWeights, PlainWeights, WeightLayout, best_layout, lay_out
+from alora_serve.model.weights import (
+    INT8_ROWS,
+    HalfWeights,
+    Int8Weights,
+    PackedWeights,
+    PlainWeights,
+    WeightLayout,
+    best_layout,
+    lay_out,
+)
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -99,3 +108,30 @@ def test_without_fbgemm_weights_are_packed_in_32_bits(monkeypatch: pytest.Monkey
         pytest.skip("this torch has no oneDNN kernels")
     monkeypatch.setattr("alora_serve.model.weights._has_fbgemm", lambda: False)
     assert best_layout(torch.float32, CPU) == "packed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 576), (33, 17), (320, 64)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_products_are_near_those_of_the_weights(dtype: torch.dtype, shape: tuple[int, int], bias: bool) -> None:
+    weight, x = _checkpoint(*shape).to(dtype), torch.randn(INT8_ROWS + 1, shape[1]).to(dtype)
+    given = torch.randn(shape[0]).to(dtype) if bias else None
+    weights = lay_out([weight], [given], "plain", "int8")
+    assert isinstance(weights, Int8Weights)
+    assert weights.bytes_read == weight.numel()
+    exact = linear(x.double(), weight.double(), None if given is None else given.double())
+    many, few = weights.product(x), weights.product(x[:INT8_ROWS])
+    assert many.dtype == few.dtype == dtype
+    scale = exact.square().mean().sqrt()
+    assert (many.double() - exact).square().mean().sqrt() < 0.01 * scale
+    # Both kernels multiply by the same weights; the one for few rows rounds activations to bfloat16.
+    assert (few.double() - many[:INT8_ROWS].double()).square().mean().sqrt() < 0.005 * scale
+
+
+def test_int8_keeps_each_outputs_own_scale() -> None:
+    """One step for the whole matrix would round the small rows to nothing."""
+    weight = _checkpoint(4, 64) * torch.tensor([1.0, 1e-3, 1e3, 0.0]).unsqueeze(1)
+    weights = Int8Weights(weight, None)
+    assert weights._integers.abs().amax(dim=1).tolist() == pytest.approx([126, 126, 126, 0], abs=1)
+    found = weights.product(torch.eye(64)).t()
+    assert ((found - weight).abs().amax(dim=1) <= weight.abs().amax(dim=1) / 127).all()
