@@ -54,7 +54,7 @@ class _Staging:
     left: torch.cuda.Event
 
 
-class PinnedCopies:
+class PinnedCopies:  # pragma: no cover - its tests need a GPU
     """To a GPU through a few pinned buffers, on a stream of their own, so that steps of the engine go on meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
