@@ -163,7 +163,9 @@ class BlockStore:
             )
         except StoreError as error:
             failure = _miss_reason(error)
-        destination.finish()
+        finally:
+            # Whatever went wrong, the memory is given to others next: nothing may arrive there afterwards.
+            destination.finish()
         good = {name for name, left in parts_left.items() if not left}
         for block in blocks:
             if block.name not in good:

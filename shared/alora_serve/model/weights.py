@@ -24,7 +24,6 @@ does not take is laid out for the next one, which depends on its values alone.""
 PACKED_ROWS: Final = 8
 """What oneDNN lays weights out for: decode steps of a few sequences. Larger products lose nothing by it."""
 
-
 INT8_ROWS: Final = 48
 """Up to so many rows torch's int8 kernel is faster than widening the weights and multiplying by those."""
 

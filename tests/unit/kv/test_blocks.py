@@ -373,6 +373,18 @@ def test_what_arrived_before_a_failure_is_used(bench: Bench, error: StoreError, 
     assert bench.store.calls["contains"] == 0
 
 
+def test_nothing_is_under_way_after_an_error_that_is_no_stores(bench: Bench) -> None:
+    """The caller gives the memory back then, and the next holder must not be written over."""
+    bench.write()
+    memory = Memory.empty(0, len(TOKENS))
+    bench.store.faults["get", 0] = MemoryError("a defect")  # type: ignore[assignment]
+    bench.store.values_before_fault = 2
+    with pytest.raises(MemoryError):
+        bench.blocks.fetch(bench.chain(), memory)
+    assert not memory._under_way
+    assert not memory.data[:, :, :, :8].isnan().any(), "two blocks had arrived"
+
+
 @pytest.mark.parametrize(("error", "reason"), FAILURES)
 def test_a_failing_look_up_of_tails_costs_the_tail_alone(bench: Bench, error: StoreError, reason: str) -> None:
     bench.write(TOKENS[:6])
