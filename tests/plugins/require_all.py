@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none."""
-    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+    if _lacks_gpu(item):
         pytest.skip("torch sees no CUDA device")
 
 
@@ -30,7 +30,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Fail a test that skipped itself or was marked to be skipped; expected failures stay what they are."""
     report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("gpu") is None:
+    if report.skipped and not hasattr(report, "wasxfail") and not _lacks_gpu(item):
         _fail_if_required(report)
     return report
 
@@ -42,6 +42,10 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     if report.skipped:
         _fail_if_required(report)
     return report
+
+
+def _lacks_gpu(item: pytest.Item) -> bool:
+    return item.get_closest_marker("gpu") is not None and not torch.cuda.is_available()
 
 
 def _fail_if_required(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -72,3 +72,12 @@ def test_what_needs_a_gpu_runs_where_there_is_one(project: pytest.Pytester, monk
     monkeypatch.setattr(require_all.torch.cuda, "is_available", lambda: True)
     project.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_a(): assert False")
     project.runpytest_inprocess("-p", "no:asyncio").assert_outcomes(failed=1)
+
+
+def test_where_there_is_a_gpu_its_tests_may_not_skip_themselves(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(require_all.VARIABLE, "1")
+    monkeypatch.setattr(require_all.torch.cuda, "is_available", lambda: True)
+    project.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_a(): pytest.skip('needs a moon')")
+    project.runpytest_inprocess("-p", "no:asyncio").assert_outcomes(failed=1)
