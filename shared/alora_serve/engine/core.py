@@ -152,3 +152,4 @@ class ServingCore:
         """Stop the engine and the store's threads. Idempotent."""
         self.engine.close()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self.cache.close()

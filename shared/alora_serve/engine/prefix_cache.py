@@ -202,6 +202,10 @@ class PrefixCache:
                     self._names[part.segment].discard(name)
         self._size_bytes -= segment.size_bytes
 
+    def close(self) -> None:
+        """End what goes on beside its callers. Idempotent."""
+        self._pool.close()
+
     def check_integrity(self) -> None:
         """Raise ``RuntimeError`` if the books do not balance; for tests and idle moments."""
         with self._lock:

@@ -8,7 +8,6 @@ of is used again first, and a thread touches what comes next.
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
@@ -107,6 +106,16 @@ class KVPool:
         self._touched_end = 0
         self._largest_bytes = 0
         self._touching = False
+        self._toucher: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Touch nothing more. Segments stay what they are. Idempotent."""
+        with self._lock:
+            self._closed.set()
+            toucher = self._toucher
+        if toucher is not None:
+            toucher.join()
 
     def segment(self, capacity: int, start: int) -> KVSegment:
         """An empty segment with room for ``capacity`` positions from ``start`` on. What is in it is garbage."""
@@ -136,10 +145,12 @@ class KVPool:
             # Whoever was given untouched memory touches it.
             self._touched_end = max(self._touched_end, used_end)
             self._largest_bytes = max(self._largest_bytes, taken_bytes)
-            if self._touching or not self._lacks():
+            if self._touching or self._closed.is_set() or not self._lacks():
                 return
             self._touching = True
-        threading.Thread(target=self._touch, name="kv-touch", daemon=True).start()
+            # No daemon: one that comes back from torch while the interpreter ends would abort the process.
+            self._toucher = threading.Thread(target=self._touch, name="kv-touch")
+            self._toucher.start()
 
     def _lacks(self) -> bool:
         ready = sum(max(0, min(end, self._touched_end) - start) for start, end in self._ranges.free)
@@ -148,10 +159,11 @@ class KVPool:
     def _touch(self) -> None:
         pause_seconds = FIRST_PAUSE_SECONDS
         while True:
-            time.sleep(pause_seconds)
+            closed = self._closed.wait(pause_seconds)
             with self._lock:
                 # Taken while it is written, so that nobody is given it meanwhile.
-                taken = self._ranges.take_at(self._touched_end, _TOUCH_BYTES) if self._lacks() else None
+                wanted = not closed and self._lacks()
+                taken = self._ranges.take_at(self._touched_end, _TOUCH_BYTES) if wanted else None
                 if taken is None:
                     self._touching = False
                     return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable
 
@@ -142,3 +143,16 @@ def test_touching_never_writes_what_was_given_out(monkeypatch: pytest.MonkeyPatc
 def test_more_than_the_system_gives_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="prefix_cache_bytes"):
         KVPool(LAYOUT, 1 << 60, CPU)
+
+
+def test_nothing_is_touched_after_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that is in torch while the interpreter ends would abort the process."""
+    monkeypatch.setattr(kv_pool, "FIRST_PAUSE_SECONDS", 60.0)
+    pool = KVPool(LAYOUT, 100 * PAGE, CPU)
+    segment = pool.segment(TOKENS, 0)
+    pool.close()
+    assert not [thread for thread in threading.enumerate() if thread is pool._toucher]
+    assert pool._touched_end == PAGE
+    del segment
+    pool.segment(4 * TOKENS, 0)
+    assert not pool._touching
