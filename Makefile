@@ -100,6 +100,10 @@ test: $(VENV)/.ready-dev $(STUBS) ## every test, on real servers, with branch co
 	@$(BIN)/coverage json --quiet -o $(COVERAGE)/coverage.json
 	@$(BIN)/python scripts/check_coverage.py $(COVERAGE)/coverage.json --total 85 --file 70
 
+.PHONY: chaos
+chaos: $(VENV)/.ready-dev $(STUBS) ## break a running deployment in every way it must survive: make chaos ARGS="--list"
+	@$(TEST_ENV) $(BIN)/python tests/chaos/run.py $(ARGS)
+
 # Torch is overridden away because its build depends on the machine (scripts/setup_venv.py installs it), and with it the
 # packages that only torch needs. The second lock is the first plus the tools, at the same versions.
 UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \

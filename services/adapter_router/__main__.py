@@ -21,20 +21,24 @@ async def main(settings: Settings) -> int:
     """Find the endpoints, serve, drain; the process's exit status."""
     settings.check_endpoints()
     registry = service_registry()
+    access, quotas = settings.access()
+    tls = settings.peer_tls()
     metrics, options = RouterMetrics(registry), settings.endpoint_options()
     health = HealthServicer([SERVICE], serving=False)
 
     def tell_health() -> None:
         health.set_serving(bool(live_models(prefills.snapshots(), workers.snapshots())))
 
-    prefills = prefill_pool(settings.base_prefill_endpoints, options, metrics, on_change=tell_health)
-    workers = worker_pool(settings.decode_endpoints, options, metrics, on_change=tell_health)
+    prefills = prefill_pool(settings.base_prefill_endpoints, options, metrics, on_change=tell_health, tls=tls)
+    workers = worker_pool(settings.decode_endpoints, options, metrics, on_change=tell_health, tls=tls)
     servicer = AloraServicer(
         prefills,
         workers,
         settings.signer(),
         settings.limits(),
         demands=settings.demands(),
+        salts=settings.salts(),
+        quotas=quotas,
         router_metrics=metrics,
         request_metrics=RequestMetrics(registry),
     )
@@ -47,6 +51,7 @@ async def main(settings: Settings) -> int:
             registry=registry,
             max_message_bytes=servicer.max_message_bytes,
             health=health,
+            authorize=access.authorize,
         )
 
 

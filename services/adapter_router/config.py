@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from adapter_router.access.authentication import Access, ApiKeys, Authenticator, JwtRules, Jwts, read_jwks
+from adapter_router.access.quotas import Quotas
+from adapter_router.access.reload import Reloaded
+from adapter_router.access.rules import read_rules
 from adapter_router.demands import Demands
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.servicer import RouterLimits
 from alora_serve.config import RouterSettings, SecretSettings, ServerSettings
 from alora_serve.errors import ConfigError
 from alora_serve.kv.fingerprints import PrefixFingerprints
+from alora_serve.kv.tenancy import TenantSalts
+from alora_serve.rpc.tls import ClientTls
 
 
 class Settings(ServerSettings, SecretSettings, RouterSettings):
@@ -15,19 +21,58 @@ class Settings(ServerSettings, SecretSettings, RouterSettings):
 
     def endpoint_options(self) -> EndpointOptions:
         """How endpoints are found and filled."""
-        return EndpointOptions(load_factor=self.bounded_load_factor, resolve_seconds=self.resolve_seconds)
+        return EndpointOptions(
+            load_factor=self.bounded_load_factor,
+            resolve_seconds=self.resolve_seconds,
+            silence_seconds=self.silence_seconds,
+        )
 
     def limits(self) -> RouterLimits:
         """Bounds on requests."""
         return RouterLimits(
             max_attempts=self.max_attempts,
             max_in_flight=self.max_in_flight,
+            silence_seconds=self.silence_seconds,
+            resume_wait_seconds=self.resume_wait_seconds,
             default_deadline_seconds=self.default_deadline_seconds,
         )
 
     def demands(self) -> Demands:
         """What calls need of endpoints; prefixes are named as the services of this deployment name them."""
         return Demands(PrefixFingerprints(self.tenant_salt.get_secret_value().encode()))
+
+    def peer_tls(self) -> ClientTls | None:
+        """How to speak to the services; None: in plain text."""
+        if not self.peer_tls_ca_file:
+            return None
+        return ClientTls(
+            self.peer_tls_ca_file, self.peer_tls_cert_file, self.peer_tls_key_file, self.peer_tls_server_name
+        )
+
+    def salts(self) -> TenantSalts:
+        """What keeps tenants apart, as in the services of this deployment."""
+        return TenantSalts(self.tenant_salt.get_secret_value().encode())
+
+    def access(self) -> tuple[Access, Quotas]:
+        """Who may call, and how much.
+
+        Raises:
+            ConfigError: a file cannot be read, or tenants cannot be kept apart.
+        """
+        authenticators: list[Authenticator] = []
+        quotas = Quotas()
+        if self.access_file is not None:
+            rules = Reloaded(self.access_file, read_rules)
+            authenticators.append(ApiKeys(rules))
+            quotas = Quotas(lambda tenant: rules.content.tenants.get(tenant))  # noqa: PLW0108  # the content is read again
+        if self.jwks_file is not None:
+            if not (self.jwt_issuer and self.jwt_audience):
+                raise ConfigError("jwks_file needs jwt_issuer and jwt_audience: whose tokens, and meant for whom")
+            wanted = JwtRules(self.jwt_issuer, self.jwt_audience, self.jwt_tenant_claim, self.jwt_roles_claim)
+            authenticators.append(Jwts(Reloaded(self.jwks_file, read_jwks), wanted))
+        if authenticators:
+            self.salts().of("any")
+        return Access(*authenticators, admin_methods=self.admin_methods), quotas
 
     def check_endpoints(self) -> None:
         """Return if there is someone to talk to.

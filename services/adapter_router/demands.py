@@ -8,25 +8,28 @@ from dataclasses import replace
 from adapter_router.affinity import adapter_key, conversation_key, opening_key
 from adapter_router.policy import Demand
 from alora_serve.kv.fingerprints import PrefixFingerprints
+from alora_serve.kv.tenancy import NO_TENANT
 from alora_serve.types import AdapterInfo, PrefixHandle, Prompt
 
 
 class Demands:
-    """Makes the demands of one tenant's calls."""
+    """Makes the demands of calls."""
 
     def __init__(self, fingerprints: PrefixFingerprints) -> None:
         """Keep how services name the prefixes in their memory."""
         self._fingerprints = fingerprints
 
-    def generation(self, handle: PrefixHandle, adapter: AdapterInfo | None) -> Demand:
+    def generation(self, handle: PrefixHandle, adapter: AdapterInfo | None, tenant_salt: bytes = NO_TENANT) -> Demand:
         """One generation: close to its adapter's weights, or for the base model to its conversation's KV."""
         key = adapter_key(adapter.name) if adapter else conversation_key(handle.prefix_tokens)
-        return self._on_prefix(key, handle, adapter)
+        return self._on_prefix(key, handle, adapter, tenant_salt)
 
-    def fan_out(self, handle: PrefixHandle, adapters: Sequence[AdapterInfo | None]) -> list[Demand]:
+    def fan_out(
+        self, handle: PrefixHandle, adapters: Sequence[AdapterInfo | None], tenant_salt: bytes = NO_TENANT
+    ) -> list[Demand]:
         """A generation for each of ``adapters``, in the order of placing them: all close to the conversation's KV."""
         key, together = conversation_key(handle.prefix_tokens), set[str]()
-        first = self._on_prefix(key, handle, None)
+        first = self._on_prefix(key, handle, None, tenant_salt)
         return [
             replace(
                 self._own_tokens(first, handle) if is_plain_lora(adapter) else first,
@@ -37,18 +40,20 @@ class Demands:
             for placed, adapter in enumerate(adapters)
         ]
 
-    def prefill(self, prompt: Prompt, models: Collection[bytes]) -> Demand:
+    def prefill(self, prompt: Prompt, models: Collection[bytes], tenant_salt: bytes = NO_TENANT) -> Demand:
         """A prefill: close to the conversation, which is known by a handle's tokens only from its second turn on."""
         if prompt.handle is not None:
-            return self._on_prefix(conversation_key(prompt.handle.prefix_tokens), prompt.handle, None)
+            return self._on_prefix(conversation_key(prompt.handle.prefix_tokens), prompt.handle, None, tenant_salt)
         return Demand(opening_key(prompt.messages) if prompt.messages else conversation_key(prompt.token_ids), models)
 
-    def _on_prefix(self, key: bytes, handle: PrefixHandle, adapter: AdapterInfo | None) -> Demand:
+    def _on_prefix(self, key: bytes, handle: PrefixHandle, adapter: AdapterInfo | None, tenant_salt: bytes) -> Demand:
         demand = Demand(
             key,
             {handle.model_digest},
             adapter.name if adapter else "",
-            fingerprints=self._fingerprints.of(handle.prefix_tokens, model_digest=handle.model_digest),
+            fingerprints=self._fingerprints.of(
+                handle.prefix_tokens, model_digest=handle.model_digest, tenant_salt=tenant_salt
+            ),
             prefix_tokens=len(handle.prefix_tokens),
         )
         return self._own_tokens(demand, handle) if is_plain_lora(adapter) else demand

@@ -1,7 +1,8 @@
-"""Calls endpoints on behalf of a request: within its deadline, and again elsewhere while nothing was delivered."""
+"""Calls endpoints on behalf of a request: within its deadline, and again elsewhere when one is lost."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from alora_serve.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from alora_serve.kv.tenancy import NO_TENANT
 from alora_serve.rpc.status import REQUEST_ID_KEY, MessageTooLargeError, error_from_rpc, is_own_status
 
 StubT = TypeVar("StubT")
@@ -44,17 +46,21 @@ class Call:
         request_id: names it in the logs of every service.
         arrived_seconds: when it arrived, on the monotonic clock.
         due_seconds: when it must have been answered, on the same clock.
+        tenant: for whom; empty without tenants.
+        tenant_salt: what keeps that tenant's handles and KV apart.
     """
 
     request_id: str
     arrived_seconds: float
     due_seconds: float
+    tenant: str = ""
+    tenant_salt: bytes = NO_TENANT
 
     @classmethod
-    def arriving(cls, request_id: str, within_seconds: float) -> Call:
+    def arriving(cls, request_id: str, within_seconds: float, tenant: str = "", tenant_salt: bytes = NO_TENANT) -> Call:
         """A call that arrives now and must be answered ``within_seconds``."""
         now = time.monotonic()
-        return cls(request_id, now, now + within_seconds)
+        return cls(request_id, now, now + within_seconds, tenant, tenant_salt)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -78,10 +84,14 @@ class Call:
 
 
 class Retries(Generic[StubT]):
-    """What one request has tried, and whether it may try again. ``attempt`` counts from 0.
+    """What one request has tried, and whether it may try again.
 
-    An endpoint that is gone may be followed by others, ``max_attempts`` calls in all; one that is full by one other.
-    Every other failure is the request's own.
+    An endpoint that is lost may be followed by others, ``max_attempts`` calls in a row that got the request no further;
+    one that is full by one other. Every other failure is the request's own.
+
+    Attributes:
+        attempt: number of the call, from 0.
+        failed: addresses whose calls failed since the request last got further.
     """
 
     def __init__(self, endpoints: EndpointSet[StubT], demand: Demand, max_attempts: int) -> None:
@@ -90,23 +100,34 @@ class Retries(Generic[StubT]):
         self._endpoints = endpoints
         self._demand = demand
         self._max_attempts = max_attempts
+        self._in_vain = 0
         self._found_full = False
 
-    def after(self, endpoint: Endpoint[StubT], error: AloraServeError, *, may_repeat: bool = True) -> None:
-        """Note a failed call and return when another may follow; ``may_repeat`` False forbids one.
+    def got_further(self) -> None:
+        """The call that ends now was not in vain: whatever failed before it counts no more."""
+        self._in_vain = 0
+        self._found_full = False
+        self.failed.clear()
+
+    def after(self, endpoint: Endpoint[StubT], error: AloraServeError, *, elsewhere: bool = False) -> None:
+        """Note a failed call and return when another may follow.
+
+        Args:
+            elsewhere: another endpoint may do what this one refused.
 
         Raises:
             AloraServeError: ``error``, when no call may follow.
         """
         self.failed.add(endpoint.address)
+        self._in_vain += 1
         again = False
         if isinstance(error, UnavailableError):
             self._endpoints.mark_unreachable(endpoint)
-            again = self.attempt + 1 < self._max_attempts
-        elif isinstance(error, OverloadedError) and not self._found_full:
+            again = self._in_vain < self._max_attempts
+        elif elsewhere or (isinstance(error, OverloadedError) and not self._found_full):
             self._found_full = True
             again = self._endpoints.has_other(self._demand, self.failed)
-        if not (again and may_repeat):
+        if not again:
             raise error
         self.attempt += 1
         self._endpoints.note_retry()
@@ -166,6 +187,25 @@ async def call_endpoint(
             endpoint = lease.endpoint
             try:
                 with peer_errors(endpoints.service, endpoint.address):
-                    return await invoke(endpoint.stub)
+                    return await _unless_silent(endpoint, invoke(endpoint.stub), endpoints.service)
             except AloraServeError as error:
                 retries.after(endpoint, error)
+
+
+async def _unless_silent(endpoint: Endpoint[StubT], call: Awaitable[ResponseT], service: str) -> ResponseT:
+    """What the call comes to, unless its endpoint falls silent: a call to a process that hangs would wait for it.
+
+    Raises:
+        UnavailableError: the endpoint fell silent.
+        grpc.aio.AioRpcError: the call failed.
+    """
+    calling = asyncio.ensure_future(call)
+    falling_silent = asyncio.create_task(endpoint.silent.wait())
+    try:
+        await asyncio.wait((calling, falling_silent), return_when=asyncio.FIRST_COMPLETED)
+        if calling.done():
+            return await calling
+    finally:
+        calling.cancel()
+        falling_silent.cancel()
+    raise peer_failure(UnavailableError, service, endpoint.address, "it fell silent")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from adapter_router.endpoints.endpoint import EndpointOptions
@@ -12,6 +13,7 @@ from adapter_router.endpoints.resolver import Resolver, resolve_target
 from alora_serve.metrics import RouterMetrics
 from alora_serve.rpc.channels import internal_channel
 from alora_serve.rpc.convert import endpoint_status_from_proto
+from alora_serve.rpc.tls import ClientTls
 from alora_serve.rpc.watch import with_changes
 from alora_serve.types import AdapterInfo, EndpointStatus
 from alora_serve.v1.adapter_decode_pb2 import AdapterDecodeServiceWatchStatusRequest
@@ -36,12 +38,14 @@ def prefill_pool(
     *,
     on_change: Callable[[], None],
     resolve: Resolver = resolve_target,
+    tls: ClientTls | None = None,
 ) -> Prefills:
     """The base prefill endpoints at ``targets``, to be entered."""
     return EndpointSet(
         "base_prefill",
         targets,
-        connect=internal_channel,
+        connect=partial(internal_channel, tls=tls),
+        certificates=tls.versions if tls else tuple,
         make_stub=BasePrefillServiceStub,
         watch=_watch_prefill,
         options=options,
@@ -58,12 +62,14 @@ def worker_pool(
     *,
     on_change: Callable[[], None],
     resolve: Resolver = resolve_target,
+    tls: ClientTls | None = None,
 ) -> Workers:
     """The decode workers at ``targets``, to be entered."""
     return EndpointSet(
         "adapter_decode",
         targets,
-        connect=internal_channel,
+        connect=partial(internal_channel, tls=tls),
+        certificates=tls.versions if tls else tuple,
         make_stub=AdapterDecodeServiceStub,
         watch=_watch_worker,
         options=options,

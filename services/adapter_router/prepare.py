@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from adapter_router.access.quotas import Quotas
 from adapter_router.catalog import NO_MODEL, paired_models
 from adapter_router.demands import Demands
 from adapter_router.dispatch import Call, call_endpoint
@@ -38,6 +39,7 @@ class Preparer:
         workers: Workers,
         signer: HandleSigner,
         demands: Demands,
+        quotas: Quotas,
         *,
         max_attempts: int,
     ) -> None:
@@ -48,12 +50,14 @@ class Preparer:
             workers: decode workers, with whose models a prefill is paired.
             signer: verifies handles before anyone works on them.
             demands: says what a prefill needs of an endpoint.
+            quotas: says whether more may be stored for a tenant.
             max_attempts: base prefill calls for one prompt in all.
         """
         self._prefills = prefills
         self._workers = workers
         self._signer = signer
         self._demands = demands
+        self._quotas = quotas
         self._max_attempts = max_attempts
 
     async def prepare(
@@ -75,7 +79,7 @@ class Preparer:
         """
         handle = prompt.handle
         if handle is not None:
-            self._signer.verify(handle)
+            self._signer.verify(handle, tenant_salt=call.tenant_salt)
         if handle is not None and not prompt.messages and not handle.open_turn:
             _check_model_left(handle, self._workers.snapshots())
             return Prepared(handle, None)
@@ -85,7 +89,7 @@ class Preparer:
     async def prefill(self, prompt: Prompt, message: types_pb2.Prompt, *, call: Call) -> PrefillResult:
         """As :meth:`prepare`, but always at base prefill: for clients that warm a conversation."""
         if prompt.handle is not None:
-            self._signer.verify(prompt.handle)
+            self._signer.verify(prompt.handle, tenant_salt=call.tenant_salt)
         return await self._prefill(prompt, message, call, "", tokenize_only=False)
 
     async def _prefill(
@@ -95,20 +99,24 @@ class Preparer:
             return await stub.Prefill(request, timeout=call.remaining_seconds(), metadata=call.metadata)
 
         request = BasePrefillServicePrefillRequest(
-            prompt=message, tokenize_only=tokenize_only, request_id=call.request_id
+            prompt=message,
+            tokenize_only=tokenize_only,
+            request_id=call.request_id,
+            tenant=call.tenant,
+            skip_store=not self._quotas.may_store(call.tenant),
         )
-        demand = self._prefill_demand(prompt, adapter)
+        demand = self._prefill_demand(prompt, adapter, call)
         response = await call_endpoint(self._prefills, demand, invoke, max_attempts=self._max_attempts)
         return prefill_result_from_proto(response)
 
-    def _prefill_demand(self, prompt: Prompt, adapter: str) -> Demand:
+    def _prefill_demand(self, prompt: Prompt, adapter: str, call: Call) -> Demand:
         if prompt.handle is not None:
             _check_model_left(prompt.handle, self._prefills.snapshots(), self._workers.snapshots())
-            return self._demands.prefill(prompt, {prompt.handle.model_digest})
+            return self._demands.prefill(prompt, {prompt.handle.model_digest}, call.tenant_salt)
         models = paired_models(self._prefills.snapshots(), self._workers.snapshots(), adapter)
         if not models:
             raise UnavailableError(NO_MODEL)
-        return self._demands.prefill(prompt, models)
+        return self._demands.prefill(prompt, models, call.tenant_salt)
 
 
 def _check_model_left(handle: PrefixHandle, *services: Sequence[EndpointSnapshot]) -> None:

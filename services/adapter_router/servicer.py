@@ -7,11 +7,14 @@ import secrets
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import structlog
+from google.protobuf.message import Message
 from grpc import aio
 
+from adapter_router.access.quotas import Quotas
 from adapter_router.adapters import AdapterDirectory
 from adapter_router.catalog import paired_models, prevailing_model
 from adapter_router.demands import Demands, is_plain_lora
@@ -28,7 +31,9 @@ from alora_serve.errors import (
     UnimplementedFeatureError,
 )
 from alora_serve.handles import HandleSigner
+from alora_serve.kv.tenancy import TenantSalts
 from alora_serve.metrics import RequestMetrics, RouterMetrics
+from alora_serve.rpc.caller import CALLER
 from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, message_bytes_for_context
 from alora_serve.rpc.convert import (
     Target,
@@ -51,6 +56,7 @@ if TYPE_CHECKING:
 Context = aio.ServicerContext[Any, Any]
 
 SEED_BITS = 64
+BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +64,18 @@ class RouterLimits:
     """Bounds on what one router does.
 
     Attributes:
-        max_attempts: endpoints tried for one step of a request.
+        max_attempts: endpoints tried in a row that get a request no further.
         max_in_flight: requests at once before RESOURCE_EXHAUSTED; a fan-out is one.
         default_deadline_seconds: of calls whose client set none.
+        silence_seconds: after so long without an event a stream's worker is lost.
+        resume_wait_seconds: longest wait of a stream that has begun for a worker that can go on with it.
     """
 
     max_attempts: int = 3
     max_in_flight: int = 1000
     default_deadline_seconds: float = 600.0
+    silence_seconds: float = 3.0
+    resume_wait_seconds: float = 30.0
 
 
 class AloraServicer(AloraServiceServicer):
@@ -79,17 +89,33 @@ class AloraServicer(AloraServiceServicer):
         limits: RouterLimits,
         *,
         demands: Demands,
+        salts: TenantSalts,
+        quotas: Quotas,
         router_metrics: RouterMetrics,
         request_metrics: RequestMetrics,
     ) -> None:
-        """Keep who does what; ``signer`` verifies clients' handles, ``demands`` says what calls need of endpoints."""
+        """Keep who does what.
+
+        Args:
+            prefills: base prefill endpoints.
+            workers: decode workers.
+            signer: verifies clients' handles.
+            limits: see :class:`RouterLimits`.
+            demands: says what calls need of endpoints.
+            salts: keeps tenants' handles and KV apart.
+            quotas: holds tenants to theirs.
+            router_metrics: told of requests.
+            request_metrics: told what they cost.
+        """
         self._router_metrics = router_metrics
         self._request_metrics = request_metrics
         self._prefills = prefills
         self._workers = workers
         self._limits = limits
         self._demands = demands
-        self._preparer = Preparer(prefills, workers, signer, demands, max_attempts=limits.max_attempts)
+        self._salts = salts
+        self._quotas = quotas
+        self._preparer = Preparer(prefills, workers, signer, demands, quotas, max_attempts=limits.max_attempts)
         self._adapters = AdapterDirectory(workers, max_attempts=limits.max_attempts)
         self._in_flight = 0
 
@@ -99,13 +125,13 @@ class AloraServicer(AloraServiceServicer):
         self, request: alora_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[alora_pb2.GenerateResponse, None]:
         """One conversation, one adapter or the base model."""
-        with self._admitted(context) as call:
+        with self._admitted(context, request, sequences=1) as call:
             prompt, target = generate_from_proto(request)
             adapter = self._adapters.find(target.adapter)
             prepared = await self._preparer.prepare(
                 prompt, request.prompt, call=call, adapter=target.adapter, tokenize_only=is_plain_lora(adapter)
             )
-            demand = self._demands.generation(prepared.handle, adapter)
+            demand = self._demands.generation(prepared.handle, adapter, call.tenant_salt)
             stream = self._stream(prepared, target, demand, call, _new_seed(), prepared.prefill)
             async with aclosing(stream.events()) as events:
                 async for event in events:
@@ -115,10 +141,11 @@ class AloraServicer(AloraServiceServicer):
         self, request: alora_pb2.FanOutRequest, context: Context
     ) -> AsyncGenerator[alora_pb2.FanOutResponse, None]:
         """One conversation, many targets: one prefill, then their streams as they come."""
-        with self._admitted(context) as call:
+        with self._admitted(context, request, sequences=len(request.targets)) as call:
             fan_out = fan_out_from_proto(request)
             adapters: dict[int, AdapterInfo | None] = {}
-            for index, target in enumerate(fan_out.targets):
+            asked = {index: target for index, target in enumerate(fan_out.targets) if not target.is_skipped}
+            for index, target in asked.items():
                 try:
                     adapters[index] = self._adapters.find(target.adapter)
                 except (AdapterNotFoundError, AdapterRefusedError) as error:
@@ -143,7 +170,7 @@ class AloraServicer(AloraServiceServicer):
         """
         seed = _new_seed()
         charged = next((i for i, adapter in adapters.items() if not is_plain_lora(adapter)), min(adapters))
-        demands = self._demands.fan_out(prepared.handle, list(adapters.values()))
+        demands = self._demands.fan_out(prepared.handle, list(adapters.values()), call.tenant_salt)
         return [
             self._stream(
                 prepared,
@@ -166,7 +193,15 @@ class AloraServicer(AloraServiceServicer):
         prefill: PrefillResult | None,
     ) -> DecodeStream:
         sampling = target.sampling if target.sampling.seed is not None else replace(target.sampling, seed=seed)
-        request = GenerateRequest(prepared.handle, target.adapter, sampling, request_id=call.request_id)
+        request = GenerateRequest(
+            prepared.handle,
+            target.adapter,
+            sampling,
+            target.resume,
+            call.request_id,
+            call.tenant,
+            skip_store=not self._quotas.may_store(call.tenant),
+        )
         self._router_metrics.requested(target.adapter)
         return DecodeStream(
             self._workers,
@@ -175,14 +210,19 @@ class AloraServicer(AloraServiceServicer):
             call=call,
             prefill=prefill,
             max_attempts=self._limits.max_attempts,
+            silence_seconds=self._limits.silence_seconds,
+            resume_wait_seconds=self._limits.resume_wait_seconds,
             metrics=self._request_metrics,
+            charge=partial(self._quotas.charge, call.tenant),
         )
 
     async def Prefill(self, request: alora_pb2.PrefillRequest, context: Context) -> alora_pb2.PrefillResponse:
         """Warm a conversation."""
-        with self._admitted(context) as call:
+        with self._admitted(context, request, sequences=1) as call:
             prompt = prefill_from_proto(request)
-            return prefill_result_to_proto(await self._preparer.prefill(prompt, request.prompt, call=call))
+            result = await self._preparer.prefill(prompt, request.prompt, call=call)
+            self._quotas.charge(call.tenant, result.usage)
+            return prefill_result_to_proto(result)
 
     # --- adapters and model -------------------------------------------------------------------------------------------
 
@@ -249,7 +289,7 @@ class AloraServicer(AloraServiceServicer):
     # --- calls --------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _admitted(self, context: Context) -> Iterator[Call]:
+    def _admitted(self, context: Context, request: Message, *, sequences: int) -> Iterator[Call]:
         """Count a call among those in flight, or refuse it at once rather than queue without bound."""
         if self._in_flight >= self._limits.max_in_flight:
             raise OverloadedError(
@@ -257,11 +297,15 @@ class AloraServicer(AloraServiceServicer):
                 # Spread, so that those refused together do not come back together.
                 retry_after_seconds=random.uniform(0.5, 1.5),
             )
-        self._count(+1)
-        try:
-            yield self._call(context)
-        finally:
-            self._count(-1)
+        call = self._call(context)
+        # Not tokenized yet: four bytes a token, as text has on average and packed ids have exactly.
+        prompt_tokens = request.ByteSize() // BYTES_PER_TOKEN
+        with self._quotas.hold(call.tenant, sequences=sequences, prompt_tokens=prompt_tokens):
+            self._count(+1)
+            try:
+                yield call
+            finally:
+                self._count(-1)
 
     def _count(self, change: int) -> None:
         self._in_flight += change
@@ -271,7 +315,10 @@ class AloraServicer(AloraServiceServicer):
         remaining = cast("float | None", context.time_remaining())  # the stubs forget calls without a deadline
         within_seconds = self._limits.default_deadline_seconds if remaining is None else remaining
         # The server's interceptor has bound the id that the client gave or a new one.
-        return Call.arriving(structlog.contextvars.get_contextvars()["request_id"], within_seconds)
+        tenant = CALLER.get().tenant
+        return Call.arriving(
+            structlog.contextvars.get_contextvars()["request_id"], within_seconds, tenant, self._salts.of(tenant)
+        )
 
 
 def _new_seed() -> int:

@@ -1,34 +1,42 @@
-"""One generation as its client sees it, whichever worker runs it."""
+"""One generation as its client sees it, whichever workers run it."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapter_router.dispatch import Call, Retries, peer_errors, peer_failure
 from adapter_router.endpoints.pool import Lease
 from adapter_router.policy import Demand
 from adapter_router.usage import merged_timings, merged_usage
-from alora_serve.errors import AloraServeError, UnavailableError
+from alora_serve.errors import AdapterRefusedError, AloraServeError, UnavailableError
 from alora_serve.metrics import RequestMetrics
 from alora_serve.rpc.convert import (
     decode_to_proto,
+    pack_token_ids,
     timings_from_proto,
     timings_to_proto,
+    unpack_token_ids,
     usage_from_proto,
     usage_to_proto,
 )
-from alora_serve.types import GenerateRequest, PrefillResult
+from alora_serve.types import AdapterDigest, GenerateRequest, PrefillResult, Resume, TokenIds, Usage
 from alora_serve.v1 import types_pb2
 
 if TYPE_CHECKING:
     from adapter_router.peers import Workers, WorkerStub
+    from alora_serve.v1 import adapter_decode_pb2 as decode_pb2
 
 
 class DecodeStream:
-    """Runs one generation on a worker and, while no token was delivered, on another when that one dies.
+    """Runs one generation on a worker and, when that one is lost, on another from the tokens delivered so far.
+
+    Its reader sees one stream without a gap or a repeat. A worker is lost when its call fails, or says nothing for
+    ``silence_seconds``: an engine that is alive says so every second.
 
     Attributes:
         delivered: tokens forwarded so far, packed, in order: what any continuation elsewhere has to start from.
@@ -44,20 +52,26 @@ class DecodeStream:
         call: Call,
         prefill: PrefillResult | None,
         max_attempts: int,
+        silence_seconds: float,
+        resume_wait_seconds: float,
         metrics: RequestMetrics,
+        charge: Callable[[Usage], None],
     ) -> None:
         """Prepare; nothing runs before :meth:`events` is iterated.
 
         Args:
             workers: who may run it.
-            request: what to run, with its seed.
+            request: what to run, with its seed; where it resumes a stream, that stream's tokens count as delivered.
             demand: what it needs of a worker.
             call: the public call.
             prefill: what preparing the conversation cost, charged to this stream; None charges nothing.
-            max_attempts: workers to try in all.
+            max_attempts: workers to try in a row that deliver nothing.
+            silence_seconds: after so long without an event a worker is lost.
+            resume_wait_seconds: longest wait for a worker that can go on with what was begun.
             metrics: told of the first token, and what the finished stream cost.
+            charge: told what the stream cost, finished or not.
         """
-        self.delivered = bytearray()
+        self.delivered = bytearray(pack_token_ids(request.resume.generated_tokens) if request.resume else b"")
         self.started: types_pb2.Started | None = None
         self._workers = workers
         self._request = request
@@ -65,34 +79,60 @@ class DecodeStream:
         self._call = call
         self._prefill = prefill
         self._max_attempts = max_attempts
+        self._silence_seconds = silence_seconds
+        self._resume_wait_seconds = resume_wait_seconds
         self._metrics = metrics
+        self._charge = charge
+        self._is_charged = False
         self._first_token_seconds: float | None = None
 
     async def events(self) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
         """The stream's events, to be iterated once and closed, which cancels the worker's call.
 
         Raises:
-            UnavailableError: no worker could take it, or the one that had it died after a token was delivered.
+            UnavailableError: no worker could take it, or go on with it; says how many tokens were delivered.
             AloraServeError: what the worker answered.
         """
+        try:
+            async with aclosing(self._attempts()) as events:
+                async for event in events:
+                    yield event
+        except AloraServeError as error:
+            if self.delivered:
+                error.metadata["delivered_tokens"] = str(len(self._tokens()))
+            raise
+        finally:
+            if not self._is_charged:  # what is known of it
+                self._charge(Usage(prompt_tokens=0, generated_tokens=len(self._tokens())))
+
+    async def _attempts(self) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
         retries = Retries(self._workers, self._demand, self._max_attempts)
         while True:
-            async with self._workers.lease(self._demand, avoid=retries.failed) as lease:
+            wait_seconds = self._resume_wait_seconds if self.delivered else None
+            async with self._workers.lease(self._demand, avoid=retries.failed, wait_seconds=wait_seconds) as lease:
+                before = len(self.delivered)
                 try:
                     async with aclosing(self._attempt(lease, retries.attempt)) as events:
                         async for event in events:
                             yield event
                     return
                 except AloraServeError as error:
-                    retries.after(lease.endpoint, error, may_repeat=not self.delivered)
+                    if len(self.delivered) > before:
+                        retries.got_further()
+                    # Of workers with different files under one name, another may have those that the stream began with.
+                    changed = isinstance(error, AdapterRefusedError) and bool(self.delivered)
+                    retries.after(lease.endpoint, error, elsewhere=changed)
+                    if self.delivered:
+                        self._workers.note_resume()
 
     async def _attempt(self, lease: Lease[WorkerStub], attempt: int) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
         worker, began, waiting = lease.endpoint, time.monotonic(), True
-        request = decode_to_proto(self._request, attempt=attempt)
+        request = decode_to_proto(self._resumed(), attempt=attempt)
         rpc = worker.stub.Decode(request, timeout=self._call.remaining_seconds(), metadata=self._call.metadata)
+        responses = aiter(rpc)
         try:
             with peer_errors(self._workers.service, worker.address):
-                async for response in rpc:
+                while (response := await self._next(responses, worker.address)) is not None:
                     event = response.event
                     event.attempt = attempt
                     if waiting and event.HasField("chunk"):
@@ -107,6 +147,31 @@ class DecodeStream:
             rpc.cancel()
         cause = "it ended its stream before the generation was done"
         raise peer_failure(UnavailableError, self._workers.service, worker.address, cause)
+
+    async def _next(
+        self, responses: AsyncIterator[decode_pb2.DecodeResponse], address: str
+    ) -> decode_pb2.DecodeResponse | None:
+        try:
+            async with asyncio.timeout(self._silence_seconds):
+                return await anext(responses, None)
+        except TimeoutError:
+            cause = f"no sign of life for {self._silence_seconds:g} s"
+        raise peer_failure(UnavailableError, self._workers.service, address, cause)
+
+    def _resumed(self) -> GenerateRequest:
+        """The request as it goes on from what was delivered."""
+        if not self.delivered or self.started is None:
+            return self._request
+        started = self.started
+        resume = Resume(
+            generated_tokens=self._tokens(),
+            invocation_start=started.invocation_start if started.HasField("invocation_start") else None,
+            adapter_digest=AdapterDigest(started.adapter_digest),
+        )
+        return replace(self._request, resume=resume)
+
+    def _tokens(self) -> TokenIds:
+        return unpack_token_ids(bytes(self.delivered), "delivered")
 
     def _is_news(self, event: types_pb2.GenerationEvent) -> bool:
         """Account for an event and say whether the client should see it."""
@@ -135,5 +200,7 @@ class DecodeStream:
             total_seconds=total_seconds,
         )
         self._metrics.record(usage, timings)
+        self._charge(usage)
+        self._is_charged = True
         finished.usage.CopyFrom(usage_to_proto(usage))
         finished.timings.CopyFrom(timings_to_proto(timings))

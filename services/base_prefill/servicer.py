@@ -28,7 +28,12 @@ class BasePrefillServicer(base_prefill_pb2_grpc.BasePrefillServiceServicer):
         context: grpc.aio.ServicerContext[object, object],
     ) -> base_prefill_pb2.BasePrefillServicePrefillResponse:
         """See the proto."""
-        result = await self._prefiller.prefill(prefill_from_proto(request), tokenize_only=request.tokenize_only)
+        result = await self._prefiller.prefill(
+            prefill_from_proto(request),
+            tokenize_only=request.tokenize_only,
+            tenant=request.tenant,
+            skip_store=request.skip_store,
+        )
         self._metrics.record(result.usage, result.timings)
         return prefill_result_to_internal_proto(result)
 

@@ -152,6 +152,20 @@ class AdapterRefusedError(AloraServeError):
 # --- load, time, peers ------------------------------------------------------------------------------------------------
 
 
+class UnauthenticatedError(AloraServeError):
+    """The caller's credentials are missing, unknown or expired. Never says which of them."""
+
+    status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionRefusedError(AloraServeError):
+    """The caller is known and may not do this. Names the role that may."""
+
+    status = "PERMISSION_DENIED"
+    reason = "PERMISSION_REFUSED"
+
+
 class OverloadedError(AloraServeError):
     """A bounded queue is full. Carries ``retry_after_seconds``."""
 

@@ -36,7 +36,7 @@ class HandleSigner:
     def __init__(
         self,
         secrets: Sequence[bytes],
-        tenant_salt: bytes,
+        deployment_salt: bytes,
         ttl_seconds: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -44,7 +44,7 @@ class HandleSigner:
 
         Args:
             secrets: shared by all replicas; the first signs, all verify. Each at least ``MIN_SECRET_BYTES`` long.
-            tenant_salt: part of what is signed: a handle of one tenant does not verify under another's salt.
+            deployment_salt: part of what is signed.
             ttl_seconds: how long a handle lives.
             clock: Unix time in seconds.
 
@@ -54,23 +54,27 @@ class HandleSigner:
         if not secrets or min(map(len, secrets)) < MIN_SECRET_BYTES:
             raise ConfigError(f"handle_secrets: give at least one secret of {MIN_SECRET_BYTES} bytes or more")
         self._secrets = tuple(secrets)
-        self._salt_digest = hashlib.sha256(tenant_salt).digest()
+        self._salt_digest = hashlib.sha256(deployment_salt).digest()
         self._ttl_seconds = ttl_seconds
         self._clock = clock
 
-    def sign(self, handle: PrefixHandle) -> PrefixHandle:
-        """The handle with its expiry set from now and a fresh MAC; both fields of the argument are ignored."""
-        expiring = dataclasses.replace(handle, expires_unix_seconds=int(self._clock()) + self._ttl_seconds)
-        return dataclasses.replace(expiring, mac=self._mac(self._secrets[0], expiring))
+    def sign(self, handle: PrefixHandle, *, tenant_salt: bytes = b"") -> PrefixHandle:
+        """The handle with its expiry set from now and a fresh MAC; both fields of the argument are ignored.
 
-    def verify(self, handle: PrefixHandle, *, field: str = "prompt.handle") -> None:
-        """Return if this deployment issued the handle and it still lives; ``field`` names it in violations.
+        It is of no use to another tenant than the one whose salt is given.
+        """
+        expiring = dataclasses.replace(handle, expires_unix_seconds=int(self._clock()) + self._ttl_seconds)
+        return dataclasses.replace(expiring, mac=self._mac(self._secrets[0], expiring, tenant_salt))
+
+    def verify(self, handle: PrefixHandle, *, tenant_salt: bytes = b"", field: str = "prompt.handle") -> None:
+        """Return if this deployment issued the handle to this tenant and it lives; ``field`` names it in violations.
 
         Raises:
             HandleInvalidError: the MAC verifies under no secret.
             HandleExpiredError: it is past its expiry and the allowed clock skew.
         """
-        if not any(hmac.compare_digest(self._mac(secret, handle), handle.mac) for secret in self._secrets):
+        macs = [self._mac(secret, handle, tenant_salt) for secret in self._secrets]
+        if not any(hmac.compare_digest(mac, handle.mac) for mac in macs):
             problem = "not issued by this deployment, or changed since; send the conversation again"
             raise HandleInvalidError(f"{field}: {problem}", violations=[FieldViolation(field, problem)])
         age_seconds = self._clock() - handle.expires_unix_seconds
@@ -78,8 +82,8 @@ class HandleSigner:
             problem = f"expired {age_seconds:.0f} s ago; send the conversation again"
             raise HandleExpiredError(f"{field}: {problem}", violations=[FieldViolation(field, problem)])
 
-    def _mac(self, secret: bytes, handle: PrefixHandle) -> bytes:
-        return hmac.digest(secret, _encode(handle, self._salt_digest), "sha256")
+    def _mac(self, secret: bytes, handle: PrefixHandle, tenant_salt: bytes) -> bytes:
+        return hmac.digest(secret, _encode(handle, self._salt_digest, tenant_salt), "sha256")
 
 
 def check_model(handle: PrefixHandle, model_digest: bytes) -> None:
@@ -95,12 +99,13 @@ def check_model(handle: PrefixHandle, model_digest: bytes) -> None:
         )
 
 
-def _encode(handle: PrefixHandle, salt_digest: bytes) -> bytes:
+def _encode(handle: PrefixHandle, salt_digest: bytes, tenant_salt: bytes) -> bytes:
     """Every field but the MAC, by name, type and length: no two different handles encode alike.
 
     Walking the dataclass makes a field added later part of the MAC without anyone remembering to.
     """
-    parts = [_DOMAIN, salt_digest]
+    # No field's name is as long as a salt, so a handle without a tenant never encodes like one of a tenant.
+    parts = [_DOMAIN, salt_digest, *([tenant_salt] if tenant_salt else [])]
     for field in dataclasses.fields(handle):
         if field.name != "mac":
             parts += [field.name.encode(), *_typed(getattr(handle, field.name))]

@@ -237,6 +237,9 @@ class RouterMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._picks = Counter("alora_router_picks_total", "Endpoints picked.", ["role", "reason"], registry=registry)
         self._retries = Counter("alora_router_retries_total", "Attempts after the first.", ["role"], registry=registry)
+        self._resumes = Counter(
+            "alora_router_resumed_streams_total", "Streams that went on from the middle.", ["role"], registry=registry
+        )
         self._endpoints = Gauge("alora_router_endpoints", "Endpoints by state.", ["role", "state"], registry=registry)
         self._in_flight = Gauge("alora_router_in_flight", "Requests in the router.", registry=registry)
         self._requests = Counter("alora_router_requests_total", "Requests by adapter.", ["adapter"], registry=registry)
@@ -257,6 +260,10 @@ class RouterMetrics:
         """A first token was predicted after one time and came after another."""
         error = actual_seconds - predicted_seconds
         self._errors.labels(role, "late" if error > 0 else "early").observe(abs(error))
+
+    def resumed(self, role: str) -> None:
+        """A stream goes on elsewhere from the tokens delivered."""
+        self._resumes.labels(role).inc()
 
     def retried(self, role: str) -> None:
         """A request is tried again elsewhere."""

@@ -13,6 +13,16 @@ from alora_serve.kv.factory import open_store
 from alora_serve.kv.lmdb import LmdbStore
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import KVStore
+from redis_servers import (
+    Certificates,
+    Place,
+    RedisProcess,
+    Watched,
+    cluster,
+    make_certificates,
+    tls_server,
+    watched,
+)
 from store_peer import RecordingMetrics
 
 BUDGET_BYTES = 64 << 20
@@ -28,35 +38,101 @@ def valkey() -> Iterator[ValkeyServer]:
         yield server
 
 
-@pytest.fixture(params=["lmdb", "valkey-tcp", "valkey-unix"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store's URL."""
-    if request.param == "lmdb":
-        return f"lmdb://{tmp_path}/store"
-    server: ValkeyServer = request.getfixturevalue("valkey")
-    with server.client() as client:
-        client.flushall()
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Of one authority."""
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def redis_tls(tmp_path_factory: pytest.TempPathFactory, certificates: Certificates) -> Iterator[RedisProcess]:
+    """A Redis that asks nobody for a certificate."""
+    with tls_server(tmp_path_factory.mktemp("tls"), certificates, mutual=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_mutual_tls(tmp_path_factory: pytest.TempPathFactory, certificates: Certificates) -> Iterator[RedisProcess]:
+    """A Redis that asks everybody for a certificate."""
+    with tls_server(tmp_path_factory.mktemp("mutual"), certificates, mutual=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisProcess]]:
+    """Three nodes."""
+    with cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="session")
+def redis_sentinel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """A master, a replica and three Sentinels."""
+    with watched(tmp_path_factory.mktemp("sentinel")) as servers:
+        yield servers
+
+
+def emptied(*servers: RedisProcess | ValkeyServer) -> None:
+    """Flush each."""
+    for server in servers:
+        with server.client() as client:
+            client.flushall()
+
+
+@pytest.fixture(
+    params=[
+        "lmdb",
+        "valkey-tcp",
+        "valkey-unix",
+        "redis-tls",
+        "redis-mutual-tls",
+        "redis-cluster",
+        "redis-sentinel",
+    ]
+)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Where an empty store is."""
+    match request.param:
+        case "lmdb":
+            return Place(f"lmdb://{tmp_path}/store")
+        case "redis-cluster":
+            nodes: list[RedisProcess] = request.getfixturevalue("redis_cluster")
+            emptied(*nodes)
+            return Place(f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}")
+        case "redis-sentinel":
+            servers: Watched = request.getfixturevalue("redis_sentinel")
+            emptied(servers.master)
+            return Place(servers.url)
+        case "redis-tls" | "redis-mutual-tls":
+            files: Certificates = request.getfixturevalue("certificates")
+            server: RedisProcess = request.getfixturevalue(request.param.replace("-", "_"))
+            emptied(server)
+            tls = files.mutual if request.param == "redis-mutual-tls" else files.trusted
+            return Place(f"rediss://localhost:{server.port}/0", tls)
+    valkey: ValkeyServer = request.getfixturevalue("valkey")
+    emptied(valkey)
     if request.param == "valkey-tcp":
-        return f"redis://{server.host}:{server.port}/0"
-    return f"unix://{server.unix_socket_path}?db=0"
+        return Place(f"redis://{valkey.host}:{valkey.port}/0")
+    return Place(f"unix://{valkey.unix_socket_path}?db=0")
 
 
 @pytest.fixture(params=["bare", "wrapped"])
-def store(request: pytest.FixtureRequest, store_url: str, tmp_path: Path) -> Iterator[KVStore]:
-    """A store at ``store_url``."""
+def store(request: pytest.FixtureRequest, place: Place, tmp_path: Path) -> Iterator[KVStore]:
+    """A store at ``place``."""
     store: KVStore
     if request.param == "wrapped":
         store = open_store(
-            store_url,
+            place.url,
             budget_bytes=BUDGET_BYTES,
             ttl_seconds=600,
             breaker_failures=5,
             breaker_reset_seconds=60,
             metrics=RecordingMetrics(),
+            tls=place.tls,
         )
-    elif store_url.startswith("lmdb:"):
+    elif place.url.startswith("lmdb:"):
         store = LmdbStore(tmp_path / "store", budget_bytes=BUDGET_BYTES)
     else:
-        store = RedisStore(store_url, ttl_seconds=600)
+        store = RedisStore(place.url, ttl_seconds=600, tls=place.tls)
     yield store
     store.close()

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from alora_serve.errors import StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.store import KVStore, Put, StoreKey
+from redis_servers import Place
 from store_peer import PATIENCE_SECONDS, Peer, key_of, pattern, read
 
 
@@ -147,8 +148,8 @@ def test_no_sink_runs_after_the_call_has_ended(store: KVStore) -> None:
     assert late == []
 
 
-def test_values_are_visible_to_another_process_when_put_returns(store: KVStore, store_url: str) -> None:
-    with Peer(store_url) as peer:
+def test_values_are_visible_to_another_process_when_put_returns(store: KVStore, place: Place) -> None:
+    with Peer(place.url, tls=place.tls) as peer:
         for version in range(5):
             put(store, Put(key_of("a"), pattern(key_of("a"), 100_000, version)))
             expected = hashlib.sha256(pattern(key_of("a"), 100_000, version)).hexdigest()
@@ -159,13 +160,13 @@ def test_values_are_visible_to_another_process_when_put_returns(store: KVStore, 
         assert read(store, [key_of("a"), key_of("b")]) == {}
 
 
-def test_values_outlive_the_process_that_put_them(store: KVStore, store_url: str) -> None:
-    with Peer(store_url) as peer:
+def test_values_outlive_the_process_that_put_them(store: KVStore, place: Place) -> None:
+    with Peer(place.url, tls=place.tls) as peer:
         peer.ask("put", names=["a"], size=100_000)
     assert read(store, [key_of("a")]) == {0: pattern(key_of("a"), 100_000)}
 
 
-def test_readers_see_whole_values_while_threads_and_another_process_write(store: KVStore, store_url: str) -> None:
+def test_readers_see_whole_values_while_threads_and_another_process_write(store: KVStore, place: Place) -> None:
     names, size, versions = [f"shared-{number}" for number in range(4)], 60_000, 8
     keys = [key_of(name) for name in names]
 
@@ -181,7 +182,7 @@ def test_readers_see_whole_values_while_threads_and_another_process_write(store:
                 seen += index >= 0
         return seen
 
-    with Peer(store_url) as peer, ThreadPoolExecutor(4) as threads:
+    with Peer(place.url, tls=place.tls) as peer, ThreadPoolExecutor(4) as threads:
         put(store, *(Put(key, pattern(key, size)) for key in keys))
         peer.tell("churn", names=names, size=size)
         writers = [threads.submit(write, offset) for offset in (0, 100)]

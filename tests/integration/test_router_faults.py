@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -11,12 +12,27 @@ import pytest
 
 from adapter_router.affinity import adapter_key, rendezvous_order
 from adapter_router.servicer import RouterLimits
-from alora_serve.errors import OverloadedError, RequestCancelledError, UnavailableError
+from alora_serve.errors import AdapterRefusedError, OverloadedError, RequestCancelledError, UnavailableError
+from alora_serve.rpc.convert import decode_from_proto, pack_token_ids
 from alora_serve.rpc.status import error_from_rpc
-from alora_serve.types import Finished, GenerateRequest, Heartbeat, StreamEvent, TokenChunk
+from alora_serve.types import (
+    AdapterDigest,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Heartbeat,
+    Resume,
+    Started,
+    StreamEvent,
+    Timings,
+    TokenChunk,
+    Usage,
+)
 from alora_serve.v1 import alora_pb2, types_pb2
 from fake_services import (
+    FAST,
     FakePrefill,
+    FakeService,
     FakeWorker,
     Names,
     Router,
@@ -53,6 +69,26 @@ def stopping_before(kind: type[StreamEvent], *, and_then: Any) -> Any:
             yield event
 
     return script
+
+
+def after_one_token(and_then: Any) -> Any:
+    """The script of a worker that gives one token, and then does something else."""
+
+    async def script(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        async for event in answer(request, attempt):
+            yield event
+            if isinstance(event, TokenChunk):
+                await and_then()
+                return
+
+    return script
+
+
+async def beat(worker: FakeService) -> None:
+    """Report again and again, as real workers do: one that a call found gone is back then."""
+    while True:
+        await asyncio.sleep(0.02)
+        worker.repeat()
 
 
 async def forever() -> None:
@@ -98,20 +134,142 @@ async def test_a_worker_that_dies_before_the_first_token_is_replaced_unnoticed(s
         assert router.metric("alora_time_to_first_token_seconds_count") == 1
 
 
-async def test_after_the_first_token_a_death_is_unavailable_and_nothing_is_repeated() -> None:
+async def test_a_worker_that_dies_in_mid_stream_is_replaced_without_a_gap_or_a_repeat() -> None:
     workers = [FakeWorker(), FakeWorker()]
     async with deployment([FakePrefill()], workers) as (router, servers):
         (first, first_server), (second, _) = ranked(router, workers, servers[1:])
-        first.script = stopping_before(Finished, and_then=forever)
+        first.script = after_one_token(forever)
         responses = aiter(router.stub.Generate(ASK))
-        seen = [(await anext(responses)).event for _ in range(4)]
+        events = [(await anext(responses)).event for _ in range(3)]
         await first_server.kill()
+        events += [response.event async for response in responses]
+        assert kinds(events) == ["started", "heartbeat", "chunk", "heartbeat", "chunk", "finished"]
+        chunks = [event for event in events if event.HasField("chunk")]
+        assert [(e.chunk.text, e.chunk.first_index, e.attempt) for e in chunks] == [("Hello", 0, 0), (" world", 1, 1)]
+        resume = decode_from_proto(second.requests[0]).resume
+        assert resume == Resume((10,), None, AdapterDigest(b"jailbreak".hex()))
+        assert first.requests[0].sampling.seed == second.requests[0].resume.seed
+        assert router.metric("alora_router_resumed_streams_total", role="adapter_decode") == 1
+        assert router.metric("alora_time_to_first_token_seconds_count") == 1
+
+
+async def test_a_worker_that_hangs_is_left_for_another_and_what_it_says_later_is_dropped() -> None:
+    gate = asyncio.Event()
+    workers = [FakeWorker(), FakeWorker()]
+    async with deployment([FakePrefill()], workers, limits=RouterLimits(silence_seconds=0.3)) as (router, servers):
+        (first, _), (second, _) = ranked(router, workers, servers[1:])
+        first.script = after_one_token(gate.wait)
+        events = await events_of(router.stub.Generate(ASK))
+        gate.set()
+        assert [event.chunk.text for event in events if event.HasField("chunk")] == ["Hello", " world"]
+        assert len(second.requests) == 1
+        await until(lambda: first.cancelled == 1)
+
+
+async def test_a_slow_worker_that_gives_signs_of_life_keeps_its_stream() -> None:
+    async def slow(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        async for event in answer(request, attempt):
+            if isinstance(event, Finished):
+                for _ in range(8):
+                    await asyncio.sleep(0.1)
+                    yield Heartbeat()
+            yield event
+
+    workers = [FakeWorker(slow), FakeWorker(slow)]
+    async with deployment([FakePrefill()], workers, limits=RouterLimits(silence_seconds=0.4)) as (router, _):
+        assert kinds(await events_of(router.stub.Generate(ASK)))[-1] == "finished"
+        assert sum(len(worker.requests) for worker in workers) == 1
+
+
+async def test_attempts_that_deliver_something_do_not_count() -> None:
+    async def one_token_each(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        delivered = len(request.resume.generated_tokens) if request.resume else 0
+        yield Started(AdapterDigest("d"), None, request.sampling.seed or 0, 4)
+        if delivered < 5:
+            yield TokenChunk((delivered,), str(delivered))
+            raise UnavailableError("gone")
+        yield Finished(FinishReason.LENGTH, Usage(4), Timings())
+
+    workers = [FakeWorker(one_token_each) for _ in range(2)]
+    async with deployment([FakePrefill()], workers, limits=RouterLimits(max_attempts=2)) as (router, _):
+        heartbeats = [asyncio.create_task(beat(worker)) for worker in workers]
+        events = await events_of(router.stub.Generate(ASK))
+        for task in heartbeats:
+            task.cancel()
+        assert "".join(event.chunk.text for event in events) == "01234"
+        assert kinds(events).count("started") == 1
+
+
+async def test_a_stream_that_nobody_can_go_on_with_is_unavailable_and_says_what_was_delivered() -> None:
+    worker = FakeWorker(after_one_token(gone))
+    async with deployment([FakePrefill()], [worker], limits=RouterLimits(resume_wait_seconds=0.2)) as (router, _):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await anext(responses)
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert [event.chunk.text for event in seen if event.HasField("chunk")] == ["Hello", " world"]
-        assert router.metric("alora_time_to_first_token_seconds_count") == 1, "it came, whatever came then"
-        assert not second.requests
+            await events_of(router.stub.Generate(ASK))
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, UnavailableError)
+        assert error.metadata["delivered_tokens"] == "1"
+
+
+async def test_a_stream_goes_on_where_its_adapter_is_still_the_same() -> None:
+    async def other_version() -> None:
+        raise AdapterRefusedError("its files have changed")
+
+    workers = [FakeWorker() for _ in range(3)]
+    async with deployment([FakePrefill()], workers) as (router, servers):
+        (first, _), (second, _), (third, _) = ranked(router, workers, servers[1:])
+        first.script = after_one_token(gone)
+        second.script = stopping_before(Started, and_then=other_version)
+        events = await events_of(router.stub.Generate(ASK))
+        assert [event.chunk.text for event in events if event.HasField("chunk")] == ["Hello", " world"]
+        assert third.requests[0].attempt == 2
+
+
+async def test_a_lost_worker_disturbs_only_its_own_targets_of_a_fan_out() -> None:
+    workers = [FakeWorker(), FakeWorker()]
+    async with deployment([FakePrefill()], workers) as (router, _):
+        for worker in workers:
+            worker.script = after_one_token(gone)
+
+        async def repair() -> None:
+            await until(lambda: sum(len(worker.requests) for worker in workers) >= 2)
+            for worker in workers:
+                worker.script = answer
+                worker.repeat()
+
+        repairing = asyncio.create_task(repair())
+        targets = [alora_pb2.FanOutTarget(adapter=name) for name in ("jailbreak", "certainty")]
+        responses = router.stub.FanOut(alora_pb2.FanOutRequest(prompt=HELLO, targets=targets))
+        texts = ["", ""]
+        async for response in responses:
+            assert not response.HasField("failure"), response
+            texts[response.index] += response.event.chunk.text
+        await repairing
+        assert texts == ["Hello world", "Hello world"]
+
+
+async def test_another_router_goes_on_with_a_stream() -> None:
+    worker = FakeWorker()
+    async with deployment([FakePrefill()], [worker]) as (router, _):
+        resume = types_pb2.Resume(generated_token_ids=pack_token_ids((10,)), adapter_digest=b"jailbreak".hex(), seed=7)
+        request = alora_pb2.GenerateRequest(prompt=HELLO, adapter="jailbreak", resume=resume)
+        events = await events_of(router.stub.Generate(request))
+        assert [event.chunk.text for event in events if event.HasField("chunk")] == [" world"]
+        assert worker.requests[0].resume == resume
+        assert worker.requests[0].sampling.seed == 7
+
+
+async def test_a_fan_out_goes_on_with_the_targets_that_had_not_ended() -> None:
+    worker = FakeWorker()
+    async with deployment([FakePrefill()], [worker]) as (router, _):
+        resume = types_pb2.Resume(generated_token_ids=pack_token_ids((10,)), adapter_digest=b"certainty".hex(), seed=7)
+        targets = [
+            alora_pb2.FanOutTarget(adapter="nope", skip=True),
+            alora_pb2.FanOutTarget(adapter="certainty", resume=resume),
+        ]
+        responses = [r async for r in router.stub.FanOut(alora_pb2.FanOutRequest(prompt=HELLO, targets=targets))]
+        assert {response.index for response in responses} == {1}
+        assert "".join(response.event.chunk.text for response in responses) == " world"
+        assert [request.sample_index for request in worker.requests] == [1]
 
 
 async def test_a_stream_that_ends_without_finishing_counts_as_a_death() -> None:
@@ -187,6 +345,23 @@ async def test_a_base_prefill_that_dies_is_replaced() -> None:
         assert kinds(await call)[-1] == "finished"
         assert all(prefill.requests for prefill in prefills)
         assert router.metric("alora_router_retries_total", role="base_prefill") == 1
+
+
+async def test_a_base_prefill_that_hangs_is_left_for_another() -> None:
+    prefills = [FakePrefill(), FakePrefill()]
+    options = dataclasses.replace(FAST, silence_seconds=0.3)
+    async with deployment(prefills, [FakeWorker()], options=options) as (router, _):
+        for prefill in prefills:
+            prefill.before = forever
+        beats = {prefill: asyncio.create_task(beat(prefill)) for prefill in prefills}
+        call = asyncio.create_task(events_of(router.stub.Generate(ASK)))
+        await until(lambda: any(prefill.requests for prefill in prefills))
+        asked, other = sorted(prefills, key=lambda prefill: not prefill.requests)
+        other.before = None
+        beats[asked].cancel()
+        assert kinds(await call)[-1] == "finished"
+        assert len(asked.requests) == len(other.requests) == 1
+        beats[other].cancel()
 
 
 async def test_a_single_worker_that_restarts_is_waited_for() -> None:

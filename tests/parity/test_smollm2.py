@@ -325,7 +325,7 @@ def _overwrite_resident_kv(stack: Stack, victim: PrefillResult, source: PrefillR
     """Put the source conversation's last tokens' KV where the victim's lies; both share their system prompt."""
     prefixes = []
     for prefilled in (victim, source):
-        chain = stack.core.blocks.chain(prefilled.handle.prefix_tokens)
+        chain = stack.core.names.chain(prefilled.handle.prefix_tokens)
         prefixes.append(stack.core.cache.acquire(chain, len(chain)))
     into, out_of = (prefix.slices[-1] for prefix in prefixes)
     assert into.segment is not out_of.segment

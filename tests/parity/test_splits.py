@@ -119,7 +119,7 @@ async def test_two_workers_that_recompute_the_same_rest_give_the_same_bits(model
         with closing(MemoryStore()) as store:
             async with open_stack(model, store, adapters, options=OPTIONS) as prefill:
                 handle = (await prefill.prefill(Prompt(token_ids=_text(4)))).handle
-                chain = prefill.core.blocks.chain(_text(4))
+                chain = prefill.core.names.chain(_text(4))
                 gone = prefill.core.blocks.blocks(chain, 32)
                 store.values = {
                     key: value

@@ -156,7 +156,7 @@ async def test_the_generation_prompt_is_not_cached_as_base_when_it_is_the_invoca
     Taken for the adapter's, all but the last token of it, it puts logits off by 1.0.
     """
     handle = await bench.prefill(CONVERSATION)
-    whole = bench.stack.core.blocks.chain(handle.prefix_tokens + GENERATION_PROMPT)
+    whole = bench.stack.core.names.chain(handle.prefix_tokens + GENERATION_PROMPT)
     found = bench.stack.core.cache.acquire(whole, len(whole))
     assert found.tokens == len(handle.prefix_tokens)
     bench.stack.core.cache.release(found)
@@ -165,7 +165,7 @@ async def test_the_generation_prompt_is_not_cached_as_base_when_it_is_the_invoca
     assert turn is not None
     assert await bench.error(handle, "generation-prompt", whole.tokens) < ROUNDING
 
-    load, base_turn = bench.stack.core.loader.load, bench.stack.core.blocks.chain(turn.prefix_tokens)
+    load, base_turn = bench.stack.core.loader.load, bench.stack.core.names.chain(turn.prefix_tokens)
     monkeypatch.setattr(bench.stack.core.loader, "load", lambda _chain, _limit: load(base_turn, len(whole) - 1))
     assert await bench.error(handle, "generation-prompt", whole.tokens) > WRONG
 
@@ -369,7 +369,7 @@ async def _one_conversation(bench: Bench) -> TokenIds:
 
 async def test_no_adapters_kv_gets_into_the_store_or_into_a_base_turn(bench: Bench) -> None:
     tokens = await _one_conversation(bench)
-    chain = bench.stack.core.blocks.chain(tokens)
+    chain = bench.stack.core.names.chain(tokens)
     held = _stored(bench, chain)
     assert held.keys() == bench.store.values.keys(), "the store holds something that no beginning of the text names"
     assert max(block.end for block, _ in held.values()) == len(TEXT)

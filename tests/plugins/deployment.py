@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from alora_serve.cli.local import DeploymentOptions, LocalDeployment
-from alora_serve.cli.local.process import ProcessSpec, SupervisedProcess
+from alora_serve.cli.local.process import ProcessSpec, RestartPolicy, SupervisedProcess
 from alora_serve.client import AsyncClient, GenerationResult, PrefixHandle, RetryPolicy, SamplingParams
 from alora_serve.rpc.channels import internal_channel, public_options
 from alora_serve.rpc.convert import endpoint_status_from_proto
@@ -187,24 +187,35 @@ class Deployed:
 
 
 @asynccontextmanager
-async def deployed(model: ServedModel, store_url: str, *, workers: int = 1, **settings: str) -> AsyncIterator[Deployed]:
+async def deployed(
+    model: ServedModel,
+    store_url: str,
+    *,
+    workers: int = 1,
+    prefills: int = 1,
+    drain_seconds: float = 5,
+    policy: RestartPolicy | None = None,
+    emit: Callable[[object], None] = print,
+    **settings: str,
+) -> AsyncIterator[Deployed]:
     """All services on a model, in fp32, where tokens are promised equal, with one torch thread a process.
 
     What is stored is always fetched: how fast this machine computes just now must not decide what a test sees.
     """
     options = DeploymentOptions(
         workers=workers,
+        prefills=prefills,
         model=str(model.directory),
         adapter_roots=model.roots,
         store_url=store_url,
         dtype="float32",
         threads=1,
-        drain_seconds=5,
+        drain_seconds=drain_seconds,
         settings={"handle_secrets": SECRET, "tenant_salt": SALT, "store_budget_bytes": "64MiB", **FETCHING, **settings},
     )
     # What the services log is shown with a test that fails.
     async with (
-        LocalDeployment(options, emit=print) as local,
+        LocalDeployment(options, emit=emit, policy=policy) as local,
         AsyncClient(local.router_address, retry=RetryPolicy(max_attempts=1)) as client,
         grpc.aio.insecure_channel(local.router_address, public_options(local.router_address)) as channel,
     ):

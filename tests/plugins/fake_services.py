@@ -17,6 +17,8 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry
 
+from adapter_router.access.authentication import Access
+from adapter_router.access.quotas import Quotas
 from adapter_router.demands import Demands
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.endpoints.pool import EndpointSet
@@ -25,6 +27,7 @@ from adapter_router.peers import prefill_pool, worker_pool
 from adapter_router.servicer import AloraServicer, RouterLimits
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.fingerprints import PrefixFingerprints
+from alora_serve.kv.tenancy import TenantSalts
 from alora_serve.metrics import RequestMetrics, RouterMetrics, RpcMetrics
 from alora_serve.rpc.channels import server_options
 from alora_serve.rpc.convert import (
@@ -69,6 +72,7 @@ from alora_serve.v1.base_prefill_pb2_grpc import (
 )
 
 SECRET = b"a secret of the tests"
+SALT = b"a salt of the tests"
 SIGNER = HandleSigner([SECRET], b"", 3600)
 PATIENCE_SECONDS = 20.0
 
@@ -110,13 +114,14 @@ Script = Callable[[GenerateRequest, int], AsyncGenerator[StreamEvent, None]]
 
 
 async def answer(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
-    """Started, a heartbeat, two tokens of text, Finished: what a worker with a fetched prefix answers."""
+    """Started, a heartbeat, two tokens of text or what a resumed stream lacks of them, Finished."""
     prompt_tokens = len(request.handle.prefix_tokens) + 1
     digest = AdapterDigest(request.adapter.encode().hex())
     yield Started(digest, None, request.sampling.seed or 0, prompt_tokens)
     yield Heartbeat()
-    yield TokenChunk((10,), "Hello")
-    yield TokenChunk((11,), " world")
+    delivered = len(request.resume.generated_tokens) if request.resume else 0
+    for chunk in (TokenChunk((10,), "Hello"), TokenChunk((11,), " world"))[delivered:]:
+        yield chunk
     usage = Usage(
         prompt_tokens,
         cached_tokens=prompt_tokens - 1,
@@ -213,7 +218,8 @@ class FakeWorker(FakeService, AdapterDecodeServiceServicer):
         self.requests.append(request)
         self.remaining_seconds.append(context.time_remaining())
         self.request_ids += [str(value) for key, value in context.invocation_metadata() if key == "x-request-id"]
-        wanted, first_index = decode_from_proto(request), 0
+        wanted = decode_from_proto(request)
+        first_index = len(wanted.resume.generated_tokens) if wanted.resume else 0
         try:
             async for event in self.script(wanted, request.attempt):
                 message = event_to_proto(event, attempt=request.attempt, first_index=first_index)
@@ -295,7 +301,7 @@ class Names:
         return frozenset(self.known.get(target, {target}))
 
 
-FAST = EndpointOptions(resolve_seconds=0.05, status_timeout_seconds=5.0, wait_seconds=1.0)
+FAST = EndpointOptions(resolve_seconds=0.05, silence_seconds=5.0, wait_seconds=1.0)
 
 
 @dataclass
@@ -347,6 +353,8 @@ async def router_on(
     limits: RouterLimits | None = None,
     names: Names | None = None,
     write_timeout_seconds: float = WRITE_TIMEOUT_SECONDS,
+    quotas: Quotas | None = None,
+    access: Access | None = None,
 ) -> AsyncIterator[Router]:
     """A router in front of these targets."""
     registry = CollectorRegistry()
@@ -362,12 +370,17 @@ async def router_on(
             SIGNER,
             limits or RouterLimits(),
             demands=Demands(PrefixFingerprints(b"")),
+            salts=TenantSalts(SALT),
+            quotas=quotas or Quotas(),
             router_metrics=metrics,
             request_metrics=RequestMetrics(registry),
         )
         register = partial(add_AloraServiceServicer_to_server, servicer)
         server = await start_server(
-            register, max_message_bytes=servicer.max_message_bytes, write_timeout_seconds=write_timeout_seconds
+            register,
+            max_message_bytes=servicer.max_message_bytes,
+            write_timeout_seconds=write_timeout_seconds,
+            authorize=access.authorize if access else None,
         )
         stack.push_async_callback(server.kill)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -21,6 +22,7 @@ import psutil
 from alora_serve.errors import StoreError
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.guarded import BreakerState, Direction, Operation, Outcome
+from alora_serve.kv.redis_url import TlsFiles
 from alora_serve.kv.store import KVStore, Put, StoreKey
 
 PATIENCE_SECONDS = 30.0
@@ -68,10 +70,16 @@ def read(store: KVStore, keys: Sequence[StoreKey], timeout_seconds: float = PATI
 class Peer:
     """A running peer. Always killed at the end of the ``with`` block, stopped or not."""
 
-    def __init__(self, url: str, budget_bytes: int = 64 << 20) -> None:
+    def __init__(self, url: str, budget_bytes: int = 64 << 20, *, tls: TlsFiles | None = None) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), url, str(budget_bytes)],
+            [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                url,
+                str(budget_bytes),
+                json.dumps(asdict(tls or TlsFiles())),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -124,7 +132,7 @@ class Peer:
 
 
 class _Obedient:
-    def __init__(self, url: str, budget_bytes: int, replies: TextIO) -> None:
+    def __init__(self, url: str, budget_bytes: int, tls: TlsFiles, replies: TextIO) -> None:
         self._replies = replies
         self._url = url
         self._store = open_store(
@@ -134,6 +142,7 @@ class _Obedient:
             breaker_failures=5,
             breaker_reset_seconds=1,
             metrics=RecordingMetrics(),
+            tls=tls,
         )
 
     def put(self, names: list[str], size: int, version: int = 0) -> str:
@@ -184,7 +193,7 @@ class _Obedient:
 def _main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # log lines go where they do not get between the replies
-    obedient = _Obedient(sys.argv[1], int(sys.argv[2]), replies)
+    obedient = _Obedient(sys.argv[1], int(sys.argv[2]), TlsFiles(**json.loads(sys.argv[3])), replies)
     for line in sys.stdin:
         command = json.loads(line)
         try:

@@ -115,10 +115,20 @@ def test_the_violation_names_the_callers_field() -> None:
     assert [violation.field for violation in caught.value.violations] == ["handle"]
 
 
-def test_another_tenants_salt_does_not_verify() -> None:
-    signed = signer(salt=b"one tenant").sign(HANDLE)
+def test_another_deployments_salt_does_not_verify() -> None:
+    signed = signer(salt=b"one deployment").sign(HANDLE)
     with pytest.raises(HandleInvalidError):
-        signer(salt=b"another").verify(signed)
+        signer(salt=b"another deployment").verify(signed)
+
+
+def test_a_handle_is_of_no_use_to_another_tenant_nor_without_one() -> None:
+    signed = signer().sign(HANDLE, tenant_salt=b"one tenant")
+    signer().verify(signed, tenant_salt=b"one tenant")
+    for salt in (b"another tenant", b""):
+        with pytest.raises(HandleInvalidError):
+            signer().verify(signed, tenant_salt=salt)
+    with pytest.raises(HandleInvalidError):
+        signer().verify(signer().sign(HANDLE), tenant_salt=b"one tenant")
 
 
 def test_expiry_tolerates_the_clock_skew_and_no_more() -> None:

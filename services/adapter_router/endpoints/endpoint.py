@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
@@ -27,13 +28,13 @@ class EndpointOptions:
     Attributes:
         load_factor: see :func:`adapter_router.policy.pick`.
         resolve_seconds: pause between two look-ups of the targets.
-        status_timeout_seconds: an endpoint silent for longer is unhealthy, though its connection may live.
+        silence_seconds: an endpoint silent for longer is lost, though its connection may live: it reports every second.
         wait_seconds: longest wait of a request for an endpoint that may take it, so that one restart is not an error.
     """
 
     load_factor: float = 1.25
     resolve_seconds: float = 2.0
-    status_timeout_seconds: float = 5.0
+    silence_seconds: float = 3.0
     wait_seconds: float = 2.0
 
 
@@ -48,6 +49,8 @@ class Endpoint(Generic[StubT]):
         self.adapters: dict[str, AdapterInfo] = {}
         self.in_flight = 0
         self.retired = False
+        self.silent = asyncio.Event()
+        """Set while it has said nothing for too long: it hangs, or is cut off. What was asked of it is lost."""
         self._healthy = False
         self._pace = Pace()
         self._in_flight_at_report = 0
@@ -101,6 +104,7 @@ class Endpoint(Generic[StubT]):
         if before is None or before.adapters != status.adapters:
             self.adapters = adapters_by_name(status.adapters)
         self.status, self.healthy = status, True
+        self.silent.clear()
         self._pace = Pace.of(status)
         self._in_flight_at_report = self.in_flight
         self._unreported_tokens = 0

@@ -55,6 +55,7 @@ class EndpointSet(Generic[StubT]):
         metrics: RouterMetrics,
         on_change: Callable[[], None],
         resolve: Resolver = resolve_target,
+        certificates: Callable[[], object] = tuple,
     ) -> None:
         """Prepare; nothing runs before the context is entered.
 
@@ -68,10 +69,12 @@ class EndpointSet(Generic[StubT]):
             metrics: told of picks and health.
             on_change: called after health, status or membership changed.
             resolve: looks a target up.
+            certificates: another value once the files that ``connect`` reads have changed.
         """
         self.service = service
         self._targets = tuple(targets)
         self._connect, self._make_stub, self._watch, self._resolve = connect, make_stub, watch, resolve
+        self._certificates, self._connected_with = certificates, certificates()
         self._options = options
         self._metrics = metrics
         self._on_change = on_change
@@ -113,15 +116,19 @@ class EndpointSet(Generic[StubT]):
         return [endpoint.snapshot() for endpoint in self._members.values()]
 
     @asynccontextmanager
-    async def lease(self, demand: Demand, *, avoid: Collection[str] = ()) -> AsyncIterator[Lease[StubT]]:
+    async def lease(
+        self, demand: Demand, *, avoid: Collection[str] = (), wait_seconds: float | None = None
+    ) -> AsyncIterator[Lease[StubT]]:
         """Hold one place on the endpoint that ``demand`` prefers, waiting ``wait_seconds`` at most for one to be fit.
+
+        Unset, that is as long as the set's options say.
 
         Endpoints in ``avoid`` failed this request already: they are taken only when no other may be.
 
         Raises:
             UnavailableError: no endpoint may take it.
         """
-        lease = await self._take(demand, avoid)
+        lease = await self._take(demand, avoid, self._options.wait_seconds if wait_seconds is None else wait_seconds)
         try:
             yield lease
         finally:
@@ -148,6 +155,10 @@ class EndpointSet(Generic[StubT]):
         """A request is tried again."""
         self._metrics.retried(self.service)
 
+    def note_resume(self) -> None:
+        """A stream goes on from the middle."""
+        self._metrics.resumed(self.service)
+
     async def refresh(self) -> None:
         """Look every target up once; add what is new, retire what is gone. A failed look-up keeps what was known."""
         for target in self._targets:
@@ -163,9 +174,9 @@ class EndpointSet(Generic[StubT]):
 
     # --- picking ------------------------------------------------------------------------------------------------------
 
-    async def _take(self, demand: Demand, avoid: Collection[str]) -> Lease[StubT]:
+    async def _take(self, demand: Demand, avoid: Collection[str], wait_seconds: float) -> Lease[StubT]:
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._options.wait_seconds):
+            async with asyncio.timeout(wait_seconds):
                 while True:
                     lease = self._try_take(demand, avoid) or self._try_take(demand, ())
                     if lease is not None:
@@ -191,7 +202,17 @@ class EndpointSet(Generic[StubT]):
     async def _resolve_forever(self) -> None:
         while True:
             await asyncio.sleep(self._options.resolve_seconds)
+            if self._certificates() != self._connected_with:
+                self._reconnect()
             await self.refresh()
+
+    def _reconnect(self) -> None:
+        """New connections to all, with the certificates as they are now; running requests end on the old ones."""
+        self._connected_with = self._certificates()
+        self._log.info("certificates changed, connecting anew")
+        for address in tuple(self._members):
+            self._retire(address)
+            self._admit(address)
 
     def _admit(self, address: str) -> None:
         channel = self._connect(address)
@@ -232,7 +253,8 @@ class EndpointSet(Generic[StubT]):
             except AloraServeError as error:
                 cause = f"unreadable status: {error}"
             except TimeoutError:
-                cause = f"no status for {self._options.status_timeout_seconds} s"
+                cause = f"no status for {self._options.silence_seconds:g} s"
+                endpoint.silent.set()
             if endpoint.healthy or failures == 0:
                 self._log.warning("endpoint unhealthy", address=endpoint.address, cause=cause)
             endpoint.healthy = False
@@ -242,7 +264,7 @@ class EndpointSet(Generic[StubT]):
             failures += 1
 
     async def _next_status(self, statuses: AsyncIterator[EndpointStatus]) -> EndpointStatus | None:
-        async with asyncio.timeout(self._options.status_timeout_seconds):
+        async with asyncio.timeout(self._options.silence_seconds):
             return await anext(statuses, None)
 
     def _report(self, endpoint: Endpoint[StubT], status: EndpointStatus) -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import grpc
+
+from alora_serve.cli.options import (
+    API_KEY_VARIABLE,
+    TLS_CA_FILE_VARIABLE,
+    TLS_CERT_FILE_VARIABLE,
+    TLS_KEY_FILE_VARIABLE,
+)
 from alora_serve.client import Client
 from alora_serve.errors import InvalidRequestError
+from alora_serve.rpc.tls import ClientTls
 
 
 @contextmanager
@@ -15,9 +25,18 @@ def connected(address: str) -> Iterator[Client]:
 
     Raises:
         InvalidRequestError: ``address`` is not ``host:port``.
+        ConfigError: a certificate cannot be read.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise InvalidRequestError.of("address", f"{address!r} is not host:port (IPv6 goes in brackets: [::1]:50051)")
-    with Client(address) as client:
+    with Client(address, credentials=_credentials(), api_key=os.environ.get(API_KEY_VARIABLE)) as client:
         yield client
+
+
+def _credentials() -> grpc.ChannelCredentials | None:
+    ca_file = os.environ.get(TLS_CA_FILE_VARIABLE, "")
+    if not ca_file:
+        return None
+    mine = (os.environ.get(name, "") for name in (TLS_CERT_FILE_VARIABLE, TLS_KEY_FILE_VARIABLE))
+    return ClientTls(ca_file, *mine).credentials()

@@ -10,6 +10,11 @@ import typer
 DEFAULT_PORT: Final = 50051
 DEFAULT_ADDRESS: Final = f"127.0.0.1:{DEFAULT_PORT}"
 ADDRESS_VARIABLE: Final = "ALORA_ADDRESS"
+API_KEY_VARIABLE: Final = "ALORA_API_KEY"
+"""A key is no flag: every user of a machine can read those."""
+TLS_CA_FILE_VARIABLE: Final = "ALORA_CLIENT_TLS_CA_FILE"
+TLS_CERT_FILE_VARIABLE: Final = "ALORA_CLIENT_TLS_CERT_FILE"
+TLS_KEY_FILE_VARIABLE: Final = "ALORA_CLIENT_TLS_KEY_FILE"
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]

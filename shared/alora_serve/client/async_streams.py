@@ -18,19 +18,21 @@ from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import StreamEvent
 from alora_serve.v1 import alora_pb2
 
+RequestT = TypeVar("RequestT")
 ItemT = TypeVar("ItemT")
 
 
-class AsyncResponseStream(ABC, Generic[ItemT]):
+class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
     """A running call. Iterate it; :meth:`close` it, or leave its context, to cancel what is not read."""
 
-    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
-        """Begin the call that ``open_call`` makes with a time-out in seconds."""
+    def __init__(self, open_call: Callable[[RequestT, float | None], Any], request: RequestT, retries: Retries) -> None:
+        """Begin the call that ``open_call`` makes of a request and a time-out in seconds."""
         self._open_call = open_call
+        self._request = request
         self._retries = retries
-        self._received = False
+        self._tokens_before = 0
         self._closed = False
-        self._call = open_call(retries.remaining_seconds())
+        self._call = open_call(request, retries.remaining_seconds())
         self._responses = aiter(self._call)
 
     async def __aenter__(self) -> Self:
@@ -59,8 +61,9 @@ class AsyncResponseStream(ABC, Generic[ItemT]):
             except asyncio.CancelledError:
                 self._explain_cancellation()
                 break
-            self._received = True
-            return self._item(response)
+            item = self._item(response)
+            if item is not None:
+                return item
         raise StopAsyncIteration
 
     async def close(self) -> None:
@@ -77,25 +80,39 @@ class AsyncResponseStream(ABC, Generic[ItemT]):
             raise RequestCancelledError("the client was closed while the call ran") from None
 
     async def _recover(self, error: AloraServeError) -> None:
-        """Begin again if nothing was received and the policy allows it."""
+        """Go on with another call, from what was received, if the policy allows it."""
         if self._closed:
             return
-        if self._received:
-            raise error
+        if self._num_tokens() > self._tokens_before:
+            self._retries.got_further()
+            self._tokens_before = self._num_tokens()
         await asyncio.sleep(self._retries.pause_after(error))
-        self._call = self._open_call(self._retries.remaining_seconds())
+        self._call = self._open_call(self._rest(), self._retries.remaining_seconds())
         self._responses = aiter(self._call)
 
     @abstractmethod
-    def _item(self, response: Any) -> ItemT:
-        """What a response holds, taken into account for the result."""
+    def _item(self, response: Any) -> ItemT | None:
+        """What a response holds, taken into account for the result; None if nothing new."""
+
+    @abstractmethod
+    def _rest(self) -> RequestT:
+        """The request for what has not been received."""
+
+    @abstractmethod
+    def _num_tokens(self) -> int:
+        """Tokens received."""
 
 
-class AsyncGenerationStream(AsyncResponseStream[StreamEvent]):
+class AsyncGenerationStream(AsyncResponseStream[alora_pb2.GenerateRequest, StreamEvent]):
     """The events of one generation: ``Started``, chunks and heartbeats, ``Finished``."""
 
-    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries) -> None:
-        super().__init__(open_call, retries)
+    def __init__(
+        self,
+        open_call: Callable[[alora_pb2.GenerateRequest, float | None], Any],
+        request: alora_pb2.GenerateRequest,
+        retries: Retries,
+    ) -> None:
+        super().__init__(open_call, request, retries)
         self._transcript = Transcript()
 
     @property
@@ -113,18 +130,32 @@ class AsyncGenerationStream(AsyncResponseStream[StreamEvent]):
             pass
         return self._transcript.result()
 
-    def _item(self, response: alora_pb2.GenerateResponse) -> StreamEvent:
+    def _item(self, response: alora_pb2.GenerateResponse) -> StreamEvent | None:
         event = event_from_proto(response.event)
-        self._transcript.add(event)
-        return event
+        return event if self._transcript.add(event) else None
+
+    def _rest(self) -> alora_pb2.GenerateRequest:
+        rest = alora_pb2.GenerateRequest()
+        rest.CopyFrom(self._request)
+        if (resume := self._transcript.resume()) is not None:
+            rest.resume.CopyFrom(resume)
+        return rest
+
+    def _num_tokens(self) -> int:
+        return self._transcript.num_tokens
 
 
-class AsyncFanOutStream(AsyncResponseStream[tuple[int, StreamEvent | AloraServeError]]):
+class AsyncFanOutStream(AsyncResponseStream[alora_pb2.FanOutRequest, tuple[int, StreamEvent | AloraServeError]]):
     """Events of all targets as they come, each with its target's index. A target that failed ends with its error."""
 
-    def __init__(self, open_call: Callable[[float | None], Any], retries: Retries, *, num_targets: int) -> None:
-        super().__init__(open_call, retries)
-        self._transcript = FanOutTranscript(num_targets)
+    def __init__(
+        self,
+        open_call: Callable[[alora_pb2.FanOutRequest, float | None], Any],
+        request: alora_pb2.FanOutRequest,
+        retries: Retries,
+    ) -> None:
+        super().__init__(open_call, request, retries)
+        self._transcript = FanOutTranscript(len(request.targets))
 
     async def results(self) -> list[GenerationResult | AloraServeError]:
         """Read what is left and return a result, or the error it failed with, for each target in order.
@@ -136,5 +167,11 @@ class AsyncFanOutStream(AsyncResponseStream[tuple[int, StreamEvent | AloraServeE
             pass
         return self._transcript.results()
 
-    def _item(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError]:
+    def _item(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError] | None:
         return self._transcript.add(response)
+
+    def _rest(self) -> alora_pb2.FanOutRequest:
+        return self._transcript.resumed(self._request)
+
+    def _num_tokens(self) -> int:
+        return self._transcript.num_tokens

@@ -55,6 +55,7 @@ class AsyncClient:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         retry: RetryPolicy | None = None,
+        api_key: str | None = None,
     ) -> None:
         """Prepare; the first call connects.
 
@@ -62,6 +63,7 @@ class AsyncClient:
             address: ``host:port`` of a router. One on this machine is reached directly, whatever proxy is set.
             credentials: for TLS; None is plain text.
             retry: see :class:`RetryPolicy`.
+            api_key: shown with every call, where the router asks for one. Without TLS, the network reads it.
         """
         options = public_options(address)
         self._address = address
@@ -72,6 +74,7 @@ class AsyncClient:
         )
         self._stub = AloraServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,7 +106,9 @@ class AsyncClient:
         """
         request = generate_request(messages, adapter, fields)
         return AsyncGenerationStream(
-            lambda timeout: self._stub.Generate(request, timeout=timeout), Retries(self._retry, timeout_seconds)
+            lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._metadata),
+            request,
+            Retries(self._retry, timeout_seconds),
         )
 
     def fanout(
@@ -124,9 +129,9 @@ class AsyncClient:
         """
         request = fan_out_request(messages, adapters, fields)
         return AsyncFanOutStream(
-            lambda timeout: self._stub.FanOut(request, timeout=timeout),
+            lambda wanted, timeout: self._stub.FanOut(wanted, timeout=timeout, metadata=self._metadata),
+            request,
             Retries(self._retry, timeout_seconds),
-            num_targets=len(adapters),
         )
 
     async def prefill(
@@ -190,6 +195,6 @@ class AsyncClient:
         retries = Retries(self._retry, timeout_seconds)
         while True:
             try:
-                return await method(request, timeout=retries.remaining_seconds())
+                return await method(request, timeout=retries.remaining_seconds(), metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 await asyncio.sleep(retries.pause_after(error_from_rpc(error)))

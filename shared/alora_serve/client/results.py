@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alora_serve.errors import AloraServeError, UnavailableError
-from alora_serve.rpc.convert import event_from_proto
+from alora_serve.rpc.convert import event_from_proto, resume_to_proto
 from alora_serve.rpc.status import error_from_failure
 from alora_serve.types import (
     AdapterDigest,
     Finished,
     FinishReason,
     PrefixHandle,
+    Resume,
     Started,
     StreamEvent,
     Timings,
@@ -19,7 +20,7 @@ from alora_serve.types import (
     TokenIds,
     Usage,
 )
-from alora_serve.v1 import alora_pb2
+from alora_serve.v1 import alora_pb2, types_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,12 @@ class Transcript:
         self._started: Started | None = None
         self._finished: Finished | None = None
 
-    def add(self, event: StreamEvent) -> None:
-        """Note the next event."""
+    def add(self, event: StreamEvent) -> bool:
+        """Note the next event; whether it is news. A stream that goes on elsewhere says again how it started."""
         match event:
             case Started():
-                self._started = event
+                repeated, self._started = event == self._started, event
+                return not repeated
             case TokenChunk():
                 self.text += event.text
                 self._token_ids += event.token_ids
@@ -73,6 +75,26 @@ class Transcript:
             case Finished():
                 self.text += event.text
                 self._finished = event
+        return True
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have come."""
+        return len(self._token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        """Its last event has come."""
+        return self._finished is not None
+
+    def resume(self) -> types_pb2.Resume | None:
+        """From where another router can go on; None before the first token, when it can as well begin."""
+        started = self._started
+        if started is None or not self._token_ids:
+            return None
+        return resume_to_proto(
+            Resume(tuple(self._token_ids), started.invocation_start, started.adapter_digest), started.seed
+        )
 
     def result(self) -> GenerationResult:
         """The generation as a whole.
@@ -103,8 +125,24 @@ class FanOutTranscript:
     def __init__(self, num_targets: int) -> None:
         self._targets: list[Transcript | AloraServeError] = [Transcript() for _ in range(num_targets)]
 
-    def add(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError]:
-        """Note the next response; returns its target's index and what happened to it."""
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have come, of all targets."""
+        return sum(target.num_tokens for target in self._targets if isinstance(target, Transcript))
+
+    def resumed(self, request: alora_pb2.FanOutRequest) -> alora_pb2.FanOutRequest:
+        """The request for what is missing, each target from where it stood."""
+        rest = alora_pb2.FanOutRequest()
+        rest.CopyFrom(request)
+        for target, wanted in zip(self._targets, rest.targets, strict=True):
+            if isinstance(target, AloraServeError) or target.is_finished:
+                wanted.skip = True
+            elif (resume := target.resume()) is not None:
+                wanted.resume.CopyFrom(resume)
+        return rest
+
+    def add(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError] | None:
+        """Note the next response; returns its target's index and what happened to it, or None for nothing new."""
         index = response.index
         if response.HasField("failure"):
             failure = error_from_failure(response.failure)
@@ -112,8 +150,8 @@ class FanOutTranscript:
             return index, failure
         event = event_from_proto(response.event)
         target = self._targets[index]
-        if isinstance(target, Transcript):
-            target.add(event)
+        if isinstance(target, Transcript) and not target.add(event):
+            return None
         return index, event
 
     def results(self) -> list[GenerationResult | AloraServeError]:

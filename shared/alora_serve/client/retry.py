@@ -11,18 +11,20 @@ from alora_serve.errors import AloraServeError, OverloadedError, UnavailableErro
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Repeats calls that found nobody, as long as nothing was received.
+    """Repeats calls that found nobody, and goes on with streams whose router was lost, from what was received.
 
     Attributes:
-        max_attempts: calls in all; 1 never repeats.
+        max_attempts: calls in all while nothing has come; 1 never repeats, nor goes on.
         backoff_seconds: longest pause before the first repetition; doubles with each. Pauses are drawn from its half.
         max_backoff_seconds: where doubling ends.
+        resume_seconds: how long a stream that has begun looks for a router to go on with.
         retry_overloaded: also repeat calls refused for load, after the time the server asked for.
     """
 
     max_attempts: int = 3
     backoff_seconds: float = 0.2
     max_backoff_seconds: float = 2.0
+    resume_seconds: float = 30.0
     retry_overloaded: bool = False
 
 
@@ -32,11 +34,17 @@ class Retries:
     def __init__(self, policy: RetryPolicy, timeout_seconds: float | None) -> None:
         self._policy = policy
         self._failures = 0
+        self._resume_until: float | None = None
         self._due_seconds = None if timeout_seconds is None else time.monotonic() + timeout_seconds
 
     def remaining_seconds(self) -> float | None:
         """Time left for the next attempt; None is without limit."""
         return None if self._due_seconds is None else max(0.0, self._due_seconds - time.monotonic())
+
+    def got_further(self) -> None:
+        """The call that just failed had brought something: failures before it count no more, time does from here."""
+        self._failures = 0
+        self._resume_until = time.monotonic() + self._policy.resume_seconds
 
     def pause_after(self, error: AloraServeError) -> float:
         """How many seconds to wait before calling again.
@@ -53,11 +61,16 @@ class Retries:
 
     def _pause_seconds(self, error: AloraServeError) -> float | None:
         policy = self._policy
-        if self._failures >= policy.max_attempts:
+        if self._is_over():
             return None
         if not isinstance(error, UnavailableError) and not (
             policy.retry_overloaded and isinstance(error, OverloadedError)
         ):
             return None
-        longest = min(policy.max_backoff_seconds, policy.backoff_seconds * 2.0 ** (self._failures - 1))
+        longest = min(policy.max_backoff_seconds, policy.backoff_seconds * 2.0 ** min(self._failures - 1, 30))
         return max(error.retry_after_seconds or 0.0, random.uniform(longest / 2, longest))
+
+    def _is_over(self) -> bool:
+        if self._resume_until is None or self._policy.max_attempts == 1:
+            return self._failures >= self._policy.max_attempts
+        return time.monotonic() >= self._resume_until

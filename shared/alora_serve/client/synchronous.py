@@ -56,6 +56,7 @@ class Client:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         retry: RetryPolicy | None = None,
+        api_key: str | None = None,
     ) -> None:
         """Prepare; the first call connects.
 
@@ -63,6 +64,7 @@ class Client:
             address: ``host:port`` of a router. One on this machine is reached directly, whatever proxy is set.
             credentials: for TLS; None is plain text.
             retry: see :class:`RetryPolicy`.
+            api_key: shown with every call, where the router asks for one. Without TLS, the network reads it.
         """
         options = public_options(address)
         self._address = address
@@ -73,6 +75,7 @@ class Client:
         )
         self._stub = AloraServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
     def __enter__(self) -> Self:
         return self
@@ -104,7 +107,9 @@ class Client:
         """
         request = generate_request(messages, adapter, fields)
         return GenerationStream(
-            lambda timeout: self._stub.Generate(request, timeout=timeout), Retries(self._retry, timeout_seconds)
+            lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._metadata),
+            request,
+            Retries(self._retry, timeout_seconds),
         )
 
     def fanout(
@@ -125,9 +130,9 @@ class Client:
         """
         request = fan_out_request(messages, adapters, fields)
         return FanOutStream(
-            lambda timeout: self._stub.FanOut(request, timeout=timeout),
+            lambda wanted, timeout: self._stub.FanOut(wanted, timeout=timeout, metadata=self._metadata),
+            request,
             Retries(self._retry, timeout_seconds),
-            num_targets=len(adapters),
         )
 
     def prefill(
@@ -187,6 +192,6 @@ class Client:
         retries = Retries(self._retry, timeout_seconds)
         while True:
             try:
-                return method(request, timeout=retries.remaining_seconds())
+                return method(request, timeout=retries.remaining_seconds(), metadata=self._metadata)
             except grpc.RpcError as error:
                 time.sleep(retries.pause_after(error_from_rpc(error)))

@@ -42,6 +42,14 @@ class ServerSettings(SettingsGroup):
     """Where a service listens and how it ends."""
 
     listen: str = Field("127.0.0.1:0", description="host:port of the gRPC server; port 0 takes a free one.")
+    tls_cert_file: str = Field("", description="PEM certificate chain of the gRPC server, read again when it changes.")
+    tls_key_file: str = Field("", description="Its private key.")
+    tls_client_ca_file: str = Field(
+        "", description="PEM certificates that must sign clients'; empty: none is asked for."
+    )
+    allow_insecure: bool = Field(
+        False, description="Listen without TLS elsewhere than on loopback: others on the network read and change all."
+    )
     metrics_listen: str = Field("127.0.0.1:0", description="host:port of Prometheus /metrics; port 0 takes a free one.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
     log_format: Literal["json", "console"] = Field("json", description="json for machines, console for people.")
@@ -91,7 +99,27 @@ class ModelSettings(SettingsGroup):
 class StoreSettings(SettingsGroup):
     """The shared KV store."""
 
-    store_url: str = Field("lmdb:", description="lmdb:, lmdb:///dir, redis://host:port/db or unix:///socket.")
+    store_url: str = Field(
+        "lmdb:",
+        description=(
+            "lmdb:, lmdb:///dir, redis://host:port/db, unix:///socket, redis+cluster://host:port,host:port or "
+            "redis+sentinel://host:port,host:port/master/db; rediss for TLS."
+        ),
+    )
+    store_tls_ca_file: str = Field("", description="PEM certificates that sign the store's; empty: the system's.")
+    store_tls_cert_file: str = Field("", description="PEM certificate to show the store, where it asks for one.")
+    store_tls_key_file: str = Field("", description="Its private key.")
+    store_tls_check_hostname: bool = Field(True, description="The store's certificate must name its host.")
+    store_protection: Literal["none", "mac", "encrypt"] = Field(
+        "none",
+        description=(
+            "mac: values that no service of this deployment wrote are not used; encrypt: nor can they be read. "
+            "Services that differ share no KV."
+        ),
+    )
+    store_secrets: CliSuppress[SecretList] = Field(
+        (), description="Secrets for store_protection, >= 16 bytes each; the first seals, all open."
+    )
     store_budget_bytes: ByteSize = Field(
         ByteSize(4 << 30), description="LMDB: bytes kept before the oldest are dropped."
     )
@@ -115,6 +143,9 @@ class EngineSettings(SettingsGroup):
         64, ge=1, description="Prompt tokens of a step that others decode in: the longer, the longer they wait for it."
     )
     max_queue: int = Field(100, ge=0, description="Requests that may wait for a place before RESOURCE_EXHAUSTED.")
+    tenant_share: float = Field(
+        0.75, gt=0, le=1, description="How much of batch and queue one tenant may hold, so that others find room."
+    )
     prefix_cache_bytes: ByteSize = Field(ByteSize(1 << 30), description="Memory for resident base KV.")
 
 
@@ -134,6 +165,13 @@ class SecretSettings(SettingsGroup):
     )
     tenant_salt: CliSuppress[SecretStr] = Field(
         SecretStr(""), description="Mixed into block names and handles; another salt shares none."
+    )
+    public_prompts_file: Path | None = Field(
+        None,
+        description=(
+            "YAML list of system prompts that are no secret: tenants share the KV of what begins with one. "
+            "The same on every service."
+        ),
     )
     handle_ttl_seconds: int = Field(86400, ge=1, description="How long a prefix handle is accepted.")
 
@@ -162,10 +200,27 @@ class RouterSettings(SettingsGroup):
     )
     decode_endpoints: CommaList = Field((), description="The same for decode workers. Required.")
     resolve_seconds: float = Field(2.0, gt=0, description="How often names are resolved.")
+    peer_tls_ca_file: str = Field("", description="PEM certificates that sign the services'; empty: no TLS to them.")
+    peer_tls_cert_file: str = Field("", description="PEM certificate chain to show them, read again when it changes.")
+    peer_tls_key_file: str = Field("", description="Its private key.")
+    peer_tls_server_name: str = Field("", description="Name in the services' certificates; empty: their address.")
     bounded_load_factor: float = Field(1.25, ge=1, description="A worker takes at most so many times the mean load.")
-    max_attempts: int = Field(3, ge=1, description="Endpoints tried for one request.")
+    max_attempts: int = Field(3, ge=1, description="Endpoints tried in a row that get a request no further.")
+    silence_seconds: float = Field(3.0, gt=0, description="An endpoint or stream silent for longer is lost.")
+    resume_wait_seconds: float = Field(
+        30.0, gt=0, description="Longest wait of a stream that has begun for a worker that can go on with it."
+    )
     max_in_flight: int = Field(1000, ge=1, description="Requests in the router before RESOURCE_EXHAUSTED.")
     default_deadline_seconds: float = Field(600.0, gt=0, description="Deadline of calls whose client sets none.")
+    access_file: Path | None = Field(
+        None, description="YAML file of tenants, quotas and API keys, read again when it changes. Unset: no keys."
+    )
+    jwks_file: Path | None = Field(None, description="JWKS file whose keys sign JWTs, read again when it changes.")
+    jwt_issuer: str = Field("", description="Who issues JWTs (iss). Required with jwks_file.")
+    jwt_audience: str = Field("", description="Whom JWTs are meant for (aud). Required with jwks_file.")
+    jwt_tenant_claim: str = Field("tenant", description="The claim of a JWT that names the tenant.")
+    jwt_roles_claim: str = Field("roles", description="The claim of a JWT that lists roles: generate, admin.")
+    admin_methods: bool = Field(True, description="Serve LoadAdapter, UnloadAdapter and PurgeTenant.")
 
 
 GROUPS: tuple[type[SettingsGroup], ...] = (
@@ -179,7 +234,7 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
 )
 """Every group; together they define which names exist."""
 
-SECRET_NAMES: Final = frozenset({"handle_secrets", "tenant_salt"})
+SECRET_NAMES: Final = frozenset({"handle_secrets", "store_secrets", "tenant_salt"})
 """Settings whose values are never shown, and which are never flags: every user of a machine can read those."""
 
 

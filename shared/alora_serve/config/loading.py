@@ -24,7 +24,16 @@ from alora_serve.errors import ConfigError
 
 TEST_PREFIX: Final = "ALORA_TEST_"
 """Variables of the tests."""
-OTHER_VARIABLES: Final = frozenset({"ALORA_ADDRESS", CACHE_DIRECTORY_VARIABLE})
+OTHER_VARIABLES: Final = frozenset(
+    {
+        "ALORA_ADDRESS",
+        "ALORA_API_KEY",
+        "ALORA_CLIENT_TLS_CA_FILE",
+        "ALORA_CLIENT_TLS_CERT_FILE",
+        "ALORA_CLIENT_TLS_KEY_FILE",
+        CACHE_DIRECTORY_VARIABLE,
+    }
+)
 """Variables of our prefix that are not settings of a service."""
 
 CONFIG_EXIT_CODE: Final = 2

@@ -36,7 +36,13 @@ class BlockWriter:
         self._background: set[asyncio.Task[StoreResult]] = set()
 
     async def write(
-        self, chain: BlockChain, prefix: Prefix, start: int, *, known: Collection[BlockHash] | None = None
+        self,
+        chain: BlockChain,
+        prefix: Prefix,
+        start: int,
+        *,
+        known: Collection[BlockHash] | None = None,
+        within_quota: bool = True,
     ) -> StoreResult:
         """Store the blocks of ``chain`` that hold positions from ``start`` to the end of ``prefix``, and its tail.
 
@@ -45,8 +51,11 @@ class BlockWriter:
         Args:
             known: when given, every block from position 0 is made sure of: those not in ``known`` that the store lacks
                 are written too, from memory.
+            within_quota: False drops all of it.
         """
         try:
+            if not within_quota:
+                return self._blocks.refuse(self._blocks.blocks(_covered(chain, prefix), start), "quota")
             return await asyncio.get_running_loop().run_in_executor(
                 self._executor, self._write, chain, prefix, start, known
             )
@@ -54,10 +63,18 @@ class BlockWriter:
             self._cache.release(prefix)
 
     def start(
-        self, chain: BlockChain, prefix: Prefix, start: int, *, known: Collection[BlockHash] | None = None
+        self,
+        chain: BlockChain,
+        prefix: Prefix,
+        start: int,
+        *,
+        known: Collection[BlockHash] | None = None,
+        within_quota: bool = True,
     ) -> asyncio.Task[StoreResult]:
         """As :meth:`write`, beside whatever the caller does meanwhile; goes on also when the caller is cancelled."""
-        task = asyncio.get_running_loop().create_task(self.write(chain, prefix, start, known=known))
+        task = asyncio.get_running_loop().create_task(
+            self.write(chain, prefix, start, known=known, within_quota=within_quota)
+        )
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
@@ -68,11 +85,14 @@ class BlockWriter:
             await asyncio.wait(self._background)
 
     def _write(self, chain: BlockChain, prefix: Prefix, start: int, known: Collection[BlockHash] | None) -> StoreResult:
-        end = prefix.tokens
-        covered = self._blocks.chain(chain.tokens[:end]) if end < len(chain) else chain
+        covered = _covered(chain, prefix)
         fresh = self._blocks.blocks(covered, start)
         older = []
         if known is not None:
             earlier = [block for block in self._blocks.blocks(covered, 0) if block.end <= start]
             older = self._blocks.missing([block for block in earlier if block.name not in known])
         return self._blocks.write([*older, *fresh], _PrefixSource(prefix))
+
+
+def _covered(chain: BlockChain, prefix: Prefix) -> BlockChain:
+    return chain.first(prefix.tokens) if prefix.tokens < len(chain) else chain

@@ -17,11 +17,14 @@ from alora_serve.engine.stepper import EngineLimits
 from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.fingerprints import PrefixFingerprints
 from alora_serve.kv.keys import BlockChain, RootFields, root_hash, storage_digest
+from alora_serve.kv.naming import BlockNames
+from alora_serve.kv.sealed import Protection
 from alora_serve.kv.store import KVStore
+from alora_serve.kv.tenancy import TenantSalts
 from alora_serve.kv.transfer import BlockMetrics, StoreTiming
 from alora_serve.model.host_copies import host_copies
 from alora_serve.model.loader import BaseModel
-from alora_serve.types import EndpointStatus, ModelInfo
+from alora_serve.types import EndpointStatus, ModelInfo, TokenIds
 
 STORE_THREADS = 4
 """Threads for blocking store calls: enough to fetch for several requests while a write waits for its deadline."""
@@ -39,7 +42,9 @@ class CoreOptions:
         block_tokens: tokens a stored block; None for the layout's default.
         prefix_cache_bytes: budget of resident base KV.
         always_fetch: stored KV is fetched even where computing it has been faster.
+        store_protection: what is done to stored values.
         tenant_salt: keeps deployments and tenants apart in a shared store.
+        public_prompts: beginnings of conversations whose KV tenants share.
     """
 
     limits: EngineLimits = field(default_factory=EngineLimits)
@@ -47,7 +52,9 @@ class CoreOptions:
     prefix_cache_bytes: int = 1 << 30
     always_fetch: bool = False
     block_tokens: int | None = None
+    store_protection: Protection = "none"
     tenant_salt: bytes = b""
+    public_prompts: tuple[TokenIds, ...] = ()
 
 
 class ServingCore:
@@ -72,17 +79,19 @@ class ServingCore:
             kv_dtype=model.layout.dtype,
             kv_layout=model.layout.canonical(),
             block_tokens=self.block_tokens,
-            tenant_salt=options.tenant_salt,
+            store_protection=options.store_protection,
+            deployment_salt=options.tenant_salt,
         )
         self.storage_digest = storage_digest(root)
         self.blocks = BlockStore(
             store,
             layout=model.layout,
             block_tokens=self.block_tokens,
-            root=root_hash(root),
             timing=options.timing,
             metrics=metrics,
         )
+        self.names = BlockNames(root_hash(root), self.block_tokens, options.public_prompts)
+        self.tenants = TenantSalts(options.tenant_salt)
         self.cache = PrefixCache(
             model.layout, budget_bytes=options.prefix_cache_bytes, device=model.device, metrics=metrics
         )

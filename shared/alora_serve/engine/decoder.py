@@ -11,13 +11,17 @@ from time import monotonic
 from alora_serve.adapters.activation import Activation, no_activation, place_invocation
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.adapters.registry import AdapterRegistry
+from alora_serve.adapters.residency import Lease
+from alora_serve.engine.awaited import Awaited
 from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.core import ServingCore
+from alora_serve.engine.engine import HEARTBEAT_SECONDS
 from alora_serve.engine.events import BaseComputed, SequenceDone
 from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.errors import AdapterRefusedError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
+from alora_serve.kv.keys import BlockChain
 from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.kv_memory import Prefix
 from alora_serve.model.text import TextStream
@@ -65,6 +69,8 @@ class Decoder:
     async def decode(self, request: GenerateRequest) -> AsyncGenerator[StreamEvent, None]:
         """Run one request: ``Started``, then tokens, then ``Finished``. Close the iterator to cancel.
 
+        While it waits for something, there is a ``Heartbeat`` a second; while it waits for the engine, from the engine.
+
         Raises:
             HandleInvalidError, HandleExpiredError, ModelMismatchError: the handle is not for this worker.
             AdapterNotFoundError, AdapterRefusedError: the adapter cannot be used.
@@ -73,15 +79,17 @@ class Decoder:
             OverloadedError: the queue is full.
         """
         started = monotonic()
-        self._signer.verify(request.handle, field="handle")
+        salt = self._core.tenants.of(request.tenant)
+        self._signer.verify(request.handle, tenant_salt=salt, field="handle")
         check_model(request.handle, self._model_digest)
         with ExitStack() as held:
-            held.enter_context(self._core.engine.place())
+            held.enter_context(self._core.engine.place(request.tenant, is_begun=request.resume is not None))
             adapter = None
             if request.adapter:
-                digest = request.resume.adapter_digest if request.resume else None
-                lease = await asyncio.to_thread(self._adapters.acquire, request.adapter, digest=digest)
-                adapter = held.enter_context(lease).adapter
+                acquiring = held.enter_context(self._acquiring(request))
+                while not await acquiring.done_within(HEARTBEAT_SECONDS):
+                    yield Heartbeat()
+                adapter = held.enter_context(acquiring.take()).adapter
             adapter_load_seconds = monotonic() - started
             plan = self._plan(request, adapter)
             yield Started(
@@ -98,10 +106,15 @@ class Decoder:
                 # The attempt before this one had said everything but that it was done.
                 yield self._said_already(request, plan, reason, text.finish(), restored.stop_string or "", started)
                 return
-            chain = self._core.blocks.chain(plan.prompt if adapter is None else request.handle.prefix_tokens)
+            chain = self._core.names.chain(plan.prompt if adapter is None else request.handle.prefix_tokens, salt)
             # The last prompt token is always run: its logits choose the first generated token.
             limit = min(plan.base_tokens, len(plan.prompt) - 1, len(chain))
-            loaded = await self._core.load_prefix(chain, limit) if limit else LoadedPrefix(Prefix())
+            loaded = LoadedPrefix(Prefix())
+            if limit:
+                loading = held.enter_context(self._loading(chain, limit))
+                while not await loading.done_within(HEARTBEAT_SECONDS):
+                    yield Heartbeat()
+                loaded = loading.take()
             sequence = SequenceRequest(
                 prompt=plan.prompt,
                 prefix=loaded.prefix,
@@ -112,6 +125,7 @@ class Decoder:
                 generated=generated,
                 end_ids=end_ids,
                 text=text,
+                tenant=request.tenant,
             )
             writes: list[asyncio.Task[StoreResult]] = []
             async with run_sequence(self._core.engine, sequence) as running:
@@ -121,15 +135,29 @@ class Decoder:
                             yield event
                         case BaseComputed(computed, prefix, start, _):
                             self._core.resident.note(computed)
-                            writes.append(self._core.writer.start(computed, prefix, start))
+                            writes.append(
+                                self._core.writer.start(computed, prefix, start, within_quota=not request.skip_store)
+                            )
                         case SequenceDone():
                             stats = event.stats
                             self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
                             # A base turn is stored before its stream ends, so that the next turn's prefill finds it.
-                            waited = await asyncio.gather(*writes) if adapter is None else ()
-                            stored = sum(waited, StoreResult())
+                            while (
+                                adapter is None
+                                and writes
+                                and (await asyncio.wait(writes, timeout=HEARTBEAT_SECONDS))[1]
+                            ):
+                                yield Heartbeat()
+                            stored = sum((write.result() for write in writes if adapter is None), StoreResult())
                             timings = _timings(event, loaded, adapter_load_seconds, monotonic() - started)
                             yield self._finished(request, plan, event, loaded, stored, timings)
+
+    def _acquiring(self, request: GenerateRequest) -> Awaited[Lease]:
+        digest = request.resume.adapter_digest if request.resume else None
+        return Awaited(asyncio.to_thread(self._adapters.acquire, request.adapter, digest=digest), Lease.release)
+
+    def _loading(self, chain: BlockChain, limit: int) -> Awaited[LoadedPrefix]:
+        return Awaited(self._core.load_prefix(chain, limit), lambda unused: self._core.cache.release(unused.prefix))
 
     def _plan(self, request: GenerateRequest, adapter: LoadedAdapter | None) -> _Plan:
         handle, sampling = request.handle, request.sampling
@@ -168,6 +196,9 @@ class Decoder:
             for token in tokens
             if token >= vocabulary
         ]
+        if request.resume is not None and max(request.resume.generated_tokens, default=0) >= vocabulary:
+            text = f"a token id is outside the vocabulary of {vocabulary}"
+            bad.append(FieldViolation("resume.generated_token_ids", text))
         if bad:
             raise InvalidRequestError(bad[0].description, violations=bad)
         resume = request.resume
@@ -210,7 +241,7 @@ class Decoder:
             timings=timings,
             text=done.text,
             stop_string=done.stop_string,
-            handle=None if request.adapter else self._turn_handle(request.handle.kind, plan.prompt + done.generated),
+            handle=None if request.adapter else self._turn_handle(request, plan.prompt + done.generated),
         )
 
     def _said_already(
@@ -227,23 +258,24 @@ class Decoder:
             timings=Timings(total_seconds=monotonic() - started),
             text=text,
             stop_string=stop_string,
-            handle=None if request.adapter else self._turn_handle(request.handle.kind, plan.prompt + generated),
+            handle=None if request.adapter else self._turn_handle(request, plan.prompt + generated),
         )
 
-    def _turn_handle(self, kind: PromptKind, tokens: TokenIds) -> PrefixHandle:
+    def _turn_handle(self, request: GenerateRequest, tokens: TokenIds) -> PrefixHandle:
         """Names a base turn's prompt and answer, token for token; in a conversation the turn is still open."""
-        in_turn = kind is PromptKind.CONVERSATION
+        in_turn = request.handle.kind is PromptKind.CONVERSATION
         return self._signer.sign(
             PrefixHandle(
                 model_digest=self._model_digest,
                 storage_digest=self._core.storage_digest,
                 prefix_tokens=tokens,
                 generation_prompt_tokens=(),
-                kind=kind,
+                kind=request.handle.kind,
                 last_role="assistant" if in_turn else "",
                 open_turn=in_turn,
                 expires_unix_seconds=0,  # the signer sets it
-            )
+            ),
+            tenant_salt=self._core.tenants.of(request.tenant),
         )
 
 

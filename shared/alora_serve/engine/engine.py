@@ -21,6 +21,7 @@ from alora_serve.engine.events import SequenceDone, SequenceFailed, SequenceStat
 from alora_serve.engine.places import Places
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.rates import StepRates
+from alora_serve.engine.scheduler import next_to_run
 from alora_serve.engine.sequence import Sequence, SequenceId, SequenceRequest
 from alora_serve.engine.stepper import Ended, EngineLimits, Stepper
 from alora_serve.errors import AloraServeError, UnavailableError
@@ -92,7 +93,7 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._ids = itertools.count()
-        self._places = Places(limits.max_sequences, limits.max_queue)
+        self._places = Places(limits.max_sequences, limits.max_queue, limits.tenant_share)
         self._rates = StepRates()
         self._state_lock = threading.Lock()
         self._closed = False
@@ -119,9 +120,9 @@ class Engine:
         """Recent speed of steps that are mostly prompt, 0 before the first."""
         return self._rates.prefill_tokens_per_second
 
-    def place(self) -> AbstractContextManager[None]:
+    def place(self, tenant: str = "", *, is_begun: bool = False) -> AbstractContextManager[None]:
         """A place in batch or queue, held while the block runs: see :meth:`Places.hold`."""
-        return self._places.hold()
+        return self._places.hold(tenant, is_begun=is_begun)
 
     def submit(self, request: SequenceRequest, sink: Sink) -> SequenceId:
         """Queue a sequence; the caller holds a :meth:`place`. The pin on ``request.prefix`` passes to the engine.
@@ -222,10 +223,10 @@ class Engine:
     def _admit(self) -> None:
         free = self._limits.max_sequences - len(self._running)
         now = monotonic()
-        for sequence in self._waiting[:free]:
+        for sequence in next_to_run(self._waiting, self._running, free, self._limits.tenant_sequences):
             sequence.started_at = now
+            self._waiting.remove(sequence)
             self._running.append(sequence)
-        del self._waiting[:free]
 
     def _step(self) -> None:
         for finished in [sequence for sequence in self._running if sequence.pending_tokens <= 0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,10 +19,13 @@ class Places:
     Args:
         running: places in the batch.
         waiting: places in the queue.
+        tenant_share: how much of all places one tenant may hold; those of no tenant may hold all.
     """
 
-    def __init__(self, running: int, waiting: int) -> None:
+    def __init__(self, running: int, waiting: int, tenant_share: float = 1.0) -> None:
         self._limit = running + waiting
+        self._tenant_limit = max(1, int(self._limit * tenant_share))
+        self._held: Counter[str] = Counter()
         self._waiting = waiting
         self._taken = 0
         self._closed = False
@@ -33,27 +37,39 @@ class Places:
         return self._taken
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, tenant: str = "", *, is_begun: bool = False) -> Iterator[None]:
         """One place while the block runs. Taken before a prefix is loaded, so that a burst cannot fill memory.
 
+        A stream that has begun elsewhere (``is_begun``) is never refused: its client has read half of it. Those are as
+        many as the batches of lost workers held.
+
         Raises:
-            OverloadedError: all places are taken; says when to retry.
+            OverloadedError: all places are taken, or all that one tenant may have; says when to retry.
             UnavailableError: closed.
         """
         with self._lock:
             if self._closed:
                 raise UnavailableError("the engine is shutting down; ask another endpoint")
-            if self._taken >= self._limit:
+            if self._taken >= self._limit and not is_begun:
                 raise OverloadedError(
                     f"{self._waiting} requests wait already; retry later or on another endpoint",
                     retry_after_seconds=RETRY_AFTER_SECONDS,
                 )
+            if tenant and self._held[tenant] >= self._tenant_limit and not is_begun:
+                raise OverloadedError(
+                    f"{self._held[tenant]} requests of this tenant are here already; retry later",
+                    retry_after_seconds=RETRY_AFTER_SECONDS,
+                )
             self._taken += 1
+            self._held[tenant] += 1
         try:
             yield
         finally:
             with self._lock:
                 self._taken -= 1
+                self._held[tenant] -= 1
+                if not self._held[tenant]:
+                    del self._held[tenant]
 
     def close(self) -> None:
         """No further place is given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 
 from alora_serve.engine.bridge import run_sequence
@@ -28,11 +29,15 @@ class Prefiller:
         self._signer = signer
         self._model_digest = core.model.model_digest
 
-    async def prefill(self, prompt: Prompt, *, tokenize_only: bool = False) -> PrefillResult:
+    async def prefill(
+        self, prompt: Prompt, *, tokenize_only: bool = False, tenant: str = "", skip_store: bool = False
+    ) -> PrefillResult:
         """Make a prompt's KV fetchable and name it. Blocks first, answer last.
 
         Args:
             tokenize_only: sign the tokens, compute and store nothing.
+            tenant: whose conversation it is.
+            skip_store: write nothing new to the store.
 
         Raises:
             InvalidRequestError: bad prompt or handle, or a prompt longer than the context.
@@ -40,16 +45,19 @@ class Prefiller:
             OverloadedError: the engine's queue is full.
         """
         started = monotonic()
-        unsigned = await asyncio.to_thread(self._tokens, prompt)
+        salt = self._core.tenants.of(tenant)
+        unsigned = await asyncio.to_thread(self._tokens, prompt, salt)
         tokens = unsigned.prefix_tokens
         self._check_length(tokens)
         if tokenize_only:
             usage = Usage(prompt_tokens=len(tokens), computed_tokens=0)
-            return PrefillResult(self._signer.sign(unsigned), usage, Timings(total_seconds=monotonic() - started))
-        chain = self._core.blocks.chain(tokens)
-        with self._core.engine.place():
+            return PrefillResult(
+                self._signer.sign(unsigned, tenant_salt=salt), usage, Timings(total_seconds=monotonic() - started)
+            )
+        chain = self._core.names.chain(tokens, salt)
+        with self._core.engine.place(tenant):
             loaded = await self._core.load_prefix(chain, len(tokens))
-            computed, stored, stats = await self._compute_and_store(chain, loaded)
+            computed, stored, stats = await self._compute_and_store(chain, loaded, tenant, within_quota=not skip_store)
         usage = Usage(
             prompt_tokens=len(tokens),
             cached_tokens=len(tokens) - computed,
@@ -66,15 +74,17 @@ class Prefiller:
             prefill_seconds=stats.prefill_seconds if stats else 0.0,
             total_seconds=monotonic() - started,
         )
-        return PrefillResult(self._signer.sign(unsigned), usage, timings)
+        return PrefillResult(self._signer.sign(unsigned, tenant_salt=salt), usage, timings)
 
     async def _compute_and_store(
-        self, chain: BlockChain, loaded: LoadedPrefix
+        self, chain: BlockChain, loaded: LoadedPrefix, tenant: str, *, within_quota: bool
     ) -> tuple[int, StoreResult, SequenceStats | None]:
-        writer, known = self._core.writer, loaded.present
+        known = loaded.present
+        write = partial(self._core.writer.write, within_quota=within_quota)
+        start_writing = partial(self._core.writer.start, within_quota=within_quota)
         if loaded.prefix.tokens == len(chain):
-            return 0, await writer.write(chain, loaded.prefix, len(chain), known=known), None
-        request = SequenceRequest(prompt=chain.tokens, prefix=loaded.prefix, chain=chain)
+            return 0, await write(chain, loaded.prefix, len(chain), known=known), None
+        request = SequenceRequest(prompt=chain.tokens, prefix=loaded.prefix, chain=chain, tenant=tenant)
         writes: list[asyncio.Task[StoreResult]] = []
         stats = None
         async with run_sequence(self._core.engine, request) as running:
@@ -83,14 +93,14 @@ class Prefiller:
                     case BaseComputed(computed_chain, prefix, start, _):
                         self._core.resident.note(computed_chain)
                         # Stored while the next chunk computes. Blocks before the first one may be in memory only.
-                        writes.append(writer.start(computed_chain, prefix, start, known=None if writes else known))
+                        writes.append(start_writing(computed_chain, prefix, start, known=None if writes else known))
                     case SequenceDone():
                         stats = event.stats
                         self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
         if not writes:
             # A neighbour computed all of it, and may not have stored it yet.
             adopted = await self._core.loader.load(chain, len(chain))
-            writes.append(writer.start(chain, adopted.prefix, len(chain), known=known))
+            writes.append(start_writing(chain, adopted.prefix, len(chain), known=known))
         stored = sum(await asyncio.gather(*writes), StoreResult())
         return stats.computed_tokens if stats else 0, stored, stats
 
@@ -101,10 +111,10 @@ class Prefiller:
                 "prompt", f"{len(tokens)} tokens leave no room for an answer in a context of {limit}; shorten it"
             )
 
-    def _tokens(self, prompt: Prompt) -> PrefixHandle:
+    def _tokens(self, prompt: Prompt, tenant_salt: bytes) -> PrefixHandle:
         """The prompt as an unsigned handle."""
         if prompt.handle is not None:
-            self._signer.verify(prompt.handle)
+            self._signer.verify(prompt.handle, tenant_salt=tenant_salt)
             check_model(prompt.handle, self._model_digest)
         template: Mapping[str, object] = {
             "documents": prompt.documents,

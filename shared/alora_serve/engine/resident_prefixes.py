@@ -49,7 +49,7 @@ class ResidentPrefixes:
         lengths = range(STRIDE_TOKENS, len(chain) + 1, STRIDE_TOKENS)
         names = [(length, chain.full[max(0, length // chain.block_tokens - 1)]) for length in lengths]
         if any(name not in self._used for name in names):
-            found = self._fingerprints.of(chain.tokens, model_digest=self._model_digest)
+            found = self._fingerprints.of(chain.tokens, model_digest=self._model_digest, tenant_salt=chain.tenant_salt)
             self._used.update(zip(names, found, strict=True))
         # Deepest first, so that the shortest is forgotten last: a prefix is of no use without its beginning.
         for name in reversed(names):

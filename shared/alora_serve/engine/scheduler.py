@@ -2,36 +2,88 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from collections.abc import Sequence as Listed
 
 from alora_serve.engine.sequence import Sequence
 
 
-def share_step(pending: Listed[int], budget_tokens: int, mixed_budget_tokens: int | None = None) -> list[int]:
+def share_step(
+    pending: Listed[int],
+    budget_tokens: int,
+    mixed_budget_tokens: int | None = None,
+    tenants: Listed[str] | None = None,
+) -> list[int]:
     """Tokens each sequence runs in the next step, given how many it still has to run.
 
     A sequence with one token (decoding) always runs it: what people watch never waits for someone's long prompt. The
     rest of the budget goes to the others in equal shares, shortest first: what a short one leaves flows to longer ones,
-    and a long prompt cannot block a short one. At least one token a step goes to the prompts, so none starves.
+    and a long prompt cannot block a short one. Tenants are given equal shares first, and theirs are shared out among
+    their sequences, so that many prompts of one tenant weigh as much as one of another. At least one token a step goes
+    to the prompts, so none starves.
 
     Args:
         pending: tokens each sequence could run now, each >= 1.
         budget_tokens: tokens of one step, >= 1; decoding sequences may exceed it together.
         mixed_budget_tokens: prompt tokens beside decoding sequences, whose next token waits for the whole step.
+        tenants: whose each sequence is; None: all of them one's.
 
     Returns:
         For each sequence, between 0 and its pending tokens.
     """
     shares = [1 if count == 1 else 0 for count in pending]
-    prompts = sorted((index for index, count in enumerate(pending) if count > 1), key=lambda index: pending[index])
+    prompts = [index for index, count in enumerate(pending) if count > 1]
     budget = budget_tokens - sum(shares)
     if mixed_budget_tokens is not None and any(shares):
         budget = min(budget, mixed_budget_tokens)
-    left = max(budget, 1) if prompts else 0
-    for position, index in enumerate(prompts):
-        shares[index] = min(pending[index], max(left // (len(prompts) - position), 1 if left else 0))
-        left -= shares[index]
+    held: defaultdict[str, list[int]] = defaultdict(list)
+    for index in prompts:
+        held[tenants[index] if tenants else ""].append(index)
+    groups = list(held.values())
+    wanted = [sum(pending[index] for index in group) for group in groups]
+    for group, tokens in zip(groups, fill(wanted, max(budget, 1)), strict=True):
+        for index, share in zip(group, fill([pending[index] for index in group], tokens), strict=True):
+            shares[index] = share
     return shares
+
+
+def fill(wanted: Listed[int], amount: int) -> list[int]:
+    """Share out an amount equally; what one does not want flows to those who want more. Whole units, none left over."""
+    shares = [0] * len(wanted)
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    for position, index in enumerate(order):
+        shares[index] = min(wanted[index], max(amount // (len(order) - position), 1 if amount else 0))
+        amount -= shares[index]
+    return shares
+
+
+def next_to_run(
+    waiting: Listed[Sequence], running: Iterable[Sequence], places: int, tenant_places: int
+) -> list[Sequence]:
+    """Who is given the free places of the batch, in order.
+
+    Streams that have begun elsewhere come first: somebody has read half of them. Then whoever's tenant has the fewest
+    in the batch, and of those the first to come.
+
+    Args:
+        waiting: in the order of their coming.
+        running: the batch.
+        places: free in it.
+        tenant_places: that one tenant may have of it; those of no tenant may have all.
+    """
+    held = Counter(sequence.request.tenant for sequence in running)
+    left = list(waiting)
+    chosen: list[Sequence] = []
+    while len(chosen) < places:
+        fit = [one for one in left if not one.request.tenant or held[one.request.tenant] < tenant_places]
+        if not fit:
+            break
+        best = min(fit, key=lambda one: (not one.request.generated, held[one.request.tenant]))
+        left.remove(best)
+        held[best.request.tenant] += 1
+        chosen.append(best)
+    return chosen
 
 
 def followers(sequences: Listed[Sequence]) -> set[Sequence]:

@@ -46,6 +46,7 @@ class SequenceRequest:
         chain: block names of the prompt's base tokens.
         end_ids: end-of-sequence token ids.
         text: turns generated tokens into text and finds stop strings; None for a prefill.
+        tenant: for whom; tenants share the batch fairly.
     """
 
     prompt: TokenIds
@@ -57,6 +58,7 @@ class SequenceRequest:
     generated: TokenIds = ()
     end_ids: frozenset[int] = frozenset()
     text: TextStream | None = None
+    tenant: str = ""
 
 
 @dataclass(slots=True, eq=False)

@@ -9,9 +9,11 @@ import torch
 
 from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, StoreSettings
 from alora_serve.engine.core import CoreOptions, ServingCore
+from alora_serve.engine.public_prompts import read_public_prompts
 from alora_serve.engine.stepper import EngineLimits
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.factory import open_store
+from alora_serve.kv.redis_url import TlsFiles
 from alora_serve.kv.store import KVStore
 from alora_serve.kv.store_url import public_url
 from alora_serve.kv.transfer import StoreTiming
@@ -59,6 +61,14 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         breaker_failures=settings.breaker_failures,
         breaker_reset_seconds=settings.breaker_reset_seconds,
         metrics=metrics,
+        tls=TlsFiles(
+            settings.store_tls_ca_file,
+            settings.store_tls_cert_file,
+            settings.store_tls_key_file,
+            settings.store_tls_check_hostname,
+        ),
+        protection=settings.store_protection,
+        secrets=[secret.get_secret_value().encode() for secret in settings.store_secrets],
     )
     options = CoreOptions(
         limits=EngineLimits(
@@ -66,12 +76,15 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
             max_step_tokens=settings.max_step_tokens,
             max_mixed_step_tokens=settings.max_mixed_step_tokens,
             max_queue=settings.max_queue,
+            tenant_share=settings.tenant_share,
         ),
         timing=StoreTiming(settings.store_timeout_seconds, settings.store_bytes_per_second),
         prefix_cache_bytes=settings.prefix_cache_bytes,
         always_fetch=settings.always_fetch,
         block_tokens=settings.block_tokens,
+        store_protection=settings.store_protection,
         tenant_salt=settings.tenant_salt.get_secret_value().encode(),
+        public_prompts=read_public_prompts(settings.public_prompts_file, model.tokenizer),
     )
     core = ServingCore(model, store, options, metrics)
     _log.info(

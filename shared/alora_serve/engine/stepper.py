@@ -29,12 +29,19 @@ class EngineLimits:
         max_step_tokens: prompt tokens of one step, the chunk of a prefill.
         max_mixed_step_tokens: prompt tokens of a step that others decode in: their next token waits for it.
         max_queue: sequences that may wait for a place.
+        tenant_share: how much of batch and queue one tenant may hold, so that others find room.
     """
 
     max_sequences: int = 32
     max_step_tokens: int = 256
     max_mixed_step_tokens: int = 64
     max_queue: int = 100
+    tenant_share: float = 0.75
+
+    @property
+    def tenant_sequences(self) -> int:
+        """Places in the batch that one tenant may have."""
+        return max(1, int(self.max_sequences * self.tenant_share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ class Stepper:
             [sequence.pending_tokens for sequence in ready],
             self._limits.max_step_tokens,
             self._limits.max_mixed_step_tokens,
+            [sequence.request.tenant for sequence in ready],
         )
         return [(sequence, share) for sequence, share in zip(ready, shares, strict=True) if share]
 

@@ -37,13 +37,12 @@ _log = structlog.get_logger(__name__)
 
 
 class BlockStore:
-    """Reads and writes the blocks of one root. Thread-safe; every method blocks on the store, none raises for it.
+    """Reads and writes blocks. Thread-safe; every method blocks on the store, none raises for it.
 
     Args:
         store: where values live.
         layout: the model's KV shape.
         block_tokens: tokens a full block.
-        root: parent of every first block.
         timing: deadlines.
         metrics: told of misses and drops.
     """
@@ -54,21 +53,15 @@ class BlockStore:
         *,
         layout: KVLayout,
         block_tokens: int,
-        root: BlockHash,
         timing: StoreTiming,
         metrics: BlockMetrics,
     ) -> None:
         self._store = store
         self._layout = layout
         self._block_tokens = block_tokens
-        self._root = root
         self._timing = timing
         self._metrics = metrics
         self._groups = layout.layer_groups(block_tokens)
-
-    def chain(self, tokens: Sequence[int]) -> BlockChain:
-        """Block names of a token sequence under this root."""
-        return BlockChain(self._root, tokens, self._block_tokens)
 
     def blocks(self, chain: BlockChain, start: int) -> list[StoredBlock]:
         """Full blocks and exact tail of a chain that hold positions from ``start`` on."""
@@ -208,6 +201,13 @@ class BlockStore:
                 return StoreResult(stored_bytes, {reason: left})
             stored_bytes += self._size_bytes(block)
         return StoreResult(stored_bytes)
+
+    def refuse(self, blocks: Sequence[StoredBlock], reason: str) -> StoreResult:
+        """Count blocks that nobody may store."""
+        if not blocks:
+            return StoreResult()
+        self._metrics.store_drop(reason, len(blocks))
+        return StoreResult(0, {reason: len(blocks)})
 
     def missing(self, blocks: Sequence[StoredBlock]) -> list[StoredBlock]:
         """Those of ``blocks`` that the store lacks; all of them when it cannot say."""

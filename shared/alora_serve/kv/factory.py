@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from alora_serve.kv.guarded import GuardedStore, InstrumentedStore, StoreMetrics
 from alora_serve.kv.lmdb import LmdbStore, default_location
 from alora_serve.kv.redis import RedisStore
+from alora_serve.kv.redis_url import REDIS_SCHEMES, TlsFiles
+from alora_serve.kv.sealed import Protection, SealedStore
 from alora_serve.kv.store import KVStore
 from alora_serve.kv.store_url import url_error
-
-_NOT_SERVED_YET = frozenset({"rediss", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"})
 
 
 def open_store(
@@ -23,39 +23,42 @@ def open_store(
     breaker_failures: int,
     breaker_reset_seconds: float,
     metrics: StoreMetrics,
+    tls: TlsFiles | None = None,
+    protection: Protection = "none",
+    secrets: Sequence[bytes] = (),
 ) -> KVStore:
     """The store at ``url``, behind circuit breakers and measured. Nothing is connected or opened before the first call.
 
     Args:
-        url: ``lmdb:`` (default place), ``lmdb:///directory``, ``redis://host:port/db`` or ``unix:///path.sock?db=0``.
+        url: ``lmdb:`` (default place), ``lmdb:///directory``, or as :func:`~alora_serve.kv.redis_url.parse_redis_url`.
         budget_bytes: LMDB: what the values may occupy; Redis has ``maxmemory`` for that.
         ttl_seconds: Redis: a value not written for so long expires.
         breaker_failures: failures in a row that open a breaker.
         breaker_reset_seconds: time until an open breaker lets a probe through.
         metrics: told about every call and every change of a breaker.
+        tls: for ``rediss``.
+        protection: what is done to values, see :class:`~alora_serve.kv.sealed.SealedStore`.
+        secrets: for that.
 
     Raises:
-        ConfigError: the URL cannot be served. Names it, without user and password.
+        ConfigError: the URL cannot be served (names it, without user and password), or a secret is missing.
     """
-    backend = _backend(url, budget_bytes=budget_bytes, ttl_seconds=ttl_seconds)
+    backend = _backend(url, budget_bytes=budget_bytes, ttl_seconds=ttl_seconds, tls=tls)
+    if protection != "none":
+        backend = SealedStore(backend, protection, secrets)
     guarded = GuardedStore(
         backend, failures_to_open=breaker_failures, reset_seconds=breaker_reset_seconds, metrics=metrics
     )
     return InstrumentedStore(guarded, metrics)
 
 
-def _backend(url: str, *, budget_bytes: int, ttl_seconds: float) -> KVStore:
+def _backend(url: str, *, budget_bytes: int, ttl_seconds: float, tls: TlsFiles | None) -> KVStore:
     scheme = url.partition(":")[0]
-    makers: dict[str, Callable[[], KVStore]] = {
-        "lmdb": lambda: LmdbStore(lmdb_root(url), budget_bytes=budget_bytes),
-        "redis": lambda: RedisStore(url, ttl_seconds=ttl_seconds),
-        "unix": lambda: RedisStore(url, ttl_seconds=ttl_seconds),
-    }
-    if scheme in _NOT_SERVED_YET:
-        raise url_error(url, "TLS, Cluster and Sentinel are not served by this release")
-    if scheme not in makers:
-        raise url_error(url, f"the scheme must be one of {', '.join(sorted(makers))}")
-    return makers[scheme]()
+    if scheme == "lmdb":
+        return LmdbStore(lmdb_root(url), budget_bytes=budget_bytes)
+    if scheme in REDIS_SCHEMES:
+        return RedisStore(url, ttl_seconds=ttl_seconds, tls=tls)
+    raise url_error(url, f"the scheme must be one of {', '.join(sorted({'lmdb', *REDIS_SCHEMES}))}")
 
 
 def lmdb_root(url: str) -> Path:

@@ -2,8 +2,8 @@
 
 A prefix is named at every multiple of :data:`STRIDE_TOKENS`: fingerprint ``n`` stands for its first
 ``(n + 1) x STRIDE_TOKENS`` tokens. They are not the names of stored blocks: nobody reads KV by them, and who lacks the
-tenant's salt can neither make them nor ask with them whether a conversation is in memory. They only steer: a service
-always looks into its own memory, so one that collides or is out of date costs time, never right tokens.
+deployment's salt can neither make them nor ask with them whether a conversation is in memory. They only steer: a
+service always looks into its own memory, so one that collides or is out of date costs time, never right tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _TOKEN_BYTES: Final = 4
 
 
 class PrefixFingerprints:
-    """Names prefixes of one tenant, the same in every process that has the salt."""
+    """Names prefixes, the same in every process that has the deployment's salt."""
 
-    def __init__(self, tenant_salt: bytes) -> None:
-        self._salt = tenant_salt
+    def __init__(self, deployment_salt: bytes) -> None:
+        self._salt = deployment_salt
 
-    def of(self, tokens: Sequence[int], *, model_digest: bytes) -> tuple[int, ...]:
+    def of(self, tokens: Sequence[int], *, model_digest: bytes, tenant_salt: bytes = b"") -> tuple[int, ...]:
         """Fingerprints of ``tokens`` at each whole stride, shortest first; each of 64 bits.
 
         About 0.2 ms for 6,000 tokens.
@@ -38,10 +38,12 @@ class PrefixFingerprints:
         Args:
             tokens: ids below 2**32.
             model_digest: of the base model; another model's KV is not the same prefix.
+            tenant_salt: whose prefix it is; another tenant's is not the same either.
         """
         strides = len(tokens) // STRIDE_TOKENS
         packed = struct.pack(f"<{strides * STRIDE_TOKENS}I", *tokens[: strides * STRIDE_TOKENS])
-        key = digest_fields("alora-serve prefix fingerprint", ("model", model_digest), ("salt", self._salt))
+        tenant = (("tenant", tenant_salt),) if tenant_salt else ()
+        key = digest_fields("alora-serve prefix fingerprint", ("model", model_digest), ("salt", self._salt), *tenant)
         hasher = hashlib.blake2b(key=key, digest_size=_FINGERPRINT_BYTES)
         step = STRIDE_TOKENS * _TOKEN_BYTES
         named = []

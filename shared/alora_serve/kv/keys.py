@@ -15,7 +15,7 @@ from typing import NewType
 
 from alora_serve.kv.store import StoreKey
 
-KEY_SCHEMA_VERSION = 3
+KEY_SCHEMA_VERSION = 4
 
 BlockHash = NewType("BlockHash", bytes)
 """32 bytes naming the KV of all tokens up to a block's end. Not the key of a stored part: see :func:`part_key`."""
@@ -36,7 +36,8 @@ class RootFields:
         kv_dtype: torch dtype name of stored KV.
         kv_layout: :meth:`alora_serve.kv.layout.KVLayout.canonical`.
         block_tokens: tokens a block.
-        tenant_salt: keeps tenants apart; from the server, never from a client.
+        store_protection: ``none``, ``mac`` or ``encrypt``: what is done to the values under these names.
+        deployment_salt: keeps deployments on one store apart; a secret of the server. Tenants: see :class:`BlockChain`.
     """
 
     weights_digest: bytes
@@ -48,7 +49,8 @@ class RootFields:
     kv_dtype: str
     kv_layout: str
     block_tokens: int
-    tenant_salt: bytes
+    store_protection: str
+    deployment_salt: bytes
 
 
 def digest_fields(domain: str, *named: tuple[str, bytes | str | int]) -> bytes:
@@ -102,27 +104,57 @@ def part_key(block: BlockHash, part: int) -> StoreKey:
 
 
 class BlockChain:
-    """The block names of one token sequence under one root.
+    """The block names of one token sequence under one root, for one tenant.
 
     Full blocks chain from full blocks only; a partial tail is a leaf. Hashing 32k tokens takes about 1 ms.
+
+    A tenant's salt enters the chain before the first block that is not wholly public, and with it is in every name from
+    there on: what others store there has other names, whatever its tokens.
+
+    Args:
+        root: parent of the first block.
+        tokens: the sequence.
+        block_tokens: tokens a full block.
+        tenant_salt: see :class:`alora_serve.kv.tenancy.TenantSalts`; empty: no tenant.
+        public_tokens: the first so many tokens are no secret of the tenant's: a system prompt that the operator shares.
 
     Attributes:
         tokens: the sequence.
         block_tokens: tokens a full block.
+        tenant_salt: as given.
         full: names of its full blocks, in order.
     """
 
-    __slots__ = ("_root", "block_tokens", "full", "tokens")
+    __slots__ = ("_private_from", "_root", "block_tokens", "full", "tenant_salt", "tokens")
 
-    def __init__(self, root: BlockHash, tokens: Sequence[int], block_tokens: int) -> None:
+    def __init__(
+        self,
+        root: BlockHash,
+        tokens: Sequence[int],
+        block_tokens: int,
+        *,
+        tenant_salt: bytes = b"",
+        public_tokens: int = 0,
+    ) -> None:
         self._root = root
         self.tokens = tuple(tokens)
         self.block_tokens = block_tokens
+        self.tenant_salt = tenant_salt
+        self._private_from = public_tokens // block_tokens
         self.full: list[BlockHash] = []
-        parent = root
-        for start in range(0, len(self.tokens) - block_tokens + 1, block_tokens):
-            parent = block_hash(parent, self.tokens[start : start + block_tokens])
-            self.full.append(parent)
+        self._hash_full()
+
+    def _hash_full(self) -> None:
+        """Name the full blocks that have no name yet."""
+        size = self.block_tokens
+        for index in range(len(self.full), len(self.tokens) // size):
+            self.full.append(block_hash(self._parent(index), self.tokens[index * size : (index + 1) * size]))
+
+    def _parent(self, block: int) -> BlockHash:
+        before = self.full[block - 1] if block else self._root
+        if not self.tenant_salt or block != self._private_from:
+            return before
+        return BlockHash(hashlib.sha256(b"".join((b"tenant", self.tenant_salt, before))).digest())
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -137,11 +169,10 @@ class BlockChain:
         """Name of the partial tail of ``count`` tokens (1 to ``block_tokens - 1``) that starts where ``block`` does."""
         if not 1 <= count < self.block_tokens:
             raise ValueError(f"a tail has 1 to {self.block_tokens - 1} tokens, not {count}")
-        parent = self.full[block - 1] if block else self._root
         start = block * self.block_tokens
         if start + count > len(self.tokens):
             raise ValueError(f"a tail that ends at {start + count} reaches beyond the {len(self.tokens)} tokens")
-        return block_hash(parent, self.tokens[start : start + count])
+        return block_hash(self._parent(block), self.tokens[start : start + count])
 
     def name_of(self, end: int) -> BlockHash:
         """Name of the block, full or tail, whose last token is ``end - 1``."""
@@ -150,14 +181,16 @@ class BlockChain:
 
     def extended(self, tokens: Sequence[int]) -> BlockChain:
         """The chain of this sequence followed by ``tokens``; hashes only what is new."""
-        longer = BlockChain.__new__(BlockChain)
-        longer._root = self._root
-        longer.tokens = self.tokens + tuple(tokens)
-        longer.block_tokens = self.block_tokens
-        longer.full = list(self.full)
-        parent = longer.full[-1] if longer.full else self._root
-        done = len(longer.full) * self.block_tokens
-        for start in range(done, len(longer.tokens) - self.block_tokens + 1, self.block_tokens):
-            parent = block_hash(parent, longer.tokens[start : start + self.block_tokens])
-            longer.full.append(parent)
-        return longer
+        return self._with(self.tokens + tuple(tokens), self.full)
+
+    def first(self, count: int) -> BlockChain:
+        """The chain of the first ``count`` tokens; hashes nothing."""
+        return self._with(self.tokens[:count], self.full[: count // self.block_tokens])
+
+    def _with(self, tokens: tuple[int, ...], full: Sequence[BlockHash]) -> BlockChain:
+        other = BlockChain.__new__(BlockChain)
+        other._root, other._private_from = self._root, self._private_from
+        other.tokens, other.block_tokens, other.tenant_salt = tokens, self.block_tokens, self.tenant_salt
+        other.full = list(full)
+        other._hash_full()
+        return other

@@ -1,4 +1,4 @@
-"""``RedisStore``: one key a part on a standalone Redis or Valkey, over TCP or a unix socket.
+"""``RedisStore``: one key a part on Redis or Valkey: standalone, behind Sentinels, or a Cluster.
 
 The server is the one eviction authority (``maxmemory-policy allkeys-lru``); a value written here also expires by
 itself. No command is ever retried: the caller can recompute, and sooner than a retry would answer.
@@ -7,24 +7,36 @@ itself. No command is ever retried: the caller can recompute, and sooner than a 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    MovedError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.redis_connection import Link, LinkPool
+from alora_serve.kv.redis_topology import open_topology
+from alora_serve.kv.redis_url import TlsFiles, parse_redis_url
 from alora_serve.kv.store import Put, Sink, StoreKey
 
 _READS_PER_CHUNK = 8  # about 8 MiB: enough to hide the round trip, few enough to share among connections
 _WRITE_BYTES_PER_CHUNK = 8 << 20
 _SMALL_PER_CHUNK = 512
 _KEY_PREFIX = b"alora:"
+_MOVED: Final = (MovedError, AskError, TryAgainError)
 
 _Chunk = TypeVar("_Chunk")
 
@@ -36,16 +48,23 @@ class RedisStore:
     of the workers, so no call waits for another one's connections.
 
     Args:
-        url: as for :class:`~alora_serve.kv.redis_connection.LinkPool`.
+        url: see :func:`~alora_serve.kv.redis_url.parse_redis_url`.
+        tls: for ``rediss``.
         ttl_seconds: a full block not written for so long expires.
         evict_first_ttl_seconds: the same for a partial tail: Redis knows no other order of eviction.
         parallel: connections that one call may use.
     """
 
     def __init__(
-        self, url: str, *, ttl_seconds: float, evict_first_ttl_seconds: float | None = None, parallel: int = 2
+        self,
+        url: str,
+        *,
+        ttl_seconds: float,
+        evict_first_ttl_seconds: float | None = None,
+        parallel: int = 2,
+        tls: TlsFiles | None = None,
     ) -> None:
-        self._pool = LinkPool(url)
+        self._topology = open_topology(parse_redis_url(url), tls or TlsFiles())
         self._ttl_milliseconds = _milliseconds(ttl_seconds)
         self._evict_first_ttl_milliseconds = _milliseconds(
             ttl_seconds / 4 if evict_first_ttl_seconds is None else evict_first_ttl_seconds
@@ -57,29 +76,30 @@ class RedisStore:
         """See :class:`~alora_serve.kv.store.KVStore`. Calls the sink from several threads at once."""
         deadline = time.monotonic() + timeout_seconds
 
-        def read(link: Link, chunk: range) -> None:
-            with _translating():
+        def read(link: Link, chunk: Sequence[int]) -> None:
+            with self._translating():
                 link.send([(b"GET", _KEY_PREFIX + keys[index]) for index in chunk])
             for index in chunk:
-                with _translating():
-                    value = link.receive()
+                with self._translating():
+                    value = self._found(link)
                 if value is not None:
                     with memoryview(value) as view:  # released afterwards, so that a kept one cannot be read
                         sink(index, view)
 
-        self._spread(_ranges(len(keys), _READS_PER_CHUNK), read, deadline)
+        self._spread(self._chunks(keys, _READS_PER_CHUNK, deadline), read, deadline)
 
     def contains_many(self, keys: Sequence[StoreKey], *, timeout_seconds: float) -> list[bool]:
         """See :class:`~alora_serve.kv.store.KVStore`."""
         present = [False] * len(keys)
+        deadline = time.monotonic() + timeout_seconds
 
-        def ask(link: Link, chunk: range) -> None:
-            with _translating():
+        def ask(link: Link, chunk: Sequence[int]) -> None:
+            with self._translating():
                 link.send([(b"EXISTS", _KEY_PREFIX + keys[index]) for index in chunk])
                 for index in chunk:
-                    present[index] = link.receive() == 1
+                    present[index] = self._found(link) == 1
 
-        self._spread(_ranges(len(keys), _SMALL_PER_CHUNK), ask, time.monotonic() + timeout_seconds)
+        self._spread(self._chunks(keys, _SMALL_PER_CHUNK, deadline), ask, deadline)
         return present
 
     def put_many(self, puts: Sequence[Put], *, timeout_seconds: float) -> None:
@@ -87,25 +107,29 @@ class RedisStore:
         deadline = time.monotonic() + timeout_seconds
 
         def write(link: Link, chunk: Sequence[Put]) -> None:
-            with _translating():
+            with self._translating():
                 link.send([self._set(put) for put in chunk])
                 _read_all(link, len(chunk))
 
-        self._spread(_by_bytes(list({put.key: put for put in puts}.values())), write, deadline)
+        last = list({put.key: put for put in puts}.values())
+        placed = self._placed([put.key for put in last], deadline)
+        chunks = [(pool, chunk) for pool, indices in placed.items() for chunk in _by_bytes([last[i] for i in indices])]
+        self._spread(chunks, write, deadline)
 
     def delete_many(self, keys: Sequence[StoreKey], *, timeout_seconds: float) -> None:
         """See :class:`~alora_serve.kv.store.KVStore`."""
+        deadline = time.monotonic() + timeout_seconds
 
-        def delete(link: Link, chunk: range) -> None:
-            with _translating():
+        def delete(link: Link, chunk: Sequence[int]) -> None:
+            with self._translating():
                 link.send([(b"UNLINK", _KEY_PREFIX + keys[index]) for index in chunk])
                 _read_all(link, len(chunk))
 
-        self._spread(_ranges(len(keys), _SMALL_PER_CHUNK), delete, time.monotonic() + timeout_seconds)
+        self._spread(self._chunks(keys, _SMALL_PER_CHUNK, deadline), delete, deadline)
 
     def close(self) -> None:
         """See :class:`~alora_serve.kv.store.KVStore`. Calls in progress end by their own deadlines."""
-        self._pool.close()
+        self._topology.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _set(self, put: Put) -> tuple[bytes | memoryview, ...]:
@@ -113,7 +137,32 @@ class RedisStore:
         view = memoryview(put.value)
         return b"SET", _KEY_PREFIX + put.key, view.cast("B") if view.nbytes else b"", b"PX", ttl
 
-    def _spread(self, chunks: Sequence[_Chunk], work: Callable[[Link, _Chunk], None], deadline: float) -> None:
+    def _placed(self, keys: Sequence[StoreKey], deadline: float) -> dict[LinkPool, list[int]]:
+        """Indices of keys by who has them."""
+        placed: defaultdict[LinkPool, list[int]] = defaultdict(list)
+        with self._translating():
+            for index, key in enumerate(keys):
+                placed[self._topology.pool_of(_KEY_PREFIX + key, deadline)].append(index)
+        return placed
+
+    def _chunks(self, keys: Sequence[StoreKey], size: int, deadline: float) -> list[tuple[LinkPool, list[int]]]:
+        return [
+            (pool, indices[start : start + size])
+            for pool, indices in self._placed(keys, deadline).items()
+            for start in range(0, len(indices), size)
+        ]
+
+    def _found(self, link: Link) -> Any:
+        """A reply about one key; None for a key whose slot has moved: a miss once, then the new place is known."""
+        try:
+            return link.receive()
+        except _MOVED:
+            self._topology.forget()
+            return None
+
+    def _spread(
+        self, chunks: Sequence[tuple[LinkPool, _Chunk]], work: Callable[[Link, _Chunk], None], deadline: float
+    ) -> None:
         """Run ``work`` on every chunk over several connections; after the first error start no further chunk.
 
         Returns only when no thread works on it any more, and raises the first error.
@@ -146,26 +195,37 @@ class RedisStore:
         except RuntimeError as error:  # its word for: shut down
             raise StoreUnavailableError("the Redis store is closed") from error
 
-    def _work(self, chunk: _Chunk, work: Callable[[Link, _Chunk], None], deadline: float) -> None:
-        with _translating():
-            link = self._pool.acquire(deadline)
+    def _work(self, placed: tuple[LinkPool, _Chunk], work: Callable[[Link, _Chunk], None], deadline: float) -> None:
+        pool, chunk = placed
+        with self._translating():
+            link = pool.acquire(deadline)
         try:
             work(link, chunk)
         except BaseException:
             link.disconnect()  # replies may be unread
             raise
         finally:
-            self._pool.release(link)
+            pool.release(link)
+
+    @contextmanager
+    def _translating(self) -> Iterator[None]:
+        """Turn redis-py's errors into ours, and look anew for a server that is lost or not to be written to."""
+        try:
+            with _translated():
+                yield
+        except StoreUnavailableError:
+            self._topology.forget()
+            raise
 
 
 @contextmanager
-def _translating() -> Iterator[None]:
-    """Turn redis-py's errors into ours. Keep sinks outside: their errors are their callers'."""
+def _translated() -> Iterator[None]:
+    """Keep sinks outside: their errors are their callers'."""
     try:
         yield
     except RedisTimeoutError as error:
         raise StoreTimeoutError(f"Redis did not answer in the time given: {error}") from error
-    except (RedisConnectionError, OSError) as error:
+    except (RedisConnectionError, OSError, ReadOnlyError, ClusterDownError, *_MOVED) as error:
         raise StoreUnavailableError(f"Redis cannot be reached: {error}") from error
     except OutOfMemoryError as error:
         raise StoreFullError(f"Redis is full: {error}") from error
@@ -183,10 +243,6 @@ def _read_all(link: Link, replies: int) -> None:
             refusal = refusal or error
     if refusal is not None:
         raise refusal
-
-
-def _ranges(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _by_bytes(puts: Sequence[Put]) -> list[list[Put]]:

@@ -9,53 +9,70 @@ stay (``_connect``, ``command_packer``); tests hold them in force and the depend
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from redis.backoff import NoBackoff
-from redis.connection import Connection, PythonRespSerializer, UnixDomainSocketConnection, parse_url
+from redis.connection import Connection, PythonRespSerializer, UnixDomainSocketConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 from typing_extensions import Buffer
 
 from alora_serve.errors import StoreTimeoutError, StoreUnavailableError
-from alora_serve.kv.store_url import url_error
+from alora_serve.kv.redis_url import Address, RedisUrl, TlsFiles
 
 _READ_BYTES = 1 << 18  # a value of 1 MiB in 4 reads instead of 32
 _COPY_BELOW_BYTES = 6000  # the packer joins smaller arguments into one buffer
-_URL_OPTIONS = frozenset({"host", "port", "path", "db", "username", "password", "connection_class"})
+_TLS_WRITE_BYTES = 1 << 18
 
 
-class _DeadlineSocket(socket.socket):
-    """A socket whose reads and writes all end by ``deadline`` (``time.monotonic()``)."""
+class _Deadline:
+    """Mixed into a socket: all its reads and writes end by ``deadline`` (``time.monotonic()``)."""
 
     deadline = float("inf")
 
     def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
         self._arm()
-        return super().recv_into(buffer, nbytes, flags)
+        received: int = super().recv_into(buffer, nbytes, flags)  # type: ignore[misc]  # the socket this is mixed into
+        return received
 
     def sendall(self, data: Buffer, flags: int = 0) -> None:
         self._arm()
-        super().sendall(data, flags)
+        super().sendall(data, flags)  # type: ignore[misc]
 
     def _arm(self) -> None:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("deadline passed")
-        self.settimeout(left)
+        self.settimeout(left)  # type: ignore[attr-defined]
+
+
+class _DeadlineSocket(_Deadline, socket.socket):
+    """Over TCP or a unix socket."""
+
+
+class _DeadlineTlsSocket(_Deadline, ssl.SSLSocket):  # type: ignore[misc]  # typeshed lets it take None
+    """Over TLS."""
+
+    def sendall(self, data: Buffer, flags: int = 0) -> None:
+        # The library's own gives each piece that it sends the whole time-out.
+        with memoryview(data) as whole, whole.cast("B") as view:
+            sent = 0
+            while sent < len(view):
+                self._arm()
+                sent += self.send(view[sent : sent + _TLS_WRITE_BYTES], flags)
 
 
 class _DeadlineMixin:
-    """Gives a redis-py connection a :class:`_DeadlineSocket`."""
+    """Gives a redis-py connection a socket that knows its deadline."""
 
     deadline = float("inf")
 
-    def _connect(self) -> _DeadlineSocket:
+    def _connect(self) -> socket.socket:
         plain: socket.socket = super()._connect()  # type: ignore[misc]  # the class this is mixed into has it
         guarded = _DeadlineSocket(plain.family, plain.type, plain.proto, plain.detach())
         guarded.deadline = self.deadline
@@ -68,6 +85,27 @@ class _TcpConnection(_DeadlineMixin, Connection):
 
 class _UnixConnection(_DeadlineMixin, UnixDomainSocketConnection):
     """Over a unix socket."""
+
+
+class _TlsConnection(Connection):
+    """Over TLS. The files are read at every connection, so that renewed certificates are used from the next on."""
+
+    deadline = float("inf")
+
+    def __init__(self, *, tls: TlsFiles, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self._tls = tls
+
+    def _connect(self) -> socket.socket:
+        plain: socket.socket = super()._connect()  # type: ignore[no-untyped-call]
+        try:
+            plain.settimeout(max(self.deadline - time.monotonic(), 1e-3))
+            guarded = self._tls.context(_DeadlineTlsSocket).wrap_socket(plain, server_hostname=self.host)
+        except BaseException:
+            plain.close()
+            raise
+        guarded.deadline = self.deadline  # type: ignore[attr-defined]
+        return guarded
 
 
 class Link:
@@ -112,14 +150,18 @@ class Link:
 
 
 class LinkPool:
-    """Connections kept open between calls. Grows with the callers that work at the same time. Thread-safe.
+    """Connections to one server, kept open between calls. Grows with the callers that work at the same time.
+
+    Thread-safe.
 
     Args:
-        url: ``redis://[user:password@]host[:port][/db]`` or ``unix://[user:password@]/path.sock[?db=n]``.
+        url: how to log in, and over what.
+        address: host and port of the server; None where the URL names a unix socket.
+        tls: with whom to speak TLS, and as whom.
     """
 
-    def __init__(self, url: str) -> None:
-        self._class, self._options = _parse(url)
+    def __init__(self, url: RedisUrl, address: Address | None, tls: TlsFiles) -> None:
+        self._class, self._options = _connection(url, address, tls)
         self._idle: deque[Link] = deque()
         self._closed = threading.Event()
 
@@ -157,22 +199,11 @@ class LinkPool:
                 return
 
 
-def _parse(url: str) -> tuple[type[_TcpConnection] | type[_UnixConnection], Mapping[str, Any]]:
-    try:
-        options: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
-        database = urlsplit(url).path.strip("/") if url.startswith("redis:") else ""
-    except ValueError:  # its text may quote a part of the password
-        raise url_error(url, "malformed; percent-encode special characters of user and password") from None
-    if database and not database.isdecimal():
-        raise url_error(url, "the database must be a number, as in redis://host:6379/0")
-    unknown = sorted(options.keys() - _URL_OPTIONS)
-    if unknown:
-        raise url_error(url, f"unknown options {', '.join(unknown)}")
-    connection_class = _UnixConnection if options.pop("connection_class", None) else _TcpConnection
-    if connection_class is _UnixConnection and not options.get("path"):
-        raise url_error(url, "needs the absolute path of a socket, as in unix:///run/valkey.sock")
-    return connection_class, {
-        **options,
+def _connection(url: RedisUrl, address: Address | None, tls: TlsFiles) -> tuple[type[Any], Mapping[str, Any]]:
+    options: dict[str, Any] = {
+        "db": url.database,
+        "username": url.username,
+        "password": url.password,
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": None,  # the socket's own deadline rules
         "socket_read_size": _READ_BYTES,
@@ -180,6 +211,10 @@ def _parse(url: str) -> tuple[type[_TcpConnection] | type[_UnixConnection], Mapp
         "protocol": 2,
         "driver_info": None,  # connecting costs no round trip
     }
+    if address is None:
+        return _UnixConnection, {**options, "path": url.path}
+    options |= {"host": address[0], "port": address[1]}
+    return (_TlsConnection, {**options, "tls": tls}) if url.is_tls else (_TcpConnection, options)
 
 
 def _as_is(argument: Any) -> Any:

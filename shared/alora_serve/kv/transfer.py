@@ -95,7 +95,7 @@ class StoreResult:
 
     Attributes:
         stored_bytes: bytes written.
-        drops: blocks not written, by reason (``full``, ``timeout``, ``unavailable``).
+        drops: blocks not written, by reason (``full``, ``timeout``, ``unavailable``, ``quota``).
     """
 
     stored_bytes: int = 0

@@ -8,6 +8,8 @@ from typing import Final
 
 import grpc
 
+from alora_serve.rpc.tls import ClientTls
+
 Option = tuple[str, int | str]
 
 DEFAULT_MESSAGE_BYTES: Final = 16 * 1024 * 1024
@@ -126,6 +128,17 @@ def is_this_machine(target: str) -> bool:
         return host.lower() == "localhost"
 
 
-def internal_channel(address: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """An asyncio channel to one of our services. ``address`` is ``host:port``; connects when first used."""
-    return grpc.aio.insecure_channel(address, options=internal_options(max_message_bytes))
+def internal_channel(
+    address: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES, tls: ClientTls | None = None
+) -> grpc.aio.Channel:
+    """An asyncio channel to one of our services. ``address`` is ``host:port``; connects when first used.
+
+    Raises:
+        ConfigError: a certificate cannot be read.
+    """
+    options = internal_options(max_message_bytes)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    if tls.server_name:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options)

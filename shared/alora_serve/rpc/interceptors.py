@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, nullcontext
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
@@ -14,6 +14,7 @@ import grpc
 import structlog
 
 from alora_serve.errors import AloraServeError, DeadlinePassedError, InvalidRequestError, RequestCancelledError
+from alora_serve.rpc.caller import CALLER
 from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES
 from alora_serve.rpc.decoding import Refused, refusing
 from alora_serve.rpc.in_flight import InFlightCalls
@@ -24,6 +25,7 @@ from alora_serve.rpc.status import (
     status_from_error,
     trailing_metadata,
 )
+from alora_serve.types import Identity
 
 OWN_METHODS: Final = "/alora_serve."
 """Health and reflection know how to fail, and their calls are nobody's requests."""
@@ -42,6 +44,10 @@ ResultT = TypeVar("ResultT")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 log = structlog.stdlib.get_logger(__name__)
+
+
+Authorize = Callable[[str, Mapping[str, str | bytes]], Identity]
+"""From a method, ``/package.Service/Method``, and a call's metadata to who makes it; raises when it may not be made."""
 
 
 class CallObserver(Protocol):
@@ -75,6 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         *,
         max_message_bytes: Callable[[], int] = lambda: DEFAULT_MESSAGE_BYTES,
         write_timeout_seconds: float = WRITE_TIMEOUT_SECONDS,
+        authorize: Authorize | None = None,
     ) -> None:
         """Keep who is told.
 
@@ -84,11 +91,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             max_message_bytes: larger requests are refused by their largest field; asked for each request, since a
                 router learns from its endpoints what their models take.
             write_timeout_seconds: longest wait of one message of a stream for its client.
+            authorize: says who makes a call, or raises; None: nobody is asked.
         """
         self._observer = observer
         self._in_flight = in_flight
         self._max_message_bytes = max_message_bytes
         self._write_timeout_seconds = write_timeout_seconds
+        self._authorize = authorize
 
     async def intercept_service(
         self,
@@ -150,6 +159,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+                if self._authorize is not None:
+                    CALLER.set(self._authorize(method, dict(context.invocation_metadata() or ())))
                 if _is_late(context):
                     raise DeadlinePassedError("the deadline had passed before the request was looked at")
                 if isinstance(request, Refused):

@@ -20,10 +20,11 @@ from prometheus_client import CollectorRegistry, start_http_server
 from alora_serve.config import ServerSettings, run_with_settings
 from alora_serve.errors import AloraServeError, ConfigError
 from alora_serve.logging import configure_logging
-from alora_serve.rpc.channels import server_options
+from alora_serve.rpc.channels import is_this_machine, server_options
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
-from alora_serve.rpc.interceptors import CallInterceptor, CallObserver
+from alora_serve.rpc.interceptors import Authorize, CallInterceptor, CallObserver
+from alora_serve.rpc.tls import ServerTls
 
 FINAL_GRACE_SECONDS: Final = 0.5
 """After the drain, for the last answers to leave; status streams end with it."""
@@ -59,6 +60,7 @@ async def serve(
     on_drain: Callable[[], None] = lambda: None,
     cleanup: Sequence[Callable[[], Awaitable[None]]] = (),
     essential: Sequence[asyncio.Future[Any]] = (),
+    authorize: Authorize | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT, then drain and clean up; returns the process's exit status.
 
@@ -79,6 +81,7 @@ async def serve(
         on_drain: called when the drain begins, to tell routers.
         cleanup: run one after the other at the end, also after a failure.
         essential: what the service can't do without, such as its engine: when one ends, so does the process.
+        authorize: says who may call what; unset: everybody may.
 
     Returns:
         0 after a signal, 1 when something essential ended.
@@ -94,6 +97,7 @@ async def serve(
         in_flight,
         max_message_bytes=max_message_bytes,
         write_timeout_seconds=settings.write_timeout_seconds,
+        authorize=authorize,
     )
     server = grpc.aio.server(interceptors=[interceptor], options=server_options())
     for service in services:
@@ -103,7 +107,7 @@ async def serve(
         names = [service.full_name for service in services]
         reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
     try:
-        address = _bind(server, settings.listen)
+        address = _bind(server, settings)
         metrics_server, metrics_address = _serve_metrics(settings.metrics_listen, registry)
         try:
             await server.start()
@@ -173,13 +177,29 @@ async def _first(stop: asyncio.Event, essential: Sequence[asyncio.Future[Any]]) 
     return bool(ended) and not stop.is_set()
 
 
-def _bind(server: grpc.aio.Server, address: str) -> str:
+def _bind(server: grpc.aio.Server, settings: ServerSettings) -> str:
     """The address with the port that was taken."""
+    address, tls = settings.listen, _tls(settings)
+    if tls is None and not settings.allow_insecure and not is_this_machine(address):
+        raise ConfigError(
+            f"listen={address}: anyone on the network could read and change what is said there; set tls_cert_file and "
+            "tls_key_file, or allow_insecure where something else protects it"
+        )
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.credentials())
     except RuntimeError as error:
         raise ConfigError(f"listen={address}: cannot be bound: in use, or not an address of this machine") from error
     return f"{_host(address)[0]}:{port}"
+
+
+def _tls(settings: ServerSettings) -> ServerTls | None:
+    if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
+        raise ConfigError("tls_cert_file and tls_key_file go together")
+    if settings.tls_client_ca_file and not settings.tls_cert_file:
+        raise ConfigError("tls_client_ca_file needs tls_cert_file: clients show certificates over TLS alone")
+    if not settings.tls_cert_file:
+        return None
+    return ServerTls(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
 
 
 def _serve_metrics(address: str, registry: CollectorRegistry) -> tuple[WSGIServer, str]:

@@ -15,6 +15,11 @@ from alora_serve.types.answer import (
     TokenChunk,
     Usage,
 )
+from alora_serve.types.identity import (
+    ANYONE,
+    Identity,
+    Role,
+)
 from alora_serve.types.ids import (
     AdapterDigest,
     TokenIds,
@@ -40,6 +45,7 @@ from alora_serve.types.status import (
 )
 
 __all__ = [
+    "ANYONE",
     "AdapterDigest",
     "AdapterInfo",
     "ChatMessage",
@@ -49,6 +55,7 @@ __all__ = [
     "Finished",
     "GenerateRequest",
     "Heartbeat",
+    "Identity",
     "ModelInfo",
     "PrefillResult",
     "PrefixDigest",
@@ -56,6 +63,7 @@ __all__ = [
     "Prompt",
     "PromptKind",
     "Resume",
+    "Role",
     "SamplingParams",
     "Started",
     "StreamEvent",

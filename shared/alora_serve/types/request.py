@@ -65,10 +65,18 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One generation on a prepared prefix, as a decode worker takes it. ``adapter`` empty means the base model."""
+    """One generation on a prepared prefix, as a decode worker takes it.
+
+    Attributes:
+        adapter: its name; empty is the base model.
+        tenant: for whom, as the router authenticated it; empty without tenants.
+        skip_store: nothing new is written to the store.
+    """
 
     handle: PrefixHandle
     adapter: str = ""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     resume: Resume | None = None
     request_id: str = ""
+    tenant: str = ""
+    skip_store: bool = False

@@ -77,7 +77,7 @@ async def test_a_dead_endpoint_is_unhealthy_and_comes_back_when_its_stream_answe
 async def test_an_endpoint_that_falls_silent_is_unhealthy_though_its_connection_lives() -> None:
     worker = FakeWorker()
     server = await start_worker(worker)
-    async with pool_on([server.address], options=dataclasses.replace(FAST, status_timeout_seconds=0.2)) as workers:
+    async with pool_on([server.address], options=dataclasses.replace(FAST, silence_seconds=0.2)) as workers:
         await until(lambda: healthy(workers) == 1)
         await until(lambda: healthy(workers) == 0)
         # It is asked anew, and answers, as often as it falls silent.

@@ -33,11 +33,13 @@ from alora_serve.errors import (
     UnavailableError,
 )
 from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, MAX_MESSAGE_BYTES
-from alora_serve.rpc.convert import event_to_proto
+from alora_serve.rpc.convert import event_to_proto, pack_token_ids
+from alora_serve.rpc.convert.sampling import read_resume
+from alora_serve.rpc.convert.violations import Violations
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.status import MessageTooLargeError
 from alora_serve.types import GenerateRequest
-from alora_serve.v1 import alora_pb2
+from alora_serve.v1 import alora_pb2, types_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer, add_AloraServiceServicer_to_server
 from fake_services import (
     SIGNER,
@@ -289,14 +291,35 @@ class ScriptedRouter(AloraServiceServicer):
         self.failures = list(failures)
         self.after = after
         self.calls = 0
+        self.requests: list[Any] = []
 
     async def Generate(self, request: Any, context: Any) -> Any:  # noqa: N802
+        async for response in self._failing(request, self._answers(request)):
+            yield alora_pb2.GenerateResponse(event=response)
+
+    async def FanOut(self, request: Any, context: Any) -> Any:  # noqa: N802
+        async def answers() -> AsyncIterator[alora_pb2.FanOutResponse]:
+            for index, target in enumerate(request.targets):
+                if not target.skip:
+                    async for event in self._answers(target):
+                        yield alora_pb2.FanOutResponse(index=index, event=event)
+
+        async for response in self._failing(request, answers()):
+            yield response
+
+    async def _answers(self, request: Any) -> AsyncIterator[types_pb2.GenerationEvent]:
+        resume = read_resume(request.resume, Violations(), field="resume") if request.HasField("resume") else None
+        async for event in answer(GenerateRequest(handle(), resume=resume), 0):
+            yield event_to_proto(event)
+
+    async def _failing(self, request: Any, responses: AsyncIterator[Any]) -> AsyncIterator[Any]:
         self.calls += 1
+        self.requests.append(request)
         sent = 0
-        async for event in answer(GenerateRequest(handle()), 0):
+        async for response in responses:
             if self.failures and sent == self.after:
                 raise self.failures.pop(0)
-            yield alora_pb2.GenerateResponse(event=event_to_proto(event))
+            yield response
             sent += 1
 
     async def ListAdapters(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -332,9 +355,29 @@ async def test_repetitions_are_bounded(connect: Any) -> None:
         assert router.calls == 3
 
 
-async def test_nothing_is_repeated_after_the_first_event(connect: Any) -> None:
-    router = ScriptedRouter(UnavailableError("gone"), after=1)
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+async def test_a_stream_whose_router_is_lost_goes_on_at_the_next(connect: Any, after: int) -> None:
+    router = ScriptedRouter(*[UnavailableError("gone")] * 2, after=after)
     async with router.served() as server, connect(server.address, retry=FAST) as client:
+        events = await events_of(client, lambda c: c.generate("Hi", seed=3))
+        chunks = [event for event in events if isinstance(event, TokenChunk)]
+        assert [chunk.text for chunk in chunks] == ["Hello", " world"]
+        assert sum(isinstance(event, Started) for event in events) == 1
+        assert isinstance(events[-1], Finished)
+
+
+async def test_a_fan_out_whose_router_is_lost_asks_for_what_is_missing(connect: Any) -> None:
+    router = ScriptedRouter(UnavailableError("gone"), after=8)
+    async with router.served() as server, connect(server.address, retry=FAST) as client:
+        results = await run(client, lambda c: c.fanout("Hi", ["a", "b"]).results())
+        assert [result.text for result in results] == ["Hello world!"] * 2
+        assert [target.skip for target in router.requests[1].targets] == [True, False]
+        assert router.requests[1].targets[1].resume.generated_token_ids == pack_token_ids((10,))
+
+
+async def test_a_client_told_not_to_repeat_does_not_go_on(connect: Any) -> None:
+    router = ScriptedRouter(UnavailableError("gone"), after=3)
+    async with router.served() as server, connect(server.address, retry=RetryPolicy(max_attempts=1)) as client:
         with pytest.raises(UnavailableError):
             await run(client, lambda c: c.generate("Hi").result())
         assert router.calls == 1

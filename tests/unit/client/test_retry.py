@@ -46,5 +46,17 @@ def test_nothing_is_repeated_that_would_begin_too_late() -> None:
 
 
 def test_one_attempt_never_repeats() -> None:
+    retries = Retries(RetryPolicy(max_attempts=1), None)
+    retries.got_further()
     with pytest.raises(UnavailableError):
-        Retries(RetryPolicy(max_attempts=1), None).pause_after(GONE)
+        retries.pause_after(GONE)
+
+
+def test_a_stream_that_has_begun_looks_for_a_router_by_time_and_not_by_attempts() -> None:
+    retries = Retries(RetryPolicy(resume_seconds=60.0, max_backoff_seconds=0.5), None)
+    retries.got_further()
+    assert max(retries.pause_after(GONE) for _ in range(50)) <= 0.5
+    too_late = Retries(RetryPolicy(resume_seconds=0.0), None)
+    too_late.got_further()
+    with pytest.raises(UnavailableError):
+        too_late.pause_after(GONE)

@@ -31,7 +31,7 @@ class Bench:
     def request(self, *, prefill: bool = False, max_tokens: int = 4) -> SequenceRequest:
         text = TextStream(self.core.model.tokenizer.decode)
         sampling = None if prefill else SamplingParams(max_tokens=max_tokens)
-        chain = self.core.blocks.chain(PROMPT)
+        chain = self.core.names.chain(PROMPT)
         return SequenceRequest(prompt=PROMPT, prefix=Prefix(), chain=chain, sampling=sampling, text=text)
 
     @property
@@ -92,11 +92,11 @@ async def test_what_arrived_and_was_not_read_is_given_back(bench: Bench) -> None
 
 async def test_what_arrives_after_the_reader_left_is_given_back(bench: Bench) -> None:
     running = RunningSequence(bench.core.engine)
-    prefix = bench.core.cache.acquire(BlockChain(bench.core.blocks.chain(())._root, PROMPT, 8), 8)
+    prefix = bench.core.cache.acquire(BlockChain(bench.core.names.chain(())._root, PROMPT, 8), 8)
     promised = bench.core.cache.reserve(prefix, 8)
     held = prefix.append(promised)
     running.leave()
-    running.sink(BaseComputed(bench.core.blocks.chain(PROMPT), held, 0, 8))
+    running.sink(BaseComputed(bench.core.names.chain(PROMPT), held, 0, 8))
     assert bench.pins == 1
     await asyncio.sleep(0)
     assert bench.pins == 0
@@ -169,7 +169,7 @@ async def test_events_for_a_loop_that_is_closed_are_dropped_with_their_pins(benc
 
     running = await asyncio.to_thread(lambda: asyncio.run(make()))
     promised = bench.core.cache.reserve(Prefix(), 8)
-    running.sink(BaseComputed(bench.core.blocks.chain(PROMPT), Prefix((promised,)), 0, 8))
+    running.sink(BaseComputed(bench.core.names.chain(PROMPT), Prefix((promised,)), 0, 8))
     assert bench.pins == 0
     running.sink(TokenChunk((1,), "a"))
 
@@ -180,7 +180,7 @@ async def test_events_that_a_loop_was_woken_for_and_never_took_are_dropped_with_
 
     def computed() -> BaseComputed:
         promised = bench.core.cache.reserve(Prefix(), 8)
-        return BaseComputed(bench.core.blocks.chain(PROMPT), Prefix((promised,)), 0, 8)
+        return BaseComputed(bench.core.names.chain(PROMPT), Prefix((promised,)), 0, 8)
 
     loop = asyncio.new_event_loop()
     running = await asyncio.to_thread(loop.run_until_complete, make())

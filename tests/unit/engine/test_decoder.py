@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from alora_serve.engine import decoder as decoder_module
 from alora_serve.engine.core import CoreOptions
 from alora_serve.errors import (
     AdapterNotFoundError,
@@ -25,11 +29,13 @@ from alora_serve.types import (
     Finished,
     FinishReason,
     GenerateRequest,
+    Heartbeat,
     PrefillResult,
     Prompt,
     PromptKind,
     Resume,
     SamplingParams,
+    Started,
     TokenChunk,
 )
 from faulty_store import FaultyStore
@@ -305,3 +311,56 @@ async def test_the_models_own_end_counts_unless_it_is_ignored(
     assert stopped.finished.finish_reason is FinishReason.STOP
     assert stopped.tokens == free.tokens[: free.tokens.index(end) + 1]
     assert (await stack.generate(prefilled.handle, max_tokens=6)).tokens == free.tokens
+
+
+# --- signs of life ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_heartbeat_comes_while_an_adapter_or_a_prefix_is_awaited(
+    model: BaseModel, adapters: Path, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router would take a worker that says nothing for dead."""
+    monkeypatch.setattr(decoder_module, "HEARTBEAT_SECONDS", 0.02)
+    async with open_stack(model, store, adapters, options=OPTIONS) as warm:
+        handle = (await warm.prefill(Prompt(messages=CONVERSATION))).handle
+    async with open_stack(model, store, adapters, options=OPTIONS) as cold:
+        slow_get, slow_acquire = store.get_many, cold.adapters.acquire
+        monkeypatch.setattr(store, "get_many", lambda *given, **also: (time.sleep(0.2), slow_get(*given, **also)))
+        monkeypatch.setattr(
+            cold.adapters, "acquire", lambda *given, **also: (time.sleep(0.2), slow_acquire(*given, **also))[1]
+        )
+        request = GenerateRequest(handle=handle, adapter="appended", sampling=SamplingParams(max_tokens=1))
+        events = [event async for event in cold.decoder.decode(request)]
+    started = next(index for index, event in enumerate(events) if isinstance(event, Started))
+    first = next(index for index, event in enumerate(events) if isinstance(event, TokenChunk))
+    assert events[:started].count(Heartbeat()) >= 3
+    assert events[started:first].count(Heartbeat()) >= 3
+    assert isinstance(events[-1], Finished)
+    assert events[-1].usage.fetched_tokens == len(handle.prefix_tokens)
+
+
+async def test_a_request_given_up_while_it_loads_holds_nothing(
+    stack: Stack, prefilled: PrefillResult, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_module, "HEARTBEAT_SECONDS", 0.01)
+    slow_acquire, leases = stack.adapters.acquire, []
+
+    def acquire(*given: Any, **also: Any) -> Any:
+        time.sleep(0.1)
+        leases.append(slow_acquire(*given, **also))
+        return leases[-1]
+
+    monkeypatch.setattr(stack.adapters, "acquire", acquire)
+    events = stack.decoder.decode(GenerateRequest(handle=prefilled.handle, adapter="appended"))
+    assert await anext(events) == Heartbeat()
+    await events.aclose()
+    async with asyncio.timeout(5.0):
+        while not leases or leases[0]._release is not None:  # noqa: ASYNC110  # a thread gives it, a callback takes it
+            await asyncio.sleep(0.01)
+    assert stack.core.engine._places.taken == 0
+
+
+async def test_a_resume_with_tokens_of_no_vocabulary_is_refused(stack: Stack, prefilled: PrefillResult) -> None:
+    beyond = Resume((stack.core.model.vocabulary_size,), None, AdapterDigest(""))
+    with pytest.raises(InvalidRequestError, match="vocabulary"):
+        await stack.generate(prefilled.handle, resume=beyond)

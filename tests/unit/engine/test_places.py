@@ -34,3 +34,27 @@ def test_a_closed_engine_gives_no_place() -> None:
     places.close()
     with pytest.raises(UnavailableError), places.hold():
         pytest.fail("a closed engine took a request in")
+
+
+def test_a_stream_that_has_begun_elsewhere_is_never_refused_for_load() -> None:
+    places = Places(running=1, waiting=0)
+    with places.hold(), places.hold(is_begun=True), pytest.raises(OverloadedError), places.hold():
+        pytest.fail("a new one was taken in")
+    assert places.taken == 0
+
+
+def test_one_tenant_leaves_room_for_others() -> None:
+    places = Places(running=2, waiting=2, tenant_share=0.75)
+    with ExitStack() as held:
+        for _ in range(3):
+            held.enter_context(places.hold("acme"))
+        with pytest.raises(OverloadedError, match="of this tenant"), places.hold("acme"):
+            pytest.fail("a fourth place was given")
+        held.enter_context(places.hold("beta"))
+        with pytest.raises(OverloadedError), places.hold("beta"):
+            pytest.fail("a fifth place was given")
+    with places.hold("acme"):
+        pass
+    with ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(places.hold())

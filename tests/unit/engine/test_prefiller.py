@@ -73,7 +73,7 @@ async def test_one_prompt_asked_by_many_at_once_is_computed_once_and_stored_befo
 ) -> None:
     async def ask() -> int:
         result = await stack.prefill(Prompt(token_ids=TOKENS))
-        chain = stack.core.blocks.chain(result.handle.prefix_tokens)
+        chain = stack.core.names.chain(result.handle.prefix_tokens)
         assert stack.core.blocks.missing(stack.core.blocks.blocks(chain, 0)) == []
         return result.usage.computed_tokens
 
@@ -84,7 +84,7 @@ async def test_one_prompt_asked_by_many_at_once_is_computed_once_and_stored_befo
 async def test_blocks_are_stored_before_the_answer_names_them(stack: Stack, store: FaultyStore) -> None:
     """The handle goes to workers at once; they must not find less than it promises."""
     result = await stack.prefill(Prompt(token_ids=TOKENS))
-    chain = stack.core.blocks.chain(result.handle.prefix_tokens)
+    chain = stack.core.names.chain(result.handle.prefix_tokens)
     assert stack.core.blocks.missing(stack.core.blocks.blocks(chain, 0)) == []
 
 

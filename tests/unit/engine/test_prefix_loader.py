@@ -18,6 +18,7 @@ from alora_serve.errors import StoreUnavailableError
 from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockHash, part_key
 from alora_serve.kv.layout import KVLayout
+from alora_serve.kv.naming import BlockNames
 from alora_serve.kv.store import Sink, StoreKey
 from alora_serve.kv.transfer import StoreTiming
 from alora_serve.model.host_copies import DirectCopies
@@ -48,11 +49,11 @@ class Process:
     def __init__(self, store: FaultyStore, executor: ThreadPoolExecutor, budget_bytes: int = 1 << 20) -> None:
         self.metrics = CountingMetrics()
         self.cache = PrefixCache(LAYOUT, budget_bytes=budget_bytes, device=torch.device("cpu"), metrics=self.metrics)
+        self.names = BlockNames(BlockHash(b"r" * 32), BLOCK_TOKENS)
         self.blocks = BlockStore(
             store,
             layout=LAYOUT,
             block_tokens=BLOCK_TOKENS,
-            root=BlockHash(b"r" * 32),
             timing=StoreTiming(),
             metrics=self.metrics,
         )
@@ -67,7 +68,7 @@ class Process:
 
     def compute(self, count: int = len(TOKENS)) -> Prefix:
         """Stand in for the engine: KV of the first tokens, each position's value its number, pinned."""
-        chain = self.blocks.chain(TOKENS[:count])
+        chain = self.names.chain(TOKENS[:count])
         promised = self.cache.reserve(Prefix(), count)
         promised.segment.data[:, :, :, :count] = torch.arange(count).view(1, 1, 1, count, 1)
         prefix = Prefix((promised,))
@@ -100,7 +101,7 @@ async def store(executor: ThreadPoolExecutor) -> GatedStore:
     """A store that another process has filled."""
     store = GatedStore()
     writer = Process(store, executor)
-    result = await writer.writer.write(writer.blocks.chain(TOKENS), writer.compute(), 0)
+    result = await writer.writer.write(writer.names.chain(TOKENS), writer.compute(), 0)
     assert result.stored_bytes == SIZE_BYTES
     assert writer.pins == 0
     store.gate.set()
@@ -112,7 +113,7 @@ async def test_where_computing_is_faster_the_store_is_not_asked(
 ) -> None:
     process = Process(store, executor)
     process.fetching = False
-    chain = process.blocks.chain(TOKENS)
+    chain = process.names.chain(TOKENS)
     loaded = await process.loader.load(chain, 30)
     assert (loaded.prefix.tokens, loaded.fetched_bytes, process.asked) == (0, 0, [30])
     assert loaded.misses == {"slower": 8}
@@ -123,7 +124,7 @@ async def test_what_is_not_resident_is_fetched_and_then_resident(
     store: GatedStore, executor: ThreadPoolExecutor
 ) -> None:
     process = Process(store, executor)
-    chain = process.blocks.chain(TOKENS)
+    chain = process.names.chain(TOKENS)
     first = await process.loader.load(chain, 30)
     assert (first.fetched_tokens, first.fetched_bytes, first.misses) == (30, SIZE_BYTES, {})
     assert len(first.present) == 8
@@ -139,7 +140,7 @@ async def test_what_is_not_resident_is_fetched_and_then_resident(
 async def test_only_what_is_not_resident_is_fetched(store: GatedStore, executor: ThreadPoolExecutor) -> None:
     process = Process(store, executor)
     process.cache.release(process.compute(16))
-    loaded = await process.loader.load(process.blocks.chain(TOKENS), 30)
+    loaded = await process.loader.load(process.names.chain(TOKENS), 30)
     assert (loaded.fetched_tokens, loaded.fetched_bytes) == (14, 14 * LAYOUT.bytes_per_token)
     assert len(loaded.prefix.slices) == 1
     process.check(loaded.prefix, 30)
@@ -148,14 +149,14 @@ async def test_only_what_is_not_resident_is_fetched(store: GatedStore, executor:
 
 async def test_a_limit_cuts_a_block(store: GatedStore, executor: ThreadPoolExecutor) -> None:
     process = Process(store, executor)
-    process.check((await process.loader.load(process.blocks.chain(TOKENS), 21)).prefix, 21)
-    process.check((await process.loader.load(process.blocks.chain(TOKENS), 19)).prefix, 19)
+    process.check((await process.loader.load(process.names.chain(TOKENS), 21)).prefix, 21)
+    process.check((await process.loader.load(process.names.chain(TOKENS), 19)).prefix, 19)
     assert process.pins == 0
 
 
 async def test_a_hole_in_the_store_gives_what_stands_before_it(store: GatedStore, executor: ThreadPoolExecutor) -> None:
     process = Process(store, executor)
-    chain = process.blocks.chain(TOKENS)
+    chain = process.names.chain(TOKENS)
     del store.values[part_key(chain.full[2], 0)]
     loaded = await process.loader.load(chain, 30)
     assert (loaded.fetched_tokens, loaded.misses) == (8, {"absent": 1})
@@ -169,14 +170,14 @@ async def test_a_dead_store_gives_what_is_resident(store: GatedStore, executor: 
     process = Process(store, executor)
     process.cache.release(process.compute(8))
     store.faults["get", -1] = StoreUnavailableError("refused")
-    loaded = await process.loader.load(process.blocks.chain(TOKENS), 30)
+    loaded = await process.loader.load(process.names.chain(TOKENS), 30)
     assert (loaded.fetched_tokens, loaded.misses) == (0, {"unavailable": 6})
     process.check(loaded.prefix, 8)
     assert process.pins == 0
 
 
 async def _burst(process: Process, count: int) -> list[asyncio.Task]:
-    tasks = [asyncio.create_task(process.loader.load(process.blocks.chain(TOKENS), 30)) for _ in range(count)]
+    tasks = [asyncio.create_task(process.loader.load(process.names.chain(TOKENS), 30)) for _ in range(count)]
     await asyncio.sleep(0)
     return tasks
 
@@ -218,7 +219,7 @@ async def test_those_who_go_away_leave_the_fetch_to_the_others(
     await asyncio.sleep(0)
     assert process.pins == 0
     assert store.calls["get"] == 1
-    process.check(process.cache.acquire(process.blocks.chain(TOKENS), 30), 30)
+    process.check(process.cache.acquire(process.names.chain(TOKENS), 30), 30)
 
 
 async def test_one_who_joins_late_keeps_what_became_resident_meanwhile(
@@ -258,7 +259,7 @@ async def test_a_defect_while_fetching_reaches_everyone_and_leaves_no_pin(
     assert [type(result) for result in results] == [ZeroDivisionError] * 3
     assert process.pins == 0
     monkeypatch.undo()
-    process.check((await process.loader.load(process.blocks.chain(TOKENS), 30)).prefix, 30)
+    process.check((await process.loader.load(process.names.chain(TOKENS), 30)).prefix, 30)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ async def test_a_defect_while_fetching_reaches_everyone_and_leaves_no_pin(
 async def test_only_blocks_from_the_start_are_written(store: GatedStore, executor: ThreadPoolExecutor) -> None:
     process = Process(store, executor)
     store.values.clear()
-    result = await process.writer.write(process.blocks.chain(TOKENS), process.compute(), 18)
+    result = await process.writer.write(process.names.chain(TOKENS), process.compute(), 18)
     assert result.stored_bytes == (30 - 16) * LAYOUT.bytes_per_token
     assert process.pins == 0
 
@@ -277,7 +278,7 @@ async def test_with_known_blocks_given_all_others_are_made_sure_of(
 ) -> None:
     """A resident block may have left the store since: a handle that named it would send workers to nothing."""
     process = Process(store, executor)
-    chain = process.blocks.chain(TOKENS)
+    chain = process.names.chain(TOKENS)
     for block in (0, 3):
         del store.values[part_key(chain.full[block], 0)]
     known = {chain.full[1], chain.full[3]}
@@ -293,8 +294,8 @@ async def test_a_prefix_shorter_than_its_chain_is_written_with_its_own_tail(
 ) -> None:
     process = Process(store, executor)
     store.values.clear()
-    await process.writer.write(process.blocks.chain(TOKENS), process.compute(10), 0)
-    loaded = await Process(store, executor).loader.load(process.blocks.chain(TOKENS[:10]), 10)
+    await process.writer.write(process.names.chain(TOKENS), process.compute(10), 0)
+    loaded = await Process(store, executor).loader.load(process.names.chain(TOKENS[:10]), 10)
     assert (loaded.fetched_tokens, loaded.misses) == (10, {})
 
 
@@ -303,7 +304,7 @@ async def test_a_write_that_fails_is_counted_and_gives_its_pin_back(
 ) -> None:
     process = Process(store, executor)
     store.faults["put", -1] = StoreUnavailableError("refused")
-    result = await process.writer.write(process.blocks.chain(TOKENS), process.compute(), 0)
+    result = await process.writer.write(process.names.chain(TOKENS), process.compute(), 0)
     assert result.drops == {"unavailable": 8}
     assert process.pins == 0
 
@@ -312,7 +313,7 @@ async def test_background_writes_are_waited_for_when_draining(store: GatedStore,
     process = Process(store, executor)
     await process.writer.drain()
     store.values.clear()
-    task = process.writer.start(process.blocks.chain(TOKENS), process.compute(), 0)
+    task = process.writer.start(process.names.chain(TOKENS), process.compute(), 0)
     await process.writer.drain()
     assert len(store.values) == 8
     assert task.result().stored_bytes > 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alora_serve.engine.scheduler import share_step
+from alora_serve.engine.scheduler import fill, next_to_run, share_step
 
 pendings = st.lists(st.one_of(st.just(1), st.integers(1, 500)), max_size=40)
 budgets = st.integers(1, 300)
@@ -83,3 +87,68 @@ def test_nothing_pending_is_nothing_to_do() -> None:
 
 def test_the_shortest_go_first_when_there_is_not_enough_for_all() -> None:
     assert share_step([70, 50, 60], 2) == [0, 1, 1]
+
+
+# --- tenants ----------------------------------------------------------------------------------------------------------
+
+tenants = st.sampled_from(["acme", "beta", "gamma"])
+
+
+@given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 300))
+def test_an_amount_is_shared_out_whole_and_equally(wanted: list[int], amount: int) -> None:
+    shares = fill(wanted, amount)
+    assert sum(shares) == min(amount, sum(wanted))
+    assert all(0 <= share <= most for share, most in zip(shares, wanted, strict=True))
+    unfilled = [share for share, most in zip(shares, wanted, strict=True) if share < most]
+    if unfilled:
+        assert max(shares) - min(unfilled) <= 1
+
+
+@given(st.lists(st.tuples(tenants, st.integers(2, 500)), min_size=1, max_size=30), budgets)
+def test_many_prompts_of_one_tenant_weigh_as_much_as_one_of_another(
+    prompts: list[tuple[str, int]], budget: int
+) -> None:
+    names, pending = [name for name, _ in prompts], [count for _, count in prompts]
+    shares = share_step(pending, budget, None, names)
+    assert sum(shares) == min(budget, sum(pending))
+    given_to, wanted = Counter[str](), Counter[str]()
+    for name, share, count in zip(names, shares, pending, strict=True):
+        given_to[name] += share
+        wanted[name] += count
+    for name in wanted:
+        if given_to[name] < wanted[name]:
+            assert max(given_to.values()) - given_to[name] <= 1
+
+
+@given(pendings, budgets)
+def test_without_tenants_it_is_as_if_all_were_one_s(pending: list[int], budget: int) -> None:
+    assert share_step(pending, budget) == share_step(pending, budget, None, ["acme"] * len(pending))
+
+
+def one(tenant: str, number: int = 0, *, begun: bool = False) -> Any:
+    return SimpleNamespace(number=number, request=SimpleNamespace(tenant=tenant, generated=(1,) if begun else ()))
+
+
+@given(st.lists(tenants, max_size=40), st.lists(tenants, max_size=20), st.integers(0, 20), st.integers(1, 10))
+def test_places_go_to_whoever_has_fewest_and_nobody_has_more_than_its_share(
+    waiting: list[str], running: list[str], places: int, most: int
+) -> None:
+    batch = [one(tenant) for tenant in running]
+    chosen = next_to_run([one(tenant, number) for number, tenant in enumerate(waiting)], batch, places, most)
+    held = Counter(running)
+    for number, sequence in enumerate(chosen):
+        tenant = sequence.request.tenant
+        still_waiting = [name for at, name in enumerate(waiting) if all(one.number != at for one in chosen[:number])]
+        assert held[tenant] == min(held[name] for name in still_waiting if held[name] < most)
+        held[tenant] += 1
+    assert all(count <= max(most, Counter(running)[tenant]) for tenant, count in held.items())
+    left = Counter(waiting) - Counter(sequence.request.tenant for sequence in chosen)
+    assert len(chosen) == places or all(held[tenant] >= most for tenant in left), "no place stays free for nothing"
+
+
+@given(st.lists(st.booleans(), max_size=20), st.integers(0, 20))
+def test_streams_that_have_begun_elsewhere_come_first_and_then_in_order(begun: list[bool], places: int) -> None:
+    waiting = [one("", number, begun=is_begun) for number, is_begun in enumerate(begun)]
+    chosen = next_to_run(waiting, [], places, 1)
+    expected = sorted(waiting, key=lambda sequence: (not sequence.request.generated, sequence.number))[:places]
+    assert [sequence.number for sequence in chosen] == [sequence.number for sequence in expected]

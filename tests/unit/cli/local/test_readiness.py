@@ -35,7 +35,7 @@ async def router() -> AsyncIterator[tuple[Listening, RouterMetrics, HealthServic
 
 async def is_ready(listening: Listening, workers: int) -> bool:
     try:
-        await asyncio.wait_for(wait_router_ready(listening, num_workers=workers), 0.5)
+        await asyncio.wait_for(wait_router_ready(listening, num_prefills=1, num_workers=workers), 0.5)
     except TimeoutError:
         return False
     return True

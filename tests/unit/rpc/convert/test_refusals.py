@@ -10,7 +10,7 @@ import pytest
 
 from alora_serve.errors import InvalidRequestError, UnimplementedFeatureError
 from alora_serve.rpc import convert
-from alora_serve.v1 import adapter_decode_pb2, alora_pb2, base_prefill_pb2, types_pb2
+from alora_serve.v1 import adapter_decode_pb2, alora_pb2, types_pb2
 
 USER = types_pb2.Message(role="user", content="hi")
 ASSISTANT = types_pb2.Message(role="assistant", content="hello")
@@ -192,10 +192,15 @@ def test_a_targets_own_sampling_is_named_by_position() -> None:
     assert fields(caught.value) == ["targets[1].sampling.top_p"]
 
 
-def test_resuming_through_the_router_is_not_served() -> None:
-    request = alora_pb2.GenerateRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), resume=types_pb2.Resume())
-    with pytest.raises(UnimplementedFeatureError, match="resume"):
+def test_a_resume_with_another_seed_than_the_request_is_named() -> None:
+    request = alora_pb2.GenerateRequest(
+        prompt=types_pb2.Prompt(token_ids=TOKENS),
+        sampling=types_pb2.SamplingParams(seed=1),
+        resume=types_pb2.Resume(seed=2),
+    )
+    with pytest.raises(InvalidRequestError) as caught:
         convert.generate_from_proto(request)
+    assert fields(caught.value) == ["resume.seed"]
 
 
 def test_all_that_is_not_served_is_named_at_once() -> None:
@@ -214,15 +219,10 @@ def test_loading_and_unloading_no_adapter_is_refused() -> None:
         assert fields(caught.value) == ["name"]
 
 
-def test_tenants_are_not_served() -> None:
-    with pytest.raises(UnimplementedFeatureError, match="tenant"):
-        convert.prefill_from_proto(
-            base_prefill_pb2.BasePrefillServicePrefillRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), tenant="t")
-        )
-    with pytest.raises(UnimplementedFeatureError, match="tenant"):
-        convert.decode_from_proto(adapter_decode_pb2.DecodeRequest(handle=HANDLE, tenant="t"))
-
-
 def test_a_resume_point_that_is_not_whole_tokens_is_named() -> None:
+    bad = types_pb2.Resume(generated_token_ids=b"abc")
     with pytest.raises(InvalidRequestError, match=r"resume\.generated_token_ids"):
-        convert.resume_from_proto(types_pb2.Resume(generated_token_ids=b"abc"))
+        convert.decode_from_proto(adapter_decode_pb2.DecodeRequest(handle=HANDLE, resume=bad))
+    target = alora_pb2.FanOutTarget(resume=bad)
+    with pytest.raises(InvalidRequestError, match=r"targets\[0\]\.resume\.generated_token_ids"):
+        convert.fan_out_from_proto(alora_pb2.FanOutRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), targets=[target]))

@@ -1,0 +1,101 @@
+"""The access file: tenants with their quotas, and the keys that their callers show."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import AwareDatetime, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from alora_serve.errors import ConfigError
+from alora_serve.types import Role
+
+TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Quota(_Strict):
+    """What one tenant may use of one router. Unset is without limit.
+
+    Attributes:
+        max_sequences: generations at once; each target of a fan-out is one.
+        max_queued_tokens: prompt tokens of its requests at once.
+        tokens_per_minute: tokens computed and generated; a minute's worth may be used at once.
+        stored_bytes_per_day: KV written for it; beyond, its requests are answered and nothing new is stored.
+    """
+
+    max_sequences: int | None = Field(None, ge=1)
+    max_queued_tokens: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+    stored_bytes_per_day: ByteSize | None = Field(None, ge=1)
+
+
+class ApiKey(_Strict):
+    """A key by its digest: who reads the file cannot call with it.
+
+    Attributes:
+        tenant: whose it is.
+        sha256: lower-case hex SHA-256 of the key, which is a random string of at least 128 bits.
+        roles: what it is good for.
+        expires: not taken from then on.
+    """
+
+    tenant: TenantName
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    roles: frozenset[Role] = frozenset({"generate"})
+    expires: AwareDatetime | None = None
+
+    def is_valid_at(self, moment: datetime) -> bool:
+        """Not expired."""
+        return self.expires is None or moment < self.expires
+
+
+class AccessRules(_Strict):
+    """The whole file. A tenant of a key needs an entry, if an empty one: a misspelt name has no quota."""
+
+    tenants: dict[TenantName, Quota] = Field(default_factory=dict)
+    keys: tuple[ApiKey, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_entries(cls, given: object) -> object:
+        if isinstance(given, dict) and isinstance(given.get("tenants"), dict):
+            tenants = {name: quota or {} for name, quota in given["tenants"].items()}
+            return {**given, "tenants": tenants}
+        return given
+
+    @model_validator(mode="after")
+    def _known_tenants(self) -> AccessRules:
+        unknown = {key.tenant for key in self.keys} - self.tenants.keys()
+        if unknown:
+            raise ValueError(f"keys of tenants without an entry: {', '.join(sorted(unknown))}")
+        return self
+
+
+def read_rules(path: Path) -> AccessRules:
+    """Read and check a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or says something that is not an access rule; names the place, no key.
+    """
+    try:
+        return AccessRules.model_validate(yaml.safe_load(path.read_text()) or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"access_file {path}: {type(error).__name__}") from error
+    except ValidationError as error:
+        # Without the inputs: they may be what somebody took for a place to put a key.
+        found = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}"
+            for problem in error.errors(include_input=False, include_url=False)
+        )
+        raise ConfigError(f"access_file {path}: {found}") from None
+
+
+def now() -> datetime:
+    """The moment that expiry is measured against."""
+    return datetime.now(UTC)

@@ -1,0 +1,203 @@
+"""Faults under load: clients that never pause, what they saw, and how long it took until all was well again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alora_serve.client import AsyncClient, ChatMessage, RetryPolicy, SamplingParams
+from alora_serve.errors import AloraServeError
+from deployment import Deployed, ServedModel
+from questions import Question, Read, read
+
+ANSWER_SECONDS = 60.0
+"""Deadline of one request: longer than any fault lasts."""
+
+PATIENT = RetryPolicy(max_attempts=100, resume_seconds=ANSWER_SECONDS)
+"""For a router that is replaced: with one of them alone, there is nobody to ask for a second or two."""
+
+CONVERSATIONS = (
+    "The river is wide and slow, and boats go down it. Is it wide?",
+    "The moon is far and round, and nobody lives there. Is it far?",
+    "Bread is made of flour, water, salt and time. What is it made of?",
+    "The library closes at eight and opens again at nine. When does it open?",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came of one fault.
+
+    Attributes:
+        fault: what was done.
+        requests: made while it was done.
+        failed: that ended with an error.
+        wrong_tokens: that ended with other tokens or text than without the fault.
+        recovery_seconds: the longest time from a fault until a request begun after it was answered; None without one.
+        details: further figures by name.
+    """
+
+    fault: str
+    requests: int
+    failed: int
+    wrong_tokens: int
+    recovery_seconds: float | None
+    details: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What clients have seen so far."""
+
+    requests: int = 0
+    wrong: int = 0
+    failures: list[str] = field(default_factory=list)
+    answered: list[tuple[float, float]] = field(default_factory=list)
+    """When each answer was begun and ended."""
+    faults: list[float] = field(default_factory=list)
+
+    def strike(self) -> None:
+        """A fault happens now."""
+        self.faults.append(time.monotonic())
+
+    @property
+    def recovery_seconds(self) -> float | None:
+        """See :class:`Row`."""
+        times = [
+            min((ended for began, ended in self.answered if began >= moment), default=float("inf")) - moment
+            for moment in self.faults
+        ]
+        return round(max(times), 2) if times else None
+
+    def row(self, fault: str, **details: float | str) -> Row:
+        """The figures."""
+        if self.failures:
+            details["first_failure"] = self.failures[0]
+        return Row(fault, self.requests, len(self.failures), self.wrong, self.recovery_seconds, details)
+
+
+class Load:
+    """Clients on one router, each asking one question after the other.
+
+    Args:
+        expected: what every question is answered without faults.
+        rng: draws questions; seeded.
+    """
+
+    def __init__(self, address: str, expected: Mapping[Question, Read], rng: random.Random, clients: int = 4) -> None:
+        self.tally = Tally()
+        self._address = address
+        self._expected = expected
+        self._rng = rng
+        self._clients = clients
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Tally]:
+        """Clients ask while the block runs; leaving it waits for the answers under way."""
+        stop = asyncio.Event()
+        asking = [asyncio.create_task(self._ask_until(stop)) for _ in range(self._clients)]
+        try:
+            yield self.tally
+            await self._recovered()
+        finally:
+            stop.set()
+            await asyncio.gather(*asking)
+
+    async def _recovered(self) -> None:
+        """Wait until a request begun after the last fault was answered; a recovery that never comes is no number."""
+        end = time.monotonic() + ANSWER_SECONDS
+        while self.tally.recovery_seconds == float("inf") and time.monotonic() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
+    async def _ask_until(self, stop: asyncio.Event) -> None:
+        async with AsyncClient(self._address, retry=PATIENT) as client:
+            while not stop.is_set():
+                await self._ask(client, self._rng.choice(list(self._expected)))
+
+    async def _ask(self, client: AsyncClient, question: Question) -> None:
+        tally, began = self.tally, time.monotonic()
+        tally.requests += 1
+        try:
+            found = await read(client, question, timeout_seconds=ANSWER_SECONDS)
+        except AloraServeError as error:
+            tally.failures.append(f"{type(error).__name__}: {error}")
+            await asyncio.sleep(0.05)
+            return
+        tally.answered.append((began, time.monotonic()))
+        tally.wrong += not found.is_same_as(self._expected[question])
+
+
+async def questions(deployed: Deployed, tokens: int = 120) -> dict[Question, Read]:
+    """Several conversations, every kind of adapter, greedy and drawn; with their answers while all is well."""
+    model = deployed.model
+    asked = [
+        (model.appended, SamplingParams(max_tokens=tokens, ignore_eos=True)),
+        (model.answering, SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=1.0, seed=11)),
+        (model.plain, SamplingParams(max_tokens=tokens // 2, ignore_eos=True, temperature=0.8, top_k=40, seed=5)),
+        ("", SamplingParams(max_tokens=tokens, ignore_eos=True, presence_penalty=0.3, stop=("never said",))),
+    ]
+    found: dict[Question, Read] = {}
+    for text in CONVERSATIONS:
+        handle = (await deployed.client.prefill([ChatMessage("user", text)])).handle
+        for adapter, sampling in asked:
+            question = Question(handle, adapter, sampling)
+            found[question] = await read(deployed.client, question)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Chaos:
+    """What scenarios are given.
+
+    Attributes:
+        model: a tiny model with adapters.
+        seed: of all that is drawn.
+        is_short: a few faults, to see that all of it works; else as many as the promises are made for.
+        directory: for files.
+    """
+
+    model: ServedModel
+    seed: int
+    is_short: bool
+    directory: Path
+
+    def rng(self, name: str) -> random.Random:
+        """Random numbers of a scenario: the same whatever ran before."""
+        return random.Random(f"{self.seed} {name}")
+
+    def pick(self, short: float, full: float) -> float:
+        """How much of something."""
+        return short if self.is_short else full
+
+    def place(self, name: str) -> Path:
+        """A fresh directory."""
+        path = self.directory / name.replace(" ", "-")
+        path.mkdir(parents=True)
+        return path
+
+
+Scenario = Callable[[Chaos], Awaitable[Sequence[Row]]]
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(name: str) -> Callable[[Scenario], Scenario]:
+    """Registers a scenario under what it does."""
+
+    def register(run: Scenario) -> Scenario:
+        SCENARIOS[name] = run
+        return run
+
+    return register
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The list that ``build/chaos.json`` is."""
+    loaded: list[dict[str, Any]] = json.loads(json.dumps([asdict(row) for row in rows]))
+    return loaded

@@ -1,0 +1,88 @@
+"""``make chaos``: breaks a real deployment in every way it must survive, and says what clients saw.
+
+Every figure is from real processes over real sockets, on a tiny seeded model in float32, where tokens are promised
+equal. Prints a table, writes build/chaos.json, and exits with 1 if a token was wrong or a request failed that another
+replica, or a recompute, could have served.
+
+Examples:
+  make chaos
+  make chaos ARGS="--only 'worker hangs' --seed 7"
+  make chaos ARGS="--short"                  every fault in miniature
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "plugins")]
+
+import processes  # noqa: E402, F401  # registers its scenarios
+from harness import SCENARIOS, Chaos, Row, as_json  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from deployment import save_tiny_model  # noqa: E402
+
+OUTPUT = HERE.parent.parent / "build" / "chaos.json"
+
+
+async def run(names: Sequence[str], seed: int, *, is_short: bool, console: Console) -> list[Row]:
+    """The rows of these scenarios, one scenario after the other."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="alora-chaos-") as directory:
+        model = save_tiny_model(Path(directory))
+        for number, name in enumerate(names, start=1):
+            console.print(f"[dim]{number}/{len(names)}[/dim] {name}")
+            found = await SCENARIOS[name](Chaos(model, seed, is_short, Path(directory)))
+            rows += found
+            for row in found:
+                console.print(
+                    f"    {row.requests} requests, {row.failed} failed, {row.wrong_tokens} wrong", style="dim"
+                )
+    return rows
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """A table."""
+    table = Table(title="Faults under load")
+    for column in ("fault", "requests", "failed", "wrong tokens", "recovery, s", "besides"):
+        table.add_column(column, justify="left" if column in ("fault", "besides") else "right")
+    for row in rows:
+        recovery = "" if row.recovery_seconds is None else f"{row.recovery_seconds:.1f}"
+        besides = ", ".join(f"{name} {value}" for name, value in row.details.items())
+        table.add_row(row.fault, str(row.requests), str(row.failed), str(row.wrong_tokens), recovery, besides)
+    console.print(table)
+
+
+def main() -> None:
+    """Parse flags and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="FAULT")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+    parser.add_argument("--short", action="store_true", help="a few faults of each kind")
+    parser.add_argument("--list", action="store_true", help="print the faults and exit")
+    parser.add_argument("--json", action="store_true", help="print the file's path alone")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(SCENARIOS))
+        return
+    console = Console(stderr=True, quiet=arguments.json)
+    rows = asyncio.run(run(arguments.only, arguments.seed, is_short=arguments.short, console=console))
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    OUTPUT.write_text(json.dumps(as_json(rows), indent=2) + "\n")
+    if not arguments.json:
+        show(rows, Console(width=None if sys.stdout.isatty() else 180))
+    print(OUTPUT)
+    if any(row.wrong_tokens or row.failed for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
