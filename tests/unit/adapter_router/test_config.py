@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from adapter_router.config import Settings
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.servicer import RouterLimits
 from alora_serve.config import load_settings
-from alora_serve.errors import ConfigError
+from alora_serve.errors import ConfigError, OverloadedError, UnauthenticatedError
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
+from alora_serve.rpc.tls import ClientTls
+from alora_serve.types import ANYONE
 from fake_services import SECRET, handle
 
 FLAGS = (
@@ -51,3 +55,30 @@ def test_a_router_without_a_secret_does_not_start_and_suggests_one(monkeypatch: 
     monkeypatch.delenv("ALORA_HANDLE_SECRETS")
     with pytest.raises(ConfigError, match=r"handle_secrets is empty: set ALORA_HANDLE_SECRETS .* for example \S{32}$"):
         load_settings(Settings, FLAGS).signer()
+
+
+def test_an_access_file_brings_tenants_and_their_quotas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "access.yaml"
+    path.write_text("tenants: {acme: {max_sequences: 1}}")
+    settings = load_settings(Settings, [*FLAGS, f"--access-file={path}"])
+    with pytest.raises(ConfigError, match="tenant_salt is empty"):
+        settings.access()
+    monkeypatch.setenv("ALORA_TENANT_SALT", "salt")
+    access, quotas = load_settings(Settings, [*FLAGS, f"--access-file={path}"]).access()
+    with pytest.raises(UnauthenticatedError):
+        access.authorize("/alora_serve.v1.AloraService/Generate", {})
+    with pytest.raises(OverloadedError), quotas.hold("acme", sequences=2, prompt_tokens=0):
+        pytest.fail("the quota was not held to")
+    with pytest.raises(ConfigError, match="needs jwt_issuer and jwt_audience"):
+        load_settings(Settings, [*FLAGS, f"--jwks-file={path}"]).access()
+
+
+def test_without_such_files_everybody_is_let_in() -> None:
+    access, _ = load_settings(Settings, FLAGS).access()
+    assert access.authorize("/alora_serve.v1.AloraService/LoadAdapter", {}) == ANYONE
+
+
+def test_services_are_spoken_to_over_tls_where_an_authority_is_named() -> None:
+    assert load_settings(Settings, FLAGS).peer_tls() is None
+    flags = [*FLAGS, "--peer-tls-ca-file=ca.pem", "--peer-tls-server-name=worker"]
+    assert load_settings(Settings, flags).peer_tls() == ClientTls("ca.pem", server_name="worker")
