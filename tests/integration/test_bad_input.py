@@ -15,6 +15,7 @@ from alora_serve.client import ChatMessage
 from alora_serve.errors import (
     AdapterNotFoundError,
     AloraServeError,
+    HandleInvalidError,
     InvalidRequestError,
     UnimplementedFeatureError,
 )
@@ -215,7 +216,6 @@ UNSERVED: dict[str, alora_pb2.GenerateRequest] = {
     "sampling.n": generate(n=2),
     "sampling.top_logprobs": generate(top_logprobs=3),
     "prompt.documents": generate(prompt_of(documents=[types_pb2.Document(text="Salt water is heavy.")])),
-    "resume": alora_pb2.GenerateRequest(prompt=prompt_of(), resume=types_pb2.Resume(seed=1)),
 }
 
 
@@ -235,11 +235,10 @@ async def test_a_call_that_is_not_served_yet_is_refused_by_name(served: Deployed
     assert method in str(error)
 
 
-async def test_a_tenant_named_to_a_worker_is_refused(served: Deployed) -> None:
+async def test_a_handle_is_of_no_use_to_another_tenant(served: Deployed) -> None:
     handle = (await served.client.prefill("Is the sea deep?")).handle
     async with internal_channel(served.local.processes[WORKER].address) as channel:
         stub: Any = AdapterDecodeServiceStub(channel)
         request = adapter_decode_pb2.DecodeRequest(handle=handle_to_proto(handle), tenant="somebody")
         error = await failure_of(stub.Decode(request))
-    assert isinstance(error, UnimplementedFeatureError)
-    assert fields_of(error) == ["tenant"]
+    assert isinstance(error, HandleInvalidError)
