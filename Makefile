@@ -102,7 +102,7 @@ test: $(VENV)/.ready-dev $(STUBS) ## every test, on real servers, with branch co
 
 .PHONY: chaos
 chaos: $(VENV)/.ready-dev $(STUBS) ## break a running deployment in every way it must survive: make chaos ARGS="--list"
-	@$(TEST_ENV) $(BIN)/python tests/chaos/run.py $(ARGS)
+	@$(TEST_ENV) PYTHONPATH=tests/plugins $(BIN)/python tests/chaos/run.py $(ARGS)
 
 # Torch is overridden away because its build depends on the machine (scripts/setup_venv.py installs it), and with it the
 # packages that only torch needs. The second lock is the first plus the tools, at the same versions.

@@ -64,7 +64,7 @@ class Settings(ServerSettings, SecretSettings, RouterSettings):
         if self.access_file is not None:
             rules = Reloaded(self.access_file, read_rules)
             authenticators.append(ApiKeys(rules))
-            quotas = Quotas(lambda tenant: rules.content.tenants.get(tenant))  # noqa: PLW0108  # the content is read again
+            quotas = Quotas(lambda: rules.content)
         if self.jwks_file is not None:
             if not (self.jwt_issuer and self.jwt_audience):
                 raise ConfigError("jwks_file needs jwt_issuer and jwt_audience: whose tokens, and meant for whom")

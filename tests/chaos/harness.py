@@ -184,17 +184,6 @@ class Chaos:
 
 
 Scenario = Callable[[Chaos], Awaitable[Sequence[Row]]]
-SCENARIOS: dict[str, Scenario] = {}
-
-
-def scenario(name: str) -> Callable[[Scenario], Scenario]:
-    """Registers a scenario under what it does."""
-
-    def register(run: Scenario) -> Scenario:
-        SCENARIOS[name] = run
-        return run
-
-    return register
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

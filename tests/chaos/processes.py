@@ -8,9 +8,9 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
-from harness import Chaos, Load, Row, Tally, questions, scenario
+from harness import Chaos, Load, Row, Scenario, Tally, questions
 
 from alora_serve.cli.local.process import RestartPolicy
 from alora_serve.errors import UnavailableError
@@ -44,7 +44,6 @@ async def _watched_kills(
     return {"kills": done, "ready_seconds": round(ready_seconds, 1)}
 
 
-@scenario("workers killed")
 async def workers_killed(chaos: Chaos) -> list[Row]:
     """Three workers, one of them killed every two seconds."""
     store = f"lmdb://{chaos.place('workers killed')}"
@@ -56,7 +55,6 @@ async def workers_killed(chaos: Chaos) -> list[Row]:
         return [load.tally.row("workers killed", **details)]
 
 
-@scenario("base prefills killed")
 async def prefills_killed(chaos: Chaos) -> list[Row]:
     """Two base prefills, one of them killed every two seconds, while new conversations come."""
     store = f"lmdb://{chaos.place('prefills killed')}"
@@ -86,7 +84,6 @@ async def prefills_killed(chaos: Chaos) -> list[Row]:
         return [load.tally.row("base prefills killed", **details), fresh.row("base prefills killed: new conversations")]
 
 
-@scenario("worker hangs")
 async def worker_hangs(chaos: Chaos) -> list[Row]:
     """SIGSTOP of a worker, and SIGCONT when its streams have long gone on elsewhere."""
     store = f"lmdb://{chaos.place('worker hangs')}"
@@ -106,7 +103,6 @@ async def worker_hangs(chaos: Chaos) -> list[Row]:
         return [load.tally.row("worker hangs", resumed_streams=resumed)]
 
 
-@scenario("rolling update")
 async def rolling_update(chaos: Chaos) -> list[Row]:
     """Every process replaced, one after the other; the router last, whose clients find the next one themselves."""
     store = f"lmdb://{chaos.place('rolling update')}"
@@ -119,3 +115,11 @@ async def rolling_update(chaos: Chaos) -> list[Row]:
                 await running.local.restart(name)
             await asyncio.sleep(2)
         return [load.tally.row("rolling update", replaced=5)]
+
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    "workers killed": workers_killed,
+    "base prefills killed": prefills_killed,
+    "worker hangs": worker_hangs,
+    "rolling update": rolling_update,
+}

@@ -19,18 +19,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "plugins")]
+import processes
+from harness import Chaos, Row, Scenario, as_json
+from rich.console import Console
+from rich.table import Table
 
-import processes  # noqa: E402, F401  # registers its scenarios
-from harness import SCENARIOS, Chaos, Row, as_json  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from deployment import save_tiny_model
 
-from deployment import save_tiny_model  # noqa: E402
-
-OUTPUT = HERE.parent.parent / "build" / "chaos.json"
+SCENARIOS: Final[dict[str, Scenario]] = {**processes.SCENARIOS}
+OUTPUT: Final = Path(__file__).resolve().parent.parent.parent / "build" / "chaos.json"
 
 
 async def run(names: Sequence[str], seed: int, *, is_short: bool, console: Console) -> list[Row]:

@@ -136,13 +136,6 @@ def _server(directory: Path, port: int, *arguments: str) -> RedisProcess:
 
 
 @contextmanager
-def plain_server(directory: Path, *arguments: str) -> Iterator[RedisProcess]:
-    """A standalone server without TLS."""
-    with running(_server(directory, free_port(), *arguments)) as server:
-        yield server
-
-
-@contextmanager
 def tls_server(directory: Path, certificates: Certificates, *, mutual: bool) -> Iterator[RedisProcess]:
     """A standalone server that speaks nothing but TLS; with ``mutual`` to nobody without a certificate."""
     port = free_port()

@@ -7,6 +7,7 @@ import hmac
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -14,7 +15,7 @@ import jwt
 from pydantic import TypeAdapter, ValidationError
 
 from adapter_router.access.reload import Reloaded
-from adapter_router.access.rules import AccessRules, TenantName, now
+from adapter_router.access.rules import AccessRules, TenantName
 from alora_serve.errors import ConfigError, PermissionRefusedError, UnauthenticatedError
 from alora_serve.types import ANYONE, Identity, Role
 
@@ -45,7 +46,7 @@ class ApiKeys:
     def identify(self, token: str) -> Identity | None:
         """See :class:`Authenticator`. Takes as long for every key, known or not."""
         digest = hashlib.sha256(token.encode()).hexdigest()
-        moment = now()
+        moment = datetime.now(UTC)
         found = None
         for key in self._rules.content.keys:
             if hmac.compare_digest(key.sha256, digest) and key.is_valid_at(moment):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from adapter_router.access.rules import Quota
+from adapter_router.access.rules import AccessRules, Quota
 from alora_serve.errors import OverloadedError
 from alora_serve.types import Usage
 
@@ -53,13 +53,13 @@ class Quotas:
     """What every tenant uses now, and has used.
 
     Args:
-        quota_of: the quota of a tenant as the access file has it now; None: it has no entry.
+        rules: the access file as it is now.
     """
 
     def __init__(
-        self, quota_of: Callable[[str], Quota | None] = lambda tenant: None, clock: Callable[[], float] = time.monotonic
+        self, rules: Callable[[], AccessRules] = AccessRules, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._quota_of = quota_of
+        self._rules = rules
         self._clock = clock
         self._sequences: Counter[str] = Counter()
         self._queued_tokens: Counter[str] = Counter()
@@ -102,7 +102,7 @@ class Quotas:
             self._bucket(tenant, "stored", quota.stored_bytes_per_day, DAY_SECONDS).take(usage.stored_bytes)
 
     def _quota(self, tenant: str) -> Quota:
-        return self._quota_of(tenant) or _UNLIMITED
+        return self._rules().tenants.get(tenant, _UNLIMITED)
 
     def _bucket(self, tenant: str, what: str, amount: float, period_seconds: float) -> Bucket:
         bucket = self._buckets.get((tenant, what))

@@ -9,6 +9,7 @@ from typing import Final, Generic, TypeVar
 
 import structlog
 
+from alora_serve.config.file_version import file_version
 from alora_serve.errors import ConfigError
 
 ContentT = TypeVar("ContentT")
@@ -20,10 +21,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Reloaded(Generic[ContentT]):
-    """The content of a file, never older than a second or so. One event loop.
-
-    A mounted secret of Kubernetes is replaced by turning a link: the file's identity changes, not only its time.
-    """
+    """The content of a file, never older than a second or so. One event loop."""
 
     def __init__(self, path: Path, read: Callable[[Path], ContentT]) -> None:
         """Read it.
@@ -33,7 +31,7 @@ class Reloaded(Generic[ContentT]):
         """
         self._path = path
         self._read = read
-        self._version = self._look()
+        self._version = file_version(path)
         self._content = read(path)
         self._looked_at = time.monotonic()
 
@@ -43,7 +41,7 @@ class Reloaded(Generic[ContentT]):
         now = time.monotonic()
         if now - self._looked_at >= LOOK_SECONDS:
             self._looked_at = now
-            version = self._look()
+            version = file_version(self._path)
             if version != self._version:
                 self._version = version
                 self._take()
@@ -56,10 +54,3 @@ class Reloaded(Generic[ContentT]):
             _log.error("file not reloaded, what was read before stays in force", path=str(self._path), error=str(error))
         else:
             _log.info("file reloaded", path=str(self._path))
-
-    def _look(self) -> tuple[int, int, int] | None:
-        try:
-            stat = self._path.stat()
-        except OSError:
-            return None
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size

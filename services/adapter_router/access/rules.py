@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -94,8 +94,3 @@ def read_rules(path: Path) -> AccessRules:
             for problem in error.errors(include_input=False, include_url=False)
         )
         raise ConfigError(f"access_file {path}: {found}") from None
-
-
-def now() -> datetime:
-    """The moment that expiry is measured against."""
-    return datetime.now(UTC)

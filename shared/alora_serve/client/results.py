@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from alora_serve.errors import AloraServeError, UnavailableError
 from alora_serve.rpc.convert import event_from_proto, resume_to_proto
@@ -21,6 +22,8 @@ from alora_serve.types import (
     Usage,
 )
 from alora_serve.v1 import alora_pb2, types_pb2
+
+RequestT = TypeVar("RequestT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,17 @@ class GenerationResult:
     logprobs: tuple[float, ...]
     adapter_digest: AdapterDigest
     seed: int
+
+
+class Received(Protocol[RequestT]):
+    """What a call has brought so far."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have come."""
+
+    def resumed(self, request: RequestT) -> RequestT:
+        """The request for what is missing."""
 
 
 class Transcript:
@@ -86,6 +100,14 @@ class Transcript:
     def is_finished(self) -> bool:
         """Its last event has come."""
         return self._finished is not None
+
+    def resumed(self, request: alora_pb2.GenerateRequest) -> alora_pb2.GenerateRequest:
+        """See :class:`Received`."""
+        rest = alora_pb2.GenerateRequest()
+        rest.CopyFrom(request)
+        if (resume := self.resume()) is not None:
+            rest.resume.CopyFrom(resume)
+        return rest
 
     def resume(self) -> types_pb2.Resume | None:
         """From where another router can go on; None before the first token, when it can as well begin."""
@@ -131,7 +153,7 @@ class FanOutTranscript:
         return sum(target.num_tokens for target in self._targets if isinstance(target, Transcript))
 
     def resumed(self, request: alora_pb2.FanOutRequest) -> alora_pb2.FanOutRequest:
-        """The request for what is missing, each target from where it stood."""
+        """See :class:`Received`. Each target goes on from where it stood; those that have ended are skipped."""
         rest = alora_pb2.FanOutRequest()
         rest.CopyFrom(request)
         for target, wanted in zip(self._targets, rest.targets, strict=True):

@@ -34,6 +34,7 @@ class Retries:
     def __init__(self, policy: RetryPolicy, timeout_seconds: float | None) -> None:
         self._policy = policy
         self._failures = 0
+        self._num_tokens = 0
         self._resume_until: float | None = None
         self._due_seconds = None if timeout_seconds is None else time.monotonic() + timeout_seconds
 
@@ -41,10 +42,15 @@ class Retries:
         """Time left for the next attempt; None is without limit."""
         return None if self._due_seconds is None else max(0.0, self._due_seconds - time.monotonic())
 
-    def got_further(self) -> None:
-        """The call that just failed had brought something: failures before it count no more, time does from here."""
-        self._failures = 0
-        self._resume_until = time.monotonic() + self._policy.resume_seconds
+    def received(self, num_tokens: int) -> None:
+        """Say, when a call fails, how many tokens all have brought. With more than before, earlier failures are forgotten.
+
+        From the first token on, time does.
+        """
+        if num_tokens > self._num_tokens:
+            self._num_tokens = num_tokens
+            self._failures = 0
+            self._resume_until = time.monotonic() + self._policy.resume_seconds
 
     def pause_after(self, error: AloraServeError) -> float:
         """How many seconds to wait before calling again.

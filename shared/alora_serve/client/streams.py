@@ -10,7 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
-from alora_serve.client.results import FanOutTranscript, GenerationResult, Transcript
+from alora_serve.client.results import FanOutTranscript, GenerationResult, Received, RequestT, Transcript
 from alora_serve.client.retry import Retries
 from alora_serve.errors import AloraServeError
 from alora_serve.rpc.convert import event_from_proto
@@ -18,19 +18,24 @@ from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import StreamEvent
 from alora_serve.v1 import alora_pb2
 
-RequestT = TypeVar("RequestT")
 ItemT = TypeVar("ItemT")
 
 
 class ResponseStream(ABC, Generic[RequestT, ItemT]):
     """A running call. Iterate it; :meth:`close` it, or leave its context, to cancel what is not read."""
 
-    def __init__(self, open_call: Callable[[RequestT, float | None], Any], request: RequestT, retries: Retries) -> None:
+    def __init__(
+        self,
+        open_call: Callable[[RequestT, float | None], Any],
+        request: RequestT,
+        retries: Retries,
+        received: Received[RequestT],
+    ) -> None:
         """Begin the call that ``open_call`` makes of a request and a time-out in seconds."""
         self._open_call = open_call
         self._request = request
         self._retries = retries
-        self._tokens_before = 0
+        self._received = received
         self._closed = False
         self._call = open_call(request, retries.remaining_seconds())
 
@@ -66,23 +71,13 @@ class ResponseStream(ABC, Generic[RequestT, ItemT]):
         """Go on with another call, from what was received, if the policy allows it."""
         if self._closed:
             return
-        if self._num_tokens() > self._tokens_before:
-            self._retries.got_further()
-            self._tokens_before = self._num_tokens()
+        self._retries.received(self._received.num_tokens)
         time.sleep(self._retries.pause_after(error))
-        self._call = self._open_call(self._rest(), self._retries.remaining_seconds())
+        self._call = self._open_call(self._received.resumed(self._request), self._retries.remaining_seconds())
 
     @abstractmethod
     def _item(self, response: Any) -> ItemT | None:
         """What a response holds, taken into account for the result; None if nothing new."""
-
-    @abstractmethod
-    def _rest(self) -> RequestT:
-        """The request for what has not been received."""
-
-    @abstractmethod
-    def _num_tokens(self) -> int:
-        """Tokens received."""
 
 
 class GenerationStream(ResponseStream[alora_pb2.GenerateRequest, StreamEvent]):
@@ -94,8 +89,8 @@ class GenerationStream(ResponseStream[alora_pb2.GenerateRequest, StreamEvent]):
         request: alora_pb2.GenerateRequest,
         retries: Retries,
     ) -> None:
-        super().__init__(open_call, request, retries)
         self._transcript = Transcript()
+        super().__init__(open_call, request, retries, self._transcript)
 
     @property
     def text(self) -> str:
@@ -116,16 +111,6 @@ class GenerationStream(ResponseStream[alora_pb2.GenerateRequest, StreamEvent]):
         event = event_from_proto(response.event)
         return event if self._transcript.add(event) else None
 
-    def _rest(self) -> alora_pb2.GenerateRequest:
-        rest = alora_pb2.GenerateRequest()
-        rest.CopyFrom(self._request)
-        if (resume := self._transcript.resume()) is not None:
-            rest.resume.CopyFrom(resume)
-        return rest
-
-    def _num_tokens(self) -> int:
-        return self._transcript.num_tokens
-
 
 class FanOutStream(ResponseStream[alora_pb2.FanOutRequest, tuple[int, StreamEvent | AloraServeError]]):
     """Events of all targets as they come, each with its target's index. A target that failed ends with its error."""
@@ -136,8 +121,8 @@ class FanOutStream(ResponseStream[alora_pb2.FanOutRequest, tuple[int, StreamEven
         request: alora_pb2.FanOutRequest,
         retries: Retries,
     ) -> None:
-        super().__init__(open_call, request, retries)
         self._transcript = FanOutTranscript(len(request.targets))
+        super().__init__(open_call, request, retries, self._transcript)
 
     def results(self) -> list[GenerationResult | AloraServeError]:
         """Read what is left and return a result, or the error it failed with, for each target in order.
@@ -151,9 +136,3 @@ class FanOutStream(ResponseStream[alora_pb2.FanOutRequest, tuple[int, StreamEven
 
     def _item(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError] | None:
         return self._transcript.add(response)
-
-    def _rest(self) -> alora_pb2.FanOutRequest:
-        return self._transcript.resumed(self._request)
-
-    def _num_tokens(self) -> int:
-        return self._transcript.num_tokens

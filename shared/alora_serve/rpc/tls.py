@@ -8,24 +8,10 @@ from pathlib import Path
 import grpc
 import structlog
 
+from alora_serve.config.file_version import FileVersion, file_version
 from alora_serve.errors import ConfigError
 
 _log = structlog.get_logger(__name__)
-
-FileVersions = tuple[tuple[int, int, int] | None, ...]
-"""Inode, time and size of each file: a mounted secret of Kubernetes is replaced by turning a link."""
-
-
-def _versions(*files: str) -> FileVersions:
-    found: list[tuple[int, int, int] | None] = []
-    for file in files:
-        try:
-            stat = Path(file).stat()
-        except OSError:
-            found.append(None)
-        else:
-            found.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
-    return tuple(found)
 
 
 def _read(setting: str, file: str) -> bytes:
@@ -55,11 +41,11 @@ class ServerTls:
         Raises:
             ConfigError: a file cannot be read, or client certificates are asked for without saying whose.
         """
-        seen = _versions(self.cert_file, self.key_file, self.client_ca_file)
+        seen = tuple(map(file_version, (self.cert_file, self.key_file, self.client_ca_file)))
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             nonlocal seen
-            now = _versions(self.cert_file, self.key_file, self.client_ca_file)
+            now = tuple(map(file_version, (self.cert_file, self.key_file, self.client_ca_file)))
             if now == seen:
                 return None
             try:
@@ -109,6 +95,6 @@ class ClientTls:
             certificate_chain=_read("peer_tls_cert_file", self.cert_file) if self.cert_file else None,
         )
 
-    def versions(self) -> FileVersions:
+    def versions(self) -> tuple[FileVersion | None, ...]:
         """Different once a file has changed."""
-        return _versions(self.ca_file, self.cert_file, self.key_file)
+        return tuple(map(file_version, (self.ca_file, self.cert_file, self.key_file)))

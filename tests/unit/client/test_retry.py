@@ -47,16 +47,26 @@ def test_nothing_is_repeated_that_would_begin_too_late() -> None:
 
 def test_one_attempt_never_repeats() -> None:
     retries = Retries(RetryPolicy(max_attempts=1), None)
-    retries.got_further()
+    retries.received(1)
     with pytest.raises(UnavailableError):
         retries.pause_after(GONE)
 
 
 def test_a_stream_that_has_begun_looks_for_a_router_by_time_and_not_by_attempts() -> None:
     retries = Retries(RetryPolicy(resume_seconds=60.0, max_backoff_seconds=0.5), None)
-    retries.got_further()
+    retries.received(1)
     assert max(retries.pause_after(GONE) for _ in range(50)) <= 0.5
     too_late = Retries(RetryPolicy(resume_seconds=0.0), None)
-    too_late.got_further()
+    too_late.received(1)
     with pytest.raises(UnavailableError):
         too_late.pause_after(GONE)
+
+
+def test_only_more_tokens_than_before_begin_the_count_anew() -> None:
+    retries = Retries(RetryPolicy(resume_seconds=0.0), None)
+    retries.received(0)
+    assert retries.pause_after(GONE) >= 0, "nothing came: attempts count"
+    retries.received(3)
+    retries.received(3)
+    with pytest.raises(UnavailableError):
+        retries.pause_after(GONE)

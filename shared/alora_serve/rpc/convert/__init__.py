@@ -42,7 +42,6 @@ from alora_serve.rpc.convert.sampling import (
     sampling_to_proto,
 )
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
-from alora_serve.rpc.convert.violations import refuse_unserved
 
 __all__ = [
     "FanOut",
@@ -71,7 +70,6 @@ __all__ = [
     "prefill_result_to_proto",
     "prompt_from_proto",
     "prompt_to_proto",
-    "refuse_unserved",
     "resume_to_proto",
     "sampling_from_proto",
     "sampling_to_proto",

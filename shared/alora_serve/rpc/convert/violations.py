@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from google.protobuf.message import Message
-
 from alora_serve.errors import FieldViolation, InvalidRequestError, UnimplementedFeatureError
 
 SUMMARY_VIOLATIONS: Final = 3
@@ -52,14 +50,3 @@ class Violations:
             )
         if self._unserved:
             raise UnimplementedFeatureError.of(*self._unserved)
-
-
-def refuse_unserved(request: Message, *fields: str) -> None:
-    """Return unless one of these fields of the request is set.
-
-    Raises:
-        UnimplementedFeatureError: naming those that are.
-    """
-    present = {descriptor.name for descriptor, _ in request.ListFields()}
-    if unserved := [field for field in fields if field in present]:
-        raise UnimplementedFeatureError.of(*unserved)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_router.access.quotas import Bucket, Quotas
-from adapter_router.access.rules import Quota
+from adapter_router.access.rules import AccessRules, Quota
 from alora_serve.errors import OverloadedError
 from alora_serve.types import Usage
 
@@ -23,7 +23,8 @@ class Clock:
 
 
 def quotas(clock: Clock | None = None, **limits: int) -> Quotas:
-    return Quotas({"acme": Quota(**limits)}.get, clock or Clock())
+    rules = AccessRules(tenants={"acme": Quota(**limits)})
+    return Quotas(lambda: rules, clock or Clock())
 
 
 def test_sequences_and_prompt_tokens_at_once_are_bounded() -> None:
