@@ -21,6 +21,7 @@ from redis_servers import (
     cluster,
     make_certificates,
     tls_server,
+    valkey_server,
     watched,
 )
 from store_peer import RecordingMetrics
@@ -33,7 +34,7 @@ def valkey() -> Iterator[ValkeyServer]:
     """A Valkey that listens on TCP and on a unix socket. Sockets need a short path, hence not ``tmp_path``."""
     with (
         tempfile.TemporaryDirectory(prefix="valkey-") as directory,
-        ValkeyServer(unix_socket_path=Path(directory) / "socket", save="") as server,
+        valkey_server(unix_socket_path=Path(directory) / "socket") as server,
     ):
         yield server
 

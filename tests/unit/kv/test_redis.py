@@ -19,6 +19,7 @@ from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.redis_connection import LinkPool
 from alora_serve.kv.redis_url import TlsFiles, parse_redis_url
 from alora_serve.kv.store import KVStore, Put
+from redis_servers import valkey_server
 from store_peer import PATIENCE_SECONDS, key_of, pattern, read
 
 KEY = key_of("a")
@@ -36,7 +37,7 @@ CALLS: dict[str, Callable[[KVStore, float], object]] = {
 def server() -> Iterator[ValkeyServer]:
     with (
         tempfile.TemporaryDirectory(prefix="valkey-") as directory,
-        ValkeyServer(unix_socket_path=Path(directory) / "socket", save="") as server,
+        valkey_server(unix_socket_path=Path(directory) / "socket") as server,
     ):
         yield server
 
@@ -82,17 +83,17 @@ def test_a_dead_address_is_unavailable_at_once(url: str, call: str) -> None:
 
 
 def test_a_server_that_dies_is_unavailable_and_a_restarted_one_is_used_again() -> None:
-    with ValkeyServer(save="") as server:
+    with valkey_server() as server:
         port = server.port
         store = RedisStore(f"redis://127.0.0.1:{port}/0", ttl_seconds=600)
         put(store, Put(KEY, VALUE))
     for call in CALLS.values():
         with pytest.raises(StoreUnavailableError):
             call(store, PATIENCE_SECONDS)
-    with ValkeyServer(port=port, save=""):
+    with valkey_server(port):
         assert read(store, [KEY]) == {}
         put(store, Put(KEY, VALUE))
-    with ValkeyServer(port=port, save=""):  # the idle connection is dead, and that costs no call
+    with valkey_server(port):  # the idle connection is dead, and that costs no call
         assert read(store, [KEY]) == {}
     store.close()
 

