@@ -74,7 +74,12 @@ class Bench:
     def deployed(self, store_url: str | None = None) -> Deployed:
         """Our services, with these adapters and their twins."""
         root = self.adapters[0].directory.parent
-        options = DeploymentOptions(adapter_roots=(root,), dtype=self.dtype, store_url=store_url)
+        options = DeploymentOptions(
+            adapter_roots=(root,),
+            dtype=self.dtype,
+            store_url=store_url,
+            settings={"max_queue": "10000"},  # peers' queues have no end either, and what is refused cannot be timed
+        )
         return Deployed(options, self.adapters)
 
     def llama(self, settings: LlamaSettings) -> LlamaServer:
