@@ -10,10 +10,12 @@ from adapter_decode.config import AdapterDecodeSettings
 from adapter_decode.scan import open_registry, scan_forever
 from adapter_decode.servicer import AdapterDecodeServicer
 from alora_serve.engine.decoder import Decoder
+from alora_serve.engine.prefiller import Prefiller
 from alora_serve.engine.rates import RecentMean
 from alora_serve.engine.startup import start_core
 from alora_serve.metrics import AdapterMetrics, CoreMetrics, RequestMetrics, RpcMetrics, service_registry
 from alora_serve.rpc.channels import message_bytes_for_context
+from alora_serve.rpc.prefill_servicer import BasePrefillServicer
 from alora_serve.rpc.server import Service, run_service, serve
 from alora_serve.types import EndpointStatus
 from alora_serve.v1.adapter_decode_pb2_grpc import add_AdapterDecodeServiceServicer_to_server
@@ -35,14 +37,18 @@ async def main(settings: AdapterDecodeSettings) -> int:
             adapter_load_seconds=load_seconds.value,
         )
 
-    servicer = AdapterDecodeServicer(
-        Decoder(core, adapters, started.signer), adapters, status, RequestMetrics(registry)
-    )
+    metrics = RequestMetrics(registry)
+    servicer = AdapterDecodeServicer(Decoder(core, adapters, started.signer), adapters, status, metrics)
+    services = [
+        Service("alora_serve.v1.AdapterDecodeService", partial(add_AdapterDecodeServiceServicer_to_server, servicer))
+    ]
+    if settings.workers_prefill:
+        services.append(BasePrefillServicer(Prefiller(core, started.signer), status, metrics).service())
     scanning = asyncio.create_task(scan_forever(adapters, settings.adapter_scan_seconds))
     return await serve(
         "adapter-decode",
         settings,
-        [Service("alora_serve.v1.AdapterDecodeService", partial(add_AdapterDecodeServiceServicer_to_server, servicer))],
+        services,
         observer=RpcMetrics(registry),
         registry=registry,
         max_message_bytes=partial(message_bytes_for_context, core.model.context_tokens),

@@ -8,10 +8,12 @@ from typing import Final
 from adapter_router.catalog import live_models
 from adapter_router.config import Settings
 from adapter_router.peers import prefill_pool, worker_pool
+from adapter_router.prefilling import Prefilling
 from adapter_router.servicer import AloraServicer
 from alora_serve.metrics import RequestMetrics, RouterMetrics, RpcMetrics, service_registry
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.server import Service, run_service, serve
+from alora_serve.rpc.tls import ClientTls
 from alora_serve.v1.alora_pb2_grpc import add_AloraServiceServicer_to_server
 
 SERVICE: Final = "alora_serve.v1.AloraService"
@@ -22,17 +24,20 @@ async def main(settings: Settings) -> int:
     settings.check_endpoints()
     registry = service_registry()
     access, quotas = settings.access()
-    tls = settings.peer_tls()
+    tls = ClientTls.of_peers(settings)
     metrics, options = RouterMetrics(registry), settings.endpoint_options()
     health = HealthServicer([SERVICE], serving=False)
 
     def tell_health() -> None:
-        health.set_serving(bool(live_models(prefills.snapshots(), workers.snapshots())))
+        health.set_serving(bool(live_models(prefilling.snapshots(), workers.snapshots())))
 
     prefills = prefill_pool(settings.base_prefill_endpoints, options, metrics, on_change=tell_health, tls=tls)
     workers = worker_pool(settings.decode_endpoints, options, metrics, on_change=tell_health, tls=tls)
+    prefilling = Prefilling(
+        prefills, workers, max_attempts=settings.max_attempts, workers_prefill=settings.workers_prefill
+    )
     servicer = AloraServicer(
-        prefills,
+        prefilling,
         workers,
         settings.signer(),
         settings.limits(),

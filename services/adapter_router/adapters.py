@@ -52,9 +52,9 @@ class AdapterDirectory:
         """
 
         async def invoke(
-            stub: WorkerStub,
+            worker: Endpoint[WorkerStub],
         ) -> decode_pb2.AdapterDecodeServiceLoadAdapterResponse:
-            return await stub.LoadAdapter(request, timeout=call.remaining_seconds(), metadata=call.metadata)
+            return await worker.stub.LoadAdapter(request, timeout=call.remaining_seconds(), metadata=call.metadata)
 
         request = decode_pb2.AdapterDecodeServiceLoadAdapterRequest(name=name)
         find_adapter(name, self._workers.snapshots())

@@ -9,14 +9,13 @@ from adapter_router.access.rules import read_rules
 from adapter_router.demands import Demands
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.servicer import RouterLimits
-from alora_serve.config import RouterSettings, SecretSettings, ServerSettings
+from alora_serve.config import PrefillSettings, RouterSettings, SecretSettings, ServerSettings
 from alora_serve.errors import ConfigError
 from alora_serve.kv.fingerprints import PrefixFingerprints
 from alora_serve.kv.tenancy import TenantSalts
-from alora_serve.rpc.tls import ClientTls
 
 
-class Settings(ServerSettings, SecretSettings, RouterSettings):
+class Settings(ServerSettings, SecretSettings, PrefillSettings, RouterSettings):
     """The public API: picks endpoints by adapter and forwards their streams."""
 
     def endpoint_options(self) -> EndpointOptions:
@@ -40,14 +39,6 @@ class Settings(ServerSettings, SecretSettings, RouterSettings):
     def demands(self) -> Demands:
         """What calls need of endpoints; prefixes are named as the services of this deployment name them."""
         return Demands(PrefixFingerprints(self.tenant_salt.get_secret_value().encode()))
-
-    def peer_tls(self) -> ClientTls | None:
-        """How to speak to the services; None: in plain text."""
-        if not self.peer_tls_ca_file:
-            return None
-        return ClientTls(
-            self.peer_tls_ca_file, self.peer_tls_cert_file, self.peer_tls_key_file, self.peer_tls_server_name
-        )
 
     def salts(self) -> TenantSalts:
         """What keeps tenants apart, as in the services of this deployment."""

@@ -164,17 +164,19 @@ def peer_failure(kind: type[AloraServeError], service: str, address: str, cause:
 async def call_endpoint(
     endpoints: EndpointSet[StubT],
     demand: Demand,
-    invoke: Callable[[StubT], Awaitable[ResponseT]],
+    invoke: Callable[[Endpoint[StubT]], Awaitable[ResponseT]],
     *,
     max_attempts: int,
+    wait_seconds: float | None = None,
 ) -> ResponseT:
     """Make one unary, repeatable call at the endpoint ``demand`` prefers, and again as :class:`Retries` allows.
 
     Args:
         endpoints: who may serve it.
         demand: what it needs.
-        invoke: makes the call on a stub.
+        invoke: makes the call.
         max_attempts: calls in all.
+        wait_seconds: longest wait for an endpoint that is fit; unset, as long as the set's options say.
 
     Raises:
         UnavailableError: no endpoint could take it.
@@ -183,11 +185,11 @@ async def call_endpoint(
     """
     retries = Retries(endpoints, demand, max_attempts)
     while True:
-        async with endpoints.lease(demand, avoid=retries.failed) as lease:
+        async with endpoints.lease(demand, avoid=retries.failed, wait_seconds=wait_seconds) as lease:
             endpoint = lease.endpoint
             try:
                 with peer_errors(endpoints.service, endpoint.address):
-                    return await _unless_silent(endpoint, invoke(endpoint.stub), endpoints.service)
+                    return await _unless_silent(endpoint, invoke(endpoint), endpoints.service)
             except AloraServeError as error:
                 retries.after(endpoint, error)
 

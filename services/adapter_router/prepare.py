@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 from adapter_router.access.quotas import Quotas
 from adapter_router.catalog import NO_MODEL, paired_models
 from adapter_router.demands import Demands
-from adapter_router.dispatch import Call, call_endpoint
+from adapter_router.dispatch import Call
 from adapter_router.policy import Demand, EndpointSnapshot
+from adapter_router.prefilling import Prefilling
 from alora_serve.errors import ModelMismatchError, UnavailableError
 from alora_serve.handles import HandleSigner
 from alora_serve.rpc.convert import prefill_result_from_proto
 from alora_serve.types import PrefillResult, PrefixHandle, Prompt
 from alora_serve.v1 import types_pb2
-from alora_serve.v1.base_prefill_pb2 import BasePrefillServicePrefillRequest, BasePrefillServicePrefillResponse
+from alora_serve.v1.base_prefill_pb2 import BasePrefillServicePrefillRequest
 
 if TYPE_CHECKING:
-    from adapter_router.peers import Prefills, PrefillStub, Workers
+    from adapter_router.peers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +32,30 @@ class Prepared:
 
 
 class Preparer:
-    """Prepares prompts with the base prefill endpoints."""
+    """Prepares prompts with whoever prefills."""
 
     def __init__(
         self,
-        prefills: Prefills,
+        prefilling: Prefilling,
         workers: Workers,
         signer: HandleSigner,
         demands: Demands,
         quotas: Quotas,
-        *,
-        max_attempts: int,
     ) -> None:
         """Keep who does what.
 
         Args:
-            prefills: base prefill endpoints.
+            prefilling: calls whoever prefills.
             workers: decode workers, with whose models a prefill is paired.
             signer: verifies handles before anyone works on them.
             demands: says what a prefill needs of an endpoint.
             quotas: says whether more may be stored for a tenant.
-            max_attempts: base prefill calls for one prompt in all.
         """
-        self._prefills = prefills
+        self._prefilling = prefilling
         self._workers = workers
         self._signer = signer
         self._demands = demands
         self._quotas = quotas
-        self._max_attempts = max_attempts
 
     async def prepare(
         self, prompt: Prompt, message: types_pb2.Prompt, *, call: Call, adapter: str = "", tokenize_only: bool = False
@@ -75,7 +72,7 @@ class Preparer:
         Raises:
             InvalidRequestError: a handle that does not verify, or what base prefill finds wrong.
             ModelMismatchError: a handle of a model that no endpoint has.
-            UnavailableError: no base prefill can take it.
+            UnavailableError: nobody can prefill it.
         """
         handle = prompt.handle
         if handle is not None:
@@ -95,9 +92,6 @@ class Preparer:
     async def _prefill(
         self, prompt: Prompt, message: types_pb2.Prompt, call: Call, adapter: str, tokenize_only: bool
     ) -> PrefillResult:
-        async def invoke(stub: PrefillStub) -> BasePrefillServicePrefillResponse:
-            return await stub.Prefill(request, timeout=call.remaining_seconds(), metadata=call.metadata)
-
         request = BasePrefillServicePrefillRequest(
             prompt=message,
             tokenize_only=tokenize_only,
@@ -106,14 +100,13 @@ class Preparer:
             skip_store=not self._quotas.may_store(call.tenant),
         )
         demand = self._prefill_demand(prompt, adapter, call)
-        response = await call_endpoint(self._prefills, demand, invoke, max_attempts=self._max_attempts)
-        return prefill_result_from_proto(response)
+        return prefill_result_from_proto(await self._prefilling.prefill(demand, request, call))
 
     def _prefill_demand(self, prompt: Prompt, adapter: str, call: Call) -> Demand:
         if prompt.handle is not None:
-            _check_model_left(prompt.handle, self._prefills.snapshots(), self._workers.snapshots())
+            _check_model_left(prompt.handle, self._prefilling.snapshots(), self._workers.snapshots())
             return self._demands.prefill(prompt, {prompt.handle.model_digest}, call.tenant_salt)
-        models = paired_models(self._prefills.snapshots(), self._workers.snapshots(), adapter)
+        models = paired_models(self._prefilling.snapshots(), self._workers.snapshots(), adapter)
         if not models:
             raise UnavailableError(NO_MODEL)
         return self._demands.prefill(prompt, models, call.tenant_salt)

@@ -51,7 +51,8 @@ from alora_serve.v1 import alora_pb2, types_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer
 
 if TYPE_CHECKING:
-    from adapter_router.peers import Prefills, Workers
+    from adapter_router.peers import Workers
+    from adapter_router.prefilling import Prefilling
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -83,7 +84,7 @@ class AloraServicer(AloraServiceServicer):
 
     def __init__(
         self,
-        prefills: Prefills,
+        prefilling: Prefilling,
         workers: Workers,
         signer: HandleSigner,
         limits: RouterLimits,
@@ -97,7 +98,7 @@ class AloraServicer(AloraServiceServicer):
         """Keep who does what.
 
         Args:
-            prefills: base prefill endpoints.
+            prefilling: calls whoever prefills.
             workers: decode workers.
             signer: verifies clients' handles.
             limits: see :class:`RouterLimits`.
@@ -109,13 +110,13 @@ class AloraServicer(AloraServiceServicer):
         """
         self._router_metrics = router_metrics
         self._request_metrics = request_metrics
-        self._prefills = prefills
+        self._prefilling = prefilling
         self._workers = workers
         self._limits = limits
         self._demands = demands
         self._salts = salts
         self._quotas = quotas
-        self._preparer = Preparer(prefills, workers, signer, demands, quotas, max_attempts=limits.max_attempts)
+        self._preparer = Preparer(prefilling, workers, signer, demands, quotas)
         self._adapters = AdapterDirectory(workers, max_attempts=limits.max_attempts)
         self._in_flight = 0
 
@@ -248,13 +249,13 @@ class AloraServicer(AloraServiceServicer):
 
     async def GetModel(self, request: alora_pb2.GetModelRequest, context: Context) -> alora_pb2.GetModelResponse:
         """The base model."""
-        served = paired_models(self._prefills.snapshots(), self._workers.snapshots())
-        model = prevailing_model(self._prefills.models(), self._workers.models(), served)
+        served = paired_models(self._prefilling.snapshots(), self._workers.snapshots())
+        model = prevailing_model(self._prefilling.models(), self._workers.models(), served)
         return alora_pb2.GetModelResponse(model=model_to_proto(model))
 
     def max_message_bytes(self) -> int:
         """The largest request that a model behind this router takes, as far as its endpoints have reported."""
-        contexts = [model.context_tokens for model in (*self._prefills.models(), *self._workers.models())]
+        contexts = [model.context_tokens for model in (*self._prefilling.models(), *self._workers.models())]
         return message_bytes_for_context(max(contexts)) if contexts else DEFAULT_MESSAGE_BYTES
 
     # --- not served yet -----------------------------------------------------------------------------------------------

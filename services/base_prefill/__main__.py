@@ -9,11 +9,10 @@ from alora_serve.engine.prefiller import Prefiller
 from alora_serve.engine.startup import start_core
 from alora_serve.metrics import CoreMetrics, RequestMetrics, RpcMetrics, service_registry
 from alora_serve.rpc.channels import message_bytes_for_context
-from alora_serve.rpc.server import Service, run_service, serve
+from alora_serve.rpc.prefill_servicer import BasePrefillServicer
+from alora_serve.rpc.server import run_service, serve
 from alora_serve.types import EndpointStatus
-from alora_serve.v1.base_prefill_pb2_grpc import add_BasePrefillServiceServicer_to_server
 from base_prefill.config import BasePrefillSettings
-from base_prefill.servicer import BasePrefillServicer
 
 
 async def main(settings: BasePrefillSettings) -> int:
@@ -29,7 +28,7 @@ async def main(settings: BasePrefillSettings) -> int:
     return await serve(
         "base-prefill",
         settings,
-        [Service("alora_serve.v1.BasePrefillService", partial(add_BasePrefillServiceServicer_to_server, servicer))],
+        [servicer.service()],
         observer=RpcMetrics(registry),
         registry=registry,
         max_message_bytes=partial(message_bytes_for_context, core.model.context_tokens),

@@ -7,6 +7,7 @@ histograms and gauges of a current state: rates and means are for PromQL.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -37,6 +38,17 @@ def service_registry() -> CollectorRegistry:
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
     return registry
+
+
+class TaskMetrics:
+    """How many asyncio tasks the process has: what is forgotten shows there first."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._tasks = Gauge("alora_tasks", "asyncio tasks of the process.", registry=registry)
+
+    def watch(self, count: Callable[[], int]) -> None:
+        """Ask there whenever somebody looks."""
+        self._tasks.set_function(count)
 
 
 class LabelCap:
@@ -96,6 +108,9 @@ class StoreMetrics:
         )
         for direction in ("read", "write"):
             self._set_breaker(direction, "closed")
+        self._retry = Gauge(
+            "alora_store_breaker_retry_seconds", "Until it lets a probe through.", ["direction"], registry=registry
+        )
 
     def observe(self, operation: str, outcome: str, seconds: float, bytes_moved: int) -> None:
         """One call of the store."""
@@ -106,6 +121,10 @@ class StoreMetrics:
     def breaker_state(self, direction: str, state: enum.Enum) -> None:
         """The circuit breaker of ``read`` or ``write`` is in this state now."""
         self._set_breaker(direction, str(state.value))
+
+    def breaker_retry(self, direction: str, seconds: Callable[[], float]) -> None:
+        """Ask there how long the circuit breaker of ``read`` or ``write`` stays open."""
+        self._retry.labels(direction).set_function(seconds)
 
     def _set_breaker(self, direction: str, state: str) -> None:
         for name in BREAKER_STATES:

@@ -453,3 +453,26 @@ async def test_a_worker_that_joins_the_name_takes_requests() -> None:
         assert kinds(await events_of(router.stub.Generate(ASK)))[-1] == "finished"
     for server in servers:
         await server.kill()
+
+
+async def test_workers_prefill_where_they_may_once_no_base_prefill_can() -> None:
+    prefill, worker = FakePrefill(), FakeWorker(prefill=FakePrefill())
+    async with deployment([prefill], [worker], workers_prefill=True) as (router, servers):
+        assert kinds(await events_of(router.stub.Generate(ASK)))[-1] == "finished"
+        assert (len(prefill.requests), len(worker.prefill.requests)) == (1, 0)
+        await servers[0].kill()
+        for _ in range(2):
+            assert kinds(await events_of(router.stub.Generate(ASK)))[-1] == "finished"
+        assert (len(prefill.requests), len(worker.prefill.requests)) == (1, 2)
+
+
+async def test_a_router_that_has_never_met_a_base_prefill_can_do_with_workers_alone() -> None:
+    worker = FakeWorker(prefill=FakePrefill())
+    server = await start_worker(worker)
+    try:
+        async with router_on(["127.0.0.1:1"], [server.address], workers_prefill=True) as router:
+            await router.settled(0, 1)
+            assert (await router.stub.GetModel(alora_pb2.GetModelRequest())).model.name
+            assert (await router.stub.Prefill(alora_pb2.PrefillRequest(prompt=HELLO))).HasField("handle")
+    finally:
+        await server.kill()

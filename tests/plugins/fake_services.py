@@ -24,6 +24,7 @@ from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.endpoints.pool import EndpointSet
 from adapter_router.endpoints.resolver import Resolver
 from adapter_router.peers import prefill_pool, worker_pool
+from adapter_router.prefilling import Prefilling
 from adapter_router.servicer import AloraServicer, RouterLimits
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.fingerprints import PrefixFingerprints
@@ -203,8 +204,12 @@ class FakePrefill(FakeService, BasePrefillServiceServicer):
 class FakeWorker(FakeService, AdapterDecodeServiceServicer):
     """A decode worker that follows a script. ``cancelled`` counts streams that ended before their script did."""
 
-    def __init__(self, script: Script = answer, status: EndpointStatus | None = None) -> None:
+    def __init__(
+        self, script: Script = answer, status: EndpointStatus | None = None, *, prefill: FakePrefill | None = None
+    ) -> None:
+        """``prefill``: what it serves as a base prefill, besides."""
         super().__init__(status or EndpointStatus(model(), adapters=ADAPTERS))
+        self.prefill = prefill
         self.script = script
         self.requests: list[decode_pb2.DecodeRequest] = []
         self.cancelled = 0
@@ -288,7 +293,13 @@ async def start_prefill(prefill: FakePrefill, address: str = "127.0.0.1:0") -> S
 
 async def start_worker(worker: FakeWorker, address: str = "127.0.0.1:0") -> Server:
     """Serve a fake decode worker."""
-    return await start_server(partial(add_AdapterDecodeServiceServicer_to_server, worker), address)
+
+    def register(server: grpc.aio.Server) -> None:
+        add_AdapterDecodeServiceServicer_to_server(worker, server)
+        if worker.prefill is not None:
+            add_BasePrefillServiceServicer_to_server(worker.prefill, server)
+
+    return await start_server(register, address)
 
 
 @dataclass
@@ -355,6 +366,7 @@ async def router_on(
     write_timeout_seconds: float = WRITE_TIMEOUT_SECONDS,
     quotas: Quotas | None = None,
     access: Access | None = None,
+    workers_prefill: bool = False,
 ) -> AsyncIterator[Router]:
     """A router in front of these targets."""
     registry = CollectorRegistry()
@@ -364,11 +376,13 @@ async def router_on(
         prefills, workers = await stack.enter_async_context(
             endpoint_sets(prefill_targets, worker_targets, options=options, resolve=names, metrics=metrics)
         )
+        limits = limits or RouterLimits()
+        prefilling = Prefilling(prefills, workers, max_attempts=limits.max_attempts, workers_prefill=workers_prefill)
         servicer = AloraServicer(
-            prefills,
+            prefilling,
             workers,
             SIGNER,
-            limits or RouterLimits(),
+            limits,
             demands=Demands(PrefixFingerprints(b"")),
             salts=TenantSalts(SALT),
             quotas=quotas or Quotas(),

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -34,6 +34,7 @@ class RecordingMetrics:
     def __init__(self) -> None:
         self.observed: list[tuple[Operation, Outcome, int]] = []
         self.states: list[tuple[Direction, BreakerState]] = []
+        self.retries: dict[Direction, Callable[[], float]] = {}
 
     def observe(self, operation: Operation, outcome: Outcome, seconds: float, bytes_moved: int) -> None:
         """See ``StoreMetrics``."""
@@ -42,6 +43,10 @@ class RecordingMetrics:
     def breaker_state(self, direction: Direction, state: BreakerState) -> None:
         """See ``StoreMetrics``."""
         self.states.append((direction, state))
+
+    def breaker_retry(self, direction: Direction, seconds: Callable[[], float]) -> None:
+        """See ``StoreMetrics``."""
+        self.retries[direction] = seconds
 
 
 def key_of(name: str | int) -> StoreKey:

@@ -19,6 +19,7 @@ from alora_serve.metrics import (
     RouterMetrics,
     RpcMetrics,
     StoreMetrics,
+    TaskMetrics,
     service_registry,
 )
 from alora_serve.types import Timings, Usage
@@ -30,8 +31,9 @@ ALL: tuple[type[Any], ...] = (
     AdapterMetrics,
     RequestMetrics,
     RouterMetrics,
+    TaskMetrics,
 )
-COUNTED_THINGS = "_sequences", "_tokens", "_endpoints", "_in_flight", "_resident", "_state"
+COUNTED_THINGS = "_tasks", "_seconds", "_sequences", "_tokens", "_endpoints", "_in_flight", "_resident", "_state"
 
 
 class State(enum.Enum):
@@ -82,6 +84,12 @@ def test_two_processes_worth_of_metrics_live_in_one_interpreter() -> None:
     assert {family.name for family in REGISTRY.collect()} == before, "the global registry is nobody's"
 
 
+def test_tasks_are_counted_when_somebody_looks(registry: CollectorRegistry, value: Callable[..., float | None]) -> None:
+    counts = iter((3, 5))
+    TaskMetrics(registry).watch(lambda: next(counts))
+    assert (value("tasks"), value("tasks")) == (3, 5)
+
+
 def test_rpcs(registry: CollectorRegistry, value: Callable[..., float | None]) -> None:
     metrics = RpcMetrics(registry)
     metrics.started("/a/B")
@@ -101,6 +109,8 @@ def test_store(registry: CollectorRegistry, value: Callable[..., float | None]) 
     assert value("store_operation_seconds_sum", operation="get") == 0.002
     assert value("store_miss_blocks_total", reason="corrupt") == 2
     assert value("store_drop_blocks_total", reason="full") == 3
+    metrics.breaker_retry("read", lambda: 2.5)
+    assert value("store_breaker_retry_seconds", direction="read") == 2.5
 
 
 @pytest.mark.parametrize("state", State)

@@ -10,11 +10,11 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
+from alora_serve.client.failures import failure_of
 from alora_serve.client.results import FanOutTranscript, GenerationResult, Received, RequestT, Transcript
 from alora_serve.client.retry import Retries
 from alora_serve.errors import AloraServeError, RequestCancelledError
 from alora_serve.rpc.convert import event_from_proto
-from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import StreamEvent
 from alora_serve.v1 import alora_pb2
 
@@ -61,7 +61,7 @@ class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
             try:
                 response = await anext(self._responses)
             except grpc.aio.AioRpcError as error:
-                await self._recover(error_from_rpc(error))
+                await self._recover(failure_of(error))
                 continue
             except asyncio.CancelledError:
                 self._explain_cancellation()

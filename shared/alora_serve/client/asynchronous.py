@@ -19,6 +19,7 @@ from alora_serve.client.arguments import (
     prefill_request,
 )
 from alora_serve.client.async_streams import AsyncFanOutStream, AsyncGenerationStream
+from alora_serve.client.failures import failure_of
 from alora_serve.client.retry import Retries, RetryPolicy
 from alora_serve.errors import DeadlinePassedError, UnavailableError
 from alora_serve.rpc.channels import public_options
@@ -28,7 +29,6 @@ from alora_serve.rpc.convert import (
     model_from_proto,
     prefill_result_from_proto,
 )
-from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
@@ -183,7 +183,7 @@ class AsyncClient:
                         if response.status == health_pb2.HealthCheckResponse.SERVING:
                             return
                 except grpc.aio.AioRpcError as error:
-                    await asyncio.sleep(retries.pause_after(error_from_rpc(error)))
+                    await asyncio.sleep(retries.pause_after(failure_of(error)))
                 finally:
                     watch.cancel()
         except (DeadlinePassedError, UnavailableError) as error:
@@ -197,4 +197,4 @@ class AsyncClient:
             try:
                 return await method(request, timeout=retries.remaining_seconds(), metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
-                await asyncio.sleep(retries.pause_after(error_from_rpc(error)))
+                await asyncio.sleep(retries.pause_after(failure_of(error)))

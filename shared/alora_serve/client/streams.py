@@ -10,11 +10,11 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
+from alora_serve.client.failures import failure_of
 from alora_serve.client.results import FanOutTranscript, GenerationResult, Received, RequestT, Transcript
 from alora_serve.client.retry import Retries
 from alora_serve.errors import AloraServeError
 from alora_serve.rpc.convert import event_from_proto
-from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import StreamEvent
 from alora_serve.v1 import alora_pb2
 
@@ -55,7 +55,7 @@ class ResponseStream(ABC, Generic[RequestT, ItemT]):
             try:
                 response = next(self._call)
             except grpc.RpcError as error:
-                self._recover(error_from_rpc(error))
+                self._recover(failure_of(error))
                 continue
             item = self._item(response)
             if item is not None:

@@ -18,6 +18,7 @@ from alora_serve.client.arguments import (
     generate_request,
     prefill_request,
 )
+from alora_serve.client.failures import failure_of
 from alora_serve.client.retry import Retries, RetryPolicy
 from alora_serve.client.streams import FanOutStream, GenerationStream
 from alora_serve.errors import DeadlinePassedError, UnavailableError
@@ -28,7 +29,6 @@ from alora_serve.rpc.convert import (
     model_from_proto,
     prefill_result_from_proto,
 )
-from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
@@ -182,7 +182,7 @@ class Client:
                     if any(response.status == health_pb2.HealthCheckResponse.SERVING for response in watch):
                         return
                 except grpc.RpcError as error:
-                    time.sleep(retries.pause_after(error_from_rpc(error)))
+                    time.sleep(retries.pause_after(failure_of(error)))
                 finally:
                     watch.cancel()
         except (DeadlinePassedError, UnavailableError) as error:
@@ -194,4 +194,4 @@ class Client:
             try:
                 return method(request, timeout=retries.remaining_seconds(), metadata=self._metadata)
             except grpc.RpcError as error:
-                time.sleep(retries.pause_after(error_from_rpc(error)))
+                time.sleep(retries.pause_after(failure_of(error)))

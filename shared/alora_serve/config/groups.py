@@ -149,6 +149,18 @@ class EngineSettings(SettingsGroup):
     prefix_cache_bytes: ByteSize = Field(ByteSize(1 << 30), description="Memory for resident base KV.")
 
 
+class PrefillSettings(SettingsGroup):
+    """What becomes of prefills that no base prefill service can take."""
+
+    workers_prefill: bool = Field(
+        False,
+        description=(
+            "Decode workers prefill, too, while no base prefill service can: slower, but no error. "
+            "The same on routers and workers."
+        ),
+    )
+
+
 class AdapterSettings(SettingsGroup):
     """Where adapters are."""
 
@@ -230,6 +242,7 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     EngineSettings,
     AdapterSettings,
     SecretSettings,
+    PrefillSettings,
     RouterSettings,
 )
 """Every group; together they define which names exist."""

@@ -41,6 +41,9 @@ class StoreMetrics(Protocol):
     def breaker_state(self, direction: Direction, state: BreakerState) -> None:
         """The breaker of that direction is in this state now."""
 
+    def breaker_retry(self, direction: Direction, seconds: Callable[[], float]) -> None:
+        """Whenever asked, ``seconds`` tells how long that breaker stays open; 0 where it is not."""
+
 
 class Breaker:
     """A circuit breaker that re-arms by time and lets one probe through.
@@ -123,6 +126,8 @@ class GuardedStore:
         self._inner = inner
         self.reads = Breaker(failures_to_open, reset_seconds, lambda state: metrics.breaker_state("read", state))
         self.writes = Breaker(failures_to_open, reset_seconds, lambda state: metrics.breaker_state("write", state))
+        metrics.breaker_retry("read", lambda: self.reads.seconds_to_retry)
+        metrics.breaker_retry("write", lambda: self.writes.seconds_to_retry)
 
     def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
         """See :class:`~alora_serve.kv.store.KVStore`."""

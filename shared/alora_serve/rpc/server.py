@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from alora_serve.config import ServerSettings, run_with_settings
 from alora_serve.errors import AloraServeError, ConfigError
 from alora_serve.logging import configure_logging
+from alora_serve.metrics import TaskMetrics
 from alora_serve.rpc.channels import is_this_machine, server_options
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
@@ -90,7 +91,8 @@ async def serve(
         ConfigError: an address cannot be bound.
     """
     stop = _stop_on_signals()
-    in_flight = InFlightCalls()
+    in_flight, loop = InFlightCalls(), asyncio.get_running_loop()
+    TaskMetrics(registry).watch(lambda: len(asyncio.all_tasks(loop)))
     health = health or HealthServicer(service.full_name for service in services)
     interceptor = CallInterceptor(
         observer,

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import structlog
 
+from alora_serve.config import RouterSettings
 from alora_serve.config.file_version import FileVersion, file_version
 from alora_serve.errors import ConfigError
 
@@ -82,6 +83,18 @@ class ClientTls:
     cert_file: str = ""
     key_file: str = ""
     server_name: str = ""
+
+    @classmethod
+    def of_peers(cls, settings: RouterSettings) -> ClientTls | None:
+        """How to speak to the services of a deployment; None: in plain text."""
+        if not settings.peer_tls_ca_file:
+            return None
+        return cls(
+            settings.peer_tls_ca_file,
+            settings.peer_tls_cert_file,
+            settings.peer_tls_key_file,
+            settings.peer_tls_server_name,
+        )
 
     def credentials(self) -> grpc.ChannelCredentials:
         """For a channel, from the files as they are now.

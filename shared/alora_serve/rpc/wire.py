@@ -149,12 +149,12 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, memoryview, int]]:
             case 2:
                 length, start = _varint(data, position)
                 position = start + length
-                if position > len(data):
-                    raise _MalformedError
             case 5:
                 position += 4
             case _:
                 raise _MalformedError
+        if position > len(data):
+            raise _MalformedError
         yield tag >> 3, tag & 7, data[start:position], position - first
 
 

@@ -79,6 +79,6 @@ def test_without_such_files_everybody_is_let_in() -> None:
 
 
 def test_services_are_spoken_to_over_tls_where_an_authority_is_named() -> None:
-    assert load_settings(Settings, FLAGS).peer_tls() is None
+    assert ClientTls.of_peers(load_settings(Settings, FLAGS)) is None
     flags = [*FLAGS, "--peer-tls-ca-file=ca.pem", "--peer-tls-server-name=worker"]
-    assert load_settings(Settings, flags).peer_tls() == ClientTls("ca.pem", server_name="worker")
+    assert ClientTls.of_peers(load_settings(Settings, flags)) == ClientTls("ca.pem", server_name="worker")

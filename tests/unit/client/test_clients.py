@@ -285,16 +285,19 @@ async def _collect(stream: Any) -> list[Any]:
 
 
 class ScriptedRouter(AloraServiceServicer):
-    """Fails as told, then answers. ``after`` is how many events it sends before each failure."""
+    """Fails as told, then answers. ``after`` is how many events it sends before each failure.
 
-    def __init__(self, *failures: AloraServeError, after: int = 0) -> None:
+    A status code stands for a failure of gRPC's own, without our words.
+    """
+
+    def __init__(self, *failures: AloraServeError | grpc.StatusCode, after: int = 0) -> None:
         self.failures = list(failures)
         self.after = after
         self.calls = 0
         self.requests: list[Any] = []
 
     async def Generate(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async for response in self._failing(request, self._answers(request)):
+        async for response in self._failing(request, self._answers(request), context):
             yield alora_pb2.GenerateResponse(event=response)
 
     async def FanOut(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -304,7 +307,7 @@ class ScriptedRouter(AloraServiceServicer):
                     async for event in self._answers(target):
                         yield alora_pb2.FanOutResponse(index=index, event=event)
 
-        async for response in self._failing(request, answers()):
+        async for response in self._failing(request, answers(), context):
             yield response
 
     async def _answers(self, request: Any) -> AsyncIterator[types_pb2.GenerationEvent]:
@@ -312,21 +315,28 @@ class ScriptedRouter(AloraServiceServicer):
         async for event in answer(GenerateRequest(handle(), resume=resume), 0):
             yield event_to_proto(event)
 
-    async def _failing(self, request: Any, responses: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _failing(self, request: Any, responses: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         self.calls += 1
         self.requests.append(request)
         sent = 0
         async for response in responses:
             if self.failures and sent == self.after:
-                raise self.failures.pop(0)
+                await self._fail(context)
             yield response
             sent += 1
 
     async def ListAdapters(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.calls += 1
         if self.failures:
-            raise self.failures.pop(0)
+            await self._fail(context)
         return alora_pb2.ListAdaptersResponse()
+
+    async def _fail(self, context: Any) -> None:
+        failure = self.failures.pop(0)
+        if isinstance(failure, grpc.StatusCode):
+            await context.abort(failure, failure.name)
+        else:
+            raise failure
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[Server]:
@@ -345,6 +355,17 @@ async def test_calls_that_found_nobody_are_repeated(connect: Any) -> None:
         router.failures = [UnavailableError("starting")]
         assert await run(client, lambda c: c.list_adapters()) == []
         assert router.calls == 5
+
+
+async def test_a_call_that_nobody_cancelled_was_ended_by_a_router_that_leaves(connect: Any) -> None:
+    router = ScriptedRouter(grpc.StatusCode.CANCELLED, after=2)
+    async with router.served() as server, connect(server.address, retry=FAST) as client:
+        assert (await run(client, lambda c: c.generate("Hi", seed=3).result())).text == "Hello world!"
+        router.failures = [grpc.StatusCode.CANCELLED]
+        assert await run(client, lambda c: c.list_adapters()) == []
+        router.failures, router.after = [RequestCancelledError("it stopped reading")], 0
+        with pytest.raises(RequestCancelledError, match="stopped reading"):
+            await run(client, lambda c: c.generate("Hi").result())
 
 
 async def test_repetitions_are_bounded(connect: Any) -> None:

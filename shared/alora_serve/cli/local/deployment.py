@@ -20,8 +20,10 @@ from alora_serve.cli.local.readiness import wait_router_ready
 from alora_serve.cli.local.store_room import place_store
 from alora_serve.cli.local.supervisor import Supervisor
 from alora_serve.config import (
+    SECRET_NAMES,
     AdapterSettings,
     ModelSettings,
+    RouterSettings,
     SecretSettings,
     StoreSettings,
     env_name,
@@ -30,6 +32,7 @@ from alora_serve.config import (
 )
 from alora_serve.errors import ConfigError, UnavailableError
 from alora_serve.model.demo_model import ensure_demo_model
+from alora_serve.rpc.tls import ClientTls
 
 PREFILL: Final = "prefill"
 ROUTER: Final = "router"
@@ -37,7 +40,7 @@ _DRAIN_MARGIN_SECONDS: Final = 15.0
 """Beyond a service's own ``drain_seconds``: its clean-up, before it is killed."""
 
 
-class LocalSettings(ModelSettings, StoreSettings, AdapterSettings, SecretSettings):
+class LocalSettings(ModelSettings, StoreSettings, AdapterSettings, SecretSettings, RouterSettings):
     """What the supervisor must know of its services' settings."""
 
 
@@ -174,7 +177,10 @@ class LocalDeployment:
         """Return when every process listens and the router can send requests to each of them."""
         listening = {name: await process.wait_listening() for name, process in self._supervisor.processes.items()}
         await wait_router_ready(
-            listening[ROUTER], num_prefills=len(self.prefill_names), num_workers=len(self.worker_names)
+            listening[ROUTER],
+            num_prefills=len(self.prefill_names),
+            num_workers=len(self.worker_names),
+            tls=ClientTls.of_peers(self.settings),
         )
 
     async def kill(self, name: str) -> None:
@@ -185,9 +191,14 @@ class LocalDeployment:
         """Where a process listens, once it does: after it was killed, that is after its restart."""
         return await self._supervisor.process(name).wait_listening()
 
-    async def restart(self, *names: str) -> None:
-        """Replace processes by fresh ones, side by side, and return when requests are answered again."""
-        await asyncio.gather(*(self._supervisor.process(name).restart() for name in names))
+    async def restart(self, *names: str, environment: Mapping[str, str] | None = None) -> None:
+        """Replace processes by fresh ones, side by side, and return when requests are answered again.
+
+        ``environment``: variables that differ from now on, as after an update.
+        """
+        processes = [self._supervisor.process(name) for name in names]
+        changes = environment or {}
+        await asyncio.gather(*(process.restart({**process.environment, **changes}) for process in processes))
         await self.wait_ready()
 
     async def stop(self) -> None:
@@ -239,7 +250,7 @@ def resolve_settings(options: DeploymentOptions) -> LocalSettings:
     Raises:
         ConfigError: a setting that does not exist or does not fit; names it.
     """
-    readable = LocalSettings.model_fields.keys() - SecretSettings.model_fields.keys()
+    readable = LocalSettings.model_fields.keys() - SecretSettings.model_fields.keys() - SECRET_NAMES
     chosen = {**options.settings, **_named_settings(options)}
     argv = [f"{flag_name(name)}={value}" for name, value in chosen.items() if name in readable]
     return load_settings(LocalSettings, argv)

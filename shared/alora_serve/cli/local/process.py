@@ -11,7 +11,7 @@ from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final
@@ -93,6 +93,11 @@ class SupervisedProcess:
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     @property
+    def environment(self) -> Mapping[str, str]:
+        """What a fresh process would get."""
+        return self._spec.environment
+
+    @property
     def listening(self) -> Listening | None:
         """Where it listens now, if it does."""
         failed = not self._listening.done() or self._listening.exception() is not None
@@ -145,8 +150,13 @@ class SupervisedProcess:
         if self._process is not None:
             await self._process.wait()
 
-    async def restart(self) -> Listening:
-        """Let it drain, start a fresh one on the same addresses, and return when that listens."""
+    async def restart(self, environment: Mapping[str, str] | None = None) -> Listening:
+        """Let it drain, start a fresh one on the same addresses, and return when that listens.
+
+        ``environment``: the whole one of the fresh process and those after it; unset: as it was.
+        """
+        if environment is not None:
+            self._spec = replace(self._spec, environment=environment)
         self._restarting = True
         self._forget_listening()
         with suppress(UnavailableError):  # it is between two lives: the next one is fresh as well

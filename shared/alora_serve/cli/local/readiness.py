@@ -12,15 +12,21 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from alora_serve.cli.local.events import Listening
 from alora_serve.rpc.channels import internal_channel
+from alora_serve.rpc.tls import ClientTls
 
 SERVICE: Final = "alora_serve.v1.AloraService"
 _POLL_SECONDS: Final = 0.1
 _ANSWER_SECONDS: Final = 5.0
 
 
-async def wait_router_ready(router: Listening, *, num_prefills: int, num_workers: int) -> None:
-    """Return when the router serves, and reaches so many base prefills and workers. Waits as long as it takes."""
-    async with internal_channel(router.address) as channel:
+async def wait_router_ready(
+    router: Listening, *, num_prefills: int, num_workers: int, tls: ClientTls | None = None
+) -> None:
+    """Return when the router serves, and reaches so many base prefills and workers. Waits as long as it takes.
+
+    ``tls``: how to speak to it; unset, in plain text.
+    """
+    async with internal_channel(router.address, tls=tls) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         while True:
             if await _serves(health):

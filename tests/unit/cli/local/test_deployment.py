@@ -113,7 +113,7 @@ async def test_addresses_are_refused_while_there_are_none() -> None:
 async def running(monkeypatch, spec, tmp_path: Path) -> AsyncIterator[LocalDeployment]:
     """A deployment of small children in place of the services."""
 
-    async def ready(router: object, *, num_prefills: int, num_workers: int) -> None:
+    async def ready(router: object, **expected: object) -> None:
         await asyncio.sleep(0)
 
     monkeypatch.setattr(LocalDeployment, "_spec", lambda self, name, *rest: spec("serve", name=name))
@@ -121,6 +121,15 @@ async def running(monkeypatch, spec, tmp_path: Path) -> AsyncIterator[LocalDeplo
     options = DeploymentOptions(model=str(tmp_path), store_url=f"lmdb://{tmp_path}/kv")
     async with LocalDeployment(options) as local:
         yield local
+
+
+async def test_a_fresh_process_may_get_another_environment(running: LocalDeployment) -> None:
+    process = running._supervisor.process("worker-1")
+    before = dict(process.environment)
+    await running.restart("worker-1", environment={"ALORA_DTYPE": "bfloat16"})
+    assert process.environment == {**before, "ALORA_DTYPE": "bfloat16"}
+    await running.restart("worker-1")
+    assert process.environment["ALORA_DTYPE"] == "bfloat16", "from now on"
 
 
 async def test_processes_are_killed_and_restarted_by_name_and_keep_their_addresses(running: LocalDeployment) -> None:

@@ -166,8 +166,8 @@ def children(monkeypatch: pytest.MonkeyPatch, spec: Callable[..., ProcessSpec], 
     def child(self: object, name: str, *arguments: object) -> ProcessSpec:
         return spec(behaviours.get(name, "serve"), name=name)
 
-    async def ready(router: Listening, *, num_prefills: int, num_workers: int) -> None:
-        assert (router.name, num_prefills, num_workers) == ("router", 1, 2)
+    async def ready(router: Listening, *, num_prefills: int, num_workers: int, tls: object) -> None:
+        assert (router.name, num_prefills, num_workers, tls) == ("router", 1, 2, None)
 
     monkeypatch.setattr(deployment.LocalDeployment, "_spec", child)
     monkeypatch.setattr(deployment, "wait_router_ready", ready)

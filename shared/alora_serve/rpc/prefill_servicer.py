@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Final, Protocol
 
 import grpc.aio
 
-from alora_serve.engine.prefiller import Prefiller
 from alora_serve.metrics import RequestMetrics
 from alora_serve.rpc.convert import endpoint_status_to_proto, prefill_from_proto, prefill_result_to_internal_proto
+from alora_serve.rpc.server import Service
 from alora_serve.rpc.watch import watch_status
-from alora_serve.types import EndpointStatus
+from alora_serve.types import EndpointStatus, PrefillResult, Prompt
 from alora_serve.v1 import base_prefill_pb2, base_prefill_pb2_grpc
+
+SERVICE: Final = "alora_serve.v1.BasePrefillService"
+
+
+class Prefills(Protocol):
+    """Prefills prompts: see :class:`alora_serve.engine.prefiller.Prefiller`, which is one."""
+
+    async def prefill(self, prompt: Prompt, *, tokenize_only: bool, tenant: str, skip_store: bool) -> PrefillResult:
+        """Make a prompt's KV fetchable and name it."""
 
 
 class BasePrefillServicer(base_prefill_pb2_grpc.BasePrefillServiceServicer):
-    """Serves one prefiller. ``status`` says how busy the process is."""
+    """Serves one prefiller, of a base prefill service or of a decode worker that stands in for one.
 
-    def __init__(self, prefiller: Prefiller, status: Callable[[], EndpointStatus], metrics: RequestMetrics) -> None:
+    ``status`` says how busy the process is.
+    """
+
+    def __init__(self, prefiller: Prefills, status: Callable[[], EndpointStatus], metrics: RequestMetrics) -> None:
         self._prefiller = prefiller
         self._status = status
         self._metrics = metrics
+
+    def service(self) -> Service:
+        """What a server registers."""
+        return Service(SERVICE, partial(base_prefill_pb2_grpc.add_BasePrefillServiceServicer_to_server, self))
 
     async def Prefill(
         self,
