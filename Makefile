@@ -67,6 +67,10 @@ bench-peers: $(VENV)/.ready-dev $(STUBS) ## us and our peers in one run: make be
 bench-bars: $(VENV)/.ready-dev $(STUBS) ## the ratios that must hold, into build/bench/bars.json
 	@$(BIN)/python benchmarks/measure_bars.py $(ARGS)
 
+.PHONY: bench-sealed
+bench-sealed: $(VENV)/.ready-dev $(STUBS) ## what sealing stored values costs, into build/bench/sealed.json
+	@$(BIN)/python benchmarks/sealed_values.py $(ARGS)
+
 .PHONY: bench-pictures
 bench-pictures: $(VENV)/.ready-dev ## draw what bench-peers measured, into docs/images
 	@$(BIN)/python benchmarks/pictures.py $(ARGS)
@@ -102,7 +106,11 @@ test: $(VENV)/.ready-dev $(STUBS) ## every test, on real servers, with branch co
 
 .PHONY: chaos
 chaos: $(VENV)/.ready-dev $(STUBS) ## break a running deployment in every way it must survive: make chaos ARGS="--list"
-	@$(TEST_ENV) PYTHONPATH=tests/plugins $(BIN)/python tests/chaos/run.py $(ARGS)
+	@$(TEST_ENV) PYTHONPATH=tests/plugins $(BIN)/python tests/chaos/run_chaos.py $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/.ready-dev $(STUBS) ## what a fuzzer can think of, for every parser: make fuzz ARGS="--seconds 600"
+	@$(TEST_ENV) PYTHONPATH=tests/plugins $(BIN)/python tests/fuzz/run_fuzz.py $(ARGS)
 
 # Torch is overridden away because its build depends on the machine (scripts/setup_venv.py installs it), and with it the
 # packages that only torch needs. The second lock is the first plus the tools, at the same versions.

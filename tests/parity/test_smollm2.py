@@ -23,8 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from alora_serve.adapters.activation import place_invocation
 from alora_serve.engine import decoder as decoder_module
@@ -34,7 +33,7 @@ from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.types import ChatMessage, PrefillResult, Prompt, TokenIds
 from in_process import MemoryStore, Stack, open_stack
 from recorded_logits import generate_with_logits
-from tiny_models import greedy, load_peft, save_adapter
+from tiny_models import forced_logits, greedy, largest_gap, load_peft, save_adapter
 
 TAU = 0.25
 ANSWER_TOKENS = 24
@@ -134,7 +133,7 @@ def pefts(demo_model_directory: Path, adapters: Path) -> Callable[[str, tuple[As
         answers = []
         for prompt, start in asked:
             said = greedy(stock, prompt, ANSWER_TOKENS)
-            at_once, in_float64 = (_forced_logits(model, prompt, said.tokens, start) for model in (stock, exact))
+            at_once, in_float64 = (forced_logits(model, prompt, said.tokens, start) for model in (stock, exact))
             assert in_float64.dtype == torch.float64
             answers.append(Expected(said.tokens, said.logits, at_once, in_float64))
         return answers
@@ -169,27 +168,6 @@ async def _answers(model: BaseModel, adapters: Path, adapter: str) -> list[Serve
 
 def _asked(answers: Sequence[Served]) -> tuple[Asked, ...]:
     return tuple((answer.prompt, answer.invocation_start) for answer in answers)
-
-
-def _forced_logits(
-    model: PreTrainedModel | PeftModel, prompt: TokenIds, answer: TokenIds, invocation_start: int | None
-) -> torch.Tensor:
-    """What a cold PEFT run that is given the answer chooses its tokens from: ``[answer tokens, vocabulary]``."""
-    arguments = {}
-    if invocation_start is not None:
-        arguments["alora_offsets"] = [len(prompt) + len(answer) - invocation_start]
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=torch.tensor([prompt + answer]), **arguments).logits
-    return logits[0, len(prompt) - 1 : -1]
-
-
-def _largest_gap(
-    reference: PreTrainedModel | PeftModel, prompt: TokenIds, answer: TokenIds, invocation_start: int | None
-) -> float:
-    """How far, at worst, a delivered token's logit lies below the largest in a cold, teacher-forced fp32 PEFT run."""
-    logits = _forced_logits(reference, prompt, answer, invocation_start)
-    chosen = logits[range(len(answer)), list(answer)]
-    return float((logits.max(-1).values - chosen).max())
 
 
 @pytest.mark.parametrize("model", ["float32 plain"], indirect=True)
@@ -235,7 +213,7 @@ async def test_answers_in_bf16_are_right(
 ) -> None:
     peft = load_peft(demo_model_directory, adapters / adapter if adapter else None)
     for answer in await _answers(model, adapters, adapter):
-        assert _largest_gap(peft, answer.prompt, answer.tokens, answer.invocation_start) <= TAU
+        assert largest_gap(peft, answer.prompt, answer.tokens, answer.invocation_start) <= TAU
 
 
 async def test_a_worker_that_fetches_gives_the_bits_of_one_that_has_it_resident(
@@ -283,7 +261,7 @@ def test_stock_peft_in_bf16_stays_below_tau(
         prefix = tokenizer.encode(text, add_special_tokens=False)
         prompt = (*prefix, *suffix)
         answer = greedy(rounded, prompt, ANSWER_TOKENS).tokens
-        gaps.append(_largest_gap(exact, prompt, answer, len(prefix) if adapter else None))
+        gaps.append(largest_gap(exact, prompt, answer, len(prefix) if adapter else None))
     record_property("gaps", str(gaps))
     assert max(gaps) < TAU, gaps
 
@@ -316,7 +294,7 @@ async def test_the_tau_rule_catches_mistakes(
                 _overwrite_resident_kv(stack, prefilled, foreign)
             answer = await stack.generate(prefilled.handle, "certainty", max_tokens=ANSWER_TOKENS)
             prompt, start = _prompt(prefilled, stack, "certainty"), len(prefilled.handle.prefix_tokens)
-            gaps.append(_largest_gap(peft, prompt, answer.tokens, start))
+            gaps.append(largest_gap(peft, prompt, answer.tokens, start))
     record_property("gaps", str(gaps))
     assert max(gaps) > TAU, gaps
 

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from alora_serve.cli.local import DeploymentOptions, LocalDeployment
+from alora_serve.cli.local.events import Listening
 from alora_serve.cli.local.process import ProcessSpec, RestartPolicy, SupervisedProcess
 from alora_serve.client import AsyncClient, GenerationResult, PrefixHandle, RetryPolicy, SamplingParams
 from alora_serve.rpc.channels import internal_channel, public_options
@@ -158,18 +159,7 @@ class Deployed:
 
     async def metric(self, process: str, name: str, **labels: str) -> float:
         """A sample of a process's ``/metrics``, summed over what ``labels`` leave open; 0 while there is none."""
-        page = await asyncio.to_thread(self._page, process)
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(page)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
-
-    def _page(self, process: str) -> str:
-        with urlopen(f"http://{self.local.processes[process].metrics_address}/metrics") as page:
-            text: str = page.read().decode()
-        return text
+        return await metric_at(self.local.processes[process].metrics_address, name, **labels)
 
     async def statuses(self, process: str = WORKER) -> AsyncIterator[EndpointStatus]:
         """What a decode worker tells routers, from now on."""
@@ -186,6 +176,29 @@ class Deployed:
                     return
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two parts."""
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+async def metric_at(metrics_address: str, name: str, **labels: str) -> float:
+    """A sample of a ``/metrics`` page, summed over what ``labels`` leave open; 0 while there is none."""
+    page = await asyncio.to_thread(metrics_page, metrics_address)
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+def metrics_page(metrics_address: str) -> str:
+    with urlopen(f"http://{metrics_address}/metrics", timeout=PATIENCE_SECONDS) as page:
+        text: str = page.read().decode()
+    return text
+
+
 @asynccontextmanager
 async def deployed(
     model: ServedModel,
@@ -196,11 +209,14 @@ async def deployed(
     drain_seconds: float = 5,
     policy: RestartPolicy | None = None,
     emit: Callable[[object], None] = print,
+    credentials: grpc.ChannelCredentials | None = None,
+    api_key: str | None = None,
     **settings: str,
 ) -> AsyncIterator[Deployed]:
     """All services on a model, in fp32, where tokens are promised equal, with one torch thread a process.
 
     What is stored is always fetched: how fast this machine computes just now must not decide what a test sees.
+    ``credentials`` and ``api_key`` are the client's, where the settings ask for them.
     """
     options = DeploymentOptions(
         workers=workers,
@@ -216,10 +232,33 @@ async def deployed(
     # What the services log is shown with a test that fails.
     async with (
         LocalDeployment(options, emit=emit, policy=policy) as local,
-        AsyncClient(local.router_address, retry=RetryPolicy(max_attempts=1)) as client,
+        AsyncClient(
+            local.router_address, retry=RetryPolicy(max_attempts=1), credentials=credentials, api_key=api_key
+        ) as client,
         grpc.aio.insecure_channel(local.router_address, public_options(local.router_address)) as channel,
     ):
         yield Deployed(model, local, client, channel)
+
+
+@asynccontextmanager
+async def another_router(
+    prefills: Sequence[str], workers: Sequence[str], emit: Callable[[object], None] = print, **settings: str
+) -> AsyncIterator[Listening]:
+    """A router of a deployment's own kind in front of these addresses."""
+    chosen = {
+        "handle_secrets": SECRET,
+        "tenant_salt": SALT,
+        "base_prefill_endpoints": ",".join(prefills),
+        "decode_endpoints": ",".join(workers),
+        **settings,
+    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ALORA_")}
+    environment |= {f"ALORA_{name.upper()}": value for name, value in chosen.items()}
+    router = SupervisedProcess(ProcessSpec("router", (sys.executable, "-P", "-m", "adapter_router"), environment), emit)
+    try:
+        yield await router.start()
+    finally:
+        await router.stop(PATIENCE_SECONDS)
 
 
 @asynccontextmanager
@@ -227,20 +266,5 @@ async def lone_router(*, prefill: str) -> AsyncIterator[str]:
     """The address of a router that has a base prefill, and a decode worker at a port where nobody listens."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # held, but never listened at
-        worker = f"127.0.0.1:{nobody.getsockname()[1]}"
-        spec = ProcessSpec(
-            "router",
-            (sys.executable, "-P", "-m", "adapter_router"),
-            {
-                **{name: value for name, value in os.environ.items() if not name.startswith("ALORA_")},
-                "ALORA_HANDLE_SECRETS": SECRET,
-                "ALORA_TENANT_SALT": SALT,
-                "ALORA_BASE_PREFILL_ENDPOINTS": prefill,
-                "ALORA_DECODE_ENDPOINTS": worker,
-            },
-        )
-        router = SupervisedProcess(spec, print)
-        try:
-            yield (await router.start()).address
-        finally:
-            await router.stop(PATIENCE_SECONDS)
+        async with another_router([prefill], [f"127.0.0.1:{nobody.getsockname()[1]}"]) as router:
+            yield router.address

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
-from alora_serve.client import AsyncClient, Finished, PrefixHandle, SamplingParams, Started, TokenChunk
+from alora_serve.client import AsyncClient, ChatMessage, Finished, PrefixHandle, SamplingParams, Started, TokenChunk
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
-    """A conversation, an adapter (empty: the base model), and how it chooses tokens; with a seed where it draws."""
+    """A conversation, by its handle or its turns; an adapter (empty: the base model); and how it chooses tokens.
 
-    handle: PrefixHandle
+    It has a seed where it draws.
+    """
+
+    about: PrefixHandle | tuple[ChatMessage, ...]
     adapter: str
     sampling: SamplingParams
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """As clients take it."""
+        return {"handle": self.about} if isinstance(self.about, PrefixHandle) else {"messages": self.about}
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A stream as its client read it. ``starts``: how often it was told that the stream starts."""
+    """A stream as its client read it.
+
+    Attributes:
+        starts: how often it was told that the stream starts.
+        adapter_digest: with which version of the adapter.
+    """
 
     tokens: tuple[int, ...]
     text: str
     logprobs: tuple[float, ...]
     starts: int
+    adapter_digest: str = ""
 
     def is_same_as(self, other: Read) -> bool:
         """Token for token and letter for letter, told once."""
@@ -42,17 +57,18 @@ async def read(
     """Read a stream to its end. Once ``after_tokens`` have come, ``then`` is called and awaited."""
     tokens: list[int] = []
     logprobs: list[float] = []
-    text, starts = "", 0
+    text, starts, digest = "", 0, ""
     stream = client.generate(
-        handle=question.handle,
         adapter=question.adapter,
         sampling=question.sampling,
         timeout_seconds=timeout_seconds,
+        **question.prompt,
     )
     async for event in stream:
         match event:
             case Started():
                 starts += 1
+                digest = event.adapter_digest
             case TokenChunk():
                 tokens += event.token_ids
                 logprobs += event.logprobs
@@ -62,4 +78,4 @@ async def read(
                     then = None
             case Finished():
                 text += event.text
-    return Read(tuple(tokens), text, tuple(logprobs), starts)
+    return Read(tuple(tokens), text, tuple(logprobs), starts, digest)

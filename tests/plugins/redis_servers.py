@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,12 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """Files of one authority: a server's certificate for this machine, and a client's."""
+    """Files of one authority: a server's certificate for this machine, one that has expired, and a client's."""
 
     ca_file: Path
     server_file: Path
     client_file: Path
+    expired_file: Path
 
     @property
     def trusted(self) -> TlsFiles:
@@ -90,8 +92,13 @@ class Certificates:
 def make_certificates(directory: Path) -> Certificates:
     """A new authority, in milliseconds."""
     authority = trustme.CA()
-    made = Certificates(directory / "ca.pem", directory / "server.pem", directory / "client.pem")
+    made = Certificates(*(directory / f"{name}.pem" for name in ("ca", "server", "client", "expired")))
     authority.cert_pem.write_to_path(str(made.ca_file))
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    expired = authority.issue_cert(
+        "localhost", "127.0.0.1", not_before=yesterday - timedelta(days=1), not_after=yesterday
+    )
+    expired.private_key_and_cert_chain_pem.write_to_path(str(made.expired_file))
     authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(made.server_file))
     authority.issue_cert("client@alora").private_key_and_cert_chain_pem.write_to_path(str(made.client_file))
     return made
@@ -124,6 +131,11 @@ class RedisProcess:
     def client(self) -> redis.Redis:
         """A client of its own kind, for tests to look behind the store."""
         return redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=5, **self.client_options)
+
+    def client_without_verification(self) -> redis.Redis:
+        """The same over TLS with whatever certificate the server shows."""
+        options = {**self.client_options, "ssl_cert_reqs": "none", "ssl_check_hostname": False}
+        return redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=5, **options)
 
 
 @contextmanager

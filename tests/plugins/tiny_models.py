@@ -158,3 +158,27 @@ def greedy(model: PreTrainedModel | PeftModel, prompt: tuple[int, ...], max_toke
 def peft_generate(model_directory: Path, adapter: Path | None, prompt: tuple[int, ...], max_tokens: int) -> Reference:
     """What stock PEFT says to a prompt in fp32: see :func:`greedy`."""
     return greedy(load_peft(model_directory, adapter), prompt, max_tokens)
+
+
+def forced_logits(
+    model: PreTrainedModel | PeftModel, prompt: tuple[int, ...], answer: tuple[int, ...], invocation_start: int | None
+) -> torch.Tensor:
+    """What a cold PEFT run that is given the answer chooses its tokens from: ``[answer tokens, vocabulary]``."""
+    arguments = {}
+    if invocation_start is not None:
+        arguments["alora_offsets"] = [len(prompt) + len(answer) - invocation_start]
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([prompt + answer]), **arguments).logits
+    return logits[0, len(prompt) - 1 : -1]
+
+
+def largest_gap(
+    reference: PreTrainedModel | PeftModel,
+    prompt: tuple[int, ...],
+    answer: tuple[int, ...],
+    invocation_start: int | None,
+) -> float:
+    """How far, at worst, a delivered token's logit lies below the largest in a cold, teacher-forced fp32 PEFT run."""
+    logits = forced_logits(reference, prompt, answer, invocation_start)
+    chosen = logits[range(len(answer)), list(answer)]
+    return float((logits.max(-1).values - chosen).max())

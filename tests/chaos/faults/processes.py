@@ -7,22 +7,14 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any, Final
+from contextlib import ExitStack, suppress
+from typing import Final
 
-from harness import Chaos, Load, Row, Scenario, Tally, questions
-
-from alora_serve.cli.local.process import RestartPolicy
-from alora_serve.errors import UnavailableError
-from deployment import BLOCK_TOKENS, Deployed, deployed
+from deployment import Deployed, another_router, deployed, host_and_port, metric_at
+from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, new_conversations, questions
+from faulty_network import CALM, FaultyNetwork
 
 KILL_EVERY_SECONDS = 2.0
-QUICK: dict[str, Any] = {
-    "block_tokens": str(BLOCK_TOKENS),
-    "emit": lambda event: None,
-    "policy": RestartPolicy(longest_seconds=0.2, forget_after_seconds=0.0),
-}
-"""Small blocks, and processes that are started again at once however often they die."""
 
 
 async def _watched_kills(
@@ -50,7 +42,7 @@ async def workers_killed(chaos: Chaos) -> list[Row]:
     async with deployed(chaos.model, store, workers=3, **QUICK) as running:
         load = Load(running.local.router_address, await questions(running), chaos.rng("load"))
         async with load.running() as tally:
-            details = await _watched_kills(running, running.local.worker_names, tally, chaos, int(chaos.pick(3, 25)))
+            details = await _watched_kills(running, running.local.worker_names, tally, chaos, chaos.pick(3, 25))
         details["resumed_streams"] = await running.metric("router", "alora_router_resumed_streams_total")
         return [load.tally.row("workers killed", **details)]
 
@@ -60,27 +52,9 @@ async def prefills_killed(chaos: Chaos) -> list[Row]:
     store = f"lmdb://{chaos.place('prefills killed')}"
     async with deployed(chaos.model, store, workers=1, prefills=2, **QUICK) as running:
         load = Load(running.local.router_address, await questions(running, tokens=20), chaos.rng("load"))
-        fresh, stop = Tally(), asyncio.Event()
-
-        async def new_conversations() -> None:
-            number = 0
-            while not stop.is_set():
-                number += 1
-                fresh.requests += 1
-                began = time.monotonic()
-                try:
-                    await running.client.prefill(token_ids=[5 + number % 200, *range(10, 90)], timeout_seconds=30)
-                except UnavailableError as error:
-                    fresh.failures.append(str(error))
-                else:
-                    fresh.answered.append((began, time.monotonic()))
-
-        prefilling = asyncio.create_task(new_conversations())
-        async with load.running() as tally:
+        async with new_conversations(running) as fresh, load.running() as tally:
             fresh.faults = tally.faults
-            details = await _watched_kills(running, running.local.prefill_names, tally, chaos, int(chaos.pick(2, 20)))
-        stop.set()
-        await prefilling
+            details = await _watched_kills(running, running.local.prefill_names, tally, chaos, chaos.pick(2, 20))
         return [load.tally.row("base prefills killed", **details), fresh.row("base prefills killed: new conversations")]
 
 
@@ -90,7 +64,7 @@ async def worker_hangs(chaos: Chaos) -> list[Row]:
     async with deployed(chaos.model, store, workers=2, **QUICK) as running:
         load, rng = Load(running.local.router_address, await questions(running), chaos.rng("load")), chaos.rng("hang")
         async with load.running() as tally:
-            for _ in range(int(chaos.pick(1, 5))):
+            for _ in range(chaos.pick(1, 5)):
                 await asyncio.sleep(1)
                 pid = running.local.processes[rng.choice(running.local.worker_names)].pid
                 tally.strike()
@@ -103,23 +77,51 @@ async def worker_hangs(chaos: Chaos) -> list[Row]:
         return [load.tally.row("worker hangs", resumed_streams=resumed)]
 
 
-async def rolling_update(chaos: Chaos) -> list[Row]:
-    """Every process replaced, one after the other; the router last, whose clients find the next one themselves."""
-    store = f"lmdb://{chaos.place('rolling update')}"
-    async with deployed(chaos.model, store, workers=2, prefills=2, drain_seconds=2, **QUICK) as running:
-        load = Load(running.local.router_address, await questions(running), chaos.rng("load"))
-        async with load.running() as tally:
-            for name in (*running.local.prefill_names, *running.local.worker_names, "router"):
-                await asyncio.sleep(1)
-                tally.strike()
-                await running.local.restart(name)
-            await asyncio.sleep(2)
-        return [load.tally.row("rolling update", replaced=5)]
+async def last_prefill_gone(chaos: Chaos) -> list[Row]:
+    """SIGSTOP of the only base prefill: decode workers prefill as long as it hangs."""
+    store = f"lmdb://{chaos.place('last prefill gone')}"
+    async with deployed(chaos.model, store, workers=2, workers_prefill="true", **QUICK) as running:
+        load = Load(running.local.router_address, await questions(running, tokens=20), chaos.rng("load"))
+        async with new_conversations(running) as fresh, load.running() as tally:
+            fresh.faults = tally.faults
+            pid = running.local.processes["prefill"].pid
+            tally.strike()
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(chaos.pick(6.0, 20.0))
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(3)
+        return [load.tally.row("only base prefill hangs"), fresh.row("only base prefill hangs: new conversations")]
+
+
+async def partition(chaos: Chaos) -> list[Row]:
+    """The network between the router and one of two workers passes nothing on, and closes nothing."""
+    store = f"lmdb://{chaos.place('partition')}"
+    async with deployed(chaos.model, store, workers=2, **QUICK) as running:
+        at = running.local.processes
+        with ExitStack() as stack:
+            near, far = (
+                stack.enter_context(FaultyNetwork(*host_and_port(at[name].address)))
+                for name in running.local.worker_names
+            )
+            workers = [near.address, far.address]
+            async with another_router([at["prefill"].address], workers, emit=lambda event: None) as router:
+                load = Load(router.address, await questions(running), chaos.rng("load"))
+                async with load.running() as tally:
+                    for _ in range(chaos.pick(1, 5)):
+                        await asyncio.sleep(1)
+                        tally.strike()
+                        far.worsen(is_silent=True)
+                        await asyncio.sleep(6)
+                        far.weather = CALM
+                        await asyncio.sleep(2)
+                resumed = await metric_at(router.metrics_address, "alora_router_resumed_streams_total")
+        return [load.tally.row("network partition", resumed_streams=resumed)]
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     "workers killed": workers_killed,
     "base prefills killed": prefills_killed,
     "worker hangs": worker_hangs,
-    "rolling update": rolling_update,
+    "last prefill gone": last_prefill_gone,
+    "network partition": partition,
 }

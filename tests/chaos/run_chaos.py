@@ -21,14 +21,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import processes
-from harness import Chaos, Row, Scenario, as_json
+from faults import adapters, growth, lmdb_files, load, processes, stores, updates
+from faults.harness import CannotBreakError, Chaos, Row, Scenario, as_json
 from rich.console import Console
 from rich.table import Table
 
 from deployment import save_tiny_model
 
-SCENARIOS: Final[dict[str, Scenario]] = {**processes.SCENARIOS}
+SCENARIOS: Final[dict[str, Scenario]] = {
+    **processes.SCENARIOS,
+    **stores.SCENARIOS,
+    **lmdb_files.SCENARIOS,
+    **updates.SCENARIOS,
+    **adapters.SCENARIOS,
+    **load.SCENARIOS,
+    **growth.SCENARIOS,
+}
 OUTPUT: Final = Path(__file__).resolve().parent.parent.parent / "build" / "chaos.json"
 
 
@@ -39,13 +47,27 @@ async def run(names: Sequence[str], seed: int, *, is_short: bool, console: Conso
         model = save_tiny_model(Path(directory))
         for number, name in enumerate(names, start=1):
             console.print(f"[dim]{number}/{len(names)}[/dim] {name}")
-            found = await SCENARIOS[name](Chaos(model, seed, is_short, Path(directory)))
+            try:
+                found = await SCENARIOS[name](Chaos(model, seed, is_short, Path(directory)))
+            except CannotBreakError as error:
+                console.print(f"    left out: {error}", style="yellow")
+                continue
+            except Exception as error:  # noqa: BLE001  # others go on, and what broke counts
+                console.print_exception()
+                found = [Row(name, 0, 1, 0, None, {"first_failure": f"{type(error).__name__}: {error}"})]
             rows += found
+            write(rows)
             for row in found:
                 console.print(
                     f"    {row.requests} requests, {row.failed} failed, {row.wrong_tokens} wrong", style="dim"
                 )
     return rows
+
+
+def write(rows: Sequence[Row]) -> None:
+    """The file, after each scenario: a run that is cut off was not for nothing."""
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    OUTPUT.write_text(json.dumps(as_json(rows), indent=2) + "\n")
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
@@ -74,8 +96,6 @@ def main() -> None:
         return
     console = Console(stderr=True, quiet=arguments.json)
     rows = asyncio.run(run(arguments.only, arguments.seed, is_short=arguments.short, console=console))
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(as_json(rows), indent=2) + "\n")
     if not arguments.json:
         show(rows, Console(width=None if sys.stdout.isatty() else 180))
     print(OUTPUT)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
-from alora_serve.client import AsyncClient, ChatMessage, RetryPolicy, SamplingParams
+from alora_serve.cli.local.process import RestartPolicy
+from alora_serve.client import AsyncClient, ChatMessage, PrefixHandle, RetryPolicy, SamplingParams
 from alora_serve.errors import AloraServeError
-from deployment import Deployed, ServedModel
+from deployment import BLOCK_TOKENS, Deployed, ServedModel
 from questions import Question, Read, read
 
 ANSWER_SECONDS = 60.0
@@ -29,6 +31,20 @@ CONVERSATIONS = (
     "Bread is made of flour, water, salt and time. What is it made of?",
     "The library closes at eight and opens again at nine. When does it open?",
 )
+
+
+NumberT = TypeVar("NumberT", int, float)
+
+QUICK: Final[dict[str, Any]] = {
+    "block_tokens": str(BLOCK_TOKENS),
+    "emit": lambda event: None,
+    "policy": RestartPolicy(longest_seconds=0.2, forget_after_seconds=0.0),
+}
+"""Small blocks, and processes that are started again at once however often they die."""
+
+
+class CannotBreakError(Exception):
+    """This machine does not let us do what a scenario does; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +92,12 @@ class Tally:
         ]
         return round(max(times), 2) if times else None
 
+    async def recovered(self) -> None:
+        """Wait until a request begun after the last fault was answered; a recovery that never comes is no number."""
+        end = time.monotonic() + ANSWER_SECONDS
+        while self.recovery_seconds == float("inf") and time.monotonic() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
     def row(self, fault: str, **details: float | str) -> Row:
         """The figures."""
         if self.failures:
@@ -89,14 +111,24 @@ class Load:
     Args:
         expected: what every question is answered without faults.
         rng: draws questions; seeded.
+        clients: how many.
+        accept: judges answers that are not the expected ones; unset, they are wrong.
     """
 
-    def __init__(self, address: str, expected: Mapping[Question, Read], rng: random.Random, clients: int = 4) -> None:
+    def __init__(
+        self,
+        address: str,
+        expected: Mapping[Question, Read],
+        rng: random.Random,
+        clients: int = 4,
+        accept: Callable[[Question, Read], bool] = lambda question, found: False,
+    ) -> None:
         self.tally = Tally()
         self._address = address
         self._expected = expected
         self._rng = rng
         self._clients = clients
+        self._accept = accept
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Tally]:
@@ -105,16 +137,10 @@ class Load:
         asking = [asyncio.create_task(self._ask_until(stop)) for _ in range(self._clients)]
         try:
             yield self.tally
-            await self._recovered()
+            await self.tally.recovered()
         finally:
             stop.set()
             await asyncio.gather(*asking)
-
-    async def _recovered(self) -> None:
-        """Wait until a request begun after the last fault was answered; a recovery that never comes is no number."""
-        end = time.monotonic() + ANSWER_SECONDS
-        while self.tally.recovery_seconds == float("inf") and time.monotonic() < end:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
 
     async def _ask_until(self, stop: asyncio.Event) -> None:
         async with AsyncClient(self._address, retry=PATIENT) as client:
@@ -131,10 +157,49 @@ class Load:
             await asyncio.sleep(0.05)
             return
         tally.answered.append((began, time.monotonic()))
-        tally.wrong += not found.is_same_as(self._expected[question])
+        is_right = found.is_same_as(self._expected[question]) or self._accept(question, found)
+        tally.wrong += not is_right
 
 
-async def questions(deployed: Deployed, tokens: int = 120) -> dict[Question, Read]:
+@asynccontextmanager
+async def new_conversations(running: Deployed, known: Iterable[Question] = ()) -> AsyncIterator[Tally]:
+    """A client that begins one conversation after the other while the block runs, and what it saw.
+
+    It warms the ``known`` ones again in between, so that what a store has lost comes back.
+    """
+    tally, stop = Tally(), asyncio.Event()
+    handles = [question.about for question in known if isinstance(question.about, PrefixHandle)]
+
+    async def begin(number: int) -> None:
+        tally.requests += 1
+        began = time.monotonic()
+        prompt: dict[str, Any] = {"token_ids": [5 + number % 200, 5 + number // 200 % 200, *range(10, 90)]}
+        if handles and number % 2:
+            prompt = {"handle": handles[number // 2 % len(handles)]}
+        try:
+            await running.client.prefill(timeout_seconds=ANSWER_SECONDS, **prompt)
+        except AloraServeError as error:
+            tally.failures.append(f"{type(error).__name__}: {error}")
+            await asyncio.sleep(0.05)
+        else:
+            tally.answered.append((began, time.monotonic()))
+
+    async def begin_until_stopped() -> None:
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            await begin(number)
+
+    beginning = asyncio.create_task(begin_until_stopped())
+    try:
+        yield tally
+        await tally.recovered()
+    finally:
+        stop.set()
+        await beginning
+
+
+async def questions(deployed: Deployed, tokens: int = 120, *, by_handle: bool = True) -> dict[Question, Read]:
     """Several conversations, every kind of adapter, greedy and drawn; with their answers while all is well."""
     model = deployed.model
     asked = [
@@ -143,13 +208,17 @@ async def questions(deployed: Deployed, tokens: int = 120) -> dict[Question, Rea
         (model.plain, SamplingParams(max_tokens=tokens // 2, ignore_eos=True, temperature=0.8, top_k=40, seed=5)),
         ("", SamplingParams(max_tokens=tokens, ignore_eos=True, presence_penalty=0.3, stop=("never said",))),
     ]
-    found: dict[Question, Read] = {}
+    made = []
     for text in CONVERSATIONS:
-        handle = (await deployed.client.prefill([ChatMessage("user", text)])).handle
-        for adapter, sampling in asked:
-            question = Question(handle, adapter, sampling)
-            found[question] = await read(deployed.client, question)
-    return found
+        turns = (ChatMessage("user", text),)
+        about = (await deployed.client.prefill(turns)).handle if by_handle else turns
+        made += [Question(about, adapter, sampling) for adapter, sampling in asked]
+    return await answers(deployed, made)
+
+
+async def answers(deployed: Deployed, asked: Iterable[Question]) -> dict[Question, Read]:
+    """What a deployment says to each."""
+    return {question: await read(deployed.client, question) for question in asked}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +241,13 @@ class Chaos:
         """Random numbers of a scenario: the same whatever ran before."""
         return random.Random(f"{self.seed} {name}")
 
-    def pick(self, short: float, full: float) -> float:
+    def pick(self, short: NumberT, full: NumberT) -> NumberT:
         """How much of something."""
         return short if self.is_short else full
 
     def place(self, name: str) -> Path:
         """A fresh directory."""
-        path = self.directory / name.replace(" ", "-")
+        path = self.directory / "scenarios" / name.replace(" ", "-")
         path.mkdir(parents=True)
         return path
 

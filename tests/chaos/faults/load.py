@@ -1,0 +1,217 @@
+"""More requests than can be served, tenants beside each other, and clients that leave: who waits, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from statistics import quantiles
+from typing import Final
+
+from alora_serve.client import AsyncClient, ChatMessage, RetryPolicy, SamplingParams, TokenChunk
+from alora_serve.errors import AloraServeError, OverloadedError
+from deployment import deployed
+from faults.harness import QUICK, Chaos, Row, Scenario
+from tenants import key_of, write_access
+
+TURNS: Final = [ChatMessage("user", "The harbour lies still at night, and the lamps are lit. Who lit them?")]
+LONG: Final = SamplingParams(max_tokens=100, ignore_eos=True)
+SHORT: Final = SamplingParams(max_tokens=16, ignore_eos=True)
+TIMES_CAPACITY: Final = 5.0
+MOST_TIMES_ALONE: Final = 1.5
+"""How much longer a tenant's 95th percentile may be beside others than alone."""
+
+ONCE: Final = RetryPolicy(max_attempts=1)
+BATCH: Final = "8"
+QUEUE: Final = "32"
+
+
+@dataclass(slots=True)
+class Outcomes:
+    """What one tenant saw."""
+
+    seconds: list[float] = field(default_factory=list)
+    first_token_seconds: list[float] = field(default_factory=list)
+    refused: int = 0
+    wrong: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def requests(self) -> int:
+        """All of them."""
+        return len(self.seconds) + self.refused + len(self.failures)
+
+    @property
+    def p95_seconds(self) -> float:
+        """Of the whole answer."""
+        return quantiles(self.seconds, n=20)[-1] if len(self.seconds) > 1 else float("nan")
+
+
+@dataclass(slots=True)
+class Tenant:
+    """A tenant's client and the right answers to its one question by their length."""
+
+    client: AsyncClient
+    expected: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    async def ask(self, sampling: SamplingParams, found: Outcomes) -> None:
+        """One question; whatever comes of it."""
+        began, first, tokens = time.monotonic(), 0.0, list[int]()
+        try:
+            async for event in self.client.generate(TURNS, adapter="guard", sampling=sampling, timeout_seconds=60):
+                if isinstance(event, TokenChunk):
+                    first = first or time.monotonic() - began
+                    tokens += event.token_ids
+        except OverloadedError as error:
+            if error.retry_after_seconds:
+                found.refused += 1
+            else:
+                found.failures.append(f"refused without a time to come back: {error}")
+        except AloraServeError as error:
+            found.failures.append(f"{type(error).__name__}: {error}")
+        else:
+            found.seconds.append(time.monotonic() - began)
+            found.first_token_seconds.append(first)
+            found.wrong += tuple(tokens) != self.expected.setdefault(sampling.max_tokens, tuple(tokens))
+
+
+async def one_after_the_other(tenant: Tenant, sampling: SamplingParams, until: float) -> Outcomes:
+    """Short questions with a breath between them."""
+    found = Outcomes()
+    while time.monotonic() < until:
+        await tenant.ask(sampling, found)
+        await asyncio.sleep(0.05)
+    return found
+
+
+async def at_once(tenant: Tenant, sampling: SamplingParams, clients: int, until: float) -> Outcomes:
+    """So many clients that never pause."""
+    found = Outcomes()
+
+    async def go_on() -> None:
+        while time.monotonic() < until:
+            await tenant.ask(sampling, found)
+
+    await asyncio.gather(*(go_on() for _ in range(clients)))
+    return found
+
+
+async def at_rate(
+    tenant: Tenant, sampling: SamplingParams, per_second: float, until: float, rng: random.Random
+) -> Outcomes:
+    """Questions that come whether or not others were answered."""
+    found, asking = Outcomes(), set[asyncio.Task[None]]()
+    due = time.monotonic()
+    while (due := due + rng.expovariate(per_second)) < until:
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        task = asyncio.create_task(tenant.ask(sampling, found))
+        asking.add(task)
+        task.add_done_callback(asking.discard)
+    await asyncio.gather(*asking)
+    return found
+
+
+@asynccontextmanager
+async def two_tenants(chaos: Chaos, name: str, **noisy_quota: int) -> AsyncIterator[tuple[Tenant, Tenant]]:
+    """A quiet tenant and a noisy one on one worker; both have been answered once."""
+    place = chaos.place(name)
+    access_file = write_access(place / "access.yaml", {"quiet": {}, "noisy": noisy_quota})
+    settings = {"access_file": str(access_file), "max_batch_sequences": BATCH, "max_queue": QUEUE}
+    async with deployed(chaos.model, f"lmdb://{place}/kv", api_key=key_of("quiet"), **settings, **QUICK) as running:
+        address = running.local.router_address
+        async with (
+            AsyncClient(address, retry=ONCE, api_key=key_of("quiet")) as quiet,
+            AsyncClient(address, retry=ONCE, api_key=key_of("noisy")) as noisy,
+        ):
+            pair = Tenant(quiet), Tenant(noisy)
+            for tenant in pair:
+                for sampling in (SHORT, LONG):
+                    await tenant.ask(sampling, Outcomes())
+                    if sampling.max_tokens not in tenant.expected:
+                        raise RuntimeError("the deployment does not answer")
+            yield pair
+
+
+async def overload(chaos: Chaos) -> list[Row]:
+    """Five times as many questions as can be answered: what is refused says when to come back, the rest is right."""
+    async with two_tenants(chaos, "overload") as (_, noisy):
+        seconds = chaos.pick(2.0, 10.0)
+        alone = await at_once(noisy, LONG, int(BATCH), time.monotonic() + seconds)
+        capacity = len(alone.seconds) / seconds
+        until = time.monotonic() + chaos.pick(3.0, 60.0)
+        found = await at_rate(noisy, LONG, TIMES_CAPACITY * capacity, until, chaos.rng("arrivals"))
+        return [
+            row(
+                f"overload, {TIMES_CAPACITY:g} times capacity",
+                found,
+                answered=len(found.seconds),
+                refused=found.refused,
+                capacity_per_second=round(capacity, 1),
+                p95_seconds=round(found.p95_seconds, 2),
+            )
+        ]
+
+
+async def beside_a_noisy_tenant(chaos: Chaos) -> list[Row]:
+    """A tenant's short questions beside five times as many long ones of another, whom a quota holds to one at once."""
+    async with two_tenants(chaos, "noisy tenant", max_sequences=1) as (quiet, noisy):
+        seconds = chaos.pick(3.0, 30.0)
+        alone = await one_after_the_other(quiet, SHORT, time.monotonic() + seconds)
+        capacity = await at_once(noisy, LONG, 1, time.monotonic() + seconds / 3)
+        rate = TIMES_CAPACITY * len(capacity.seconds) / (seconds / 3)
+        until = time.monotonic() + seconds
+        found, others = await asyncio.gather(
+            one_after_the_other(quiet, SHORT, until),
+            at_rate(noisy, LONG, rate, until, chaos.rng("arrivals")),
+        )
+        times_alone = found.p95_seconds / alone.p95_seconds
+        if not chaos.is_short and times_alone > MOST_TIMES_ALONE:
+            found.failures.append(f"its p95 was {times_alone:.2f} times that of running alone")
+        return [
+            row(
+                "beside a noisy tenant",
+                found,
+                p95_alone_seconds=round(alone.p95_seconds, 3),
+                p95_seconds=round(found.p95_seconds, 3),
+                times_alone=round(times_alone, 2),
+                other_answered=len(others.seconds),
+                other_refused=others.refused,
+            )
+        ]
+
+
+async def behind_five_hundred(chaos: Chaos) -> list[Row]:
+    """Short questions of one tenant while another, without a quota, sends 500 at once and one as long as can be."""
+    async with two_tenants(chaos, "five hundred") as (quiet, noisy):
+        await one_after_the_other(quiet, SHORT, time.monotonic() + 1)
+        others = Outcomes()
+        burst = [asyncio.create_task(noisy.ask(LONG, others)) for _ in range(chaos.pick(60, 500))]
+        longest = [5 + number % 200 for number in range(1900)]
+        with suppress(AloraServeError):
+            await noisy.client.prefill(token_ids=longest, timeout_seconds=30)
+        found = Outcomes()
+        while not all(task.done() for task in burst):
+            await quiet.ask(SHORT, found)
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*burst)
+        details = {"p95_seconds": round(found.p95_seconds, 2), "longest_of_others": round(max(others.seconds), 2)}
+        if not chaos.is_short and found.p95_seconds > max(others.seconds) / 3:
+            found.failures.append("short questions waited for another tenant's queue")
+        return [row("behind 500 requests of another tenant", found, **details)]
+
+
+def row(fault: str, found: Outcomes, **details: float | str) -> Row:
+    """The figures of one tenant's requests; refusals that say when to come back are not failures."""
+    if found.failures:
+        details["first_failure"] = found.failures[0]
+    return Row(fault, found.requests, len(found.failures), found.wrong, None, details)
+
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    "overload": overload,
+    "noisy tenant": beside_a_noisy_tenant,
+    "five hundred": behind_five_hundred,
+}

@@ -1,0 +1,67 @@
+"""What a fault of the store does to clients, and how long it takes until the store is in use again.
+
+Services here keep nothing in memory that is not in use, so that every request asks the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Final
+
+from deployment import Deployed
+from faults.harness import Load, Row, new_conversations
+from questions import Question, Read
+
+FORGETFUL: Final = {"prefix_cache_bytes": "1"}
+PATIENCE_SECONDS: Final = 60.0
+PEACE_SECONDS: Final = 1.0
+"""How long clients go on in peace before a fault."""
+
+
+async def fetched_tokens(running: Deployed, name: str) -> float:
+    """Tokens whose KV a worker had from the store."""
+    return await running.metric(name, "alora_tokens_total", source="fetched")
+
+
+async def seconds_until_used(running: Deployed) -> float:
+    """Until every worker fetches again and no breaker is open; infinite when that takes too long."""
+    began, names = time.monotonic(), running.local.worker_names
+    before = {name: await fetched_tokens(running, name) for name in names}
+    while time.monotonic() - began < PATIENCE_SECONDS:
+        fetching = [await fetched_tokens(running, name) > before[name] for name in names]
+        open_breakers = [
+            await running.metric(name, "alora_store_breaker_state", state="open")
+            for name in (*names, *running.local.prefill_names)
+        ]
+        if all(fetching) and not any(open_breakers):
+            return round(time.monotonic() - began, 2)
+        await asyncio.sleep(0.1)
+    return float("inf")
+
+
+async def under(
+    running: Deployed,
+    name: str,
+    fault: AbstractAsyncContextManager[None],
+    seconds: float,
+    expected: Mapping[Question, Read],
+    rng: random.Random,
+) -> Row:
+    """What clients see of one fault that lasts ``seconds``, and when the store is in use again after it."""
+    load = Load(running.local.router_address, expected, rng)
+    async with new_conversations(running, expected) as fresh, load.running() as tally:
+        fresh.faults = tally.faults
+        await asyncio.sleep(PEACE_SECONDS)
+        tally.strike()
+        async with fault:
+            await asyncio.sleep(seconds)
+        used_again = await seconds_until_used(running)
+    tally.requests += fresh.requests
+    tally.failures += fresh.failures
+    if used_again == float("inf"):
+        tally.failures.append("the store was not used again")
+    return tally.row(name, store_used_again_seconds=used_again)

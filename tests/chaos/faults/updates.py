@@ -1,0 +1,167 @@
+"""Deployments that are replaced process by process while they serve: the same again, or with something new in them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from alora_serve.client import PrefixHandle
+from deployment import TINY_CONTEXT_TOKENS, WORKER, Deployed, ServedModel, deployed
+from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, answers, questions
+from questions import Question, Read
+from tiny_models import FAMILIES, greedy, largest_gap, load_peft, save_model
+
+PAUSE_SECONDS: Final = 1.0
+TOKENS: Final = 40
+LONG_DRAIN_SECONDS: Final = 20.0
+"""Streams end where they began: of two releases, the second cannot always go on with what the first began."""
+NEXT_RELEASE: Final = Path(__file__).parent / "next_release"
+
+
+async def replaced(running: Deployed, tally: Tally, names: Sequence[str], environment: Mapping[str, str]) -> None:
+    """One process after the other, while clients ask."""
+    for name in names:
+        await asyncio.sleep(PAUSE_SECONDS)
+        tally.strike()
+        await running.local.restart(name, environment=environment)
+    await asyncio.sleep(2 * PAUSE_SECONDS)
+
+
+def everything(running: Deployed) -> tuple[str, ...]:
+    """All processes, the router last, whose clients find the next one themselves."""
+    return (*running.local.prefill_names, *running.local.worker_names, "router")
+
+
+async def rolling_update(chaos: Chaos) -> list[Row]:
+    """The same release again; answers are longer than a drain, so that streams go on elsewhere."""
+    store = f"lmdb://{chaos.place('rolling update')}"
+    async with deployed(chaos.model, store, workers=2, prefills=2, drain_seconds=2, **QUICK) as running:
+        load = Load(running.local.router_address, await questions(running), chaos.rng("load"))
+        async with load.running() as tally:
+            await replaced(running, tally, everything(running), {})
+        return [load.tally.row("rolling update", replaced=len(everything(running)))]
+
+
+async def next_record_version(chaos: Chaos) -> list[Row]:
+    """To a release that writes and reads another version of records, in the same store under the same names."""
+    store = f"lmdb://{chaos.place('record version')}"
+    path = os.pathsep.join([str(NEXT_RELEASE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    forgetful = {"prefix_cache_bytes": "1"}
+    async with deployed(chaos.model, store, workers=2, prefills=2, drain_seconds=2, **forgetful, **QUICK) as running:
+        load = Load(running.local.router_address, await questions(running, TOKENS), chaos.rng("load"))
+        async with load.running() as tally:
+            await replaced(running, tally, [WORKER], {"PYTHONPATH": path})
+            misses = await running.metric(WORKER, "alora_store_miss_blocks_total", reason="version")
+            others = [name for name in everything(running) if name != WORKER]
+            await replaced(running, tally, others, {"PYTHONPATH": path})
+        if not misses:
+            tally.failures.append("no record of the other version was met")
+        return [load.tally.row("rolling update to another record version", version_misses=misses)]
+
+
+async def next_model(chaos: Chaos) -> list[Row]:
+    """To another revision of the model, by clients who send conversations: each answer is wholly one model's."""
+    place = chaos.place("next model")
+    config = FAMILIES["llama"]()
+    config.max_position_embeddings = TINY_CONTEXT_TOKENS
+    other = replace(chaos.model, directory=save_model(place / "revision", config, seed=1))
+    async with deployed(chaos.model, f"lmdb://{place}/first", **QUICK) as running:
+        first = await questions(running, TOKENS, by_handle=False)
+    async with deployed(other, f"lmdb://{place}/second", **QUICK) as running:
+        second = await answers(running, first)
+    seen = {"first": 0, "second": 0}
+
+    def is_the_seconds(question: Question, found: Read) -> bool:
+        is_right = found.is_same_as(second[question])
+        seen["second"] += is_right
+        return is_right
+
+    async with deployed(
+        chaos.model,
+        f"lmdb://{place}/both",
+        workers=2,
+        prefills=2,
+        drain_seconds=LONG_DRAIN_SECONDS,
+        **QUICK,
+    ) as running:
+        load = Load(running.local.router_address, first, chaos.rng("load"), accept=is_the_seconds)
+        # One of each service first, so that either model has both throughout.
+        order = ["prefill-2", "worker-2", "prefill", "worker-1", "router"]
+        async with load.running() as tally:
+            await replaced(running, tally, order, {"ALORA_MODEL": str(other.directory)})
+        seen["first"] = len(tally.answered) - tally.wrong - seen["second"]
+        if not all(seen.values()):
+            tally.failures.append(f"only one of two models answered: {seen}")
+        return [load.tally.row("rolling update to another model", **seen)]
+
+
+async def mixed_dtypes(chaos: Chaos) -> list[Row]:
+    """From float32 to bfloat16: no service reads the other's KV, and no token is further off than rounding explains."""
+    store = f"lmdb://{chaos.place('mixed dtypes')}"
+    async with deployed(
+        chaos.model, store, workers=2, prefills=2, drain_seconds=2, prefix_cache_bytes="1", **QUICK
+    ) as running:
+        asked = await questions(running, TOKENS)
+        greedy_only = {q: found for q, found in asked.items() if not q.sampling.temperature and q.adapter}
+        others: list[tuple[Question, Read]] = []
+
+        def judged_later(question: Question, found: Read) -> bool:
+            others.append((question, found))
+            return found.starts == 1
+
+        load = Load(running.local.router_address, greedy_only, chaos.rng("load"), accept=judged_later)
+        async with load.running() as tally:
+            await replaced(running, tally, everything(running), {"ALORA_DTYPE": "bfloat16"})
+    largest, tau = await asyncio.to_thread(gaps, chaos.model, others, list(greedy_only))
+    tally.wrong += sum(gap > tau for gap in largest)
+    if not others:
+        tally.failures.append("no answer was bfloat16's own")
+    details = {"rounded_answers": len(others), "largest_gap": round(max(largest, default=0.0), 3), "tau": round(tau, 3)}
+    return [load.tally.row("rolling update to another dtype", **details)]
+
+
+def gaps(
+    model: ServedModel, found: Sequence[tuple[Question, Read]], asked: Sequence[Question]
+) -> tuple[list[float], float]:
+    """How far each answer's worst token lies below the best logit of cold float32 PEFT, and how far it may.
+
+    It may as far as twice what stock PEFT's own answers in bfloat16 do, which rounds without any code of ours.
+    """
+    torch.set_num_threads(1)
+    [root] = model.roots
+    largest, stock = [], []
+    for adapter in {question.adapter for question in asked}:
+        exact, rounded = (
+            load_peft(model.directory, root / adapter, dtype) for dtype in (torch.float32, torch.bfloat16)
+        )
+        for question in asked:
+            if question.adapter == adapter:
+                prompt, start = _prompt(model, question)
+                stock.append(largest_gap(exact, prompt, greedy(rounded, prompt, TOKENS).tokens, start))
+        for question, answer in dict.fromkeys(found):
+            if question.adapter == adapter:
+                prompt, start = _prompt(model, question)
+                largest.append(largest_gap(exact, prompt, answer.tokens, start))
+    return largest, 2 * max(stock)
+
+
+def _prompt(model: ServedModel, question: Question) -> tuple[tuple[int, ...], int]:
+    """All tokens before the answer, and where the invocation begins."""
+    if not isinstance(question.about, PrefixHandle):
+        raise TypeError("asked by handle alone")
+    prompt = model.prompt(question.about, question.adapter)
+    return prompt, len(prompt) - len(model.suffix(question.about, question.adapter))
+
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    "rolling update": rolling_update,
+    "record version": next_record_version,
+    "next model": next_model,
+    "mixed dtypes": mixed_dtypes,
+}
