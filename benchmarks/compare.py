@@ -23,6 +23,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Path]:
         with progress_on(console) as progress:
             count = max(plan.adapters) if isinstance(getattr(plan, "adapters", 0), tuple) else 5
             bench = open_bench(console, progress, adapters=count, kind=arguments.kind, dtype=arguments.dtype)
+            bench.keep = partial(write, f"scenario-{letter}-unfinished", facts=bench.facts)
             rows = await play(bench, letter, plan, arguments.systems or scenario.systems)
         paths.append(report(letter, rows, bench, plan, arguments))
     return paths

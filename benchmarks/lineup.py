@@ -11,7 +11,7 @@ from typing import Final
 from adapters import B_STANDARD_DEVIATION, Adapter, Kind, ensure_adapters
 from conversations import Renderer
 from correctness import Answers
-from harness import REPOSITORY
+from harness import REPOSITORY, Row
 from peers.build_llama import LlamaBuild, ensure_llama
 from peers.llama_files import ensure_adapter_files, ensure_model_file
 from rich.console import Console
@@ -46,6 +46,7 @@ class Bench:
         dtype: ``float32`` or ``bfloat16``, the same for all systems.
         answers: what is compared with PEFT afterwards.
         facts: about the systems, for the JSON file.
+        keep: told all rows so far, so that a run that is cut off was not for nothing.
     """
 
     console: Console
@@ -56,6 +57,7 @@ class Bench:
     renderer: Renderer
     answers: Answers = field(default_factory=Answers)
     facts: dict[str, object] = field(default_factory=dict)
+    keep: Callable[[Sequence[Row]], object] = lambda rows: None
 
     @asynccontextmanager
     async def systems(self, names: Sequence[str], *, store_url: str | None = None) -> AsyncIterator[dict[str, System]]:

@@ -96,6 +96,7 @@ async def run(bench: Bench, systems: dict[str, System], plan: Plan) -> list[Row]
         for rate in plan.rates:
             row = await _at_rate(bench, system, prefixes, rate, plan)
             rows.append(row)
+            bench.keep(rows)
             found.append(bool(row.details["saturated"]))
             bench.progress.advance(task)
             if is_over(found):

@@ -48,6 +48,7 @@ async def run(bench: Bench, systems: dict[str, System], plan: Plan) -> list[Row]
         for count in plan.adapters:
             chosen = {name: system for name, system in systems.items() if (name, count) not in plan.skip}
             rows += await _measure(bench, chosen, tokens, count, plan)
+            bench.keep(rows)
     return rows
 
 
