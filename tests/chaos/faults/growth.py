@@ -37,10 +37,10 @@ class Footprint:
             await running.metric(name, "alora_tasks"),
         )
 
-    def growth_since(self, before: Footprint, name: str) -> list[str]:
-        """What has grown by more than counting at another moment explains."""
+    def growth_since(self, before: Footprint, name: str, *, is_warm: bool) -> list[str]:
+        """What has grown by more than counting at another moment explains; memory only once pools are full."""
         grown = []
-        if self.resident_bytes > 1.1 * before.resident_bytes:
+        if is_warm and self.resident_bytes > 1.1 * before.resident_bytes:
             grown.append(f"{name}: {before.resident_bytes / 1e6:.0f} to {self.resident_bytes / 1e6:.0f} MB")
         for what in ("open_files", "threads", "tasks"):
             was, now = getattr(before, what), getattr(self, what)
@@ -99,7 +99,7 @@ async def many_requests(chaos: Chaos) -> list[Row]:
         await some(total - tally.requests)
         after = await footprints(running)
         for name, footprint in after.items():
-            tally.failures += footprint.growth_since(before[name], name)
+            tally.failures += footprint.growth_since(before[name], name, is_warm=not chaos.is_short)
         details = {"left": left, **growth(before, after)}
         return [tally.row(f"{total:,} requests, every fifth given up", **details)]
 
