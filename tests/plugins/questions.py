@@ -41,6 +41,14 @@ class Read:
     starts: int
     adapter_digest: str = ""
 
+    def difference(self, other: Read) -> str:
+        """Where it first differs, in words."""
+        if self.starts != 1:
+            return f"told {self.starts} times that it starts"
+        shorter = min(len(self.tokens), len(other.tokens))
+        at = next((index for index in range(shorter) if self.tokens[index] != other.tokens[index]), shorter)
+        return f"differs from token {at} on: {self.tokens[at : at + 3]} for {other.tokens[at : at + 3]}"
+
     def is_same_as(self, other: Read) -> bool:
         """Token for token and letter for letter, told once."""
         return (self.tokens, self.text) == (other.tokens, other.text) and self.starts == 1

@@ -107,7 +107,14 @@ class Transcript:
         rest.CopyFrom(request)
         if (resume := self.resume()) is not None:
             rest.resume.CopyFrom(resume)
+        else:
+            self.pin_seed(rest.sampling)
         return rest
+
+    def pin_seed(self, sampling: types_pb2.SamplingParams) -> None:
+        """Draw again as was said at the start: a stream that begins anew before its first token is no other stream."""
+        if self._started is not None:
+            sampling.seed = self._started.seed
 
     def resume(self) -> types_pb2.Resume | None:
         """From where another router can go on; None before the first token, when it can as well begin."""
@@ -161,6 +168,8 @@ class FanOutTranscript:
                 wanted.skip = True
             elif (resume := target.resume()) is not None:
                 wanted.resume.CopyFrom(resume)
+            else:
+                target.pin_seed(wanted.sampling if wanted.HasField("sampling") else rest.sampling)
         return rest
 
     def add(self, response: alora_pb2.FanOutResponse) -> tuple[int, StreamEvent | AloraServeError] | None:

@@ -18,7 +18,7 @@ import torch
 from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError
 from alora_serve.kv.keys import BlockChain, BlockHash, part_key
 from alora_serve.kv.layout import KVLayout
-from alora_serve.kv.record import HEADER_BYTES, MissReason, RecordRejected, RecordSpec, open_record, seal
+from alora_serve.kv.record import HEADER_BYTES, MissReason, RecordRejected, RecordSpec, check_payload, payload_of, seal
 from alora_serve.kv.store import KVStore, Put, StoreKey
 from alora_serve.kv.transfer import (
     BlockMetrics,
@@ -136,15 +136,18 @@ class BlockStore:
         def sink(index: int, value: memoryview) -> None:
             block, spec = specs[index]
             try:
-                payload = open_record(spec, value)
+                payload = payload_of(spec, value)
+                low, high = max(block.start, destination.start), min(block.end, destination.end)
+                stored = torch.frombuffer(payload, dtype=getattr(torch, self._layout.dtype)).view(spec.shape)
+                destination.write(low, spec.group, stored[:, :, :, low - block.start : high - block.start])
+                # After the copy: a value in shared memory may change meanwhile, as where a cut file is extended again
+                # with zeros. One that is good afterwards was good while it was copied.
+                check_payload(spec, value)
             except RecordRejected as verdict:
                 with lock:
                     rejected[block.name] = verdict.reason
                     details.add(str(verdict))
                 return
-            low, high = max(block.start, destination.start), min(block.end, destination.end)
-            stored = torch.frombuffer(payload, dtype=getattr(torch, self._layout.dtype)).view(spec.shape)
-            destination.write(low, spec.group, stored[:, :, :, low - block.start : high - block.start])
             with lock:
                 parts_left[block.name] -= 1
 

@@ -104,8 +104,21 @@ def seal(spec: RecordSpec, record: bytearray) -> None:
 def open_record(spec: RecordSpec, record: Buffer) -> memoryview:
     """The payload of a value, checked against ``spec``; a view into ``record``, not a copy.
 
+    Where ``record`` is memory that others can change, copy :func:`payload_of` it first, and check afterwards.
+
     Raises:
         RecordRejected: another record version, or anything that differs from what ``spec`` says or fails the checksum.
+    """
+    payload = payload_of(spec, record)
+    check_payload(spec, record)
+    return payload
+
+
+def payload_of(spec: RecordSpec, record: Buffer) -> memoryview:
+    """The payload of a value whose header and size are what ``spec`` says; a view, not checked yet.
+
+    Raises:
+        RecordRejected: another record version, or another header or size.
     """
     view = memoryview(record).cast("B")
     if len(view) < 6 or bytes(view[:4]) != _MAGIC:
@@ -115,14 +128,21 @@ def open_record(spec: RecordSpec, record: Buffer) -> memoryview:
         raise RecordRejected("version", f"record version {version}, this release reads {RECORD_VERSION}")
     if len(view) != spec.record_bytes:
         raise RecordRejected("corrupt", f"{len(view)} bytes, expected {spec.record_bytes}")
-    header = bytes(view[: _HEADER.size])
-    if header != spec._header():
+    if bytes(view[: _HEADER.size]) != spec._header():
         raise RecordRejected("corrupt", "header is not the one this key must have")
-    payload = view[HEADER_BYTES:]
+    return view[HEADER_BYTES:]
+
+
+def check_payload(spec: RecordSpec, record: Buffer) -> None:
+    """Return if the payload is the one that was sealed.
+
+    Raises:
+        RecordRejected: it fails the checksum.
+    """
+    view = memoryview(record).cast("B")
     (stored,) = _CRC.unpack_from(view, _HEADER.size)
-    if _checksum(header, payload) != stored:
+    if _checksum(spec._header(), view[HEADER_BYTES:]) != stored:
         raise RecordRejected("corrupt", "checksum mismatch")
-    return payload
 
 
 def _checksum(header: bytes, payload: memoryview) -> int:

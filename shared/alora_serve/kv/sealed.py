@@ -64,7 +64,8 @@ class _Key:
                 return memoryview(self._cipher.decrypt(header[-_NONCE_BYTES:], rest, header + store_key))
             except InvalidTag:
                 return None
-        value, tag = rest[: -_TAG_BYTES["mac"]], rest[-_TAG_BYTES["mac"] :]
+        # A copy: what lies in shared memory could be another once it has been found good.
+        value, tag = memoryview(bytes(rest[: -_TAG_BYTES["mac"]])), rest[-_TAG_BYTES["mac"] :]
         return value if hmac.compare_digest(self._mac(store_key, header, value), tag) else None
 
     def _mac(self, store_key: StoreKey, header: bytes, value: memoryview) -> bytes:

@@ -75,6 +75,7 @@ class Tally:
     requests: int = 0
     wrong: int = 0
     failures: list[str] = field(default_factory=list)
+    wrongs: list[str] = field(default_factory=list)
     answered: list[tuple[float, float]] = field(default_factory=list)
     """When each answer was begun and ended."""
     faults: list[float] = field(default_factory=list)
@@ -102,6 +103,8 @@ class Tally:
         """The figures."""
         if self.failures:
             details["first_failure"] = self.failures[0]
+        if self.wrongs:
+            details["first_wrong"] = self.wrongs[0]
         return Row(fault, self.requests, len(self.failures), self.wrong, self.recovery_seconds, details)
 
 
@@ -158,7 +161,9 @@ class Load:
             return
         tally.answered.append((began, time.monotonic()))
         is_right = found.is_same_as(self._expected[question]) or self._accept(question, found)
-        tally.wrong += not is_right
+        if not is_right:
+            tally.wrong += 1
+            tally.wrongs.append(f"{question.adapter or 'base'} {found.difference(self._expected[question])}")
 
 
 @asynccontextmanager

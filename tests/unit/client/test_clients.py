@@ -357,6 +357,22 @@ async def test_calls_that_found_nobody_are_repeated(connect: Any) -> None:
         assert router.calls == 5
 
 
+async def test_a_stream_that_begins_anew_before_its_first_token_draws_as_it_said_it_would(connect: Any) -> None:
+    router = ScriptedRouter(UnavailableError("gone"), after=1)
+    async with router.served() as server, connect(server.address, retry=FAST) as client:
+        events = await events_of(client, lambda c: c.generate("Hi"))
+        assert sum(isinstance(event, Started) for event in events) == 1
+        first, second = router.requests
+        assert not first.sampling.HasField("seed")
+        assert second.sampling.seed == events[0].seed
+        assert not second.HasField("resume")
+
+        router.failures, router.requests = [UnavailableError("gone")], []
+        await run(client, lambda c: c.fanout("Hi", ["a", "b"]).results())
+        started, other = router.requests[1].targets
+        assert (started.sampling.HasField("seed"), other.sampling.HasField("seed")) == (True, False)
+
+
 async def test_a_call_that_nobody_cancelled_was_ended_by_a_router_that_leaves(connect: Any) -> None:
     router = ScriptedRouter(grpc.StatusCode.CANCELLED, after=2)
     async with router.served() as server, connect(server.address, retry=FAST) as client:

@@ -237,6 +237,24 @@ def test_a_corrupt_block_is_a_miss_and_is_deleted(bench: Bench, position: int) -
     assert bench.fetch()[0].end == len(TOKENS)
 
 
+def test_a_value_that_changes_while_it_is_copied_is_a_miss(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the file that it lies in is cut, and extended again by somebody else."""
+    block = bench.write()[2]
+    [key] = _keys(block)
+    value = bytearray(bench.store.values[key])
+    monkeypatch.setitem(bench.store.values, key, value)
+    write = Memory.write
+
+    def cut_meanwhile(self: Memory, start: int, layers: range, values: Tensor) -> None:
+        if start == block.start:
+            value[HEADER_BYTES:] = bytes(len(value) - HEADER_BYTES)
+        write(self, start, layers, values)
+
+    monkeypatch.setattr(Memory, "write", cut_meanwhile)
+    result, _ = bench.fetch()
+    assert (result.end, result.misses) == (block.start, {"corrupt": 1})
+
+
 def test_a_truncated_value_is_a_miss_and_is_deleted(bench: Bench) -> None:
     key = _keys(bench.write()[0])[0]
     bench.store.values[key] = bench.store.values[key][:-1]

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alora_serve.kv.layout import KVLayout
-from alora_serve.kv.record import HEADER_BYTES, RECORD_VERSION, RecordRejected, RecordSpec, open_record, seal
+from alora_serve.kv.record import (
+    HEADER_BYTES,
+    RECORD_VERSION,
+    RecordRejected,
+    RecordSpec,
+    check_payload,
+    open_record,
+    payload_of,
+    seal,
+)
 from alora_serve.kv.store import StoreKey
 
 SPEC = RecordSpec(key=StoreKey(bytes(range(32))), layout=KVLayout(3, 2, 4, "bfloat16"), group=range(1, 3), tokens=5)
@@ -71,6 +80,14 @@ def test_every_single_flipped_byte_is_rejected() -> None:
             bad = bytearray(good)
             bad[position] ^= mask
             assert _reason(bad) == ("version" if position in (4, 5) else "corrupt"), position
+
+
+def test_a_value_that_changes_while_it_is_copied_is_rejected_after_the_copy() -> None:
+    record = _record()
+    payload_of(SPEC, record)
+    record[HEADER_BYTES + 7 :] = bytes(len(record) - HEADER_BYTES - 7)
+    with pytest.raises(RecordRejected, match="checksum"):
+        check_payload(SPEC, record)
 
 
 def test_every_truncation_and_every_surplus_byte_is_rejected() -> None:
