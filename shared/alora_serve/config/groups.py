@@ -50,6 +50,13 @@ class ServerSettings(SettingsGroup):
     allow_insecure: bool = Field(
         False, description="Listen without TLS elsewhere than on loopback: others on the network read and change all."
     )
+    health_listen: str = Field(
+        "",
+        description=(
+            "host:port that serves grpc.health.v1 and nothing else, in plain text, for probes that speak no TLS; "
+            "empty: none."
+        ),
+    )
     metrics_listen: str = Field("127.0.0.1:0", description="host:port of Prometheus /metrics; port 0 takes a free one.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
     log_format: Literal["json", "console"] = Field("json", description="json for machines, console for people.")

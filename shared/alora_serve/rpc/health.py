@@ -18,6 +18,9 @@ _Status = health_pb2.HealthCheckResponse
 OVERALL = ""
 """The name that asks about the process as a whole."""
 
+LIVENESS = "liveness"
+"""The name that asks whether the process still answers at all: it does, whatever it serves."""
+
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Serving until :meth:`shut_down`, except while it is told otherwise. Belongs to one event loop."""
@@ -29,7 +32,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             services: full names, as in ``alora_serve.v1.AloraService``.
             serving: False until the process has what it needs to answer.
         """
-        self._services = frozenset([OVERALL, *services])
+        self._services = frozenset([OVERALL, LIVENESS, *services])
         self._serving = serving
         self._shutting_down = False
         self._changed = asyncio.Event()
@@ -75,4 +78,6 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def _status(self, service: str) -> Any:
         if service not in self._services:
             return _Status.SERVICE_UNKNOWN
+        if service == LIVENESS:
+            return _Status.SERVING
         return _Status.SERVING if self._serving and not self._shutting_down else _Status.NOT_SERVING

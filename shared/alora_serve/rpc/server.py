@@ -111,6 +111,7 @@ async def serve(
     try:
         address = _bind(server, settings)
         metrics_server, metrics_address = _serve_metrics(settings.metrics_listen, registry)
+        probed = await _serve_probes(settings.health_listen, health) if settings.health_listen else None
         try:
             await server.start()
             line = {"event": "listening", "service": name, "address": address, "metrics_address": metrics_address}
@@ -125,6 +126,8 @@ async def serve(
                 log.warning("drain_cut_short", calls=left)
         finally:
             await server.stop(FINAL_GRACE_SECONDS)
+            if probed is not None:
+                await probed.stop(None)
             metrics_server.shutdown()
             metrics_server.server_close()
     finally:
@@ -212,6 +215,18 @@ def _serve_metrics(address: str, registry: CollectorRegistry) -> tuple[WSGIServe
     except OSError as error:
         raise ConfigError(f"metrics_listen={address}: cannot be bound: {error}") from error
     return server, f"{host}:{server.server_port}"
+
+
+async def _serve_probes(address: str, health: HealthServicer) -> grpc.aio.Server:
+    """A running server of health alone: what it says is no secret, and a probe has no certificate."""
+    server = grpc.aio.server(options=server_options())
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"health_listen={address}: cannot be bound: in use, or not an address of this machine") from error
+    await server.start()
+    return server
 
 
 def _host(address: str) -> tuple[str, int]:
