@@ -114,14 +114,17 @@ fuzz: $(VENV)/.ready-dev $(STUBS) ## what a fuzzer can think of, for every parse
 
 # Torch is overridden away because its build depends on the machine (scripts/setup_venv.py installs it), and with it the
 # packages that only torch needs. The second lock is the first plus the tools, at the same versions.
-UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
-	--custom-compile-command "make lock" --overrides <(echo 'torch ; sys_platform == "never"') \
+UV_COMPILE_ALONE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock"
+UV_COMPILE = $(UV_COMPILE_ALONE) --overrides <(echo 'torch ; sys_platform == "never"') \
 	$(foreach package,torch mpmath networkx sympy,--no-emit-package $(package)) pyproject.toml --extra model --group build
 
 .PHONY: lock
 lock: ## resolve the dependencies anew into requirements*.lock (with the uv of .venv)
 	@$(UV_COMPILE) --upgrade -o requirements.lock >/dev/null
 	@$(UV_COMPILE) --group dev --constraints requirements.lock -o requirements-dev.lock >/dev/null
+	@$(UV_COMPILE_ALONE) pyproject.toml --constraints requirements.lock -o requirements-router.lock >/dev/null
+	@$(UV_COMPILE_ALONE) --group build --constraints requirements.lock -o requirements-build.lock >/dev/null
 
 .PHONY: clean
 clean: ## remove what builds, tests and linters leave (.venv stays)

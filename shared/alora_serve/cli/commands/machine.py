@@ -1,4 +1,4 @@
-"""Commands about this machine: `up`, `doctor` and `config`."""
+"""Commands about this machine: `up`, `doctor`, `probe` and `config`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from alora_serve.cli.options import (
     Model,
     StoreUrl,
     Threads,
+    Timeout,
 )
 from alora_serve.cli.output import FAILURE_EXIT_CODE, errors_reported, print_json, print_table
 
@@ -64,6 +65,34 @@ def up(
             log_format="json" if as_json else "console",
         )
         up.run(options, as_json=as_json)
+
+
+@commands.command()
+def probe(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="A gRPC server, such as `health_listen`.")],
+    service: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose health: empty is the process's own; `liveness`: it answers.")
+    ] = "",
+    timeout: Timeout = 2.0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a server for its health: exit status 0 when it is SERVING. For container health checks.
+
+    ```
+    alora-serve probe 127.0.0.1:50052
+    alora-serve probe 127.0.0.1:50052 --service liveness
+    ```
+    """
+    with errors_reported(as_json=as_json):
+        from alora_serve.cli.probe import health_of
+
+        status = health_of(address, service, timeout)
+        if as_json:
+            print_json({"address": address, "service": service, "status": status})
+        else:
+            typer.echo(status)
+        if status != "SERVING":
+            raise typer.Exit(FAILURE_EXIT_CODE)
 
 
 @commands.command()

@@ -1,0 +1,26 @@
+"""The health of a server, asked once, in plain text: what container engines do that cannot speak gRPC themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
+
+from alora_serve.errors import UnavailableError
+from alora_serve.rpc.channels import public_options
+
+
+def health_of(address: str, service: str, timeout_seconds: float) -> str:
+    """``SERVING`` or another name of ``grpc.health.v1``.
+
+    Raises:
+        UnavailableError: it does not answer, or has no such service.
+    """
+    with grpc.insecure_channel(address, public_options(address)) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_seconds)
+        except grpc.RpcError as error:
+            raise UnavailableError(f"{address}: {error.code().name}: {error.details()}") from error
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
