@@ -1,0 +1,129 @@
+{{/*
+Names and small values. Helpers of one component take (dict "ctx" $ "component" "base-prefill" "values" .Values.basePrefill);
+those without a component take the root context.
+*/}}
+
+{{- define "alora-serve.fullname" -}}
+{{- $name := .Values.nameOverride | default .Chart.Name -}}
+{{- $full := .Values.fullnameOverride | default (contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name)) -}}
+{{- /* Room for -adapter-decode and the hash that a Deployment's pods get. */ -}}
+{{- $full | trunc 40 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "alora-serve.name" -}}
+{{- printf "%s-%s" (include "alora-serve.fullname" .ctx) .component -}}
+{{- end }}
+
+{{- define "alora-serve.commonLabels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
+app.kubernetes.io/part-of: alora-serve
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+
+{{- define "alora-serve.releaseLabels" -}}
+app.kubernetes.io/name: {{ .Values.nameOverride | default .Chart.Name | trunc 63 }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "alora-serve.selectorLabels" -}}
+{{ include "alora-serve.releaseLabels" .ctx }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "alora-serve.labels" -}}
+{{ include "alora-serve.selectorLabels" . }}
+{{ include "alora-serve.commonLabels" .ctx }}
+{{- end }}
+
+{{/* Of an object that belongs to no component. */}}
+{{- define "alora-serve.plainLabels" -}}
+{{ include "alora-serve.releaseLabels" . }}
+{{ include "alora-serve.commonLabels" . }}
+{{- end }}
+
+{{/* The whole name of an image. (dict "ctx" $ "image" .Values.x.image) */}}
+{{- define "alora-serve.image" -}}
+{{- $registry := .ctx.Values.global.imageRegistry | default .image.registry -}}
+{{- $tag := .image.tag | default .ctx.Chart.AppVersion -}}
+{{- printf "%s/%s" (trimSuffix "/" $registry) .image.repository -}}
+{{- if .image.digest }}@{{ .image.digest }}{{ else }}:{{ $tag }}{{ end -}}
+{{- end }}
+
+{{- define "alora-serve.serviceAccountName" -}}
+{{- .Values.serviceAccount.name | default (include "alora-serve.fullname" .) -}}
+{{- end }}
+
+{{/* Where the services' secrets are: the secret that was named, or the one of the values given. */}}
+{{- define "alora-serve.secretName" -}}
+{{- $own := printf "%s-secrets" (include "alora-serve.fullname" .) -}}
+{{- if not (or .Values.secrets.existingSecret .Values.secrets.handleSecrets) -}}
+{{- fail (printf (include "alora-serve.secretHelp" .) $own .Release.Namespace $own) -}}
+{{- end -}}
+{{- .Values.secrets.existingSecret | default $own -}}
+{{- end }}
+
+{{- define "alora-serve.secretHelp" }}
+
+The services need secrets that stay the same, so the chart makes none. Make them once:
+
+  kubectl create secret generic %s --namespace %s \
+    --from-literal=handle-secrets="$(openssl rand -hex 24)" \
+    --from-literal=tenant-salt="$(openssl rand -hex 24)" \
+    --from-literal=store-secrets="$(openssl rand -hex 24)" \
+    --from-literal=store-password="$(openssl rand -hex 24)"
+
+and name them: --set secrets.existingSecret=%s
+{{ end }}
+
+{{/* A setting as a variable's value: numbers without exponents, lists with commas. */}}
+{{- define "alora-serve.settingValue" -}}
+{{- if kindIs "string" . }}{{ . }}{{ else if kindIs "slice" . }}{{ join "," . }}{{ else }}{{ toJson . }}{{ end -}}
+{{- end }}
+
+{{/* A size such as 512Mi in bytes. */}}
+{{- define "alora-serve.bytes" -}}
+{{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- $number := regexFind "^[0-9]+" (toString .) -}}
+{{- mul (int64 $number) (index $units (trimPrefix $number (toString .))) -}}
+{{- end }}
+
+{{/* Settings of a component: the release's, then its own. */}}
+{{- define "alora-serve.settings" -}}
+{{- $settings := dict -}}
+{{- range $name, $value := .ctx.Values.settings }}{{ $_ := set $settings $name $value }}{{ end -}}
+{{- range $name, $value := .values.settings }}{{ $_ := set $settings $name $value }}{{ end -}}
+{{- toJson $settings -}}
+{{- end }}
+
+{{- define "alora-serve.isModelService" -}}
+{{- if has .component (list "base-prefill" "adapter-decode") }}true{{ end -}}
+{{- end }}
+
+{{/* "true" where callers show keys or tokens, and tenants are kept apart. */}}
+{{- define "alora-serve.hasTenants" -}}
+{{- if or .Values.access.fileSecret .Values.access.jwt.jwksConfigMap }}true{{ end -}}
+{{- end }}
+
+{{/* "true" where the services speak TLS to the store. */}}
+{{- define "alora-serve.storeTls" -}}
+{{- if or .Values.store.tls.caSecret .Values.store.tls.clientSecret (and .Values.tls.enabled (eq .Values.store.type "valkey")) }}true{{ end -}}
+{{- end }}
+
+{{/* The name that certificates of both model services carry: the router connects to addresses, of either. */}}
+{{- define "alora-serve.peerServerName" -}}
+{{- .Values.tls.peerServerName | default (printf "%s-peers.%s.svc" (include "alora-serve.fullname" .) .Release.Namespace) -}}
+{{- end }}
+
+{{/* The secret of a certificate. (dict "ctx" $ "certificate" "base-prefill") */}}
+{{- define "alora-serve.tlsSecret" -}}
+{{- $key := .certificate | replace "-" " " | title | nospace | untitle -}}
+{{- $name := printf "%s-%s-tls" (include "alora-serve.fullname" .ctx) .certificate -}}
+{{- if .ctx.Values.tls.certManager.enabled -}}
+{{- $name -}}
+{{- else if index .ctx.Values.tls.existingSecrets $key -}}
+{{- index .ctx.Values.tls.existingSecrets $key -}}
+{{- else -}}
+{{- fail (printf "\n\ntls.enabled needs tls.certManager.enabled, or a secret of each certificate. Make this one:\n\n  kubectl create secret generic %s --namespace %s --from-file=tls.crt --from-file=tls.key --from-file=ca.crt\n\nand name it: --set tls.existingSecrets.%s=%s\n" $name .ctx.Release.Namespace $key $name) -}}
+{{- end -}}
+{{- end }}

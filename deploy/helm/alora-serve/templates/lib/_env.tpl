@@ -1,0 +1,133 @@
+{{/*
+The environment of a service. Every ALORA_* name is a setting of shared/alora_serve/config/groups.py (or ALORA_CACHE_DIR); a test
+compares them. A setting that changes changes the pod template, and so restarts the pods.
+*/}}
+{{- define "alora-serve.env" -}}
+{{- $values := .ctx.Values -}}
+{{- $isModelService := include "alora-serve.isModelService" . -}}
+{{- $settings := include "alora-serve.settings" . | fromJson -}}
+- {name: ALORA_LISTEN, value: "{{ $values.listenHost }}:50051"}
+- {name: ALORA_HEALTH_LISTEN, value: "{{ $values.listenHost }}:50052"}
+- {name: ALORA_METRICS_LISTEN, value: "{{ $values.listenHost }}:9090"}
+- {name: ALORA_DRAIN_SECONDS, value: {{ .values.drainSeconds | toString | quote }}}
+{{- if $values.tls.enabled }}
+- {name: ALORA_TLS_CERT_FILE, value: /etc/alora-serve/tls/tls.crt}
+- {name: ALORA_TLS_KEY_FILE, value: /etc/alora-serve/tls/tls.key}
+{{- if and $isModelService $values.tls.mutual }}
+- {name: ALORA_TLS_CLIENT_CA_FILE, value: /etc/alora-serve/tls/ca.crt}
+{{- else if and (not $isModelService) $values.tls.clientCaSecret }}
+- {name: ALORA_TLS_CLIENT_CA_FILE, value: /etc/alora-serve/client-ca/ca.crt}
+{{- end }}
+{{- else }}
+- {name: ALORA_ALLOW_INSECURE, value: "true"}
+{{- end }}
+{{- include "alora-serve.secretEnv" (dict "ctx" .ctx "name" "ALORA_HANDLE_SECRETS" "key" "handle-secrets") | nindent 0 }}
+{{- include "alora-serve.secretEnv" (dict "ctx" .ctx "name" "ALORA_TENANT_SALT" "key" "tenant-salt" "optional" (not (include "alora-serve.hasTenants" .ctx))) | nindent 0 }}
+{{- if $values.publicPrompts }}
+- {name: ALORA_PUBLIC_PROMPTS_FILE, value: /etc/alora-serve/public-prompts/public-prompts.yaml}
+{{- end }}
+{{- if $isModelService }}
+{{- include "alora-serve.modelEnv" . | nindent 0 }}
+{{- include "alora-serve.storeEnv" .ctx | nindent 0 }}
+{{- if not (hasKey $settings "threads") }}
+- name: ALORA_THREADS
+  valueFrom: {resourceFieldRef: {resource: requests.cpu, divisor: "1"}}
+{{- end }}
+{{- else }}
+{{- include "alora-serve.routerEnv" .ctx | nindent 0 }}
+{{- end }}
+{{- range $name, $value := $settings }}
+- {name: ALORA_{{ upper $name }}, value: {{ include "alora-serve.settingValue" $value | quote }}}
+{{- end }}
+{{- with .values.extraEnv }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- end }}
+
+{{/* A variable from the services' secret. */}}
+{{- define "alora-serve.secretEnv" -}}
+- name: {{ .name }}
+  valueFrom: {secretKeyRef: {name: {{ include "alora-serve.secretName" .ctx }}, key: {{ .key }}{{ if .optional }}, optional: true{{ end }}}}
+{{- end }}
+
+{{- define "alora-serve.modelEnv" -}}
+{{- $values := .ctx.Values -}}
+- {name: ALORA_CACHE_DIR, value: /var/cache/alora-serve}
+# What is not in a volume is not fetched behind anyone's back: only an init container that was asked for downloads.
+- {name: HF_HUB_OFFLINE, value: "1"}
+- {name: ALORA_MODEL, value: {{ include "alora-serve.sourcePath" (dict "folder" "models" "item" $values.model) | quote }}}
+- {name: ALORA_DTYPE, value: {{ $values.dtype }}}
+- {name: ALORA_DEVICE, value: {{ $values.gpu.enabled | ternary "cuda" "cpu" }}}
+{{- if eq .component "adapter-decode" }}
+- {name: ALORA_ADAPTER_ROOTS, value: {{ include "alora-serve.adapterRoots" .ctx | quote }}}
+{{- end }}
+{{- end }}
+
+{{- define "alora-serve.storeEnv" -}}
+{{- $store := .Values.store -}}
+{{- if $store.password }}
+{{- include "alora-serve.secretEnv" (dict "ctx" . "name" "STORE_PASSWORD" "key" "store-password") }}
+{{ end -}}
+{{- if eq $store.type "lmdb" -}}
+- {name: ALORA_STORE_URL, value: {{ eq $store.lmdb.medium "Memory" | ternary "lmdb:" "lmdb:///var/cache/alora-serve/store" }}}
+- {name: ALORA_STORE_BUDGET_BYTES, value: {{ include "alora-serve.bytes" $store.lmdb.size | quote }}}
+{{- else if eq $store.type "valkey" -}}
+{{- $scheme := include "alora-serve.storeTls" . | empty | ternary "redis" "rediss" -}}
+{{- $login := $store.password | ternary ":$(STORE_PASSWORD)@" "" -}}
+- {name: ALORA_STORE_URL, value: "{{ $scheme }}://{{ $login }}{{ include "alora-serve.name" (dict "ctx" . "component" "store") }}:6379/0"}
+{{- else if $store.external.urlSecret.name -}}
+- name: ALORA_STORE_URL
+  valueFrom: {secretKeyRef: {name: {{ $store.external.urlSecret.name }}, key: {{ $store.external.urlSecret.key }}}}
+{{- else -}}
+- {name: ALORA_STORE_URL, value: {{ required "store.type external needs store.external.url or store.external.urlSecret.name" $store.external.url | quote }}}
+{{- end }}
+{{- if include "alora-serve.storeTls" . }}
+{{- if eq $store.type "valkey" }}
+- {name: ALORA_STORE_TLS_CA_FILE, value: /etc/alora-serve/tls/ca.crt}
+{{- if .Values.tls.mutual }}
+- {name: ALORA_STORE_TLS_CERT_FILE, value: /etc/alora-serve/tls/tls.crt}
+- {name: ALORA_STORE_TLS_KEY_FILE, value: /etc/alora-serve/tls/tls.key}
+{{- end }}
+{{- else }}
+{{- if $store.tls.caSecret }}
+- {name: ALORA_STORE_TLS_CA_FILE, value: /etc/alora-serve/store-ca/ca.crt}
+{{- end }}
+{{- if $store.tls.clientSecret }}
+- {name: ALORA_STORE_TLS_CERT_FILE, value: /etc/alora-serve/store-client/tls.crt}
+- {name: ALORA_STORE_TLS_KEY_FILE, value: /etc/alora-serve/store-client/tls.key}
+{{- end }}
+- {name: ALORA_STORE_TLS_CHECK_HOSTNAME, value: {{ $store.tls.checkHostname | toString | quote }}}
+{{- end }}
+{{- end }}
+- {name: ALORA_STORE_PROTECTION, value: {{ $store.protection }}}
+{{- if ne $store.protection "none" }}
+{{- include "alora-serve.secretEnv" (dict "ctx" . "name" "ALORA_STORE_SECRETS" "key" "store-secrets") | nindent 0 }}
+{{- end }}
+{{- end }}
+
+{{- define "alora-serve.routerEnv" -}}
+{{- $prefill := include "alora-serve.name" (dict "ctx" . "component" "base-prefill") -}}
+{{- $decode := include "alora-serve.name" (dict "ctx" . "component" "adapter-decode") -}}
+- {name: ALORA_BASE_PREFILL_ENDPOINTS, value: "dns:///{{ $prefill }}:50051"}
+- {name: ALORA_DECODE_ENDPOINTS, value: "dns:///{{ $decode }}:50051"}
+{{- if .Values.tls.enabled }}
+- {name: ALORA_PEER_TLS_CA_FILE, value: /etc/alora-serve/peer-tls/ca.crt}
+{{- if .Values.tls.mutual }}
+- {name: ALORA_PEER_TLS_CERT_FILE, value: /etc/alora-serve/peer-tls/tls.crt}
+- {name: ALORA_PEER_TLS_KEY_FILE, value: /etc/alora-serve/peer-tls/tls.key}
+{{- end }}
+- {name: ALORA_PEER_TLS_SERVER_NAME, value: {{ include "alora-serve.peerServerName" . }}}
+{{- end }}
+{{- if .Values.access.fileSecret }}
+- {name: ALORA_ACCESS_FILE, value: /etc/alora-serve/access/access.yaml}
+{{- end }}
+{{- with .Values.access.jwt }}
+{{- if .jwksConfigMap }}
+- {name: ALORA_JWKS_FILE, value: /etc/alora-serve/jwks/jwks.json}
+- {name: ALORA_JWT_ISSUER, value: {{ required "access.jwt.jwksConfigMap needs access.jwt.issuer: whose tokens" .issuer | quote }}}
+- {name: ALORA_JWT_AUDIENCE, value: {{ required "access.jwt.jwksConfigMap needs access.jwt.audience: meant for whom" .audience | quote }}}
+- {name: ALORA_JWT_TENANT_CLAIM, value: {{ .tenantClaim | quote }}}
+- {name: ALORA_JWT_ROLES_CLAIM, value: {{ .rolesClaim | quote }}}
+{{- end }}
+{{- end }}
+{{- end }}

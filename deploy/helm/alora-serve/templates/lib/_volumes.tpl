@@ -1,0 +1,95 @@
+{{/* Volumes of a service's pod, and where its container sees them. Secrets are mounted whole, so that renewed ones arrive. */}}
+{{- define "alora-serve.volumes" -}}
+{{- $values := .ctx.Values -}}
+- {name: tmp, emptyDir: {}}
+{{- if $values.tls.enabled }}
+- {name: tls, secret: {secretName: {{ include "alora-serve.tlsSecret" (dict "ctx" .ctx "certificate" .component) }}, defaultMode: 0440}}
+{{- end }}
+{{- if $values.publicPrompts }}
+- {name: public-prompts, configMap: {name: {{ include "alora-serve.fullname" .ctx }}-public-prompts}}
+{{- end }}
+{{- if include "alora-serve.isModelService" . }}
+- name: shm
+  emptyDir: {medium: Memory, sizeLimit: {{ include "alora-serve.shmSize" . }}}
+{{- if ne .values.kind "StatefulSet" }}
+- {name: cache, emptyDir: {sizeLimit: {{ $values.cache.size }}}}
+{{- end }}
+{{- include "alora-serve.sourceVolumes" . }}
+{{- if eq $values.store.type "external" }}
+{{- with $values.store.tls.caSecret }}
+- {name: store-ca, secret: {secretName: {{ . }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}}
+{{- end }}
+{{- with $values.store.tls.clientSecret }}
+- {name: store-client, secret: {secretName: {{ . }}, defaultMode: 0440}}
+{{- end }}
+{{- end }}
+{{- else }}
+{{- if $values.tls.enabled }}
+- {name: peer-tls, secret: {secretName: {{ include "alora-serve.tlsSecret" (dict "ctx" .ctx "certificate" "router-peer") }}, defaultMode: 0440}}
+{{- with $values.tls.clientCaSecret }}
+- {name: client-ca, secret: {secretName: {{ . }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}}
+{{- end }}
+{{- end }}
+{{- with $values.access.fileSecret }}
+- {name: access, secret: {secretName: {{ . }}, defaultMode: 0440}}
+{{- end }}
+{{- with $values.access.jwt.jwksConfigMap }}
+- {name: jwks, configMap: {name: {{ . }}}}
+{{- end }}
+{{- end }}
+{{- with .values.extraVolumes }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- end }}
+
+{{- define "alora-serve.volumeMounts" -}}
+{{- $values := .ctx.Values -}}
+- {name: tmp, mountPath: /tmp}
+{{- if $values.tls.enabled }}
+- {name: tls, mountPath: /etc/alora-serve/tls, readOnly: true}
+{{- end }}
+{{- if $values.publicPrompts }}
+- {name: public-prompts, mountPath: /etc/alora-serve/public-prompts, readOnly: true}
+{{- end }}
+{{- if include "alora-serve.isModelService" . }}
+- {name: shm, mountPath: /dev/shm}
+{{- $writes := and (eq $values.store.type "lmdb") (eq $values.store.lmdb.medium "Cache") }}
+- {name: cache, mountPath: /var/cache/alora-serve{{ if not $writes }}, readOnly: true{{ end }}}
+{{- include "alora-serve.sourceMounts" . }}
+{{- if eq $values.store.type "external" }}
+{{- if $values.store.tls.caSecret }}
+- {name: store-ca, mountPath: /etc/alora-serve/store-ca, readOnly: true}
+{{- end }}
+{{- if $values.store.tls.clientSecret }}
+- {name: store-client, mountPath: /etc/alora-serve/store-client, readOnly: true}
+{{- end }}
+{{- end }}
+{{- else }}
+{{- if $values.tls.enabled }}
+- {name: peer-tls, mountPath: /etc/alora-serve/peer-tls, readOnly: true}
+{{- if $values.tls.clientCaSecret }}
+- {name: client-ca, mountPath: /etc/alora-serve/client-ca, readOnly: true}
+{{- end }}
+{{- end }}
+{{- if $values.access.fileSecret }}
+- {name: access, mountPath: /etc/alora-serve/access, readOnly: true}
+{{- end }}
+{{- if $values.access.jwt.jwksConfigMap }}
+- {name: jwks, mountPath: /etc/alora-serve/jwks, readOnly: true}
+{{- end }}
+{{- end }}
+{{- with .values.extraVolumeMounts }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- end }}
+
+{{/* /dev/shm is memory of the pod: a limit that cannot hold it would end in an out-of-memory kill once it fills. */}}
+{{- define "alora-serve.shmSize" -}}
+{{- $store := .ctx.Values.store -}}
+{{- $size := and (eq $store.type "lmdb") (eq $store.lmdb.medium "Memory") | ternary $store.lmdb.size .ctx.Values.shmSize -}}
+{{- $limit := dig "limits" "memory" "" .values.resources -}}
+{{- if and $limit (le (include "alora-serve.bytes" $limit | int64) (include "alora-serve.bytes" $size | int64)) -}}
+{{- fail (printf "the memory limit of %s, %s, must hold /dev/shm, %s, and the process besides" .component $limit $size) -}}
+{{- end -}}
+{{- $size -}}
+{{- end }}
