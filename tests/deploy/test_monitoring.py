@@ -1,0 +1,379 @@
+"""Rules, dashboards and the runbook hold together, and show something when the real services are scraped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+import yaml
+
+from alora_serve.client import ChatMessage, Target
+from alora_serve.errors import AdapterNotFoundError
+from deployment import GREEDY, Deployed, deployed, save_tiny_model
+from redis_servers import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMETHEUS, DASHBOARDS = ROOT / "deploy" / "prometheus", ROOT / "deploy" / "grafana" / "dashboards"
+RULES = sorted((PROMETHEUS / "rules").glob("*.yaml"))
+ALERT_TESTS = sorted((PROMETHEUS / "tests").glob("*.yaml"))
+RUNBOOK = ROOT / "docs" / "operations.md"
+
+OF_PROMETHEUS = {"up", "ALERTS"}
+TARGET_LABELS = {"job", "instance", "namespace"}
+_METRIC_ROW = re.compile(r"^\| `(alora_\w+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
+_SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\{([^{}]*)\}")
+_GROUPING = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
+_NAME = re.compile(r"(?<![\w:.$])[a-zA-Z_:][\w:]*\b(?!\s*\()")
+_WORDS = {"and", "or", "unless", "offset", "bool"}
+
+WELL = {
+    'alora_adapter_events_total{event="refuse"}',
+    'alora_fetch_decisions_total{decision="compute"}',
+    "alora_router_resumed_streams_total",
+    'alora_rpc_handled_total{code=~"INTERNAL|UNKNOWN"}',
+    'alora_rpc_handled_total{method=~"/alora_serve.v1.AloraService/.+", code="FAILED_PRECONDITION"}',
+    'alora_store_drop_blocks_total{reason="full"}',
+    'alora_store_miss_blocks_total{reason="corrupt"}',
+    'alora_store_miss_blocks_total{reason="version"}',
+}
+"""What alerts ask for and a deployment that is well does not have."""
+
+SCRAPED_SECONDS = 25.0
+WINDOW = "10s"
+
+
+# --- without a deployment ---------------------------------------------------------------------------------------------
+
+
+def promtool(*arguments: str | Path) -> str:
+    """What it prints; fails with it when it finds something wrong."""
+    program = shutil.which("promtool")
+    if program is None:
+        pytest.skip("needs promtool (apt install prometheus)")
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rules(kind: str) -> list[dict[str, Any]]:
+    """All of a kind, ``alert`` or ``record``."""
+    groups = [group for path in RULES for group in yaml.safe_load(path.read_text())["groups"]]
+    return [rule for group in groups for rule in group["rules"] if kind in rule]
+
+
+ALERTS = {rule["alert"]: rule for rule in rules("alert")}
+
+
+def pages() -> dict[str, dict[str, Any]]:
+    """Dashboards by file name."""
+    return {path.name: json.loads(path.read_text()) for path in sorted(DASHBOARDS.glob("*.json"))}
+
+
+def panels(page: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that show something."""
+    return [panel for panel in page["panels"] if panel["type"] != "row"]
+
+
+def queries() -> Iterator[tuple[str, str, str]]:
+    """Dashboard, panel and expression of every query."""
+    for name, page in pages().items():
+        for panel in panels(page):
+            for target in panel["targets"]:
+                yield name, f"{panel['title']} ({target['legendFormat']})", target["expr"]
+
+
+def runbook_sections() -> dict[str, str]:
+    """Text by heading, of those below Alerts."""
+    text = RUNBOOK.read_text()
+    alerts = text[text.index("\n## Alerts\n") : text.index("\n## Scaling\n")]
+    return {part.partition("\n")[0]: part.partition("\n")[2] for part in alerts.split("\n### ")[1:]}
+
+
+def documented() -> dict[str, set[str]]:
+    """Series names of ``docs/metrics.md`` and their labels; those that recording rules write, without."""
+    series: dict[str, set[str]] = {}
+    for name, kind, labels in _METRIC_ROW.findall((ROOT / "docs" / "metrics.md").read_text()):
+        names = re.findall(r"`(\w+)`", labels)
+        if kind == "histogram":
+            series |= {f"{name}_bucket": {*names, "le"}, f"{name}_sum": set(names), f"{name}_count": set(names)}
+        else:
+            series[name] = set(names)
+    return series
+
+
+def metric_names(expression: str) -> set[str]:
+    """The series that an expression asks for."""
+    bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]', "", re.sub(r'"[^"]*"', "", expression))
+    return set(_NAME.findall(_GROUPING.sub("", bare))) - _WORDS
+
+
+def test_prometheus_takes_configuration_and_rules() -> None:
+    promtool("check", "config", PROMETHEUS / "prometheus.yml")
+    promtool("check", "rules", *RULES)
+
+
+@pytest.mark.parametrize("file", ALERT_TESTS, ids=lambda path: path.stem)
+def test_alerts_fire_on_what_is_ill_and_not_on_what_is_well(file: Path) -> None:
+    promtool("test", "rules", file)
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_each_alert_is_tried_both_ways(alert: str) -> None:
+    tried = [
+        case
+        for path in ALERT_TESTS
+        for test in yaml.safe_load(path.read_text())["tests"]
+        for case in test["alert_rule_test"]
+        if case["alertname"] == alert
+    ]
+    assert {bool(case["exp_alerts"]) for case in tried} == {True, False}
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_each_alert_says_how_bad_it_is_and_what_to_do(alert: str) -> None:
+    rule = ALERTS[alert]
+    assert rule["labels"]["severity"] in {"critical", "warning"}
+    assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}
+    assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{alert.lower()}"
+    section = runbook_sections()[alert]
+    assert all(word in section.lower() for word in ("**means**", "**look at**", "**do"))
+
+
+def test_the_runbook_has_alerts_that_exist_and_no_others() -> None:
+    assert list(runbook_sections()) == list(ALERTS), "in the order of the rules"
+
+
+def test_the_runbook_names_panels_that_exist() -> None:
+    titles = {
+        page["title"].partition(" / ")[2]: {panel["title"] for panel in panels(page)} for page in pages().values()
+    }
+    text = " ".join(RUNBOOK.read_text().split())
+    named = re.findall(rf"\*({'|'.join(titles)}): ([^*]+)\*", text)
+    assert len(named) > 20
+    assert [(page, panel) for page, panel in named if panel not in titles[page]] == []
+
+
+def test_rules_and_dashboards_ask_for_metrics_and_labels_that_exist() -> None:
+    metrics, recorded = documented(), {rule["record"] for rule in rules("record")}
+    labels = set[str]().union(*metrics.values()) | TARGET_LABELS
+    asked = [
+        (rule.get("alert") or rule["record"], rule["expr"]) for kind in ("alert", "record") for rule in rules(kind)
+    ]
+    asked += [(f"{page}: {panel}", expression) for page, panel, expression in queries()]
+    for where, expression in asked:
+        names = metric_names(expression)
+        assert names, where
+        unknown = {
+            name for name in names - metrics.keys() - recorded - OF_PROMETHEUS if not name.startswith("process_")
+        }
+        assert not unknown, where
+        for name, matchers in _SELECTOR.findall(expression):
+            matched = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", matchers))
+            if name in metrics:
+                assert matched <= metrics[name] | TARGET_LABELS, f"{where}: {name}"
+        grouped = {label.strip() for found in _GROUPING.findall(expression) for label in found.split(",")} - {""}
+        assert grouped <= labels, where
+
+
+def test_dashboards_and_the_charts_copies_are_what_the_panels_say() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "build_dashboards.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}run scripts/build_dashboards.py"
+
+
+def test_what_is_stale_or_nobodys_is_found_and_mended(tmp_path: Path) -> None:
+    for folder in ("deploy/grafana/panels", "deploy/prometheus/rules"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+
+    def build(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "scripts" / "build_dashboards.py"), "--root", str(tmp_path), *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert build("--check").returncode == 1
+    assert build().returncode == 0
+    assert build("--check").returncode == 0
+    chart = tmp_path / "deploy" / "helm" / "alora-serve" / "files"
+    (chart / "rules" / "alerts.yaml").write_text("groups: []\n")
+    (chart / "dashboards" / "gone.json").write_text("{}\n")
+    told = build("--check")
+    assert told.returncode == 1
+    assert {line.rpartition("/")[2] for line in told.stdout.splitlines()} == {"alerts.yaml", "gone.json"}
+    build()
+    assert not (chart / "dashboards" / "gone.json").exists()
+    assert build("--check").returncode == 0
+
+
+@pytest.mark.parametrize("name", pages())
+def test_a_dashboard_is_one_that_grafana_takes_and_people_can_read(name: str) -> None:
+    page = pages()[name]
+    everything = page["panels"]
+    assert len({panel["id"] for panel in everything}) == len(everything)
+    assert [variable["name"] for variable in page["templating"]["list"]] == ["datasource", "job", "instance"]
+    taken: set[tuple[int, int]] = set()
+    for panel in everything:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert place["x"] + place["w"] <= 24, panel["title"]
+        assert not cells & taken, f"{panel['title']} lies on another"
+        taken |= cells
+    for panel in panels(page):
+        assert panel["datasource"]["uid"] == "${datasource}"
+        assert len(panel["description"]) > 20, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert all(target["legendFormat"] for target in panel["targets"]), panel["title"]
+    assert len({panel["title"] for panel in panels(page)}) == len(panels(page))
+    assert len({other["uid"] for other in pages().values()}) == len(pages())
+
+
+def test_prometheus_scrapes_the_services_of_compose_under_jobs_that_rules_know() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]:
+        hosts = [target.partition(":")[0] for config in job["static_configs"] for target in config["targets"]]
+        assert set(hosts) <= compose.keys()
+        assert re.fullmatch(r".*(router|prefill|worker|decode)", job["job_name"])
+
+
+# --- with one ---------------------------------------------------------------------------------------------------------
+
+
+class Scraper:
+    """A running Prometheus, asked over HTTP."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._began = port, time.time()
+
+    def get(self, path: str, **parameters: str) -> Any:
+        """The ``data`` of an answer of its API."""
+        with urlopen(f"http://127.0.0.1:{self._port}/api/v1/{path}?{urlencode(parameters)}", timeout=30) as answer:
+            return json.load(answer)["data"]
+
+    def has_values(self, expression: str) -> bool:
+        """Whether it gave a number at any moment since the start."""
+        span = {"start": str(self._began), "end": str(time.time()), "step": "1"}
+        series = self.get("query_range", query=expression, **span)["result"]
+        return any(math.isfinite(float(value)) for one in series for _, value in one["values"])
+
+    def variables(self, page: dict[str, Any]) -> dict[str, str]:
+        """What Grafana fills into a dashboard's queries where all jobs and instances are chosen."""
+        values = {"__rate_interval": WINDOW}
+        for variable in page["templating"]["list"]:
+            if variable["type"] == "query":
+                metric, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"]).groups()
+                found = self.get("query", query=f"group by ({label}) ({filled_in(metric, values)})")["result"]
+                values[variable["name"]] = "|".join(one["metric"][label] for one in found)
+        return values
+
+
+def filled_in(expression: str, variables: dict[str, str]) -> str:
+    """An expression as Grafana sends it."""
+    return re.sub(r"\$(\w+)", lambda found: variables[found[1]], expression)
+
+
+@asynccontextmanager
+async def scraped(jobs: dict[str, list[str]], directory: Path) -> AsyncIterator[Scraper]:
+    """A Prometheus that scrapes these addresses and evaluates the rules, both every second."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("needs prometheus (apt install prometheus)")
+    configuration = {
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(path) for path in RULES],
+        "scrape_configs": [{"job_name": job, "static_configs": [{"targets": at}]} for job, at in jobs.items()],
+    }
+    (directory / "prometheus.yml").write_text(json.dumps(configuration))  # JSON is YAML
+    port = free_port()
+    flags = (
+        f"--config.file={directory / 'prometheus.yml'}",
+        f"--storage.tsdb.path={directory / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--log.level=warn",
+    )
+    process = await asyncio.create_subprocess_exec(program, *flags)
+    try:
+        scraper = Scraper(port)
+        async with asyncio.timeout(60):
+            while not await asyncio.to_thread(_scrapes, scraper, sum(map(len, jobs.values()))):
+                assert process.returncode is None
+                await asyncio.sleep(0.2)
+        yield scraper
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+def _scrapes(scraper: Scraper, targets: int) -> bool:
+    try:
+        return len(scraper.get("query", query="up == 1")["result"]) == targets
+    except OSError:
+        return False
+
+
+async def everything_once(running: Deployed, number: int) -> None:
+    """A conversation nobody had before, asked in every way that there is."""
+    model, client = running.model, running.client
+    turns = [ChatMessage("user", f"Number {number} of the seas is deep and salt, and ships go over it. Is it?")]
+    handle = (await client.prefill(turns)).handle
+    for adapter in (model.appended, model.answering, model.plain, ""):
+        await running.ask(handle, adapter)
+    await client.fanout(turns, [Target(name, GREEDY) for name in (model.appended, model.answering, "")]).results()
+    with pytest.raises(AdapterNotFoundError):
+        await client.generate(turns, adapter="nobody's").result()
+    await client.unload_adapter(model.plain)
+    await client.load_adapter(model.plain)
+
+
+@pytest.mark.timeout(300)
+async def test_every_panel_and_every_rule_has_data_while_traffic_flows_and_no_alert_fires(tmp_path: Path) -> None:
+    if shutil.which("prometheus") is None:
+        pytest.skip("needs prometheus (apt install prometheus)")
+    store = f"lmdb://{tmp_path / 'store'}"
+    async with deployed(save_tiny_model(tmp_path), store, workers=2, block_tokens="16") as running:
+        at = {name: process.metrics_address for name, process in running.local.processes.items()}
+        jobs = {"router": [at["router"]], "prefill": [at["prefill"]], "worker": [at["worker-1"], at["worker-2"]]}
+        async with scraped(jobs, tmp_path) as prometheus:
+            end, number = time.monotonic() + SCRAPED_SECONDS, 0
+            while time.monotonic() < end:
+                number += 1
+                await everything_once(running, number)
+                await asyncio.sleep(0.5)
+            await asyncio.to_thread(_check_all, prometheus)
+
+
+def _check_all(prometheus: Scraper) -> None:
+    empty = []
+    chosen = {name: prometheus.variables(page) for name, page in pages().items()}
+    for name, panel, expression in queries():
+        asked = filled_in(expression, chosen[name])
+        if not prometheus.has_values(asked):
+            empty.append(f"{name}: {panel}: {asked}")
+    empty += [rule["record"] for rule in rules("record") if not prometheus.has_values(rule["record"])]
+    # An alert's expression is empty while all is well; what it asks for is not, but for what only happens otherwise.
+    asked_for = {selector for rule in ALERTS.values() for selector in _selectors(rule["expr"])}
+    empty += sorted(selector for selector in asked_for - WELL if not prometheus.has_values(selector))
+    assert empty == []
+    evaluated = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert [rule for rule in evaluated if rule["health"] != "ok"] == []
+    assert {rule["name"]: rule["state"] for rule in evaluated if "state" in rule} == dict.fromkeys(ALERTS, "inactive")
+
+
+def _selectors(expression: str) -> set[str]:
+    selected = {f"{name}{{{matchers}}}" for name, matchers in _SELECTOR.findall(expression)}
+    return selected | {name for name in metric_names(expression) if not re.search(rf"\b{name}\{{", expression)}
