@@ -69,7 +69,7 @@ compares them. A setting that changes changes the pod template, and so restarts 
 {{- include "alora-serve.secretEnv" (dict "ctx" . "name" "STORE_PASSWORD" "key" "store-password") }}
 {{ end -}}
 {{- if eq $store.type "lmdb" -}}
-- {name: ALORA_STORE_URL, value: {{ eq $store.lmdb.medium "Memory" | ternary "lmdb:" "lmdb:///var/cache/alora-serve/store" }}}
+- {name: ALORA_STORE_URL, value: {{ eq $store.lmdb.medium "Memory" | ternary "lmdb:" "lmdb:///var/cache/alora-serve/store" | quote }}}
 - {name: ALORA_STORE_BUDGET_BYTES, value: {{ include "alora-serve.bytes" $store.lmdb.size | quote }}}
 {{- else if eq $store.type "valkey" -}}
 {{- $scheme := include "alora-serve.storeTls" . | empty | ternary "redis" "rediss" -}}

@@ -1,7 +1,7 @@
 {{/* Volumes of a service's pod, and where its container sees them. Secrets are mounted whole, so that renewed ones arrive. */}}
 {{- define "alora-serve.volumes" -}}
 {{- $values := .ctx.Values -}}
-- {name: tmp, emptyDir: {}}
+- {name: tmp, emptyDir: {sizeLimit: 1Gi}}
 {{- if $values.tls.enabled }}
 - {name: tls, secret: {secretName: {{ include "alora-serve.tlsSecret" (dict "ctx" .ctx "certificate" .component) }}, defaultMode: 0440}}
 {{- end }}

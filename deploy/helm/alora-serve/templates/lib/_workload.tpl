@@ -53,6 +53,7 @@ spec:
       annotations:
         kubectl.kubernetes.io/default-container: {{ .component }}
         {{- include "alora-serve.checksums" .ctx | nindent 8 }}
+        checksum/public-prompts: {{ .ctx.Values.publicPrompts | toJson | sha256sum }}
         {{- with .values.podAnnotations }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -77,10 +78,9 @@ spec:
         {{- include "alora-serve.volumes" . | nindent 8 }}
 {{- end }}
 
-{{/* What the processes read at their start alone: another value is another pod. */}}
+{{/* What processes read at their start alone: another value is another pod. A secret of another's is not seen here. */}}
 {{- define "alora-serve.checksums" -}}
 checksum/secrets: {{ pick .Values.secrets "handleSecrets" "tenantSalt" "storeSecrets" "storePassword" | toJson | sha256sum }}
-checksum/public-prompts: {{ .Values.publicPrompts | toJson | sha256sum }}
 {{- end }}
 
 {{/* A pod must not be gone while a router may still pick it. */}}
