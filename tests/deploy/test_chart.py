@@ -1,0 +1,264 @@
+"""The Helm chart renders, with both Helms, nothing but what was asked for, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alora_serve.config.groups import GROUPS, env_name, known_names
+from alora_serve.config.loading import OTHER_VARIABLES, load_settings
+from alora_serve.kv.redis_url import REDIS_SCHEMES, parse_redis_url
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "deploy" / "helm" / "alora-serve"
+TEMPLATES = sorted(path for path in (CHART / "templates").rglob("*") if path.is_file())
+NEWEST = "1.37"
+PASSED_ON = {"kubernetes", "stringMap"}
+"""Definitions of the schema for what Kubernetes itself checks, or whose keys are free."""
+
+
+# --- every version of Helm and Kubernetes -----------------------------------------------------------------------------
+
+
+def test_lint_finds_nothing(helm: str, values: str, chart_helm: Callable[..., str]) -> None:
+    file = CHART / "ci" / f"{values}-values.yaml"
+    assert "0 chart(s) failed" in chart_helm(helm, "lint", "--strict", str(CHART), "--values", str(file))
+
+
+def test_both_majors_of_helm_render_the_same(values: str, render: Any) -> None:
+    assert render(values, helm="helm3") == render(values, helm="helm4")
+
+
+def test_no_image_volumes_where_kubernetes_has_none(render: Any) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        render("oci-image-volume", kubernetes="1.30")
+    assert "needs Kubernetes 1.31" in refused.value.stderr
+
+
+def test_the_release_says_what_to_do_next(helm: str, chart_helm: Callable[..., str]) -> None:
+    file = CHART / "ci" / "minimal-values.yaml"
+    notes = chart_helm(
+        helm, "install", "r", str(CHART), "--dry-run=client", "--namespace", "serving", "--values", str(file)
+    )
+    assert "kubectl --namespace serving wait pod" in notes
+    assert "helm test r --namespace serving" in notes
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _objects(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(schema, dict):
+        if schema.get("type") == "object":
+            yield path, schema
+        for key, value in schema.items():
+            yield from _objects(value, f"{path}/{key}")
+    elif isinstance(schema, list):
+        for index, value in enumerate(schema):
+            yield from _objects(value, f"{path}/{index}")
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def defaults() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    return loaded
+
+
+def test_no_object_of_values_takes_unknown_keys(schema: dict[str, Any]) -> None:
+    free = [path for path, found in _objects(schema) if found.get("additionalProperties", True) is not False]
+    allowed = {f"/definitions/{name}" for name in PASSED_ON}
+    assert [path for path in free if path not in allowed and not path.startswith("/definitions/resources/")] == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "replicas=2",
+        "global.imageRegisty=x",
+        "router.replica=2",
+        "adapterDecode.autoscaling.min=1",
+        "settings.max_quue=1",
+        "settings.store_url=lmdb:",
+        "settings.handle_secrets=0123456789abcdef",
+        "router.extraEnv[0].name=ALORA_MAX_QUEUE",
+        "dtype=auto",
+        "dtype=",
+        "model.source=ftp",
+        "adapters[0].name=a",
+        "store.type=memcached",
+        "store.external.url=http://x",
+        "secrets.handleSecrets[0]=short",
+    ],
+)
+def test_a_wrong_value_is_refused(helm: str, wrong: str, chart_helm: Callable[..., str]) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        chart_helm(helm, "template", "r", str(CHART), "--set", "secrets.existingSecret=s", "--set", wrong)
+    assert "specifications of the schema" in refused.value.stderr
+
+
+def _without_definition(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    return root["definitions"][reference.removeprefix("#/definitions/")] if reference else schema
+
+
+def test_values_and_schema_name_the_same_things(schema: dict[str, Any], defaults: dict[str, Any]) -> None:
+    def compare(value: Any, described: dict[str, Any], path: str) -> Iterator[str]:
+        described = _without_definition(described, schema)
+        properties = described.get("properties")
+        if properties is None or path.endswith(("settings", "resources", "behavior", "issuerRef", "routerIssuerRef")):
+            return
+        yield from (f"{path}.{name}" for name in properties.keys() ^ value.keys())
+        for name in properties.keys() & value.keys():
+            yield from compare(value[name], properties[name], f"{path}.{name}")
+
+    assert list(compare(defaults, schema, "")) == []
+
+
+def test_the_table_of_values_names_each(defaults: dict[str, Any]) -> None:
+    table = (CHART / "README.md").read_text()
+    assert [name for name in defaults if f"`{name}" not in table] == []
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _containers(manifests: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for manifest in manifests:
+        pod = manifest["spec"].get("template", manifest).get("spec") if "spec" in manifest else None
+        for container in (pod or {}).get("containers", []):
+            yield manifest["metadata"]["name"], container
+
+
+def _variables(container: dict[str, Any]) -> dict[str, str]:
+    """What the container's process would see; secrets have some value."""
+    variables: dict[str, str] = {}
+    for entry in container.get("env", []):
+        source = entry.get("valueFrom", {})
+        if "resourceFieldRef" in source:
+            requested = str(container["resources"]["requests"]["cpu"])
+            variables[entry["name"]] = str(
+                ceil(int(requested[:-1]) / 1000 if requested.endswith("m") else int(requested))
+            )
+        elif source:
+            is_url = entry["name"] == "ALORA_STORE_URL"
+            variables[entry["name"]] = "redis+cluster://a,b" if is_url else "0123456789abcdef0123456789abcdef"
+        else:
+            variables[entry["name"]] = re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], entry["value"])
+    return variables
+
+
+def test_every_variable_is_a_setting_with_a_value_that_fits(
+    values: str, render: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the services read them: an unknown name, or a value that does not parse, would stop their start."""
+    everything: Any = type("Everything", GROUPS, {})
+    for name, container in _containers(render(values)):
+        variables = {key: value for key, value in _variables(container).items() if key.startswith("ALORA_")}
+        with monkeypatch.context() as environment:
+            for key in variables:
+                environment.setenv(key, variables[key])
+            settings = load_settings(everything, [])
+        assert variables.keys() <= {env_name(known) for known in known_names()} | OTHER_VARIABLES, name
+        scheme = settings.store_url.partition(":")[0]
+        assert scheme == "lmdb" or (scheme in REDIS_SCHEMES and parse_redis_url(settings.store_url))
+
+
+def test_no_variable_is_given_twice(values: str, render: Any) -> None:
+    for name, container in _containers(render(values)):
+        names = [entry["name"] for entry in container.get("env", [])]
+        assert len(names) == len(set(names)), name
+
+
+def test_values_take_every_setting_that_the_chart_does_not_decide(schema: dict[str, Any]) -> None:
+    rendered = "".join(path.read_text() for path in TEMPLATES)
+    decided = {name.lower() for name in re.findall(r"name\"?:? \"?ALORA_([A-Z_]+)", rendered)}
+    offered = set(schema["definitions"]["settings"]["properties"])
+    assert offered == (known_names() - decided - {"config"}) | {"threads"}
+
+
+def test_the_dtype_is_set_and_never_detected(render: Any) -> None:
+    for name, container in _containers(render("minimal")):
+        if name.endswith(("base-prefill", "adapter-decode")):
+            assert _variables(container)["ALORA_DTYPE"] == "float32"
+
+
+def test_numbers_stay_numbers(render: Any) -> None:
+    """YAML's numbers are floating point to Helm, and 4294967296 would become 4.294967296e+09."""
+    manifests = render(
+        "minimal", "--set", "settings.prefix_cache_bytes=4294967296", "--set", "settings.store_ttl_seconds=1000000"
+    )
+    for name, container in _containers(manifests):
+        if name.endswith("base-prefill"):
+            assert _variables(container)["ALORA_PREFIX_CACHE_BYTES"] == "4294967296"
+            assert _variables(container)["ALORA_STORE_TTL_SECONDS"] == "1000000"
+
+
+def test_a_services_own_setting_counts_more(render: Any) -> None:
+    manifests = render("minimal", "--set", "settings.reflection=true,router.settings.reflection=false")
+    seen = {name: _variables(container).get("ALORA_REFLECTION") for name, container in _containers(manifests)}
+    assert seen["r-alora-serve-router"] == "false"
+    assert seen["r-alora-serve-base-prefill"] == "true"
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_template_makes_a_secret_up() -> None:
+    """Made-up ones would change with every upgrade, and with every rendering under GitOps."""
+    makers = re.compile(r"\b(rand[A-Z]\w+|gen[A-Z]\w+|derivePassword|htpasswd|uuidv4|lookup|now)\b")
+    assert [path.name for path in TEMPLATES if path.suffix != ".txt" and makers.search(path.read_text())] == []
+
+
+def test_secrets_are_those_given_and_none_besides(values: str, render: Any) -> None:
+    secrets = [manifest for manifest in render(values) if manifest["kind"] == "Secret"]
+    if values == "demo":
+        assert [secret["stringData"]["handle-secrets"] for secret in secrets] == ["only-for-trying-it-out"]
+    else:
+        assert secrets == []
+
+
+def test_without_secrets_the_command_that_makes_them_is_told(helm: str, chart_helm: Callable[..., str]) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        chart_helm(helm, "template", "r", str(CHART), "--namespace", "serving")
+    assert "kubectl create secret generic r-alora-serve-secrets --namespace serving" in refused.value.stderr
+    assert "--set secrets.existingSecret=r-alora-serve-secrets" in refused.value.stderr
+
+
+def test_without_certificates_the_command_that_makes_their_secret_is_told(
+    helm: str, chart_helm: Callable[..., str]
+) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        chart_helm(helm, "template", "r", str(CHART), "--set", "secrets.existingSecret=s,tls.enabled=true")
+    assert "--from-file=tls.crt --from-file=tls.key --from-file=ca.crt" in refused.value.stderr
+
+
+def test_a_changed_secret_of_the_values_restarts_what_reads_it(render: Any) -> None:
+    def annotations(*arguments: str) -> dict[str, dict[str, str]]:
+        workloads = [m for m in render("demo", *arguments) if m["kind"] == "Deployment"]
+        return {m["metadata"]["name"]: m["spec"]["template"]["metadata"]["annotations"] for m in workloads}
+
+    before, after = annotations(), annotations("--set", "secrets.tenantSalt=another-salt-for-tenants")
+    assert all(before[name]["checksum/secrets"] != after[name]["checksum/secrets"] for name in before)
+
+
+def test_tenants_need_a_salt(render: Any) -> None:
+    """The services would refuse tenants without one; so the pod does not start without it."""
+    for values, optional in (("minimal", True), ("tls-cert-manager", None)):
+        for name, container in _containers(render(values)):
+            for entry in container.get("env", []):
+                if entry["name"] == "ALORA_TENANT_SALT":
+                    assert entry["valueFrom"]["secretKeyRef"].get("optional") is optional, name

@@ -1,0 +1,109 @@
+"""What Kubernetes, its operators and checkov say of the rendered chart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+HELM = ROOT / "deploy" / "helm"
+CHART = HELM / "alora-serve"
+
+CUSTOM = {
+    "cert-manager.io/v1": "@kubernetes-models/cert-manager",
+    "gateway.networking.k8s.io/v1": "@kubernetes-models/gateway-api",
+    "keda.sh/v1alpha1": "@kubernetes-models/keda",
+    "monitoring.coreos.com/v1": "@kubernetes-models/prometheus-operator",
+}
+"""Groups whose definitions are checked; that of Envoy Gateway is in no package."""
+UNCHECKED = {"gateway.envoyproxy.io/v1alpha1"}
+
+VALIDATE_KUBERNETES = """
+import json, sys
+import kubernetes_validate
+for manifest in json.load(sys.stdin):
+    try:
+        kubernetes_validate.validate(manifest, sys.argv[1], strict=True)
+    except kubernetes_validate.ValidationError as error:
+        print(manifest["kind"], manifest["metadata"]["name"], error.message[:500])
+"""
+VALIDATE_CUSTOM = """
+import {readFileSync} from "node:fs";
+const given = JSON.parse(readFileSync(0, "utf8"));
+for (const {group, manifest} of given) {
+  const models = await import(`${group}/${manifest.apiVersion}/${manifest.kind}`);
+  try { new models[manifest.kind](manifest).validate(); }
+  catch (error) { console.log(manifest.kind, manifest.metadata.name, error.message); }
+}
+"""
+
+
+@pytest.fixture
+def python(tools: Callable[[str], Path]) -> Path:
+    return tools("python") / "bin" / "python"
+
+
+def _validate(python: Path, manifests: list[dict[str, Any]], version: str) -> str:
+    command = [python, "-c", VALIDATE_KUBERNETES, version]
+    given = json.dumps([m for m in manifests if m["apiVersion"] not in CUSTOM.keys() | UNCHECKED])
+    result = subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("newest", [False, True], ids=["oldest", "newest"])
+def test_kubernetes_takes_every_object(
+    newest: bool, values: str, render: Any, python: Path, versions: Callable[[str], tuple[str, str]]
+) -> None:
+    version = versions(values)[newest]
+    assert _validate(python, render(values, kubernetes=version), version) == ""
+
+
+def test_the_check_would_find_a_field_that_kubernetes_does_not_have(render: Any, python: Path) -> None:
+    manifests = json.loads(json.dumps(render("minimal")))
+    next(m for m in manifests if m["kind"] == "Deployment")["spec"]["replica"] = 1
+    assert "replica" in _validate(python, manifests, "1.37")
+
+
+def _custom(manifests: list[dict[str, Any]]) -> str:
+    return json.dumps(
+        [{"group": CUSTOM[m["apiVersion"]], "manifest": m} for m in manifests if m["apiVersion"] in CUSTOM]
+    )
+
+
+def test_operators_take_every_object(values: str, render: Any, node: Callable[[str, str], str]) -> None:
+    assert node(VALIDATE_CUSTOM, _custom(render(values))) == ""
+
+
+def test_the_check_would_find_a_monitor_without_endpoints(render: Any, node: Callable[[str, str], str]) -> None:
+    manifests = json.loads(json.dumps([m for m in render("hpa") if m["kind"] == "ServiceMonitor"]))
+    for manifest in manifests:
+        del manifest["spec"]["endpoints"]
+    assert "endpoints" in node(VALIDATE_CUSTOM, _custom(manifests))
+
+
+def test_rules_and_dashboards_are_those_of_the_files(render: Any) -> None:
+    manifests = render("hpa")
+    rules = [m["spec"] for m in manifests if m["kind"] == "PrometheusRule"]
+    files = [yaml.safe_load(path.read_text()) for path in sorted((CHART / "files" / "rules").glob("*.yaml"))]
+    assert sorted(rules, key=str) == sorted(files, key=str)
+    boards = [m for m in manifests if m["metadata"]["labels"].get("grafana_dashboard") == "1"]
+    shown = {name: json.loads(text) for board in boards for name, text in board["data"].items()}
+    assert shown == {
+        path.name: json.loads(path.read_text()) for path in (CHART / "files" / "dashboards").glob("*.json")
+    }
+
+
+@pytest.mark.parametrize("values", ["minimal", "tls-cert-manager", "statefulset", "keda"])
+def test_checkov_finds_nothing_that_is_not_explained(values: str, render: Any, python: Path, tmp_path: Path) -> None:
+    rendered = tmp_path / "rendered.yaml"
+    rendered.write_text(yaml.safe_dump_all(render(values)))
+    command = [python, "-m", "checkov.main", "--config-file", str(HELM / "checkov.yaml"), "--file", str(rendered)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
