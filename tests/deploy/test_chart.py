@@ -43,11 +43,11 @@ def test_no_image_volumes_where_kubernetes_has_none(render: Any) -> None:
     assert "needs Kubernetes 1.31" in refused.value.stderr
 
 
-def test_the_release_says_what_to_do_next(helm: str, chart_helm: Callable[..., str]) -> None:
+def test_the_release_says_what_to_do_next(chart_helm: Callable[..., str]) -> None:
+    """Only Helm 4 shows it without a cluster."""
     file = CHART / "ci" / "minimal-values.yaml"
-    notes = chart_helm(
-        helm, "install", "r", str(CHART), "--dry-run=client", "--namespace", "serving", "--values", str(file)
-    )
+    arguments = ("--dry-run=client", "--namespace", "serving", "--values", str(file))
+    notes = chart_helm("helm4", "install", "r", str(CHART), *arguments)
     assert "kubectl --namespace serving wait pod" in notes
     assert "helm test r --namespace serving" in notes
 
@@ -244,6 +244,20 @@ def test_without_certificates_the_command_that_makes_their_secret_is_told(
     with pytest.raises(subprocess.CalledProcessError) as refused:
         chart_helm(helm, "template", "r", str(CHART), "--set", "secrets.existingSecret=s,tls.enabled=true")
     assert "--from-file=tls.crt --from-file=tls.key --from-file=ca.crt" in refused.value.stderr
+
+
+@pytest.mark.parametrize(
+    ("needing", "needed"),
+    [
+        ("access.fileSecret=access", "secrets.tenantSalt"),
+        ("store.protection=mac", "secrets.storeSecrets"),
+        ("store.password=true", "secrets.storePassword"),
+    ],
+)
+def test_secrets_as_values_are_complete(needing: str, needed: str, render: Any) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        render("demo", "--set", needing, "--set", "secrets.tenantSalt=")
+    assert needed in refused.value.stderr
 
 
 def test_a_changed_secret_of_the_values_restarts_what_reads_it(render: Any) -> None:

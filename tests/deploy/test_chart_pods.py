@@ -139,13 +139,15 @@ def test_shared_memory_is_part_of_the_memory_limit(component: str, render: Any) 
 
 def test_what_variables_and_commands_name_is_mounted(values: str, render: Any) -> None:
     roots = ("/etc/", "/srv/", "/var/cache/", "/dev/shm")
-    for name, pod in _pods(render(values)):
+    manifests = render(values)
+    for name, pod in _pods(manifests):
         volumes = {volume["name"] for volume in pod.get("volumes", [])}
-        claims = next(
-            (m["spec"].get("volumeClaimTemplates", []) for m in render(values)
-             if m["kind"] == "StatefulSet" and m["metadata"]["name"] == name), []
-        )  # fmt: skip
-        volumes |= {claim["metadata"]["name"] for claim in claims}
+        claims = [
+            m["spec"].get("volumeClaimTemplates", [])
+            for m in manifests
+            if m["metadata"]["name"] == name and m["kind"] in WORKLOADS
+        ]
+        volumes |= {claim["metadata"]["name"] for templates in claims for claim in templates}
         for container in pod["containers"] + pod.get("initContainers", []):
             mounts = {mount["mountPath"]: mount for mount in container.get("volumeMounts", [])}
             assert {mount["name"] for mount in mounts.values()} <= volumes, (name, container["name"])
