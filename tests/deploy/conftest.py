@@ -88,6 +88,12 @@ def values(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def every_values() -> list[str]:
+    """The whole matrix, for what is slow to start and quick to do."""
+    return [file.name.removesuffix("-values.yaml") for file in VALUES_FILES]
+
+
 @pytest.fixture(params=["helm3", "helm4"])
 def helm(request: pytest.FixtureRequest) -> str:
     """Each supported major version of Helm."""
