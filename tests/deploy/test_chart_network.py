@@ -162,6 +162,21 @@ def test_only_the_router_is_reachable_and_only_services_reach_the_store(render: 
     }
 
 
+def test_each_end_alone_keeps_others_out(render: Any) -> None:
+    """What a server lets in does not lean on what clients may do."""
+    admitted = {
+        "router": None,
+        "base-prefill": {"router"},
+        "adapter-decode": {"router"},
+        "store": {"base-prefill", "adapter-decode"},
+    }
+    for policy in _of_kind(render("minimal"), "NetworkPolicy"):
+        component = policy["metadata"]["labels"]["app.kubernetes.io/component"]
+        peers = policy["spec"]["ingress"][0].get("from")
+        found = peers and {peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in peers}
+        assert found == admitted[component]
+
+
 def test_clients_may_be_named_and_the_releases_own_test_is_one(render: Any) -> None:
     manifests = render("network-policies")
     test = _named(manifests, "Pod", "-test")["metadata"]["labels"]
