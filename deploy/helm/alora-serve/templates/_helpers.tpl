@@ -1,11 +1,12 @@
 {{/*
-Names and small values. Helpers of one component take (dict "ctx" $ "component" "base-prefill" "values" .Values.basePrefill);
-those without a component take the root context.
+Names and small values. What is about one component takes
+(dict "ctx" $ "component" "base-prefill" "values" .Values.basePrefill), all else the root context.
 */}}
 
 {{- define "alora-serve.fullname" -}}
 {{- $name := .Values.nameOverride | default .Chart.Name -}}
-{{- $full := .Values.fullnameOverride | default (contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name)) -}}
+{{- $full := contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name) -}}
+{{- $full = .Values.fullnameOverride | default $full -}}
 {{- /* Room for -adapter-decode and the hash that a Deployment's pods get. */ -}}
 {{- $full | trunc 40 | trimSuffix "-" -}}
 {{- end }}
@@ -83,7 +84,8 @@ and name them: --set secrets.existingSecret=%s
 
 {{/* A size such as 512Mi in bytes. */}}
 {{- define "alora-serve.bytes" -}}
-{{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 -}}
+{{- $units = merge $units (dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776) -}}
 {{- $number := regexFind "^[0-9]+" (toString .) -}}
 {{- mul (int64 $number) (index $units (trimPrefix $number (toString .))) -}}
 {{- end }}
@@ -107,7 +109,8 @@ and name them: --set secrets.existingSecret=%s
 
 {{/* "true" where the services speak TLS to the store. */}}
 {{- define "alora-serve.storeTls" -}}
-{{- if or .Values.store.tls.caSecret .Values.store.tls.clientSecret (and .Values.tls.enabled (eq .Values.store.type "valkey")) }}true{{ end -}}
+{{- $tls := .Values.store.tls -}}
+{{- if eq .Values.store.type "valkey" | ternary .Values.tls.enabled (or $tls.caSecret $tls.clientSecret) }}true{{ end -}}
 {{- end }}
 
 {{/* The name that certificates of both model services carry: the router connects to addresses, of either. */}}
@@ -119,11 +122,19 @@ and name them: --set secrets.existingSecret=%s
 {{- define "alora-serve.tlsSecret" -}}
 {{- $key := .certificate | replace "-" " " | title | nospace | untitle -}}
 {{- $name := printf "%s-%s-tls" (include "alora-serve.fullname" .ctx) .certificate -}}
-{{- if .ctx.Values.tls.certManager.enabled -}}
-{{- $name -}}
-{{- else if index .ctx.Values.tls.existingSecrets $key -}}
-{{- index .ctx.Values.tls.existingSecrets $key -}}
-{{- else -}}
-{{- fail (printf "\n\ntls.enabled needs tls.certManager.enabled, or a secret of each certificate. Make this one:\n\n  kubectl create secret generic %s --namespace %s --from-file=tls.crt --from-file=tls.key --from-file=ca.crt\n\nand name it: --set tls.existingSecrets.%s=%s\n" $name .ctx.Release.Namespace $key $name) -}}
+{{- $existing := index .ctx.Values.tls.existingSecrets $key -}}
+{{- if not (or .ctx.Values.tls.certManager.enabled $existing) -}}
+{{- fail (printf (include "alora-serve.certificateHelp" .) $name .ctx.Release.Namespace $key $name) -}}
 {{- end -}}
+{{- .ctx.Values.tls.certManager.enabled | ternary $name $existing -}}
 {{- end }}
+
+{{- define "alora-serve.certificateHelp" }}
+
+tls.enabled needs tls.certManager.enabled, or a secret of each certificate. Make this one:
+
+  kubectl create secret generic %s --namespace %s \
+    --from-file=tls.crt --from-file=tls.key --from-file=ca.crt
+
+and name it: --set tls.existingSecrets.%s=%s
+{{ end }}

@@ -1,6 +1,6 @@
 {{/*
-A certificate of cert-manager's. (dict "ctx" $ "component" "base-prefill" "certificate" "base-prefill" "names" list "usages" list
-"issuerRef" dict)
+A certificate of cert-manager's.
+(dict "ctx" $ "component" "base-prefill" "certificate" "base-prefill" "names" list "usages" list "issuerRef" dict)
 */}}
 {{- define "alora-serve.certificate" -}}
 {{- $tls := .ctx.Values.tls -}}
@@ -26,17 +26,21 @@ spec:
 {{- end }}
 
 {{- define "alora-serve.issuerRef" -}}
-{{- .Values.tls.certManager.issuerRef | default (dict "kind" "Issuer" "name" (printf "%s-ca" (include "alora-serve.fullname" .))) | toYaml }}
+{{- $own := dict "kind" "Issuer" "name" (printf "%s-ca" (include "alora-serve.fullname" .)) -}}
+{{- .Values.tls.certManager.issuerRef | default $own | toYaml }}
 {{- end }}
 
 {{/* All names of a Service, shortest first. (dict "ctx" $ "name" "alora-serve-router") */}}
 {{- define "alora-serve.serviceNames" -}}
-{{- list .name (printf "%s.%s" .name .ctx.Release.Namespace) (printf "%s.%s.svc" .name .ctx.Release.Namespace) (printf "%s.%s.svc.cluster.local" .name .ctx.Release.Namespace) | toJson -}}
+{{- $full := printf "%s.%s" .name .ctx.Release.Namespace -}}
+{{- list .name $full (printf "%s.svc" $full) (printf "%s.svc.cluster.local" $full) | toJson -}}
 {{- end }}
 
 {{/* A model service's: a server to the router, a client to the store. */}}
 {{- define "alora-serve.modelCertificate" -}}
-{{- $names := include "alora-serve.serviceNames" (dict "ctx" .ctx "name" (include "alora-serve.name" .)) | fromJsonArray -}}
+{{- $service := dict "ctx" .ctx "name" (include "alora-serve.name" .) -}}
+{{- $names := include "alora-serve.serviceNames" $service | fromJsonArray -}}
 {{- $names = append $names (include "alora-serve.peerServerName" .ctx) -}}
-{{- include "alora-serve.certificate" (merge (dict "certificate" .component "names" $names "usages" (list "server auth" "client auth")) .) -}}
+{{- $own := dict "certificate" .component "names" $names "usages" (list "server auth" "client auth") -}}
+{{- include "alora-serve.certificate" (merge $own .) -}}
 {{- end }}

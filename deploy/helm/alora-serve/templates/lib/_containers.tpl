@@ -26,7 +26,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "alora-serve.podBase" -}}
 serviceAccountName: {{ include "alora-serve.serviceAccountName" . }}
 automountServiceAccountToken: false
-# Kubernetes would set ALORA_..._PORT for Services of this release, and the services refuse variables they do not know.
+# Kubernetes would set ALORA_..._PORT for Services of this release, and the services refuse what they do not know.
 enableServiceLinks: false
 securityContext:
   {{- include "alora-serve.podSecurity" . | nindent 2 }}
@@ -39,8 +39,9 @@ imagePullSecrets:
 {{- end }}
 
 {{/*
-Probes speak to the plain-text port of health alone, which needs no certificate. "liveness" says that the process answers,
-whatever becomes of store, model or peers; it answers once weights are read and hashed, and until then the start-up probe waits.
+Probes speak to the plain-text port of health alone, which needs no certificate. "liveness" says that the process
+answers, whatever becomes of store, model or peers. It first answers once weights are read and hashed: until then the
+start-up probe waits.
 */}}
 {{- define "alora-serve.probes" -}}
 startupProbe:
@@ -61,8 +62,8 @@ readinessProbe:
 {{- end }}
 
 {{- define "alora-serve.grpcService" -}}
-{{- $services := dict "router" "AloraService" "base-prefill" "BasePrefillService" "adapter-decode" "AdapterDecodeService" -}}
-alora_serve.v1.{{ index $services .component }}
+{{- $services := dict "router" "Alora" "base-prefill" "BasePrefill" "adapter-decode" "AdapterDecode" -}}
+alora_serve.v1.{{ index $services .component }}Service
 {{- end }}
 
 {{/* The container of a service. */}}

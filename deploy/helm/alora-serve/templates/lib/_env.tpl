@@ -1,6 +1,6 @@
 {{/*
-The environment of a service. Every ALORA_* name is a setting of shared/alora_serve/config/groups.py (or ALORA_CACHE_DIR); a test
-compares them. A setting that changes changes the pod template, and so restarts the pods.
+The environment of a service. Every ALORA_* name is a setting of shared/alora_serve/config/groups.py (or ALORA_CACHE_DIR);
+a test compares them. A setting that changes changes the pod template, and so replaces the pods.
 */}}
 {{- define "alora-serve.env" -}}
 {{- $values := .ctx.Values -}}
@@ -21,8 +21,11 @@ compares them. A setting that changes changes the pod template, and so restarts 
 {{- else }}
 - {name: ALORA_ALLOW_INSECURE, value: "true"}
 {{- end }}
-{{- include "alora-serve.secretEnv" (dict "ctx" .ctx "name" "ALORA_HANDLE_SECRETS" "key" "handle-secrets") | nindent 0 }}
-{{- include "alora-serve.secretEnv" (dict "ctx" .ctx "name" "ALORA_TENANT_SALT" "key" "tenant-salt" "optional" (not (include "alora-serve.hasTenants" .ctx))) | nindent 0 }}
+{{- $handle := dict "ctx" .ctx "name" "ALORA_HANDLE_SECRETS" "key" "handle-secrets" }}
+{{- include "alora-serve.secretEnv" $handle | nindent 0 }}
+{{- $optional := not (include "alora-serve.hasTenants" .ctx) }}
+{{- $salt := dict "ctx" .ctx "name" "ALORA_TENANT_SALT" "key" "tenant-salt" "optional" $optional }}
+{{- include "alora-serve.secretEnv" $salt | nindent 0 }}
 {{- if $values.publicPrompts }}
 - {name: ALORA_PUBLIC_PROMPTS_FILE, value: /etc/alora-serve/public-prompts/public-prompts.yaml}
 {{- end }}
@@ -47,7 +50,13 @@ compares them. A setting that changes changes the pod template, and so restarts 
 {{/* A variable from the services' secret. */}}
 {{- define "alora-serve.secretEnv" -}}
 - name: {{ .name }}
-  valueFrom: {secretKeyRef: {name: {{ include "alora-serve.secretName" .ctx }}, key: {{ .key }}{{ if .optional }}, optional: true{{ end }}}}
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "alora-serve.secretName" .ctx }}
+      key: {{ .key }}
+      {{- if .optional }}
+      optional: true
+      {{- end }}
 {{- end }}
 
 {{- define "alora-serve.modelEnv" -}}
@@ -55,7 +64,8 @@ compares them. A setting that changes changes the pod template, and so restarts 
 - {name: ALORA_CACHE_DIR, value: /var/cache/alora-serve}
 # What is not in a volume is not fetched behind anyone's back: only an init container that was asked for downloads.
 - {name: HF_HUB_OFFLINE, value: "1"}
-- {name: ALORA_MODEL, value: {{ include "alora-serve.sourcePath" (dict "folder" "models" "item" $values.model) | quote }}}
+{{- $model := dict "folder" "models" "item" $values.model }}
+- {name: ALORA_MODEL, value: {{ include "alora-serve.sourcePath" $model | quote }}}
 - {name: ALORA_DTYPE, value: {{ $values.dtype }}}
 - {name: ALORA_DEVICE, value: {{ $values.gpu.enabled | ternary "cuda" "cpu" }}}
 {{- if eq .component "adapter-decode" }}
@@ -69,17 +79,20 @@ compares them. A setting that changes changes the pod template, and so restarts 
 {{- include "alora-serve.secretEnv" (dict "ctx" . "name" "STORE_PASSWORD" "key" "store-password") }}
 {{ end -}}
 {{- if eq $store.type "lmdb" -}}
-- {name: ALORA_STORE_URL, value: {{ eq $store.lmdb.medium "Memory" | ternary "lmdb:" "lmdb:///var/cache/alora-serve/store" | quote }}}
+{{- $place := eq $store.lmdb.medium "Memory" | ternary "" "///var/cache/alora-serve/store" }}
+- {name: ALORA_STORE_URL, value: "lmdb:{{ $place }}"}
 - {name: ALORA_STORE_BUDGET_BYTES, value: {{ include "alora-serve.bytes" $store.lmdb.size | quote }}}
 {{- else if eq $store.type "valkey" -}}
 {{- $scheme := include "alora-serve.storeTls" . | empty | ternary "redis" "rediss" -}}
 {{- $login := $store.password | ternary ":$(STORE_PASSWORD)@" "" -}}
-- {name: ALORA_STORE_URL, value: "{{ $scheme }}://{{ $login }}{{ include "alora-serve.name" (dict "ctx" . "component" "store") }}:6379/0"}
+{{- $host := include "alora-serve.name" (dict "ctx" . "component" "store") -}}
+- {name: ALORA_STORE_URL, value: "{{ $scheme }}://{{ $login }}{{ $host }}:6379/0"}
 {{- else if $store.external.urlSecret.name -}}
 - name: ALORA_STORE_URL
   valueFrom: {secretKeyRef: {name: {{ $store.external.urlSecret.name }}, key: {{ $store.external.urlSecret.key }}}}
 {{- else -}}
-- {name: ALORA_STORE_URL, value: {{ required "store.type external needs store.external.url or store.external.urlSecret.name" $store.external.url | quote }}}
+{{- $needed := "store.type external needs store.external.url or store.external.urlSecret.name" -}}
+- {name: ALORA_STORE_URL, value: {{ required $needed $store.external.url | quote }}}
 {{- end }}
 {{- if include "alora-serve.storeTls" . }}
 {{- if eq $store.type "valkey" }}
@@ -124,8 +137,8 @@ compares them. A setting that changes changes the pod template, and so restarts 
 {{- with .Values.access.jwt }}
 {{- if .jwksConfigMap }}
 - {name: ALORA_JWKS_FILE, value: /etc/alora-serve/jwks/jwks.json}
-- {name: ALORA_JWT_ISSUER, value: {{ required "access.jwt.jwksConfigMap needs access.jwt.issuer: whose tokens" .issuer | quote }}}
-- {name: ALORA_JWT_AUDIENCE, value: {{ required "access.jwt.jwksConfigMap needs access.jwt.audience: meant for whom" .audience | quote }}}
+- {name: ALORA_JWT_ISSUER, value: {{ required "access.jwt.jwksConfigMap needs access.jwt.issuer" .issuer | quote }}}
+- {name: ALORA_JWT_AUDIENCE, value: {{ required "access.jwt.jwksConfigMap needs access.jwt.audience" .audience | quote }}}
 - {name: ALORA_JWT_TENANT_CLAIM, value: {{ .tenantClaim | quote }}}
 - {name: ALORA_JWT_ROLES_CLAIM, value: {{ .rolesClaim | quote }}}
 {{- end }}

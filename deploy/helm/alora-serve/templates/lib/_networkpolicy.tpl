@@ -1,6 +1,6 @@
 {{/*
-Who may speak to whom: clients to the router, the router to the model services, these to the store, Prometheus to all; all to
-name servers and to where traces go. Probes come from the node, which network policies let through.
+Who may speak to whom: clients to the router, the router to the model services, these to the store, Prometheus to all;
+all to name servers and to where traces go. Probes come from the node, which network policies let through.
 */}}
 {{- define "alora-serve.networkPolicy" -}}
 {{- $policy := .ctx.Values.networkPolicy -}}
@@ -89,5 +89,7 @@ spec:
 {{- end }}
 
 {{- define "alora-serve.downloads" -}}
-{{- range (include "alora-serve.sources" . | fromJson).sources }}{{ if has .item.source (list "hub" "s3") }}true{{ end }}{{ end -}}
+{{- range (include "alora-serve.sources" . | fromJson).sources }}
+{{- if has .item.source (list "hub" "s3") }}true{{ end }}
+{{- end -}}
 {{- end }}

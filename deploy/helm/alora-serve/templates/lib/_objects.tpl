@@ -86,7 +86,10 @@ apiVersion: autoscaling/v2
 kind: HorizontalPodAutoscaler
 {{ include "alora-serve.metadata" . }}
 spec:
-  scaleTargetRef: {apiVersion: apps/v1, kind: {{ .values.kind | default "Deployment" }}, name: {{ include "alora-serve.name" . }}}
+  scaleTargetRef:
+    apiVersion: apps/v1
+    kind: {{ .values.kind | default "Deployment" }}
+    name: {{ include "alora-serve.name" . }}
   minReplicas: {{ .values.autoscaling.minReplicas }}
   maxReplicas: {{ .values.autoscaling.maxReplicas }}
   metrics:
@@ -111,7 +114,10 @@ apiVersion: keda.sh/v1alpha1
 kind: ScaledObject
 {{ include "alora-serve.metadata" . }}
 spec:
-  scaleTargetRef: {apiVersion: apps/v1, kind: {{ .values.kind | default "Deployment" }}, name: {{ $job }}}
+  scaleTargetRef:
+    apiVersion: apps/v1
+    kind: {{ .values.kind | default "Deployment" }}
+    name: {{ $job }}
   minReplicaCount: {{ .values.autoscaling.minReplicas }}
   maxReplicaCount: {{ .values.autoscaling.maxReplicas }}
   pollingInterval: {{ $keda.pollingInterval }}

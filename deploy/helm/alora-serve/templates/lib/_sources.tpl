@@ -20,8 +20,10 @@ Models and adapters: where each source puts them. An item is .Values.model or an
 
 {{- define "alora-serve.adapterRoots" -}}
 {{- $roots := list -}}
-{{- if eq .Values.model.source "demo" }}{{ $roots = append $roots (include "alora-serve.sourcePath" (dict "folder" "adapters" "item" .Values.model)) }}{{ end -}}
-{{- range .Values.adapters }}{{ $roots = append $roots (include "alora-serve.sourcePath" (dict "folder" "adapters" "item" .)) }}{{ end -}}
+{{- $items := eq .Values.model.source "demo" | ternary (list .Values.model) list -}}
+{{- range concat $items .Values.adapters -}}
+{{- $roots = append $roots (include "alora-serve.sourcePath" (dict "folder" "adapters" "item" .)) -}}
+{{- end -}}
 {{- join "," $roots -}}
 {{- end }}
 
@@ -47,7 +49,7 @@ Models and adapters: where each source puts them. An item is .Values.model or an
     readOnly: true
 {{- else if eq .item.source "image" }}
 {{- if semverCompare "<1.31.0-0" $ctx.Capabilities.KubeVersion.Version }}
-{{- fail (printf "source image of %s needs Kubernetes 1.31 or newer; this is %s: use pvc, hub or s3" .item.name $ctx.Capabilities.KubeVersion.Version) }}
+{{- fail (printf "source image of %s needs Kubernetes 1.31 or newer: use pvc, hub or s3" .item.name) }}
 {{- end }}
 - name: {{ .folder }}-{{ .item.name | lower | replace "." "-" }}
   image:
@@ -129,7 +131,8 @@ image: {{ include "alora-serve.image" (dict "ctx" .ctx "image" .ctx.Values.s3Ima
 imagePullPolicy: {{ .ctx.Values.s3Image.pullPolicy }}
 args:
   - sync
-  - {{ printf ":s3:%s/%s" (required (printf "source s3 of %s needs s3.bucket" .item.name) $s3.bucket) ($s3.prefix | default "") | trimSuffix "/" | quote }}
+  {{- $bucket := required (printf "source s3 of %s needs s3.bucket" .item.name) $s3.bucket }}
+  - {{ printf ":s3:%s/%s" $bucket ($s3.prefix | default "") | trimSuffix "/" | quote }}
   - {{ .path }}
   - --config= # none: variables say it all
 env:

@@ -1,9 +1,22 @@
-{{/* Volumes of a service's pod, and where its container sees them. Secrets are mounted whole, so that renewed ones arrive. */}}
+{{/* Volumes of a service's pod, and where its container sees them: as folders, so that what is renewed arrives. */}}
+
+{{/* A secret's keys that are files. (dict "volume" "tls" "secret" NAME "only" "ca.crt") */}}
+{{- define "alora-serve.secretVolume" -}}
+- name: {{ .volume }}
+  secret:
+    secretName: {{ .secret }}
+    defaultMode: 0440
+    {{- with .only }}
+    items: [{key: {{ . }}, path: {{ . }}}]
+    {{- end }}
+{{- end }}
+
 {{- define "alora-serve.volumes" -}}
 {{- $values := .ctx.Values -}}
 - {name: tmp, emptyDir: {sizeLimit: 1Gi}}
 {{- if $values.tls.enabled }}
-- {name: tls, secret: {secretName: {{ include "alora-serve.tlsSecret" (dict "ctx" .ctx "certificate" .component) }}, defaultMode: 0440}}
+{{- $secret := include "alora-serve.tlsSecret" (dict "ctx" .ctx "certificate" .component) }}
+{{- include "alora-serve.secretVolume" (dict "volume" "tls" "secret" $secret) | nindent 0 }}
 {{- end }}
 {{- if $values.publicPrompts }}
 - {name: public-prompts, configMap: {name: {{ include "alora-serve.fullname" .ctx }}-public-prompts}}
@@ -17,21 +30,22 @@
 {{- include "alora-serve.sourceVolumes" . }}
 {{- if eq $values.store.type "external" }}
 {{- with $values.store.tls.caSecret }}
-- {name: store-ca, secret: {secretName: {{ . }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}}
+{{- include "alora-serve.secretVolume" (dict "volume" "store-ca" "secret" . "only" "ca.crt") | nindent 0 }}
 {{- end }}
 {{- with $values.store.tls.clientSecret }}
-- {name: store-client, secret: {secretName: {{ . }}, defaultMode: 0440}}
+{{- include "alora-serve.secretVolume" (dict "volume" "store-client" "secret" .) | nindent 0 }}
 {{- end }}
 {{- end }}
 {{- else }}
 {{- if $values.tls.enabled }}
-- {name: peer-tls, secret: {secretName: {{ include "alora-serve.tlsSecret" (dict "ctx" .ctx "certificate" "router-peer") }}, defaultMode: 0440}}
+{{- $secret := include "alora-serve.tlsSecret" (dict "ctx" .ctx "certificate" "router-peer") }}
+{{- include "alora-serve.secretVolume" (dict "volume" "peer-tls" "secret" $secret) | nindent 0 }}
 {{- with $values.tls.clientCaSecret }}
-- {name: client-ca, secret: {secretName: {{ . }}, defaultMode: 0440, items: [{key: ca.crt, path: ca.crt}]}}
+{{- include "alora-serve.secretVolume" (dict "volume" "client-ca" "secret" . "only" "ca.crt") | nindent 0 }}
 {{- end }}
 {{- end }}
 {{- with $values.access.fileSecret }}
-- {name: access, secret: {secretName: {{ . }}, defaultMode: 0440}}
+{{- include "alora-serve.secretVolume" (dict "volume" "access" "secret" .) | nindent 0 }}
 {{- end }}
 {{- with $values.access.jwt.jwksConfigMap }}
 - {name: jwks, configMap: {name: {{ . }}}}
@@ -86,7 +100,8 @@
 {{/* /dev/shm is memory of the pod: a limit that cannot hold it would end in an out-of-memory kill once it fills. */}}
 {{- define "alora-serve.shmSize" -}}
 {{- $store := .ctx.Values.store -}}
-{{- $size := and (eq $store.type "lmdb") (eq $store.lmdb.medium "Memory") | ternary $store.lmdb.size .ctx.Values.shmSize -}}
+{{- $isStore := and (eq $store.type "lmdb") (eq $store.lmdb.medium "Memory") -}}
+{{- $size := $isStore | ternary $store.lmdb.size .ctx.Values.shmSize -}}
 {{- $limit := dig "limits" "memory" "" .values.resources -}}
 {{- if and $limit (le (include "alora-serve.bytes" $limit | int64) (include "alora-serve.bytes" $size | int64)) -}}
 {{- fail (printf "the memory limit of %s, %s, must hold /dev/shm, %s, and the process besides" .component $limit $size) -}}

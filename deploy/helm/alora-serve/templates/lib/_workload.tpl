@@ -40,7 +40,8 @@ spec:
   # Longer than a start may take, or a rollout would be called failed while weights are fetched and read.
   progressDeadlineSeconds: {{ add (int .values.startupSeconds) 600 }}
   strategy:
-    {{- .values.updateStrategy | default (dict "type" "RollingUpdate" "rollingUpdate" (dict "maxSurge" 1 "maxUnavailable" 0)) | toYaml | nindent 4 }}
+    {{- $surge := dict "type" "RollingUpdate" "rollingUpdate" (dict "maxSurge" 1 "maxUnavailable" 0) }}
+    {{- .values.updateStrategy | default $surge | toYaml | nindent 4 }}
   {{- end }}
   template:
     metadata:
@@ -78,7 +79,7 @@ spec:
         {{- include "alora-serve.volumes" . | nindent 8 }}
 {{- end }}
 
-{{/* What processes read at their start alone: another value is another pod. A secret of another's is not seen here. */}}
+{{/* What processes read at their start alone: another value, another pod. Secrets that others made are not seen. */}}
 {{- define "alora-serve.checksums" -}}
 checksum/secrets: {{ pick .Values.secrets "handleSecrets" "tenantSalt" "storeSecrets" "storePassword" | toJson | sha256sum }}
 {{- end }}
@@ -88,7 +89,8 @@ checksum/secrets: {{ pick .Values.secrets "handleSecrets" "tenantSalt" "storeSec
 {{- $settings := include "alora-serve.settings" (dict "ctx" .ctx "values" .ctx.Values.router) | fromJson -}}
 {{- $interval := $settings.resolve_seconds | default 2 -}}
 {{- if le (float64 .values.preStopSeconds) (float64 $interval) -}}
-{{- fail (printf "preStopSeconds of %s, %v, must be longer than the router's resolve_seconds, %v" .component .values.preStopSeconds $interval) -}}
+{{- $problem := "preStopSeconds of %s, %v, must be longer than the router's resolve_seconds, %v" -}}
+{{- fail (printf $problem .component .values.preStopSeconds $interval) -}}
 {{- end -}}
 {{- end }}
 
@@ -108,11 +110,13 @@ topologySpreadConstraints:
 {{- end }}
 {{- $affinity := deepCopy $values.affinity }}
 {{- if and (ne $values.antiAffinity "none") (not (hasKey $affinity "podAntiAffinity")) }}
-{{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" (include "alora-serve.selectorLabels" . | fromYaml)) }}
+{{- $labels := include "alora-serve.selectorLabels" . | fromYaml }}
+{{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" $labels) }}
 {{- if eq $values.antiAffinity "hard" }}
 {{- $_ := set $affinity "podAntiAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" (list $term)) }}
 {{- else }}
-{{- $_ := set $affinity "podAntiAffinity" (dict "preferredDuringSchedulingIgnoredDuringExecution" (list (dict "weight" 100 "podAffinityTerm" $term))) }}
+{{- $terms := list (dict "weight" 100 "podAffinityTerm" $term) }}
+{{- $_ := set $affinity "podAntiAffinity" (dict "preferredDuringSchedulingIgnoredDuringExecution" $terms) }}
 {{- end }}
 {{- end }}
 {{- with $affinity }}
