@@ -98,11 +98,16 @@ endif
 .PHONY: test
 test: $(VENV)/.ready-dev $(STUBS) ## every test, on real servers, with branch coverage: make test ARGS="-k router"
 	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
-	@$(TEST_ENV) $(BIN)/coverage run -m pytest -n $(TEST_WORKERS) --durations=15 $(ARGS)
+	@$(TEST_ENV) $(BIN)/coverage run -m pytest -n $(TEST_WORKERS) --durations=15 --ignore=tests/deploy $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage html --quiet --directory $(COVERAGE)/html
 	@$(BIN)/coverage json --quiet -o $(COVERAGE)/coverage.json
 	@$(BIN)/python scripts/check_coverage.py $(COVERAGE)/coverage.json --total 85 --file 70
+
+.PHONY: deploy-check
+deploy-check: $(VENV)/.ready-dev $(STUBS) ## chart, rules and dashboards, by the real tools, which it fetches into build/tools
+	@$(BIN)/python scripts/fetch_helm.py
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations=15 tests/deploy $(ARGS)
 
 .PHONY: chaos
 chaos: $(VENV)/.ready-dev $(STUBS) ## break a running deployment in every way it must survive: make chaos ARGS="--list"
