@@ -66,7 +66,8 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then drain and clean up; returns the process's exit status.
 
     Once calls are taken, one JSON line goes to standard output for whoever started the process:
-    ``{"event": "listening", "service": name, "address": "host:port", "metrics_address": "host:port"}``.
+    ``{"event": "listening", "service": name, "address": "host:port", "metrics_address": "host:port"}``, and with
+    ``settings.health_listen`` its address as ``health_address``.
 
     Drain: health says NOT_SERVING and ``on_drain`` is called, new calls are UNAVAILABLE, running ones may go on for
     ``settings.drain_seconds``, then what is left is cancelled. A second signal ends the process at once.
@@ -111,12 +112,15 @@ async def serve(
     try:
         address = _bind(server, settings)
         metrics_server, metrics_address = _serve_metrics(settings.metrics_listen, registry)
-        probed = await _serve_probes(settings.health_listen, health) if settings.health_listen else None
+        addresses = {"address": address, "metrics_address": metrics_address}
+        probed = None
         try:
+            if settings.health_listen:
+                probed, health_address = await _serve_probes(settings.health_listen, health)
+                addresses["health_address"] = health_address
             await server.start()
-            line = {"event": "listening", "service": name, "address": address, "metrics_address": metrics_address}
-            print(json.dumps(line), flush=True)
-            log.info("listening", address=address, metrics_address=metrics_address)
+            print(json.dumps({"event": "listening", "service": name, **addresses}), flush=True)
+            log.info("listening", **addresses)
             failed = await _first(stop, essential)
             health.shut_down()
             on_drain()
@@ -217,16 +221,18 @@ def _serve_metrics(address: str, registry: CollectorRegistry) -> tuple[WSGIServe
     return server, f"{host}:{server.server_port}"
 
 
-async def _serve_probes(address: str, health: HealthServicer) -> grpc.aio.Server:
-    """A running server of health alone: what it says is no secret, and a probe has no certificate."""
+async def _serve_probes(address: str, health: HealthServicer) -> tuple[grpc.aio.Server, str]:
+    """A running server of health alone, and its address: what it says is no secret, and a probe has no certificate."""
     server = grpc.aio.server(options=server_options())
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     try:
-        server.add_insecure_port(address)
+        port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError(f"health_listen={address}: cannot be bound: in use, or not an address of this machine") from error
+        raise ConfigError(
+            f"health_listen={address}: cannot be bound: in use, or not an address of this machine"
+        ) from error
     await server.start()
-    return server
+    return server, f"{_host(address)[0]}:{port}"
 
 
 def _host(address: str) -> tuple[str, int]:

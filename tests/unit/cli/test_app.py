@@ -20,6 +20,7 @@ COMMANDS = [
     ["adapters", "unload"],
     ["model"],
     ["doctor"],
+    ["probe"],
     ["config"],
     ["demo"],
 ]

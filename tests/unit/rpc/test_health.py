@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from alora_serve.rpc.channels import internal_channel, server_options
-from alora_serve.rpc.health import HealthServicer
+from alora_serve.rpc.health import LIVENESS, HealthServicer
 
 SERVICE = "alora_serve.v1.AloraService"
 TIMEOUT_SECONDS = 30.0
@@ -44,6 +44,13 @@ async def served() -> AsyncIterator[Served]:
     yield served
     await served.channel.close()
     await served.server.stop(0)
+
+
+async def test_a_process_is_alive_whatever_it_serves(served: Served) -> None:
+    assert await served.check(LIVENESS) == SERVING
+    served.health.shut_down()
+    assert await served.check(LIVENESS) == SERVING
+    assert await served.check("") == NOT_SERVING
 
 
 @pytest.mark.parametrize("name", ["", SERVICE])

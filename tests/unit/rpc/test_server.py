@@ -18,6 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from alora_serve.cli.probe import health_of
 from alora_serve.rpc.channels import MAX_MESSAGE_BYTES, internal_channel
 from alora_serve.v1 import base_prefill_pb2 as pb2
 from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceStub
@@ -150,6 +151,18 @@ async def test_it_reports_its_addresses_and_serves_metrics_health_and_reflection
         assert process.end()[0] == 0
 
 
+async def test_health_has_a_port_of_its_own_where_nothing_else_is_served() -> None:
+    with running("--health-listen=127.0.0.1:0") as process:
+        address = process.listening()["health_address"]
+        assert health_of(address, "", TIMEOUT_SECONDS) == health_of(address, SERVICE, TIMEOUT_SECONDS) == "SERVING"
+        async with internal_channel(address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await prefill(channel, "quick")
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        process.process.send_signal(signal.SIGTERM)
+        assert process.end()[0] == 0
+
+
 async def test_drain_says_not_serving_refuses_new_calls_finishes_running_ones_and_cleans_up_in_order() -> None:
     with running() as process:
         address = process.listening()["address"]
@@ -257,7 +270,7 @@ def taken(request: pytest.FixtureRequest) -> Iterator[str]:
         yield f"{shown}:{listener.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("setting", ["listen", "metrics_listen"])
+@pytest.mark.parametrize("setting", ["listen", "metrics_listen", "health_listen"])
 def test_a_taken_port_stops_the_start_by_name(setting: str, taken: str) -> None:
     with running(f"--{setting.replace('_', '-')}", taken) as process:
         status, words, log = process.end()
