@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,8 @@ TURNS: Final = [ChatMessage("user", "The mill stands by the brook, and its wheel
 SAMPLING: Final = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
 WEIGHTS: Final = "adapter_model.safetensors"
 NAMES: Final = ("guard", "answer", "plain")
+SWAP_EVERY_SECONDS: Final = 0.7
+"""Less than an answer takes under load, so that files change beneath running ones."""
 
 
 @dataclass(slots=True)
@@ -94,18 +96,19 @@ async def changes_under_fire(chaos: Chaos) -> list[Row]:
         for number in range(chaos.pick(4, 30)):
             source = spare / ("first" if number % 2 == 0 else "second") / "guard"
             swap_weights(source / WEIGHTS, guard)
-            await asyncio.sleep(0.7)
-        refusals = [
-            await refused_while(running, handle, "answer", damage, model.roots[0], spare)
+            await asyncio.sleep(SWAP_EVERY_SECONDS)
+        refusals = {
+            damage: await refused_while(running, handle, "answer", damage, model.roots[0], spare)
             for damage in (corrupt, reshape, delete)
-        ]
+        }
         stop.set()
         await asyncio.gather(*asking)
         never = [digest for digest in (first_digest, second_digest) if ("guard", digest) not in versions.seen]
         swapped.failures += [f"version {digest[:12]} was never served" for digest in never]
+        broken.failures += [f"not refused: {damage.__name__}" for damage, was in refusals.items() if not was]
         return [
             swapped.row("adapter's files replaced while it decodes", versions=2),
-            broken.row("another adapter corrupted, reshaped, deleted", refused_with_reason=sum(refusals)),
+            broken.row("another adapter corrupted, reshaped, deleted", refused_with_reason=sum(refusals.values())),
         ]
 
 
@@ -158,11 +161,11 @@ def delete(adapter: Path, spare: Path) -> None:
 
 
 async def refused_while(
-    running: Deployed, handle: PrefixHandle, name: str, damage: object, root: Path, spare: Path
+    running: Deployed, handle: PrefixHandle, name: str, damage: Callable[[Path, Path], None], root: Path, spare: Path
 ) -> bool:
     """Damage an adapter, wait until it is refused in words, and repair it; False where it was not refused."""
     adapter = root / name
-    damage(adapter, spare)  # type: ignore[operator]
+    damage(adapter, spare)
     refused = False
     end = time.monotonic() + 15
     while not refused and time.monotonic() < end:

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from alora_serve.client import ChatMessage, SamplingParams, TokenChunk
+from alora_serve.client import SamplingParams, TokenChunk
 from alora_serve.errors import AloraServeError
 from deployment import Deployed, deployed
 from faults.harness import QUICK, Chaos, Row, Scenario, Tally
-
-TURNS: Final = [ChatMessage("user", "The harbour lies still at night, and the lamps are lit. Who lit them?")]
-BATCH: Final = "8"
+from faults.load import BATCH, TURNS
 
 
 @dataclass(frozen=True, slots=True)

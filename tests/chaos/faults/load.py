@@ -34,7 +34,6 @@ class Outcomes:
     """What one tenant saw."""
 
     seconds: list[float] = field(default_factory=list)
-    first_token_seconds: list[float] = field(default_factory=list)
     refused: int = 0
     wrong: int = 0
     failures: list[str] = field(default_factory=list)
@@ -59,11 +58,10 @@ class Tenant:
 
     async def ask(self, sampling: SamplingParams, found: Outcomes) -> None:
         """One question; whatever comes of it."""
-        began, first, tokens = time.monotonic(), 0.0, list[int]()
+        began, tokens = time.monotonic(), list[int]()
         try:
             async for event in self.client.generate(TURNS, adapter="guard", sampling=sampling, timeout_seconds=60):
                 if isinstance(event, TokenChunk):
-                    first = first or time.monotonic() - began
                     tokens += event.token_ids
         except OverloadedError as error:
             if error.retry_after_seconds:
@@ -74,7 +72,6 @@ class Tenant:
             found.failures.append(f"{type(error).__name__}: {error}")
         else:
             found.seconds.append(time.monotonic() - began)
-            found.first_token_seconds.append(first)
             found.wrong += tuple(tokens) != self.expected.setdefault(sampling.max_tokens, tuple(tokens))
 
 
