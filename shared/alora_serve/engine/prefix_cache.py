@@ -115,8 +115,15 @@ class PrefixCache:
         """Give a pinned prefix back."""
         with self._lock:
             for part in prefix.slices:
-                part.segment.pins -= 1
+                self._unpin(part.segment)
             self._evict(0)
+
+    def _unpin(self, segment: KVSegment) -> None:
+        """One holder less. What nobody holds and no name leads to is of no use to anyone."""
+        segment.pins -= 1
+        if not segment.pins and not self._names[segment]:
+            self._drop(segment)
+            self._metrics.prefix_bytes(self._size_bytes)
 
     def reserve(self, prefix: Prefix, tokens: int) -> KVSlice:
         """Room for ``tokens`` more positions after ``prefix``, pinned, for the caller alone to write.
@@ -147,17 +154,12 @@ class PrefixCache:
         return promised
 
     def settle(self, promised: KVSlice, written_tokens: int) -> None:
-        """End a reservation: keep its first ``written_tokens`` positions, free the rest, drop its pin.
-
-        A segment of which nothing was ever published or kept is dropped.
-        """
+        """End a reservation: keep its first ``written_tokens`` positions, free the rest, drop its pin."""
         with self._lock:
             segment = promised.segment
             if segment.used == promised.offset + promised.tokens:
                 segment.used = promised.offset + written_tokens
-            segment.pins -= 1
-            if not segment.used:
-                self._drop(segment)
+            self._unpin(segment)
             self._evict(0)
 
     def publish(self, chain: BlockChain, prefix: Prefix, start: int, end: int) -> None:

@@ -8,7 +8,7 @@
 
 ``base_until`` is the invocation's start for an aLoRA, 0 for a plain LoRA, and beyond everything for the base model. An
 answer of the base model is computed in a private tail as well, so that one call attends to the answers of all sequences
-of a step, and copied to its slices token by token.
+of a step, and copied to shared memory when a block of it is full, unless the same tokens are resident by then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.engine.events import BaseComputed, Sink
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.kv.keys import BlockChain
-from alora_serve.model.kv_memory import KVSlice, Prefix
+from alora_serve.model.kv_memory import KVSegment, KVSlice, Prefix
 from alora_serve.model.step import NARROW_TOKENS, Span
 from alora_serve.model.tails import TailPool, TailSegment
 from alora_serve.model.text import TextStream
@@ -83,6 +83,8 @@ class Sequence:
     _loaded: Prefix = field(init=False)
     _base: Prefix = field(init=False)
     _published: int = field(init=False)
+    _held: list[Prefix] = field(init=False, default_factory=list)
+    _written: dict[KVSegment, int] = field(init=False, default_factory=dict)
     _tail: TailSegment | None = field(init=False, default=None)
     _tail_used: int = field(init=False, default=0)
     _released: bool = field(init=False, default=False)
@@ -168,30 +170,28 @@ class Sequence:
 
     def span(self, count: int) -> Span:
         """Plan the next ``count`` tokens, as many as memory takes in one slice; call :meth:`commit` after they ran."""
-        if self.in_base_phase:
-            count = min(count, self._make_room())
         if self._in_tail:
             own, held = self._make_tail(), self._tail_used
             count = min(count, own.tokens - held)
-        elif self._room is not None:
-            own, held = self._room, self._own.tokens if self._own else 0
         else:
-            raise RuntimeError("a sequence without room was scheduled")
+            own = self._make_room(self.computed, self.pending_tokens + self._growth(self.known_tokens))
+            count, held = min(count, own.end - self.computed), self._own.tokens if self._own else 0
         tokens = tuple(self.token_at(position) for position in range(self.computed, self.computed + count))
         return Span(tokens, self.computed, self._shared, KVSlice(own.segment, own.offset, held + count))
 
-    def _make_room(self) -> int:
-        """Tokens of base KV that fit the current room, after making one where there is none left."""
+    def _make_room(self, position: int, wanted_tokens: int) -> KVSlice:
+        """The room that has place for base KV at ``position``: the current one, or where that is full a new one."""
         room = self._room
-        if room is not None and (left := room.end - self.computed):
-            return left
-        new = self._reserve()
+        if room is not None and position < room.end:
+            return room
+        new = self.cache.reserve(self._base, wanted_tokens)
+        self._promised.append(new)
         if room is not None and room.segment is new.segment and room.offset + room.tokens == new.offset:
-            self._room = KVSlice(room.segment, room.offset, room.tokens + new.tokens)
+            new = KVSlice(room.segment, room.offset, room.tokens + new.tokens)
         else:
             self._close_room()
-            self._room = new
-        return new.tokens
+        self._room = new
+        return new
 
     def _make_tail(self) -> KVSlice:
         """All of the private tail, longer than what is used of it, by moving it where it has to be."""
@@ -213,35 +213,45 @@ class Sequence:
             self._shared = (*self._shared, self._own)
         self._own = None
 
-    def _reserve(self) -> KVSlice:
-        wanted = self.pending_tokens
-        if self.request.sampling is not None and self.request.adapter is None:
-            wanted += min(self.request.sampling.max_tokens - len(self.generated), BASE_GROWTH_TOKENS)
-        promised = self.cache.reserve(self._base, wanted)
-        self._promised.append(promised)
-        return promised
-
     def commit(self, span: Span) -> None:
         """Account for a span that ran. At the end of the base phase its memory is closed to the adapter."""
-        base, in_tail = self.in_base_phase, self._in_tail
-        if in_tail:
+        base = self.in_base_phase
+        if self._in_tail:
             self._tail_used = span.own.tokens
         else:
             self._own = span.own
-        if base:
-            self._base = self._base.append(self._bring_home(span) if in_tail else span.destination)
+            self._grow_base(span.destination)
         self.computed += len(span.tokens)
         if base and not self.in_base_phase:
             self._close_room()
 
-    def _bring_home(self, span: Span) -> KVSlice:
-        """Copy base KV from the tail to its place in the room."""
-        room, tail = self._room, span.destination
-        if room is None:
-            raise RuntimeError("an answer without room was computed")
-        home = KVSlice(room.segment, room.offset + tail.start - room.start, tail.tokens)
-        home.positions().copy_(tail.positions())
-        return home
+    def _grow_base(self, written: KVSlice) -> None:
+        self._base = self._base.append(written)
+        self._written[written.segment] = written.offset + written.tokens
+
+    def _bring_home(self, chain: BlockChain, end: int) -> None:
+        """Base KV before ``end`` that lies in the private tail, also where others reach it, once for all."""
+        resident = self.cache.longer(chain, end, self._base.tokens) if self._base.tokens < end else None
+        if resident is not None:
+            self._held.append(resident)
+            self._base = resident
+            self._close_room()
+        while (start := self._base.tokens) < end:
+            tail = self._tail
+            if tail is None:
+                raise RuntimeError("base KV that is not in its place is in no tail either")
+            room = self._make_room(start, max(end - start, self._growth(start)))
+            count = min(end, room.end) - start
+            home = KVSlice(room.segment, room.offset + start - room.start, count)
+            home.positions().copy_(KVSlice(tail, start - tail.start, count).positions())
+            self._grow_base(home)
+
+    def _growth(self, position: int) -> int:
+        """Tokens of a base answer that may come after ``position``, as many as are worth reserving at a time."""
+        sampling = self.request.sampling
+        if sampling is None or self.request.adapter is not None:
+            return 0
+        return min(len(self.request.prompt) + sampling.max_tokens - position, BASE_GROWTH_TOKENS)
 
     def publish(self, *, tail: bool) -> BaseComputed | None:
         """Make base KV computed here findable; a pinned view of it, or None when there is nothing new.
@@ -250,7 +260,7 @@ class Sequence:
             tail: name what follows the last full block, too. Done at the end of the base phase: each length has a name
                 of its own.
         """
-        chain, end = self.request.chain, self._base.tokens
+        chain, end = self.request.chain, min(self.computed, self.base_until)
         if not tail:
             end -= end % chain.block_tokens
         start = self._published
@@ -259,6 +269,7 @@ class Sequence:
         self._published = end
         if end > len(chain):
             chain = chain.extended([self.token_at(position) for position in range(len(chain), end)])
+        self._bring_home(chain, end)
         prefix = self._base.take(end)
         self.cache.publish(chain, prefix, start, end)
         self.cache.pin(prefix)
@@ -273,9 +284,12 @@ class Sequence:
     def release(self) -> None:
         """Give back every pin and what was reserved but not written. Idempotent."""
         for promised in self._promised:
-            written = max(0, min(self._base.tokens, promised.end) - promised.start)
-            self.cache.settle(promised, written)
+            written = self._written.get(promised.segment, 0) - promised.offset
+            self.cache.settle(promised, min(max(written, 0), promised.tokens))
         self._promised.clear()
+        for resident in self._held:
+            self.cache.release(resident)
+        self._held.clear()
         if self._tail is not None:
             self.tails.give_back(self._tail)
             self._tail = None

@@ -294,6 +294,40 @@ def test_a_base_turn_leaves_its_answer_resident(bench: Bench, greedy: Callable[.
     assert bench.submit(_prompt(1) + answer).done().generated == greedy(_prompt(1) + answer, 6)
 
 
+def _taken(bench: Bench) -> list[int]:
+    return sorted(segment.used for segment in bench.cache._names)
+
+
+def test_the_same_answer_again_takes_no_more_memory(bench: Bench) -> None:
+    bench.submit(_prompt(1), max_tokens=30).done()
+    size, taken = bench.cache.size_bytes, _taken(bench)
+    for run in [bench.submit(_prompt(1), max_tokens=30) for _ in range(5)]:
+        run.done()
+    assert (bench.cache.size_bytes, _taken(bench)) == (size, taken)
+
+
+def test_a_longer_answer_adds_what_is_new_to_it(bench: Bench, greedy: Callable[..., tuple[int, ...]]) -> None:
+    short = bench.submit(_prompt(1), max_tokens=11).done().generated
+    size, (taken,) = bench.cache.size_bytes, _taken(bench)
+    answer = bench.submit(_prompt(1), max_tokens=50).done().generated
+    assert answer[:11] == short
+    assert (bench.cache.size_bytes, _taken(bench)) == (size, [taken + 39])
+    assert bench.submit((*_prompt(1), *answer)).done().generated == greedy((*_prompt(1), *answer), 6)
+
+
+def test_answers_that_part_share_what_they_have_in_common(bench: Bench, greedy: Callable[..., tuple[int, ...]]) -> None:
+    answer = bench.submit(_prompt(1), max_tokens=40).done().generated
+    (taken,) = _taken(bench)
+    banned = {answer[25]: -100.0}
+    other = bench.submit(_prompt(1), max_tokens=40, logit_bias=banned).done().generated
+    parted = next(i for i, pair in enumerate(zip(answer, other, strict=True)) if len(set(pair)) == 2)
+    # Whole blocks are shared: what the two have in common of the block they part in is in both.
+    shared = (20 + parted) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert _taken(bench) == sorted([taken, 59 - shared])
+    for said in (answer, other):
+        assert bench.submit((*_prompt(1), *said)).done().generated == greedy((*_prompt(1), *said), 6)
+
+
 def test_room_that_an_answer_did_not_need_is_there_for_the_next_turn(bench: Bench) -> None:
     conversation = (
         _prompt(1) + bench.submit(_prompt(1), max_tokens=200, end_ids=tuple(range(VOCABULARY))).done().generated

@@ -172,6 +172,17 @@ def test_a_new_segment_of_which_nothing_was_written_is_dropped(cache: PrefixCach
     assert _segments(cache) == []
 
 
+def test_a_segment_that_nobody_holds_and_no_name_leads_to_is_dropped(cache: PrefixCache) -> None:
+    promised = cache.reserve(Prefix(), 10)
+    _write(promised, CONVERSATION, 10)
+    held = Prefix((promised,))
+    cache.pin(held)
+    cache.settle(promised, 10)
+    assert _segments(cache) == [promised.segment]
+    cache.release(held)
+    assert (_segments(cache), cache.size_bytes) == ([], 0)
+
+
 def test_publishing_again_changes_nothing(cache: PrefixCache) -> None:
     """Two that computed the same blocks at once: the second finds them named and both stay right."""
     chain = _chain(CONVERSATION)
