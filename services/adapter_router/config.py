@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Final
+
 from adapter_router.access.authentication import Access, ApiKeys, Authenticator, JwtRules, Jwts, read_jwks
 from adapter_router.access.quotas import Quotas
-from adapter_router.access.reload import Reloaded
 from adapter_router.access.rules import read_rules
 from adapter_router.demands import Demands
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.servicer import RouterLimits
 from alora_serve.config import PrefillSettings, RouterSettings, SecretSettings, ServerSettings
+from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import ConfigError
 from alora_serve.kv.fingerprints import PrefixFingerprints
 from alora_serve.kv.tenancy import TenantSalts
+
+LOOK_SECONDS: Final = 1.0
+"""How often the files of keys are looked at, at most: every call asks for what they say."""
 
 
 class Settings(ServerSettings, SecretSettings, PrefillSettings, RouterSettings):
@@ -53,14 +59,15 @@ class Settings(ServerSettings, SecretSettings, PrefillSettings, RouterSettings):
         authenticators: list[Authenticator] = []
         quotas = Quotas()
         if self.access_file is not None:
-            rules = Reloaded(self.access_file, read_rules)
+            rules = Reloaded([self.access_file], partial(read_rules, self.access_file), look_seconds=LOOK_SECONDS)
             authenticators.append(ApiKeys(rules))
             quotas = Quotas(lambda: rules.content)
         if self.jwks_file is not None:
             if not (self.jwt_issuer and self.jwt_audience):
                 raise ConfigError("jwks_file needs jwt_issuer and jwt_audience: whose tokens, and meant for whom")
             wanted = JwtRules(self.jwt_issuer, self.jwt_audience, self.jwt_tenant_claim, self.jwt_roles_claim)
-            authenticators.append(Jwts(Reloaded(self.jwks_file, read_jwks), wanted))
+            keys = Reloaded([self.jwks_file], partial(read_jwks, self.jwks_file), look_seconds=LOOK_SECONDS)
+            authenticators.append(Jwts(keys, wanted))
         if authenticators:
             self.salts().of("any")
         return Access(*authenticators, admin_methods=self.admin_methods), quotas

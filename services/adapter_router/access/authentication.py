@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol
 import jwt
 from pydantic import TypeAdapter, ValidationError
 
-from adapter_router.access.reload import Reloaded
 from adapter_router.access.rules import AccessRules, TenantName
+from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import ConfigError, PermissionRefusedError, UnauthenticatedError
 from alora_serve.types import ANYONE, Identity, Role
 

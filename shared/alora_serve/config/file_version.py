@@ -9,7 +9,9 @@ FileVersion = tuple[int, int, int]
 
 
 def file_version(path: Path | str) -> FileVersion | None:
-    """As it is now; None where there is no file."""
+    """As it is now; None where there is no file, or none is named."""
+    if not path:  # an empty path would be the working directory
+        return None
     try:
         stat = Path(path).stat()
     except OSError:

@@ -8,6 +8,7 @@ import hmac
 import json
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from adapter_router.access.authentication import Access, ApiKeys, JwtRules, Jwts, read_jwks
-from adapter_router.access.reload import Reloaded
 from adapter_router.access.rules import AccessRules, read_rules
+from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import ConfigError, PermissionRefusedError, UnauthenticatedError
 from alora_serve.types import ANYONE, Identity
 
@@ -43,7 +44,7 @@ def write_rules(path: Path, *keys: dict[str, Any], tenants: Any = None) -> Path:
 
 
 def keys_of(path: Path) -> ApiKeys:
-    return ApiKeys(Reloaded(path, read_rules))
+    return ApiKeys(Reloaded([path], partial(read_rules, path)))
 
 
 # --- API keys ---------------------------------------------------------------------------------------------------------
@@ -97,10 +98,7 @@ def test_a_key_expires(tmp_path: Path) -> None:
     assert keys.identify("new") is not None
 
 
-def test_keys_are_rotated_without_a_restart_and_a_broken_file_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("adapter_router.access.reload.LOOK_SECONDS", 0.0)
+def test_keys_are_rotated_without_a_restart_and_a_broken_file_changes_nothing(tmp_path: Path) -> None:
     path = write_rules(tmp_path / "access.yaml", {"tenant": "acme", "sha256": digest("one")})
     keys = keys_of(path)
     assert keys.identify("one")
@@ -166,7 +164,8 @@ def write_jwks(path: Path) -> Path:
 
 @pytest.fixture
 def jwts(tmp_path: Path) -> Jwts:
-    return Jwts(Reloaded(write_jwks(tmp_path / "jwks.json"), read_jwks), RULES)
+    path = write_jwks(tmp_path / "jwks.json")
+    return Jwts(Reloaded([path], partial(read_jwks, path)), RULES)
 
 
 def token(key: Any = EC, algorithm: str = "ES256", kid: str | None = "e", **changes: Any) -> str:

@@ -1,0 +1,68 @@
+"""Files that are read again when they have changed; what makes no sense leaves what was read before in force."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import structlog
+
+from alora_serve.config.file_version import file_version
+from alora_serve.errors import ConfigError
+
+ContentT = TypeVar("ContentT")
+
+_log = structlog.get_logger(__name__)
+
+
+class Reloaded(Generic[ContentT]):
+    """What some files say together. Thread-safe."""
+
+    def __init__(self, files: Sequence[Path | str], read: Callable[[], ContentT], *, look_seconds: float = 0.0) -> None:
+        """Read them.
+
+        Args:
+            files: looked at for changes; one that is not there is one that changes when it comes.
+            read: what they say; raises ConfigError where that makes no sense.
+            look_seconds: they are looked at no more often.
+
+        Raises:
+            ConfigError: they cannot be read, or make no sense.
+        """
+        self._files = tuple(files)
+        self._read = read
+        self._look_seconds = look_seconds
+        self._lock = threading.Lock()
+        # Before reading: what changes meanwhile is read again.
+        self._version = self._refused = self._now()
+        self._content = read()
+        self._looked_at = time.monotonic()
+
+    @property
+    def content(self) -> ContentT:
+        """As it is now, or was when it last made sense."""
+        with self._lock:
+            if time.monotonic() - self._looked_at >= self._look_seconds:
+                self._looked_at = time.monotonic()
+                version = self._now()
+                if version != self._version:
+                    self._take(version)
+            return self._content
+
+    def _take(self, version: tuple[object, ...]) -> None:
+        names = ", ".join(str(file) for file in self._files)
+        try:
+            self._content = self._read()
+        except ConfigError as error:
+            if version != self._refused:  # tried again at every look, complained about once
+                _log.error("not reloaded, what was read before stays in force", files=names, error=str(error))
+            self._refused = version
+        else:
+            self._version = version
+            _log.info("reloaded", files=names)
+
+    def _now(self) -> tuple[object, ...]:
+        return tuple(map(file_version, self._files))
