@@ -27,7 +27,7 @@ def open_registry(
     Args:
         settings: where they are and how much memory they may take.
         model: what they are checked against.
-        metrics: told of every use, load, refusal and drop.
+        metrics: told of every event, and where to ask for what is in memory.
         load_seconds: told how long each load took.
 
     Raises:
@@ -45,6 +45,7 @@ def open_registry(
     registry = AdapterRegistry(
         settings.adapter_roots, base=host, max_resident_bytes=settings.adapter_cache_bytes, on_event=report
     )
+    metrics.watch_loaded(registry.resident)
     for adapter in registry.list_adapters():
         if adapter.problem:
             _log.warning("adapter refused", adapter=adapter.name, problem=adapter.problem)

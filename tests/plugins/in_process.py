@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,6 +78,12 @@ class CountingMetrics:
         self.counts["peak running"] = max(self.counts["peak running"], running)
         self.counts["tail bytes"] = tail_bytes
         self.counts["peak tail bytes"] = max(self.counts["peak tail bytes"], tail_bytes)
+
+    def queued_prefill_tokens(self, tokens: Callable[[], int]) -> None:
+        self.queued_tokens = tokens
+
+    def prefix_pinned_bytes(self, size_bytes: Callable[[], int]) -> None:
+        self.pinned_bytes = size_bytes
 
     def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
         self.counts["resident tokens"] += hit_tokens

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar, get_args
 
 from grpc import aio
 
 from adapter_router.policy import Demand, EndpointSnapshot
 from adapter_router.prediction import Pace
 from alora_serve.kv.fingerprints import STRIDE_TOKENS
+from alora_serve.metrics import EndpointState
 from alora_serve.rpc.watch import adapters_by_name
 from alora_serve.types import AdapterInfo, EndpointStatus
 
 StubT = TypeVar("StubT")
 
-STATES: Final = ("healthy", "draining", "down")
+STATES: Final[tuple[EndpointState, ...]] = get_args(EndpointState)
 """What an endpoint may be, as metrics name it."""
 
 
@@ -71,8 +72,8 @@ class Endpoint(Generic[StubT]):
         self._healthy, self._snapshot = healthy, None
 
     @property
-    def state(self) -> str:
-        """One of :data:`STATES`."""
+    def state(self) -> EndpointState:
+        """As metrics name it."""
         if not self.healthy or self.status is None:
             return "down"
         return "draining" if self.status.draining else "healthy"

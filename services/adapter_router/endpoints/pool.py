@@ -23,7 +23,7 @@ from adapter_router.endpoints.endpoint import STATES, Endpoint, EndpointOptions
 from adapter_router.endpoints.resolver import Resolver, resolve_target
 from adapter_router.policy import Demand, EndpointSnapshot, eligible, pick
 from alora_serve.errors import AloraServeError, UnavailableError
-from alora_serve.metrics import RouterMetrics
+from alora_serve.metrics import EndpointRole, RouterMetrics
 from alora_serve.types import EndpointStatus, ModelInfo
 
 StubT = TypeVar("StubT")
@@ -45,7 +45,7 @@ class EndpointSet(Generic[StubT]):
 
     def __init__(
         self,
-        service: str,
+        service: EndpointRole,
         targets: Sequence[str],
         *,
         connect: Callable[[str], aio.Channel],

@@ -32,7 +32,7 @@ class AdapterRegistry:
         max_resident_bytes: see :class:`~alora_serve.adapters.residency.Residency`.
         max_weights_bytes: larger weights files are refused.
         on_event: called on the thread that caused the event; must not raise and may call nothing here but
-            :meth:`list_adapters` and :meth:`resident_bytes`.
+            :meth:`list_adapters`, :meth:`resident` and :meth:`resident_bytes`.
 
     Raises:
         ConfigError: a root is not a readable directory.
@@ -64,6 +64,10 @@ class AdapterRegistry:
         # Asked ten times a second for each router, of thousands of adapters: only those in memory are made anew.
         listed = [replace(info, resident=True) if (info.name, info.digest) in resident else info for info in infos]
         return tuple(sorted([*listed, *self._hidden], key=lambda info: info.name))
+
+    def resident(self) -> frozenset[tuple[str, AdapterDigest]]:
+        """Name and digest of every adapter whose weights are in memory, older versions in use among them."""
+        return self._residency.held()
 
     def resident_bytes(self) -> int:
         """Memory that all adapters take."""

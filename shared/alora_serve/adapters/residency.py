@@ -14,20 +14,22 @@ from alora_serve.types import AdapterDigest
 
 _Key = tuple[str, AdapterDigest]
 
+AdapterEventKind = Literal["hit", "load", "refuse", "evict", "drop"]
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterEvent:
     """What happened to an adapter, for metrics.
 
     Attributes:
-        kind: ``hit`` (leased, was in memory), ``load`` (read from disk), ``refuse`` (reading refused it), ``drop``
-            (left memory).
+        kind: ``hit`` (leased, was in memory), ``load`` (read from disk), ``refuse`` (reading refused it), ``evict``
+            (left memory to make room), ``drop`` (left it because it was unloaded, or is no longer what is on disk).
         name: the adapter's.
         size_bytes: its weights in memory; 0 for ``refuse``.
-        seconds: time that reading took; 0 for ``hit`` and ``drop``.
+        seconds: time that reading took; 0 where nothing was read.
     """
 
-    kind: Literal["hit", "load", "refuse", "drop"]
+    kind: AdapterEventKind
     name: str
     size_bytes: int = 0
     seconds: float = 0.0
@@ -74,7 +76,7 @@ class Residency:
 
     Args:
         max_bytes: above it, adapters without leases are dropped, least recently used first.
-        on_event: called for each ``hit`` and ``drop``, outside the lock, on the calling thread.
+        on_event: called for each ``hit``, ``evict`` and ``drop``, outside the lock, on the calling thread.
     """
 
     def __init__(self, *, max_bytes: int, on_event: Callable[[AdapterEvent], None]) -> None:
@@ -145,12 +147,14 @@ class Residency:
     def _bytes_held(self) -> int:
         return sum(resident.adapter.size_bytes for resident in self._residents.values())
 
-    def _drop_unleased(self, incoming_bytes: int = 0) -> list[LoadedAdapter]:
+    def _drop_unleased(self, incoming_bytes: int = 0) -> list[AdapterEvent]:
         unleased = [(key, resident) for key, resident in self._residents.items() if resident.leases == 0]
         dropped = []
         for key, resident in sorted(unleased, key=lambda item: not item[1].retired):  # stable: then oldest first
             if resident.retired or self._bytes_held() + incoming_bytes > self._max_bytes:
-                dropped.append(self._residents.pop(key).adapter)
+                del self._residents[key]
+                kind: AdapterEventKind = "drop" if resident.retired else "evict"
+                dropped.append(AdapterEvent(kind, key[0], resident.adapter.size_bytes))
         return dropped
 
     # --- outside it ---------------------------------------------------------------------------------------------------
@@ -162,6 +166,6 @@ class Residency:
             dropped = self._drop_unleased()
         self._report(dropped)
 
-    def _report(self, dropped: Sequence[LoadedAdapter]) -> None:
-        for adapter in dropped:
-            self._on_event(AdapterEvent("drop", adapter.info.name, adapter.size_bytes))
+    def _report(self, dropped: Sequence[AdapterEvent]) -> None:
+        for event in dropped:
+            self._on_event(event)

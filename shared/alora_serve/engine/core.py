@@ -24,14 +24,14 @@ from alora_serve.kv.tenancy import TenantSalts
 from alora_serve.kv.transfer import BlockMetrics, StoreTiming
 from alora_serve.model.host_copies import host_copies
 from alora_serve.model.loader import BaseModel
-from alora_serve.types import EndpointStatus, ModelInfo, TokenIds
+from alora_serve.types import EndpointStatus, ModelInfo, ServingLoad, TokenIds
 
 STORE_THREADS = 4
 """Threads for blocking store calls: enough to fetch for several requests while a write waits for its deadline."""
 
 
 class CoreMetrics(BlockMetrics, EngineMetrics, FetchMetrics, PrefixCacheMetrics, Protocol):
-    """What the parts report; implemented by ``metrics.py``."""
+    """What the parts report; implemented in ``metrics/``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +151,21 @@ class ServingCore:
             pending_prefill_tokens=load.pending_prefill_tokens,
             sequence_seconds=self.rates.sequence_seconds.value,
             resident_prefixes=self.resident.digest(),
+        )
+
+    def serving_load(self) -> ServingLoad:
+        """The same for those who know nothing of our status stream; cheap, and from any thread."""
+        load = self.engine.load
+        used_bytes = self.cache.pinned_bytes + load.tail_bytes
+        return ServingLoad(
+            running=load.running,
+            waiting=load.waiting,
+            requests=load.requests,
+            max_running=self._limits.max_sequences,
+            queued_prefill_tokens=load.pending_prefill_tokens,
+            kv_usage=min(used_bytes / self.cache.budget_bytes, 1.0) if self.cache.budget_bytes else 1.0,
+            running_adapters=load.running_adapters,
+            waiting_adapters=load.waiting_adapters,
         )
 
     async def drain(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import structlog
 import torch
 
 from alora_serve.engine.events import SequenceDone, SequenceFailed, SequenceStats, Sink
+from alora_serve.engine.load import EngineLoad, adapters_of, prefill_tokens
 from alora_serve.engine.places import Places
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.rates import StepRates
@@ -43,7 +45,7 @@ GATHER_LIMIT_SECONDS = 0.02
 
 
 class EngineMetrics(Protocol):
-    """What the engine counts; implemented by ``metrics.py``."""
+    """What the engine counts; implemented in ``metrics/``."""
 
     def step(self, sequences: int, tokens: int, seconds: float) -> None:
         """One forward pass over so many sequences and tokens."""
@@ -51,15 +53,8 @@ class EngineMetrics(Protocol):
     def load(self, running: int, waiting: int, tail_bytes: int) -> None:
         """Sequences in the batch and waiting for a place, and the bytes of their private KV."""
 
-
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """A snapshot for routers: sequences in the batch and without a place, prompt tokens to run, and recent speed."""
-
-    running: int
-    waiting: int
-    pending_prefill_tokens: int
-    rates: StepRates
+    def queued_prefill_tokens(self, tokens: Callable[[], int]) -> None:
+        """Whenever asked, from any thread, ``tokens`` tells how many prompt tokens have not run yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +90,10 @@ class Engine:
         self._ids = itertools.count()
         self._places = Places(limits.max_sequences, limits.max_queue, limits.tenant_share)
         self._rates = StepRates()
+        self._tail_bytes = 0
         self._state_lock = threading.Lock()
         self._closed = False
+        metrics.queued_prefill_tokens(lambda: self.load.pending_prefill_tokens)
         self.ended: Future[None] = Future()
         """Done when the engine's thread is: after :meth:`close`, or with the error that broke it."""
         self._thread = threading.Thread(target=self._guarded_run, name="engine", daemon=True)
@@ -111,9 +108,16 @@ class Engine:
     def load(self) -> EngineLoad:
         """How busy the engine is; approximate while it runs."""
         running, waiting = list(self._running), list(self._waiting)
-        # One pending token is a decode step.
-        pending = sum(count for sequence in running + waiting if (count := sequence.pending_tokens) > 1)
-        return EngineLoad(len(running), len(waiting), pending, replace(self._rates))
+        return EngineLoad(
+            running=len(running),
+            waiting=len(waiting),
+            requests=self._places.taken,
+            pending_prefill_tokens=prefill_tokens(running + waiting),
+            tail_bytes=self._tail_bytes,
+            running_adapters=adapters_of(running),
+            waiting_adapters=adapters_of(waiting),
+            rates=replace(self._rates),
+        )
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -179,7 +183,8 @@ class Engine:
             if self._running:
                 self._step()
             self._beat()
-            self._metrics.load(len(self._running), len(self._waiting), self._tails.used_bytes)
+            self._tail_bytes = self._tails.used_bytes
+            self._metrics.load(len(self._running), len(self._waiting), self._tail_bytes)
         for sequence in [*self._running, *self._waiting]:
             self._fail(sequence, UnavailableError("the engine is shutting down; ask another endpoint"))
 

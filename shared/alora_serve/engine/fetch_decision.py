@@ -13,9 +13,9 @@ Decision = Literal["fetch", "compute", "probe"]
 
 
 class FetchMetrics(Protocol):
-    """Counts decisions; implemented by ``metrics.py``."""
+    """Counts decisions; implemented in ``metrics/``."""
 
-    def fetch_decision(self, decision: str) -> None:
+    def fetch_decision(self, decision: Decision) -> None:
         """``fetch``, ``compute``, or ``probe``: fetched although computing has been faster, to measure again."""
 
 

@@ -12,7 +12,7 @@ Adapter KV never gets here: it lives in private segments (``sequence.py``).
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import torch
@@ -27,7 +27,7 @@ MIN_SLACK_TOKENS = 128
 
 
 class PrefixCacheMetrics(Protocol):
-    """Counts hits and evictions; implemented by ``metrics.py``."""
+    """Counts hits and evictions; implemented in ``metrics/``."""
 
     def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
         """One look-up: tokens found resident and tokens not."""
@@ -37,6 +37,9 @@ class PrefixCacheMetrics(Protocol):
 
     def prefix_bytes(self, size_bytes: int) -> None:
         """Bytes of all resident segments."""
+
+    def prefix_pinned_bytes(self, size_bytes: Callable[[], int]) -> None:
+        """Whenever asked, from any thread, ``size_bytes`` tells the bytes of those that have holders."""
 
 
 class PrefixCache:
@@ -51,20 +54,27 @@ class PrefixCache:
         self, layout: KVLayout, *, budget_bytes: int, device: torch.device, metrics: PrefixCacheMetrics
     ) -> None:
         self._layout = layout
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._pool = KVPool(layout, budget_bytes, device)
         self._metrics = metrics
         self._lock = threading.Lock()
         self._index: dict[BlockHash, Prefix] = {}
         self._names: dict[KVSegment, set[BlockHash]] = {}
         self._size_bytes = 0
+        self._pinned_bytes = 0
         self._clock = 0
+        metrics.prefix_pinned_bytes(lambda: self.pinned_bytes)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all segments owned here."""
         with self._lock:
             return self._size_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of those that have holders; what is promised to a writer is among them."""
+        return self._pinned_bytes
 
     def resident(self, names: Collection[BlockHash]) -> set[BlockHash]:
         """Those of ``names`` that can be acquired now."""
@@ -103,8 +113,23 @@ class PrefixCache:
     def _pin(self, prefix: Prefix) -> None:
         self._clock += 1
         for part in prefix.slices:
-            part.segment.pins += 1
-            part.segment.last_use = self._clock
+            self._hold(part.segment)
+
+    def _hold(self, segment: KVSegment) -> None:
+        if not segment.pins:
+            self._pinned_bytes += segment.size_bytes
+        segment.pins += 1
+        segment.last_use = self._clock
+
+    def _let_go(self, segment: KVSegment) -> None:
+        """One holder less. What nobody holds and no name leads to is of no use to anyone."""
+        segment.pins -= 1
+        if segment.pins:
+            return
+        self._pinned_bytes -= segment.size_bytes
+        if not self._names[segment]:
+            self._drop(segment)
+            self._metrics.prefix_bytes(self._size_bytes)
 
     def pin(self, prefix: Prefix) -> None:
         """One more holder of an already pinned prefix."""
@@ -115,15 +140,8 @@ class PrefixCache:
         """Give a pinned prefix back."""
         with self._lock:
             for part in prefix.slices:
-                self._unpin(part.segment)
+                self._let_go(part.segment)
             self._evict(0)
-
-    def _unpin(self, segment: KVSegment) -> None:
-        """One holder less. What nobody holds and no name leads to is of no use to anyone."""
-        segment.pins -= 1
-        if not segment.pins and not self._names[segment]:
-            self._drop(segment)
-            self._metrics.prefix_bytes(self._size_bytes)
 
     def reserve(self, prefix: Prefix, tokens: int) -> KVSlice:
         """Room for ``tokens`` more positions after ``prefix``, pinned, for the caller alone to write.
@@ -148,9 +166,8 @@ class PrefixCache:
     def _promise(self, segment: KVSegment, tokens: int) -> KVSlice:
         promised = KVSlice(segment, segment.used, tokens)
         segment.used += tokens
-        segment.pins += 1
         self._clock += 1
-        segment.last_use = self._clock
+        self._hold(segment)
         return promised
 
     def settle(self, promised: KVSlice, written_tokens: int) -> None:
@@ -159,7 +176,7 @@ class PrefixCache:
             segment = promised.segment
             if segment.used == promised.offset + promised.tokens:
                 segment.used = promised.offset + written_tokens
-            self._unpin(segment)
+            self._let_go(segment)
             self._evict(0)
 
     def publish(self, chain: BlockChain, prefix: Prefix, start: int, end: int) -> None:
@@ -182,13 +199,13 @@ class PrefixCache:
 
     def _evict(self, incoming_bytes: int) -> None:
         """Drop unpinned segments, least recently used first, until the budget holds with ``incoming_bytes`` more."""
-        if self._size_bytes + incoming_bytes <= self._budget_bytes:
+        if self._size_bytes + incoming_bytes <= self.budget_bytes:
             return
         # Whoever uses a descendant uses its ancestors at the same tick, so on a tie the deeper segment goes first.
         idle = sorted((s for s in self._names if not s.pins), key=lambda s: (s.last_use, -s.start))
         dropped = 0
         for segment in idle:
-            if self._size_bytes + incoming_bytes <= self._budget_bytes:
+            if self._size_bytes + incoming_bytes <= self.budget_bytes:
                 break
             self._drop(segment)
             dropped += 1
@@ -214,6 +231,9 @@ class PrefixCache:
             total = sum(segment.size_bytes for segment in self._names)
             if total != self._size_bytes:
                 raise RuntimeError(f"prefix cache counts {self._size_bytes} bytes, segments have {total}")
+            pinned = sum(segment.size_bytes for segment in self._names if segment.pins)
+            if pinned != self._pinned_bytes:
+                raise RuntimeError(f"prefix cache counts {self._pinned_bytes} pinned bytes, segments have {pinned}")
             for name, prefix in self._index.items():
                 for part in prefix.slices:
                     if part.segment not in self._names or name not in self._names[part.segment]:

@@ -22,6 +22,7 @@ from alora_serve.kv.record import HEADER_BYTES, MissReason, RecordRejected, Reco
 from alora_serve.kv.store import KVStore, Put, StoreKey
 from alora_serve.kv.transfer import (
     BlockMetrics,
+    DropReason,
     FetchResult,
     KVDestination,
     KVSource,
@@ -205,7 +206,7 @@ class BlockStore:
             stored_bytes += self._size_bytes(block)
         return StoreResult(stored_bytes)
 
-    def refuse(self, blocks: Sequence[StoredBlock], reason: str) -> StoreResult:
+    def refuse(self, blocks: Sequence[StoredBlock], reason: DropReason) -> StoreResult:
         """Count blocks that nobody may store."""
         if not blocks:
             return StoreResult()
@@ -247,7 +248,7 @@ def _miss_reason(error: StoreError) -> MissReason:
     return "timeout" if isinstance(error, StoreTimeoutError) else "unavailable"
 
 
-def _drop_reason(error: StoreError) -> str:
+def _drop_reason(error: StoreError) -> DropReason:
     if isinstance(error, StoreFullError):
         return "full"
     return "timeout" if isinstance(error, StoreTimeoutError) else "unavailable"

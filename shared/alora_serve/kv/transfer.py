@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from alora_serve.kv.keys import BlockHash
+from alora_serve.kv.record import MissReason
+
+DropReason = Literal["full", "timeout", "unavailable", "quota"]
+"""Why a block was not written: ``quota`` is the tenant's, all others are the store's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class StoreResult:
 
     Attributes:
         stored_bytes: bytes written.
-        drops: blocks not written, by reason (``full``, ``timeout``, ``unavailable``, ``quota``).
+        drops: blocks not written, by reason; see :data:`DropReason`.
     """
 
     stored_bytes: int = 0
@@ -108,10 +112,10 @@ class StoreResult:
 
 
 class BlockMetrics(Protocol):
-    """Counts what algorithms here decide; implemented by ``metrics.py``."""
+    """Counts what algorithms here decide; implemented in ``metrics/``."""
 
-    def store_miss(self, reason: str, blocks: int) -> None:
+    def store_miss(self, reason: MissReason, blocks: int) -> None:
         """Blocks not had from the store."""
 
-    def store_drop(self, reason: str, blocks: int) -> None:
+    def store_drop(self, reason: DropReason, blocks: int) -> None:
         """Blocks not written to the store."""

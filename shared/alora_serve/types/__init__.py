@@ -42,6 +42,7 @@ from alora_serve.types.status import (
     EndpointStatus,
     ModelInfo,
     PrefixDigest,
+    ServingLoad,
 )
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "Resume",
     "Role",
     "SamplingParams",
+    "ServingLoad",
     "Started",
     "StreamEvent",
     "Timings",

@@ -99,3 +99,28 @@ class EndpointStatus:
     adapter_load_seconds: float = 0.0
     sequence_seconds: float = 0.0
     resident_prefixes: PrefixDigest = field(default_factory=PrefixDigest)
+
+
+@dataclass(frozen=True, slots=True)
+class ServingLoad:
+    """How busy a model service is at one moment, for whoever else spreads requests over several.
+
+    Attributes:
+        running: sequences in the batch.
+        waiting: sequences without a place in it.
+        requests: all that were accepted and have not ended, those whose prefix or adapter is still coming included.
+        max_running: places in the batch.
+        queued_prefill_tokens: prompt tokens of sequences that have not run yet.
+        kv_usage: KV that requests use, shared and their own, of what may stay resident: 0 to 1.
+        running_adapters: adapters of the sequences in the batch, sorted.
+        waiting_adapters: of those without a place.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    requests: int = 0
+    max_running: int = 1
+    queued_prefill_tokens: int = 0
+    kv_usage: float = 0.0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()

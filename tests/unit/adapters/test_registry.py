@@ -185,7 +185,7 @@ def test_a_small_budget_keeps_what_was_used_last(root: Path, llama: AdapterHost)
     opened.registry.acquire("jailbreak").release()
     assert not opened.info("certainty").resident
     assert opened.info("jailbreak").resident
-    assert opened.kinds() == ["load", "drop", "load"]
+    assert opened.kinds() == ["load", "evict", "load"]
 
 
 def test_room_is_made_before_reading(root: Path, llama: AdapterHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +232,7 @@ def test_changed_weights_are_a_new_adapter_and_running_sequences_keep_the_old(
     old = opened.registry.acquire("certainty")
     save_adapter(root / "certainty", seed=77, alora_invocation_tokens=[40, 41])
     new = opened.registry.acquire("certainty")
+    assert opened.registry.resident() == {("certainty", old.adapter.digest), ("certainty", new.adapter.digest)}
     module = "model.layers.0.self_attn.q_proj"
     assert old.adapter.digest != new.adapter.digest == opened.info("certainty").digest
     assert not torch.equal(old.adapter.pairs[module].a, new.adapter.pairs[module].a)

@@ -38,7 +38,10 @@ class Held:
         return lease
 
     def dropped(self) -> list[str]:
-        return [event.name for event in self.events if event.kind == "drop"]
+        return [event.name for event in self.events if event.kind in {"evict", "drop"}]
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
 
 
 @pytest.fixture
@@ -52,6 +55,7 @@ def test_over_budget_the_least_recently_used_goes(held: Held) -> None:
     held.insert("d")
     assert held.names() == {"a", "c", "d"}, "by age alone, a would be gone"
     assert held.dropped() == ["b"]
+    assert held.kinds() == ["hit", "evict"]
     assert held.residency.bytes_held() == 3 * SIZE_BYTES
 
 
@@ -163,7 +167,7 @@ def test_hits_and_drops_are_reported_outside_the_lock() -> None:
     assert hit is not None
     hit.release()
     lease.release()
-    assert seen == [("hit", "a", SIZE_BYTES), ("drop", "a", 0)]
+    assert seen == [("hit", "a", SIZE_BYTES), ("evict", "a", 0)]
 
 
 def test_many_threads_leave_no_lease_behind(held: Held) -> None:

@@ -436,6 +436,31 @@ def test_a_full_batch_makes_others_wait(make_bench: Callable[..., Bench]) -> Non
     assert bench.metrics.counts["peak running"] == 2
 
 
+def test_load_tells_what_waits_and_which_adapters_run(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_sequences=2)
+    gate = Gate(bench.engine)
+    named = {name: _adapter(bench.model, name=name) for name in ("running", "first", "second")}
+    runs = [bench.submit(_prompt(1, 2), base_until=1, adapter=named["running"]), bench.submit(_prompt(2, 2))]
+    gate.waiting()
+    runs += [bench.submit(_prompt(3, 30), base_until=20, adapter=named[name]) for name in ("second", "first", "first")]
+    for _ in range(3):  # then both decode
+        gate.let()
+        gate.waiting()
+    load = bench.engine.load
+    assert (load.running, load.waiting) == (2, 3)
+    assert load.running_adapters == ("running",)
+    assert load.waiting_adapters == ("first", "second"), "each once, sorted"
+    # Of an adapter's prompt, what comes before its invocation can run now.
+    assert load.pending_prefill_tokens == bench.metrics.queued_tokens() == 3 * 20
+    gate.open()
+    for run in runs:
+        run.done()
+    bench.settle()
+    load = bench.engine.load
+    assert (load.running, load.waiting, load.running_adapters, load.waiting_adapters) == (0, 0, (), ())
+    assert (bench.metrics.queued_tokens(), load.tail_bytes) == (0, 0)
+
+
 def test_a_long_prompt_is_cut_and_does_not_hold_up_decoding(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(max_step_tokens=16)
     gate = Gate(bench.engine)
@@ -526,8 +551,8 @@ def test_places_are_bounded_and_say_when_to_come_back(make_bench: Callable[..., 
 # --- failing ----------------------------------------------------------------------------------------------------------
 
 
-def _adapter(model: BaseModel, *, in_features: int = 64, scale: float = 5.0) -> LoadedAdapter:
-    info = AdapterInfo("a", AdapterDigest("d" * 64), "alora", 2, ("q_proj",), (1,), "", 0, resident=True)
+def _adapter(model: BaseModel, *, name: str = "a", in_features: int = 64, scale: float = 5.0) -> LoadedAdapter:
+    info = AdapterInfo(name, AdapterDigest("d" * 64), "alora", 2, ("q_proj",), (1,), "", 0, resident=True)
     torch.manual_seed(3)
     pair = LoraPair(torch.randn(2, in_features), torch.randn(64, 2), scale)
     return LoadedAdapter(info, {"model.layers.0.self_attn.q_proj": pair, "model.layers.1.self_attn.q_proj": pair})

@@ -231,6 +231,22 @@ def test_more_in_use_than_fits_overruns_the_budget_until_it_is_released() -> Non
     assert cache.size_bytes == 0
 
 
+def test_pinned_bytes_are_those_of_segments_that_have_holders(cache: PrefixCache, metrics: CountingMetrics) -> None:
+    assert cache.pinned_bytes == 0
+    held = _add(cache, CONVERSATION)
+    assert cache.pinned_bytes == cache.size_bytes > 0
+    cache.pin(held)
+    promised = cache.reserve(held, 300)  # no room in place: a segment of its own
+    assert cache.pinned_bytes == metrics.pinned_bytes() == cache.size_bytes > held.slices[0].segment.size_bytes
+    cache.settle(promised, 0)
+    assert cache.pinned_bytes == cache.size_bytes == held.slices[0].segment.size_bytes, "kept nothing, so it is gone"
+    cache.release(held)
+    assert cache.pinned_bytes > 0, "one of two holders is left"
+    cache.release(held)
+    assert (cache.pinned_bytes, metrics.pinned_bytes()) == (0, 0)
+    assert cache.size_bytes > 0, "resident all the same"
+
+
 def test_dropped_blocks_leave_no_names_behind() -> None:
     """A system prompt outlives thousands of conversations; names of theirs that stayed with it would pile up."""
     system = tuple(range(100, 116))
@@ -255,13 +271,15 @@ def test_counters_say_what_was_found_and_what_was_dropped(cache: PrefixCache, me
     assert metrics.counts["prefix bytes"] == 0
 
 
-@pytest.mark.parametrize("damage", ["bytes", "gone", "unwritten"])
+@pytest.mark.parametrize("damage", ["bytes", "pinned bytes", "gone", "unwritten"])
 def test_books_that_do_not_balance_are_noticed(cache: PrefixCache, damage: str) -> None:
     prefix = _add(cache, CONVERSATION)
     cache.check_integrity()
     match damage:
         case "bytes":
             cache._size_bytes += 1
+        case "pinned bytes":
+            cache._pinned_bytes += 1
         case "gone":
             cache._size_bytes = 0
             del cache._names[prefix.slices[0].segment]
@@ -381,7 +399,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_idle_is_kept_beyond_the_budget(self) -> None:
-        if hasattr(self, "cache") and self.cache.size_bytes > self.cache._budget_bytes:
+        if hasattr(self, "cache") and self.cache.size_bytes > self.cache.budget_bytes:
             assert all(segment.pins for segment in _segments(self.cache))
 
     @invariant()

@@ -1,0 +1,66 @@
+"""Adapters in memory: how many, which, and what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry
+
+from alora_serve.metrics import AdapterMetrics
+from alora_serve.metrics.adapters import AdapterEventKind
+from alora_serve.metrics.labels import MAX_LABEL_VALUES
+
+
+def loaded(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
+    """The series of the metric by name and digest."""
+    return {
+        (sample.labels["adapter"], sample.labels["digest"]): sample.value
+        for family in registry.collect()
+        if family.name == "alora_adapter_loaded"
+        for sample in family.samples
+    }
+
+
+def test_adapters_in_memory_are_those_loaded_and_not_evicted_or_dropped(
+    registry: CollectorRegistry, value: Callable[..., float | None]
+) -> None:
+    metrics = AdapterMetrics(registry)
+    events: list[tuple[AdapterEventKind, int]] = [
+        ("load", 10),
+        ("load", 5),
+        ("load", 7),
+        ("hit", 10),
+        ("refuse", 0),
+        ("evict", 10),
+        ("drop", 7),
+    ]
+    for kind, size_bytes in events:
+        metrics.event(kind, size_bytes, 0.5)
+    assert (value("adapters_resident"), value("adapter_resident_bytes")) == (1, 5)
+    assert value("adapter_events_total", event="load") == 3
+    assert value("adapter_events_total", event="evict") == 1
+    assert value("adapter_events_total", event="drop") == 1
+    assert value("adapter_events_total", event="refuse") == 1
+    assert value("adapter_load_seconds_count") == 3
+
+
+def test_each_adapter_in_memory_has_a_series_and_what_has_left_has_none(registry: CollectorRegistry) -> None:
+    metrics = AdapterMetrics(registry)
+    assert loaded(registry) == {}
+    held = {("certainty", "aa"), ("certainty", "bb"), ("jailbreak", "cc")}
+    metrics.watch_loaded(lambda: held)
+    assert loaded(registry) == dict.fromkeys(held, 1)
+    held.remove(("certainty", "aa"))
+    assert loaded(registry) == {("certainty", "bb"): 1, ("jailbreak", "cc"): 1}
+
+
+def test_adapters_that_come_and_go_make_a_bounded_number_of_series(registry: CollectorRegistry) -> None:
+    metrics, held = AdapterMetrics(registry), set[tuple[str, str]]()
+    metrics.watch_loaded(lambda: held)
+    seen: set[tuple[str, str]] = set()
+    for round_number in range(3):
+        held.clear()
+        held.update((f"adapter-{number}", f"digest-{round_number}") for number in range(MAX_LABEL_VALUES - 50))
+        seen |= loaded(registry).keys()
+    assert len(seen) == MAX_LABEL_VALUES + 1
+    assert loaded(registry) == {("other", ""): MAX_LABEL_VALUES - 50}
