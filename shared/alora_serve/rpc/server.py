@@ -20,7 +20,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from alora_serve.config import ServerSettings, run_with_settings
 from alora_serve.errors import AloraServeError, ConfigError
 from alora_serve.logging import configure_logging
-from alora_serve.metrics import TaskMetrics
+from alora_serve.metrics import CertificateMetrics, TaskMetrics
+from alora_serve.rpc.certificates import watch_client_certificates
 from alora_serve.rpc.channels import is_this_machine, server_options
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
@@ -110,7 +111,11 @@ async def serve(
         names = [service.full_name for service in services]
         reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
     try:
-        address = _bind(server, settings)
+        tls, certificates = _tls(settings), CertificateMetrics(registry)
+        if tls is not None:
+            certificates.watch("server", tls.expires_at)
+        watch_client_certificates(settings, certificates)
+        address = _bind(server, settings, tls)
         metrics_server, metrics_address = _serve_metrics(settings.metrics_listen, registry)
         addresses = {"address": address, "metrics_address": metrics_address}
         probed = None
@@ -186,9 +191,9 @@ async def _first(stop: asyncio.Event, essential: Sequence[asyncio.Future[Any]]) 
     return bool(ended) and not stop.is_set()
 
 
-def _bind(server: grpc.aio.Server, settings: ServerSettings) -> str:
+def _bind(server: grpc.aio.Server, settings: ServerSettings, tls: ServerTls | None) -> str:
     """The address with the port that was taken."""
-    address, tls = settings.listen, _tls(settings)
+    address = settings.listen
     if tls is None and not settings.allow_insecure and not is_this_machine(address):
         raise ConfigError(
             f"listen={address}: anyone on the network could read and change what is said there; set tls_cert_file and "

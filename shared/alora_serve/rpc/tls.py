@@ -3,68 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
-import structlog
 
 from alora_serve.config import RouterSettings
 from alora_serve.config.file_version import FileVersion, file_version
-from alora_serve.errors import ConfigError
-
-_log = structlog.get_logger(__name__)
-
-
-def _read(setting: str, file: str) -> bytes:
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{setting} {file}: {error.strerror}") from error
+from alora_serve.config.reloaded import Reloaded
+from alora_serve.rpc.certificates import expiry_seconds, read_pem
 
 
 @dataclass(frozen=True, slots=True)
+class _Identity:
+    configuration: grpc.ServerCertificateConfiguration
+    expires_at: float
+
+
 class ServerTls:
-    """Who a server is, and whom it lets in.
+    """Who a server is, and whom it lets in. Thread-safe."""
 
-    Attributes:
-        cert_file: its certificate chain.
-        key_file: the private key.
-        client_ca_file: clients must show a certificate that one of these signed; empty: they need none.
-    """
+    def __init__(self, cert_file: str, key_file: str, client_ca_file: str = "") -> None:
+        """Read the files.
 
-    cert_file: str
-    key_file: str
-    client_ca_file: str = ""
-
-    def credentials(self) -> grpc.ServerCredentials:
-        """For a port. New connections see what the files say then; files that cannot be read change nothing.
+        Args:
+            cert_file: the server's certificate chain.
+            key_file: the private key.
+            client_ca_file: clients must show a certificate that one of these signed; empty: they need none.
 
         Raises:
-            ConfigError: a file cannot be read, or client certificates are asked for without saying whose.
+            ConfigError: a file cannot be read, or the first holds no certificate.
         """
-        seen = tuple(map(file_version, (self.cert_file, self.key_file, self.client_ca_file)))
+        self._cert_file, self._key_file, self._client_ca_file = cert_file, key_file, client_ca_file
+        self._identity = Reloaded((cert_file, key_file, client_ca_file), self._read)
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For a port. New connections see what the files say then; files that cannot be read change nothing."""
+        told = self._identity.content
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal seen
-            now = tuple(map(file_version, (self.cert_file, self.key_file, self.client_ca_file)))
-            if now == seen:
+            nonlocal told
+            if (now := self._identity.content) is told:
                 return None
-            try:
-                renewed = self._configuration()
-            except ConfigError as error:
-                _log.error("certificate not renewed", error=str(error))
-                return None
-            seen = now
-            _log.info("certificate renewed", file=self.cert_file)
-            return renewed
+            told = now
+            return now.configuration
 
         # The stubs do not know that None is "as before".
-        return grpc.dynamic_ssl_server_credentials(self._configuration(), fetch, bool(self.client_ca_file))  # type: ignore[arg-type]
+        return grpc.dynamic_ssl_server_credentials(told.configuration, fetch, bool(self._client_ca_file))  # type: ignore[arg-type]
 
-    def _configuration(self) -> grpc.ServerCertificateConfiguration:
-        pair = (_read("tls_key_file", self.key_file), _read("tls_cert_file", self.cert_file))
-        roots = _read("tls_client_ca_file", self.client_ca_file) if self.client_ca_file else None
-        return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
+    def expires_at(self) -> float:
+        """When the certificate that a new connection sees expires, in seconds since the epoch."""
+        return self._identity.content.expires_at
+
+    def _read(self) -> _Identity:
+        key, chain = read_pem("tls_key_file", self._key_file), read_pem("tls_cert_file", self._cert_file)
+        roots = read_pem("tls_client_ca_file", self._client_ca_file) if self._client_ca_file else None
+        configuration = grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=roots)
+        return _Identity(configuration, expiry_seconds("tls_cert_file", self._cert_file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +96,9 @@ class ClientTls:
             ConfigError: a file cannot be read.
         """
         return grpc.ssl_channel_credentials(
-            root_certificates=_read("peer_tls_ca_file", self.ca_file),
-            private_key=_read("peer_tls_key_file", self.key_file) if self.key_file else None,
-            certificate_chain=_read("peer_tls_cert_file", self.cert_file) if self.cert_file else None,
+            root_certificates=read_pem("peer_tls_ca_file", self.ca_file),
+            private_key=read_pem("peer_tls_key_file", self.key_file) if self.key_file else None,
+            certificate_chain=read_pem("peer_tls_cert_file", self.cert_file) if self.cert_file else None,
         )
 
     def versions(self) -> tuple[FileVersion | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import grpc
@@ -69,9 +70,24 @@ async def test_a_renewed_certificate_is_used_from_the_next_connection_on(files: 
     renewed.server_file.replace(files.server_file)
     assert (await is_answered(address, old), await is_answered(address, new)) == (False, True)
     assert old.versions() == before, "its own files are as they were"
+    files.server_file.write_text("half a certifi")
+    assert await is_answered(address, new), "a file without a certificate changes nothing"
     files.server_file.unlink()
     assert await is_answered(address, new), "a file that is gone changes nothing"
     await server.stop(None)
+
+
+def test_a_server_tells_when_what_it_shows_expires_and_not_what_it_could_not_take_up(files: Certificates) -> None:
+    key_file = files.server_file.with_name("key.pem")
+    key_file.write_bytes(files.server_file.read_bytes())
+    tls = ServerTls(str(files.server_file), str(key_file))
+    first = tls.expires_at()
+    assert first > time.time()
+    key_file.rename(key_file.with_suffix(".away"))
+    files.expired_file.replace(files.server_file)
+    assert tls.expires_at() == first, "without its key the new certificate is not in use"
+    key_file.with_suffix(".away").rename(key_file)
+    assert tls.expires_at() < time.time()
 
 
 def test_a_file_that_cannot_be_read_is_named(files: Certificates, tmp_path: Path) -> None:
