@@ -13,8 +13,16 @@ from alora_serve.engine.decoder import Decoder
 from alora_serve.engine.prefiller import Prefiller
 from alora_serve.engine.rates import RecentMean
 from alora_serve.engine.startup import start_core
-from alora_serve.metrics import AdapterMetrics, CoreMetrics, RequestMetrics, RpcMetrics, service_registry
+from alora_serve.metrics import (
+    AdapterMetrics,
+    CoreMetrics,
+    InferenceExtensionMetrics,
+    RequestMetrics,
+    RpcMetrics,
+    service_registry,
+)
 from alora_serve.rpc.channels import message_bytes_for_context
+from alora_serve.rpc.load_reports import LoadReporter
 from alora_serve.rpc.prefill_servicer import BasePrefillServicer
 from alora_serve.rpc.server import Service, run_service, serve
 from alora_serve.types import EndpointStatus
@@ -28,6 +36,7 @@ async def main(settings: AdapterDecodeSettings) -> int:
     core = started.core
     load_seconds = RecentMean()
     adapters = await asyncio.to_thread(open_registry, settings, core.model, AdapterMetrics(registry), load_seconds)
+    InferenceExtensionMetrics(registry).watch(core.model.name, core.serving_load)
     draining = asyncio.Event()
 
     def status() -> EndpointStatus:
@@ -55,6 +64,7 @@ async def main(settings: AdapterDecodeSettings) -> int:
         on_drain=draining.set,
         cleanup=[core.drain, partial(asyncio.to_thread, started.close)],
         essential=[asyncio.wrap_future(core.engine.ended), scanning],
+        load_reports=LoadReporter(core.serving_load) if settings.orca_load_reports else None,
     )
 
 

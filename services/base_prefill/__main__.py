@@ -9,6 +9,7 @@ from alora_serve.engine.prefiller import Prefiller
 from alora_serve.engine.startup import start_core
 from alora_serve.metrics import CoreMetrics, RequestMetrics, RpcMetrics, service_registry
 from alora_serve.rpc.channels import message_bytes_for_context
+from alora_serve.rpc.load_reports import LoadReporter
 from alora_serve.rpc.prefill_servicer import BasePrefillServicer
 from alora_serve.rpc.server import run_service, serve
 from alora_serve.types import EndpointStatus
@@ -35,6 +36,7 @@ async def main(settings: BasePrefillSettings) -> int:
         on_drain=draining.set,
         cleanup=[core.drain, partial(asyncio.to_thread, started.close)],
         essential=[asyncio.wrap_future(core.engine.ended)],
+        load_reports=LoadReporter(core.serving_load) if settings.orca_load_reports else None,
     )
 
 

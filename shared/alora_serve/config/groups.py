@@ -154,6 +154,12 @@ class EngineSettings(SettingsGroup):
         0.75, gt=0, le=1, description="How much of batch and queue one tenant may hold, so that others find room."
     )
     prefix_cache_bytes: ByteSize = Field(ByteSize(1 << 30), description="Memory for resident base KV.")
+    orca_load_reports: bool = Field(
+        True,
+        description=(
+            "Tell callers in trailing metadata how busy the process is (ORCA): Envoy and gRPC clients can weigh by it."
+        ),
+    )
 
 
 class PrefillSettings(SettingsGroup):

@@ -50,6 +50,10 @@ Authorize = Callable[[str, Mapping[str, str | bytes]], Identity]
 """From a method, ``/package.Service/Method``, and a call's metadata to who makes it; raises when it may not be made."""
 
 
+LoadReports = Callable[[str], tuple[tuple[str, bytes], ...]]
+"""From the status name that a call ends with to what its trailing metadata tells of the load."""
+
+
 class CallObserver(Protocol):
     """Where calls are counted; see :class:`alora_serve.metrics.RpcMetrics`."""
 
@@ -82,6 +86,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         max_message_bytes: Callable[[], int] = lambda: DEFAULT_MESSAGE_BYTES,
         write_timeout_seconds: float = WRITE_TIMEOUT_SECONDS,
         authorize: Authorize | None = None,
+        load_reports: LoadReports | None = None,
     ) -> None:
         """Keep who is told.
 
@@ -92,12 +97,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 router learns from its endpoints what their models take.
             write_timeout_seconds: longest wait of one message of a stream for its client.
             authorize: says who makes a call, or raises; None: nobody is asked.
+            load_reports: asked at the end of every call but status streams; see :mod:`alora_serve.rpc.load_reports`.
+                None: callers are told nothing.
         """
         self._observer = observer
         self._in_flight = in_flight
         self._max_message_bytes = max_message_bytes
         self._write_timeout_seconds = write_timeout_seconds
         self._authorize = authorize
+        self._load_reports = load_reports or _no_report
 
     async def intercept_service(
         self,
@@ -152,6 +160,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> ResultT:
         request_id = _request_id(context.invocation_metadata() or ())
         is_status_stream = method.rpartition("/")[2].startswith(STATUS_STREAMS)
+        load_report = _no_report if is_status_stream else self._load_reports
         started = time.perf_counter()
         self._observer.started(method)
         code, facts = "OK", dict[str, object]()
@@ -166,17 +175,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if isinstance(request, Refused):
                     raise request.error
                 with nullcontext() if is_status_stream else self._in_flight.call():
-                    return await work()
+                    result = await work()
+                context.set_trailing_metadata(((REQUEST_ID_KEY, request_id), *load_report(code)))
+                return result
             except AloraServeError as error:
                 code, facts = error.status, _facts(error)
-                await _abort(context, error, request_id)
+                await _abort(context, error, request_id, load_report(code))
             except asyncio.CancelledError:
                 code = "DEADLINE_EXCEEDED" if _is_late(context) else "CANCELLED"
                 raise
             except Exception:
                 code = "INTERNAL"
                 log.exception("rpc_bug", method=method)
-                await _abort(context, internal_error(request_id), request_id)
+                await _abort(context, internal_error(request_id), request_id, load_report(code))
             finally:
                 seconds = time.perf_counter() - started
                 level = log.debug if is_status_stream else log.info
@@ -184,14 +195,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._observer.handled(method, code, seconds)
 
 
-async def _abort(context: Context, error: AloraServeError, request_id: str) -> NoReturn:
+def _no_report(code: str) -> tuple[()]:
+    return ()
+
+
+async def _abort(
+    context: Context, error: AloraServeError, request_id: str, load_report: tuple[tuple[str, bytes], ...]
+) -> NoReturn:
     status = status_from_error(error, request_id)
     try:
         async with asyncio.timeout(STATUS_SECONDS):
             await context.abort(
                 STATUS_CODES[error.status],
                 status.message,
-                trailing_metadata=(*trailing_metadata(status), (REQUEST_ID_KEY, request_id)),
+                trailing_metadata=(*trailing_metadata(status), (REQUEST_ID_KEY, request_id), *load_report),
             )
     except TimeoutError:
         # gRPC has it and sends it when it can. This ends the call here, without a second status.

@@ -25,7 +25,7 @@ from alora_serve.rpc.certificates import watch_client_certificates
 from alora_serve.rpc.channels import is_this_machine, server_options
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
-from alora_serve.rpc.interceptors import Authorize, CallInterceptor, CallObserver
+from alora_serve.rpc.interceptors import Authorize, CallInterceptor, CallObserver, LoadReports
 from alora_serve.rpc.tls import ServerTls
 
 FINAL_GRACE_SECONDS: Final = 0.5
@@ -63,6 +63,7 @@ async def serve(
     cleanup: Sequence[Callable[[], Awaitable[None]]] = (),
     essential: Sequence[asyncio.Future[Any]] = (),
     authorize: Authorize | None = None,
+    load_reports: LoadReports | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT, then drain and clean up; returns the process's exit status.
 
@@ -85,6 +86,7 @@ async def serve(
         cleanup: run one after the other at the end, also after a failure.
         essential: what the service can't do without, such as its engine: when one ends, so does the process.
         authorize: says who may call what; unset: everybody may.
+        load_reports: tells callers in trailing metadata how busy the service is; unset: they are not told.
 
     Returns:
         0 after a signal, 1 when something essential ended.
@@ -102,6 +104,7 @@ async def serve(
         max_message_bytes=max_message_bytes,
         write_timeout_seconds=settings.write_timeout_seconds,
         authorize=authorize,
+        load_reports=load_reports,
     )
     server = grpc.aio.server(interceptors=[interceptor], options=server_options())
     for service in services:

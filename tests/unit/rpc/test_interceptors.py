@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -147,6 +148,7 @@ class Server:
     """Two served servicers and stubs for them."""
 
     def __init__(self, write_timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self.reported: list[str] = []
         self.counts = Counts()
         self.in_flight = InFlightCalls()
         self.servicer = Servicer()
@@ -156,12 +158,17 @@ class Server:
             self.in_flight,
             max_message_bytes=lambda: LIMIT_BYTES,
             write_timeout_seconds=write_timeout_seconds,
+            load_reports=self.report,
         )
         self.server = grpc.aio.server(interceptors=[interceptor], options=server_options())
         add_BasePrefillServiceServicer_to_server(self.servicer, self.server)
         add_AloraServiceServicer_to_server(self.talker, self.server)
         self.channel = internal_channel(f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}")
         self.stub: Any = BasePrefillServiceStub(self.channel)
+
+    def report(self, code: str) -> tuple[tuple[str, bytes], ...]:
+        self.reported.append(code)
+        return (("x-load-bin", code.encode()),)
 
     def prefill(self, **options: Any) -> Any:
         return self.stub.Prefill(Request(), **{"timeout": TIMEOUT_SECONDS, "wait_for_ready": True} | options)
@@ -220,6 +227,23 @@ async def test_errors_of_ours_arrive_whole_from_unary_and_streaming_calls(server
         assert dict(await call.trailing_metadata())["x-request-id"] == error.metadata["request_id"]
     assert server.counts.begun == [PREFILL, WATCH]
     assert await server.counts.ended(2) == [(PREFILL, "RESOURCE_EXHAUSTED"), (WATCH, "RESOURCE_EXHAUSTED")]
+
+
+async def test_every_call_but_a_status_stream_ends_with_a_report_of_the_load(server: Server) -> None:
+    async def told(call: Any) -> bytes | None:
+        with suppress(grpc.aio.AioRpcError):
+            await finish(call)
+        return dict(await call.trailing_metadata()).get("x-load-bin")
+
+    server.talker.messages = 2
+    assert await told(server.prefill()) == b"OK"
+    assert await told(server.generate()) == b"OK"
+    assert await told(server.watch()) is None
+    for error, code in ((OverloadedError("full"), b"RESOURCE_EXHAUSTED"), (ValueError("a bug"), b"INTERNAL")):
+        server.servicer.error = error
+        assert await told(server.prefill()) == code
+        assert await told(server.watch()) is None
+    assert server.reported == ["OK", "OK", "RESOURCE_EXHAUSTED", "INTERNAL"]
 
 
 async def test_a_bug_is_internal_tells_nothing_and_is_logged_with_its_traceback(server: Server) -> None:
