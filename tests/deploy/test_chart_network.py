@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
 
 WORKLOADS = ("Deployment", "StatefulSet")
 CLIENT = {"app": "some-client"}
@@ -104,6 +108,16 @@ def test_prometheus_sees_each_pod_once_under_the_name_the_rules_know(render: Any
         (job,) = [rule["replacement"] for rule in endpoint["relabelings"] if rule["targetLabel"] == "job"]
         assert job.endswith(("router", "prefill", "decode"))
         assert monitor["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+
+
+def test_prometheus_leaves_to_endpoint_pickers_what_is_new_series_all_the_time(render: Any) -> None:
+    compose = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    (worker,) = [job for job in compose["scrape_configs"] if job["job_name"] == "worker"]
+    rules = [(rule["action"], rule["source_labels"], rule["regex"]) for rule in worker["metric_relabel_configs"]]
+    for monitor in _of_kind(render("hpa"), "ServiceMonitor"):
+        (endpoint,) = monitor["spec"]["endpoints"]
+        rules += [(rule["action"], rule["sourceLabels"], rule["regex"]) for rule in endpoint["metricRelabelings"]]
+    assert rules == [("drop", ["__name__"], "vllm:.*")] * 4
 
 
 # --- network policies -------------------------------------------------------------------------------------------------

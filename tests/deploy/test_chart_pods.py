@@ -278,6 +278,15 @@ def test_what_is_scaled_on_is_a_gauge_that_the_service_has(values: str, render: 
         assert all(name.startswith("alora_router_") == manifest["metadata"]["name"].endswith("router") for name in used)
 
 
+def test_the_rule_given_for_prometheus_adapter_serves_all_that_is_scaled_on(render: Any) -> None:
+    readme = (ROOT / "deploy" / "helm" / "alora-serve" / "README.md").read_text()
+    (series,) = re.findall(r'seriesQuery: \'\{__name__=~"([^"]+)"', readme)
+    scalers = [m for m in render("hpa") if m["kind"] == "HorizontalPodAutoscaler"]
+    used = {metric["pods"]["metric"]["name"] for scaler in scalers for metric in scaler["spec"]["metrics"]}
+    assert {name for name in used if not re.fullmatch(series, name)} == set()
+    assert "alora_engine_queued_prefill_tokens" in used
+
+
 def test_a_new_version_of_the_chart_alone_replaces_no_pod(render: Any) -> None:
     for manifest in render("minimal"):
         if manifest["kind"] in WORKLOADS:

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from alora_serve import errors, metrics
 from alora_serve.config.reference import configuration_table
 from alora_serve.errors import AloraServeError, ConfigError, ModelUnsupportedError, StoreError
+from alora_serve.metrics.process import CertificateUse
 
 _LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 _CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -21,7 +23,9 @@ _TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 _MODULE = re.compile(r"`((?:kv|model|adapters|engine|rpc|client|cli|config|endpoints)/[\w/]*(?:\.py)?|[a-z_]+\.py)`")
 _TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 _CELL_EDGE = re.compile(r"(?<!\\)\|")
-_METRIC_ROW = re.compile(r"^\| `(alora_\w+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
+_METRIC_ROW = re.compile(r"^\| `((?:alora_|vllm:)\w+)` \| (\w+) \| (?:(.*?) )?\| (.*) \|$", re.MULTILINE)
+_LABEL_LINE = re.compile(r"^`(\w+)` is (.*)\.$", re.MULTILINE)
+_CODE = re.compile(r"`(\w+)`")
 _ERROR_ROW = re.compile(r"^\| `([A-Z_]+)` \| `([A-Z_]+)` \|", re.MULTILINE)
 
 
@@ -93,21 +97,70 @@ def test_the_configuration_page_is_what_the_settings_say(root: Path) -> None:
     assert page.endswith(f"\n\n{configuration_table()}"), "regenerate its end: python -m alora_serve.config"
 
 
-def test_the_metrics_page_names_every_metric_with_type_and_labels(root: Path) -> None:
-    documented = {
-        name: (kind, tuple(re.findall(r"`(\w+)`", labels)))
-        for name, kind, labels in _METRIC_ROW.findall((root / "docs" / "metrics.md").read_text())
-    }
-    declared = {}
+class Metric(NamedTuple):
+    """What is promised of one.
+
+    Attributes:
+        values: of labels, all that the code knows beforehand.
+    """
+
+    kind: str
+    labels: tuple[str, ...]
+    values: frozenset[str]
+
+
+OPEN_LABELS = {"method", "code", "adapter", "digest", "model_name"}
+OPEN_LABELS |= {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}
+"""Their values come with what happens."""
+NOT_FROM_THE_START = {
+    "alora_router_endpoints": {*get_args(metrics.EndpointRole), *get_args(metrics.EndpointState)},
+    "alora_certificate_expiry_timestamp_seconds": {*get_args(CertificateUse)},
+}
+"""Values of gauges whose series come with what they tell of."""
+MEANT_OTHERWISE = {
+    "alora_router_requests_total": {"base", "other"},
+    "alora_adapter_loaded": {"other"},
+    "vllm:kv_cache_usage_perc": {"prefix_cache_bytes"},
+}
+"""Words of the page that look like values of labels."""
+
+
+def _documented_metrics(page: str) -> dict[str, Metric]:
+    defined = {label: _CODE.findall(values) for label, values in _LABEL_LINE.findall(page)}
+    found = {}
+    for name, kind, cell, meaning in _METRIC_ROW.findall(page):
+        labels = tuple(_CODE.findall(cell))
+        values = {*_CODE.findall(meaning), *(value for label in labels for value in defined.get(label, ()))}
+        found[name] = Metric(kind, labels, frozenset(values - MEANT_OTHERWISE.get(name, set())))
+    return found
+
+
+def _declared_metrics() -> dict[str, Metric]:
+    found = {}
     for owner in vars(metrics).values():
-        if inspect.isclass(owner) and owner.__name__.endswith("Metrics") and owner is not metrics.CoreMetrics:
-            registry = CollectorRegistry()
-            owner(registry)
-            # The library lists labels only with their values, of which there are none yet.
-            for metric in registry._collector_to_names:
-                name = metric._name + ("_total" if metric._type == "counter" else "")
-                declared[name] = (metric._type, tuple(metric._labelnames))
-    assert documented == declared
+        if not inspect.isclass(owner) or not owner.__name__.endswith("Metrics") or owner is metrics.CoreMetrics:
+            continue
+        registry = CollectorRegistry()
+        owner(registry)
+        samples = {family.name: family.samples for family in registry.collect()}
+        for collector in registry._collector_to_names:
+            for family in collector.describe():  # type: ignore[attr-defined]
+                # The library lists labels only with their values; a collector of our own says which it will give.
+                labels = tuple(getattr(collector, "_labelnames", ()) or getattr(family, "_labelnames", ()))
+                values = {sample.labels[label] for sample in samples.get(family.name, ()) for label in labels}
+                values |= NOT_FROM_THE_START.get(family.name, set())
+                assert values or OPEN_LABELS.issuperset(labels), f"{family.name}: no series from the start"
+                name = family.name + ("_total" if family.type == "counter" else "")
+                found[name] = Metric(family.type, labels, frozenset(values))
+    return found
+
+
+def test_the_metrics_page_names_every_metric_with_type_labels_and_their_values(root: Path) -> None:
+    documented = _documented_metrics((root / "docs" / "metrics.md").read_text())
+    declared = _declared_metrics()
+    assert documented.keys() == declared.keys()
+    for name, metric in declared.items():
+        assert documented[name] == metric, name
 
 
 def test_the_api_page_names_every_error_that_a_client_can_get(root: Path) -> None:

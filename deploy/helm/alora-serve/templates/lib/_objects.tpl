@@ -71,6 +71,9 @@ spec:
       scrapeTimeout: {{ .scrapeTimeout }}
       relabelings:
         - {action: replace, targetLabel: job, replacement: {{ include "alora-serve.name" $ }}}
+      # For endpoint pickers, which scrape pods themselves: the labels are the adapters of the moment.
+      metricRelabelings:
+        - {action: drop, sourceLabels: [__name__], regex: "vllm:.*"}
 {{- end }}
 {{- end }}
 {{- end }}
