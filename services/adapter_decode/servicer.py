@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 
 import grpc.aio
@@ -21,7 +22,8 @@ from alora_serve.rpc.convert import (
     event_to_proto,
 )
 from alora_serve.rpc.watch import changed_adapters, watch_status
-from alora_serve.types import AdapterInfo, EndpointStatus, Finished, TokenChunk
+from alora_serve.telemetry import answer_attributes, note, request_attributes, started_attributes
+from alora_serve.types import AdapterInfo, EndpointStatus, Finished, Started, TokenChunk
 from alora_serve.v1 import adapter_decode_pb2 as pb
 from alora_serve.v1 import adapter_decode_pb2_grpc
 
@@ -42,19 +44,24 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
         self._adapters = adapters
         self._status = status
         self._metrics = metrics
+        self._model_name = status().model.name
 
     async def Decode(self, request: pb.DecodeRequest, context: _Context) -> AsyncIterator[pb.DecodeResponse]:
         """See the proto."""
         arrived, is_waiting = monotonic(), True
         wanted = decode_from_proto(request)
         first_index = len(wanted.resume.generated_tokens) if wanted.resume else 0
+        note(lambda: {**request_attributes(wanted, self._model_name), "alora.attempt": request.attempt})
         # Closed at once when the call ends early, so that the sequence leaves the batch at the next step.
         async with aclosing(self._decoder.decode(wanted)) as events:
             async for event in events:
                 if is_waiting and isinstance(event, TokenChunk):
                     is_waiting = False
                     self._metrics.first_token(monotonic() - arrived)
+                if isinstance(event, Started):
+                    note(partial(started_attributes, event, first_index))
                 if isinstance(event, Finished):
+                    note(partial(answer_attributes, event.usage, event.finish_reason.value))
                     # Before it is told: whoever reads it may be gone before we are asked to go on.
                     self._metrics.record(event.usage, event.timings)
                 yield pb.DecodeResponse(event=event_to_proto(event, attempt=request.attempt, first_index=first_index))

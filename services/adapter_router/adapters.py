@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -14,11 +14,16 @@ from adapter_router.endpoints.endpoint import Endpoint
 from adapter_router.policy import Demand
 from alora_serve.errors import AdapterNotFoundError, UnavailableError
 from alora_serve.rpc.convert import adapter_from_proto
+from alora_serve.rpc.tracing import client_span
+from alora_serve.telemetry import current
 from alora_serve.types import AdapterInfo
 from alora_serve.v1 import adapter_decode_pb2 as decode_pb2
 
 if TYPE_CHECKING:
     from adapter_router.peers import Workers, WorkerStub
+
+LOAD: Final = "/alora_serve.v1.AdapterDecodeService/LoadAdapter"
+UNLOAD: Final = "/alora_serve.v1.AdapterDecodeService/UnloadAdapter"
 
 
 class AdapterDirectory:
@@ -60,7 +65,7 @@ class AdapterDirectory:
         find_adapter(name, self._workers.snapshots())
         models = {worker.model_digest for worker in self._workers.snapshots() if worker.model_digest}
         demand = Demand(adapter_key(name), models, name)
-        response = await call_endpoint(self._workers, demand, invoke, max_attempts=self._max_attempts)
+        response = await call_endpoint(self._workers, demand, invoke, method=LOAD, max_attempts=self._max_attempts)
         return adapter_from_proto(response.adapter)
 
     async def unload(self, name: str, call: Call) -> bool:
@@ -82,7 +87,11 @@ class AdapterDirectory:
     async def _unload_from(self, worker: Endpoint[WorkerStub], name: str, call: Call) -> bool:
         request = decode_pb2.AdapterDecodeServiceUnloadAdapterRequest(name=name)
         try:
-            with peer_errors(self._workers.service, worker.address):
+            with (
+                client_span(UNLOAD, worker.address) as span,
+                current(span),
+                peer_errors(self._workers.service, worker.address),
+            ):
                 response = await worker.stub.UnloadAdapter(
                     request, timeout=call.remaining_seconds(), metadata=call.metadata
                 )

@@ -24,6 +24,8 @@ from alora_serve.errors import (
 )
 from alora_serve.kv.tenancy import NO_TENANT
 from alora_serve.rpc.status import REQUEST_ID_KEY, MessageTooLargeError, error_from_rpc, is_own_status
+from alora_serve.rpc.tracing import client_span, trace_metadata
+from alora_serve.telemetry import current
 
 StubT = TypeVar("StubT")
 ResponseT = TypeVar("ResponseT")
@@ -64,8 +66,8 @@ class Call:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What calls made on its behalf carry."""
-        return ((REQUEST_ID_KEY, self.request_id),)
+        """What calls made on its behalf carry; in a trace, that the current span makes them."""
+        return ((REQUEST_ID_KEY, self.request_id), *trace_metadata())
 
     def elapsed_seconds(self) -> float:
         """Since it arrived."""
@@ -166,6 +168,7 @@ async def call_endpoint(
     demand: Demand,
     invoke: Callable[[Endpoint[StubT]], Awaitable[ResponseT]],
     *,
+    method: str,
     max_attempts: int,
     wait_seconds: float | None = None,
 ) -> ResponseT:
@@ -175,6 +178,7 @@ async def call_endpoint(
         endpoints: who may serve it.
         demand: what it needs.
         invoke: makes the call.
+        method: which it calls, ``/package.Service/Method``.
         max_attempts: calls in all.
         wait_seconds: longest wait for an endpoint that is fit; unset, as long as the set's options say.
 
@@ -188,7 +192,11 @@ async def call_endpoint(
         async with endpoints.lease(demand, avoid=retries.failed, wait_seconds=wait_seconds) as lease:
             endpoint = lease.endpoint
             try:
-                with peer_errors(endpoints.service, endpoint.address):
+                with (
+                    client_span(method, endpoint.address, {"alora.attempt": retries.attempt}) as span,
+                    current(span),
+                    peer_errors(endpoints.service, endpoint.address),
+                ):
                     return await _unless_silent(endpoint, invoke(endpoint), endpoints.service)
             except AloraServeError as error:
                 retries.after(endpoint, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from adapter_router.dispatch import Call, call_endpoint
 from adapter_router.endpoints.endpoint import Endpoint
@@ -15,6 +15,8 @@ from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceStub
 
 if TYPE_CHECKING:
     from adapter_router.peers import Prefills, PrefillStub, Workers, WorkerStub
+
+PREFILL: Final = "/alora_serve.v1.BasePrefillService/Prefill"
 
 
 class Prefilling:
@@ -66,10 +68,11 @@ class Prefilling:
                 self._prefills,
                 demand,
                 at_base_prefill,
+                method=PREFILL,
                 max_attempts=self._max_attempts,
                 wait_seconds=0 if self._workers_prefill else None,  # who waits for a restart, and who need not
             )
         except UnavailableError:
             if not self._workers_prefill:
                 raise
-        return await call_endpoint(self._workers, demand, at_worker, max_attempts=self._max_attempts)
+        return await call_endpoint(self._workers, demand, at_worker, method=PREFILL, max_attempts=self._max_attempts)

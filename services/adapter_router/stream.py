@@ -7,7 +7,9 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from opentelemetry.trace import INVALID_SPAN, Span
 
 from adapter_router.dispatch import Call, Retries, peer_errors, peer_failure
 from adapter_router.endpoints.pool import Lease
@@ -17,6 +19,7 @@ from alora_serve.errors import AdapterRefusedError, AloraServeError, Unavailable
 from alora_serve.metrics import RequestMetrics
 from alora_serve.rpc.convert import (
     decode_to_proto,
+    finish_reason_name,
     pack_token_ids,
     timings_from_proto,
     timings_to_proto,
@@ -24,12 +27,16 @@ from alora_serve.rpc.convert import (
     usage_from_proto,
     usage_to_proto,
 )
+from alora_serve.rpc.tracing import client_span
+from alora_serve.telemetry import answer_attributes, child_span, current, fail, request_attributes
 from alora_serve.types import AdapterDigest, GenerateRequest, PrefillResult, Resume, TokenIds, Usage
 from alora_serve.v1 import types_pb2
 
 if TYPE_CHECKING:
     from adapter_router.peers import Workers, WorkerStub
     from alora_serve.v1 import adapter_decode_pb2 as decode_pb2
+
+DECODE: Final = "/alora_serve.v1.AdapterDecodeService/Decode"
 
 
 class DecodeStream:
@@ -85,6 +92,7 @@ class DecodeStream:
         self._charge = charge
         self._is_charged = False
         self._first_token_seconds: float | None = None
+        self._span: Span = INVALID_SPAN
 
     async def events(self) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
         """The stream's events, to be iterated once and closed, which cancels the worker's call.
@@ -93,17 +101,24 @@ class DecodeStream:
             UnavailableError: no worker could take it, or go on with it; says how many tokens were delivered.
             AloraServeError: what the worker answered.
         """
+        self._span = child_span("generation")
+        if self._span.is_recording():
+            digests = self._demand.model_digests
+            name = next((model.name for model in self._workers.models() if model.model_digest in digests), "")
+            self._span.set_attributes(request_attributes(self._request, name))
         try:
             async with aclosing(self._attempts()) as events:
                 async for event in events:
                     yield event
         except AloraServeError as error:
+            fail(self._span, error.status)
             if self.delivered:
                 error.metadata["delivered_tokens"] = str(len(self._tokens()))
             raise
         finally:
             if not self._is_charged:  # what is known of it
                 self._charge(Usage(prompt_tokens=0, generated_tokens=len(self._tokens())))
+            self._span.end()
 
     async def _attempts(self) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
         retries = Retries(self._workers, self._demand, self._max_attempts)
@@ -111,10 +126,12 @@ class DecodeStream:
             wait_seconds = self._resume_wait_seconds if self.delivered else None
             async with self._workers.lease(self._demand, avoid=retries.failed, wait_seconds=wait_seconds) as lease:
                 before = len(self.delivered)
+                facts = {"alora.attempt": retries.attempt, "alora.tokens.resumed": len(self._tokens())}
                 try:
-                    async with aclosing(self._attempt(lease, retries.attempt)) as events:
-                        async for event in events:
-                            yield event
+                    with client_span(DECODE, lease.endpoint.address, facts, parent=self._span) as span:
+                        async with aclosing(self._attempt(lease, retries.attempt, span)) as events:
+                            async for event in events:
+                                yield event
                     return
                 except AloraServeError as error:
                     if len(self.delivered) > before:
@@ -125,10 +142,13 @@ class DecodeStream:
                     if self.delivered:
                         self._workers.note_resume()
 
-    async def _attempt(self, lease: Lease[WorkerStub], attempt: int) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
+    async def _attempt(
+        self, lease: Lease[WorkerStub], attempt: int, span: Span
+    ) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
         worker, began, waiting = lease.endpoint, time.monotonic(), True
         request = decode_to_proto(self._resumed(), attempt=attempt)
-        rpc = worker.stub.Decode(request, timeout=self._call.remaining_seconds(), metadata=self._call.metadata)
+        with current(span):
+            rpc = worker.stub.Decode(request, timeout=self._call.remaining_seconds(), metadata=self._call.metadata)
         responses = aiter(rpc)
         try:
             with peer_errors(self._workers.service, worker.address):
@@ -200,6 +220,8 @@ class DecodeStream:
             total_seconds=total_seconds,
         )
         self._metrics.record(usage, timings)
+        if self._span.is_recording():
+            self._span.set_attributes(answer_attributes(usage, finish_reason_name(finished.finish_reason)))
         self._charge(usage)
         self._is_charged = True
         finished.usage.CopyFrom(usage_to_proto(usage))

@@ -6,13 +6,14 @@ import logging
 import sys
 
 import structlog
+from opentelemetry import trace
 
 
 def configure_logging(service: str, *, level: str, log_format: str) -> None:
     """Set up the process's logging once, in its ``__main__``.
 
-    Everything bound with ``structlog.contextvars`` (the request id) is in every line of that request, and the standard
-    library's loggers, grpc's among them, pass through the same chain.
+    Everything bound with ``structlog.contextvars`` (the request id) is in every line of that request, and so are trace
+    and span where it is traced. The standard library's loggers, grpc's among them, pass through the same chain.
 
     Args:
         service: name in every line.
@@ -21,6 +22,7 @@ def configure_logging(service: str, *, level: str, log_format: str) -> None:
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _add_trace,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -60,3 +62,12 @@ def configure_logging(service: str, *, level: str, log_format: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def _add_trace(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """The ids of the current span, as OpenTelemetry names and writes them."""
+    current = trace.get_current_span().get_span_context()
+    if current.is_valid:
+        event["trace_id"] = trace.format_trace_id(current.trace_id)
+        event["span_id"] = trace.format_span_id(current.span_id)
+    return event

@@ -29,6 +29,7 @@ from alora_serve.rpc.convert import (
     model_from_proto,
     prefill_result_from_proto,
 )
+from alora_serve.rpc.tracing import trace_metadata
 from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
@@ -106,7 +107,7 @@ class AsyncClient:
         """
         request = generate_request(messages, adapter, fields)
         return AsyncGenerationStream(
-            lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._metadata),
+            lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
             Retries(self._retry, timeout_seconds),
         )
@@ -129,7 +130,7 @@ class AsyncClient:
         """
         request = fan_out_request(messages, adapters, fields)
         return AsyncFanOutStream(
-            lambda wanted, timeout: self._stub.FanOut(wanted, timeout=timeout, metadata=self._metadata),
+            lambda wanted, timeout: self._stub.FanOut(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
             Retries(self._retry, timeout_seconds),
         )
@@ -189,12 +190,16 @@ class AsyncClient:
         except (DeadlinePassedError, UnavailableError) as error:
             raise UnavailableError(f"{self._address} is not ready after {timeout_seconds:g} s: {error}") from error
 
+    def _call_metadata(self) -> tuple[tuple[str, str], ...]:
+        """The key, if there is one, and the trace that the caller is in."""
+        return (*self._metadata, *trace_metadata())
+
     async def _call(
         self, method: Callable[..., Awaitable[ResponseT]], request: object, timeout_seconds: float | None
     ) -> ResponseT:
         retries = Retries(self._retry, timeout_seconds)
         while True:
             try:
-                return await method(request, timeout=retries.remaining_seconds(), metadata=self._metadata)
+                return await method(request, timeout=retries.remaining_seconds(), metadata=self._call_metadata())
             except grpc.aio.AioRpcError as error:
                 await asyncio.sleep(retries.pause_after(failure_of(error)))

@@ -29,6 +29,7 @@ from alora_serve.rpc.convert import (
     model_from_proto,
     prefill_result_from_proto,
 )
+from alora_serve.rpc.tracing import trace_metadata
 from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
@@ -107,7 +108,7 @@ class Client:
         """
         request = generate_request(messages, adapter, fields)
         return GenerationStream(
-            lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._metadata),
+            lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
             Retries(self._retry, timeout_seconds),
         )
@@ -130,7 +131,7 @@ class Client:
         """
         request = fan_out_request(messages, adapters, fields)
         return FanOutStream(
-            lambda wanted, timeout: self._stub.FanOut(wanted, timeout=timeout, metadata=self._metadata),
+            lambda wanted, timeout: self._stub.FanOut(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
             Retries(self._retry, timeout_seconds),
         )
@@ -188,10 +189,14 @@ class Client:
         except (DeadlinePassedError, UnavailableError) as error:
             raise UnavailableError(f"{self._address} is not ready after {timeout_seconds:g} s: {error}") from error
 
+    def _call_metadata(self) -> tuple[tuple[str, str], ...]:
+        """The key, if there is one, and the trace that the caller is in."""
+        return (*self._metadata, *trace_metadata())
+
     def _call(self, method: Callable[..., ResponseT], request: object, timeout_seconds: float | None) -> ResponseT:
         retries = Retries(self._retry, timeout_seconds)
         while True:
             try:
-                return method(request, timeout=retries.remaining_seconds(), metadata=self._metadata)
+                return method(request, timeout=retries.remaining_seconds(), metadata=self._call_metadata())
             except grpc.RpcError as error:
                 time.sleep(retries.pause_after(failure_of(error)))

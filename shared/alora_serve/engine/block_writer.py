@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterator
 from concurrent.futures import Executor
+from contextvars import copy_context
 
 from torch import Tensor
 
@@ -56,8 +57,9 @@ class BlockWriter:
         try:
             if not within_quota:
                 return self._blocks.refuse(self._blocks.blocks(_covered(chain, prefix), start), "quota")
+            # In the caller's context: what the thread logs belongs to its request.
             return await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._write, chain, prefix, start, known
+                self._executor, copy_context().run, self._write, chain, prefix, start, known
             )
         finally:
             self._cache.release(prefix)

@@ -24,6 +24,7 @@ from alora_serve.kv.tenancy import TenantSalts
 from alora_serve.kv.transfer import BlockMetrics, StoreTiming
 from alora_serve.model.host_copies import host_copies
 from alora_serve.model.loader import BaseModel
+from alora_serve.telemetry import counts, note, span
 from alora_serve.types import EndpointStatus, ModelInfo, ServingLoad, TokenIds
 
 STORE_THREADS = 4
@@ -115,7 +116,16 @@ class ServingCore:
 
     async def load_prefix(self, chain: BlockChain, limit: int) -> LoadedPrefix:
         """As :meth:`PrefixLoader.load`, and remembered for routers: how fast it came and that it is here."""
-        loaded = await self.loader.load(chain, limit)
+        with span("load prefix"):
+            loaded = await self.loader.load(chain, limit)
+            note(
+                lambda: {
+                    "alora.tokens.wanted": limit,
+                    "alora.tokens.loaded": loaded.prefix.tokens,
+                    "alora.tokens.fetched": loaded.fetched_tokens,
+                    **counts("alora.misses", loaded.misses),
+                }
+            )
         self.rates.fetch_bytes.observe(loaded.fetched_bytes, loaded.seconds)
         self.resident.note(chain)
         return loaded

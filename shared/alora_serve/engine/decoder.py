@@ -17,6 +17,7 @@ from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.core import ServingCore
 from alora_serve.engine.engine import HEARTBEAT_SECONDS
 from alora_serve.engine.events import BaseComputed, SequenceDone
+from alora_serve.engine.phases import decode_timings, trace_sequence, trace_store_put
 from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.errors import AdapterRefusedError, FieldViolation, InvalidRequestError
@@ -25,6 +26,7 @@ from alora_serve.kv.keys import BlockChain
 from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.kv_memory import Prefix
 from alora_serve.model.text import TextStream
+from alora_serve.telemetry import past_span
 from alora_serve.types import (
     AdapterDigest,
     Finished,
@@ -90,6 +92,7 @@ class Decoder:
                 while not await acquiring.done_within(HEARTBEAT_SECONDS):
                     yield Heartbeat()
                 adapter = held.enter_context(acquiring.take()).adapter
+                past_span("acquire adapter", started, monotonic())
             adapter_load_seconds = monotonic() - started
             plan = self._plan(request, adapter)
             yield Started(
@@ -128,6 +131,7 @@ class Decoder:
                 tenant=request.tenant,
             )
             writes: list[asyncio.Task[StoreResult]] = []
+            submitted = monotonic()
             async with run_sequence(self._core.engine, sequence) as running:
                 async for event in running:
                     match event:
@@ -141,6 +145,8 @@ class Decoder:
                         case SequenceDone():
                             stats = event.stats
                             self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
+                            trace_sequence(submitted, stats)
+                            putting = monotonic()
                             # A base turn is stored before its stream ends, so that the next turn's prefill finds it.
                             while (
                                 adapter is None
@@ -149,7 +155,9 @@ class Decoder:
                             ):
                                 yield Heartbeat()
                             stored = sum((write.result() for write in writes if adapter is None), StoreResult())
-                            timings = _timings(event, loaded, adapter_load_seconds, monotonic() - started)
+                            if adapter is None and writes:
+                                trace_store_put(putting, stored)
+                            timings = decode_timings(stats, loaded, adapter_load_seconds, monotonic() - started)
                             yield self._finished(request, plan, event, loaded, stored, timings)
 
     def _acquiring(self, request: GenerateRequest) -> Awaited[Lease]:
@@ -286,16 +294,3 @@ def _end_of(
     if generated and (generated[-1] in end_ids or stop_string is not None):
         return FinishReason.STOP
     return FinishReason.LENGTH if len(generated) >= sampling.max_tokens else None
-
-
-def _timings(done: SequenceDone, loaded: LoadedPrefix, adapter_load_seconds: float, total_seconds: float) -> Timings:
-    stats = done.stats
-    return Timings(
-        queue_seconds=stats.queue_seconds,
-        fetch_seconds=loaded.seconds,
-        prefill_seconds=stats.prefill_seconds,
-        adapter_load_seconds=adapter_load_seconds,
-        first_token_seconds=adapter_load_seconds + loaded.seconds + stats.first_token_seconds,
-        decode_seconds=stats.decode_seconds,
-        total_seconds=total_seconds,
-    )

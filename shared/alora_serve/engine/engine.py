@@ -141,6 +141,7 @@ class Engine:
             cache=self._cache,
             tails=self._tails,
             submitted_at=monotonic(),
+            request_id=str(structlog.contextvars.get_contextvars().get("request_id", "")),
         )
         with self._state_lock:
             closed = self._closed
@@ -244,7 +245,8 @@ class Engine:
             batch = self._stepper.run(chosen, self._finish)
         except Exception as error:  # noqa: BLE001
             # The engine must outlive any one batch: its sequences fail with what happened, the rest go on.
-            _log.exception("step failed", sequences=len(chosen))
+            # This thread has no request of its own.
+            _log.exception("step failed", request_ids=[sequence.request_id for sequence, _ in chosen])
             failure = error if isinstance(error, AloraServeError) else AloraServeError(f"engine step failed: {error!r}")
             for sequence, _ in chosen:
                 if sequence in self._running:

@@ -11,6 +11,7 @@ from time import monotonic
 from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.core import ServingCore
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceStats
+from alora_serve.engine.phases import trace_sequence, trace_store_put
 from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.errors import FieldViolation, InvalidRequestError
@@ -18,6 +19,7 @@ from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.keys import BlockChain
 from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.chat import RenderedPrompt
+from alora_serve.telemetry import span
 from alora_serve.types import PrefillResult, PrefixHandle, Prompt, PromptKind, Timings, TokenIds, Usage
 
 
@@ -46,7 +48,8 @@ class Prefiller:
         """
         started = monotonic()
         salt = self._core.tenants.of(tenant)
-        unsigned = await asyncio.to_thread(self._tokens, prompt, salt)
+        with span("render"):
+            unsigned = await asyncio.to_thread(self._tokens, prompt, salt)
         tokens = unsigned.prefix_tokens
         self._check_length(tokens)
         if tokenize_only:
@@ -83,10 +86,13 @@ class Prefiller:
         write = partial(self._core.writer.write, within_quota=within_quota)
         start_writing = partial(self._core.writer.start, within_quota=within_quota)
         if loaded.prefix.tokens == len(chain):
-            return 0, await write(chain, loaded.prefix, len(chain), known=known), None
+            putting = monotonic()
+            stored = await write(chain, loaded.prefix, len(chain), known=known)
+            trace_store_put(putting, stored)
+            return 0, stored, None
         request = SequenceRequest(prompt=chain.tokens, prefix=loaded.prefix, chain=chain, tenant=tenant)
         writes: list[asyncio.Task[StoreResult]] = []
-        stats = None
+        stats, submitted = None, monotonic()
         async with run_sequence(self._core.engine, request) as running:
             async for event in running:
                 match event:
@@ -97,11 +103,14 @@ class Prefiller:
                     case SequenceDone():
                         stats = event.stats
                         self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
+                        trace_sequence(submitted, stats)
         if not writes:
             # A neighbour computed all of it, and may not have stored it yet.
             adopted = await self._core.loader.load(chain, len(chain))
             writes.append(start_writing(chain, adopted.prefix, len(chain), known=known))
+        putting = monotonic()
         stored = sum(await asyncio.gather(*writes), StoreResult())
+        trace_store_put(putting, stored)
         return stats.computed_tokens if stats else 0, stored, stats
 
     def _check_length(self, tokens: TokenIds) -> None:

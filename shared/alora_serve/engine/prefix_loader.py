@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from math import ceil
 from time import monotonic
@@ -17,6 +18,7 @@ from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.kv.transfer import FetchResult
 from alora_serve.model.host_copies import HostCopies
 from alora_serve.model.kv_memory import KVSlice, Prefix
+from alora_serve.telemetry import counts, note, span
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +167,7 @@ class PrefixLoader:
         self._copies.begin()
         fetched = prefix
         try:
-            result = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._blocks.fetch, chain, _SliceDestination(promised, self._copies)
-            )
+            result = await self._get(chain, _SliceDestination(promised, self._copies))
             if result.end > promised.start:
                 fetched = prefix.append(KVSlice(promised.segment, promised.offset, result.end - promised.start))
                 self._cache.publish(chain, fetched, promised.start, result.end)
@@ -176,3 +176,18 @@ class PrefixLoader:
         finally:
             self._cache.settle(promised, fetched.tokens - prefix.tokens)
             self._cache.release(prefix)
+
+    async def _get(self, chain: BlockChain, destination: _SliceDestination) -> FetchResult:
+        with span("store get"):
+            # In the caller's context: what the thread logs belongs to its request.
+            result = await asyncio.get_running_loop().run_in_executor(
+                self._executor, copy_context().run, self._blocks.fetch, chain, destination
+            )
+            note(
+                lambda: {
+                    "alora.blocks": len(result.present),
+                    "alora.bytes.fetched": result.fetched_bytes,
+                    **counts("alora.misses", result.misses),
+                }
+            )
+        return result

@@ -71,6 +71,7 @@ class Sequence:
     cache: PrefixCache
     tails: TailPool
     submitted_at: float
+    request_id: str = ""
     started_at: float = 0.0
     first_token_at: float = 0.0
     last_event_at: float = 0.0

@@ -12,6 +12,7 @@ from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import grpc
 import structlog
+from opentelemetry.trace import INVALID_SPAN
 
 from alora_serve.errors import AloraServeError, DeadlinePassedError, InvalidRequestError, RequestCancelledError
 from alora_serve.rpc.caller import CALLER
@@ -25,6 +26,7 @@ from alora_serve.rpc.status import (
     status_from_error,
     trailing_metadata,
 )
+from alora_serve.rpc.tracing import end_server_span, server_span
 from alora_serve.types import Identity
 
 OWN_METHODS: Final = "/alora_serve."
@@ -158,13 +160,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _run(
         self, method: str, request: Any, context: Context, work: Callable[[], Awaitable[ResultT]]
     ) -> ResultT:
-        request_id = _request_id(context.invocation_metadata() or ())
+        metadata = context.invocation_metadata() or ()
+        request_id = _request_id(metadata)
         is_status_stream = method.rpartition("/")[2].startswith(STATUS_STREAMS)
         load_report = _no_report if is_status_stream else self._load_reports
+        # A stream without an end would be a span that nobody ever sees.
+        traced = nullcontext(INVALID_SPAN) if is_status_stream else server_span(method, metadata, request_id)
         started = time.perf_counter()
         self._observer.started(method)
         code, facts = "OK", dict[str, object]()
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        with structlog.contextvars.bound_contextvars(request_id=request_id), traced as span:
             try:
                 await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
@@ -193,6 +198,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 level = log.debug if is_status_stream else log.info
                 level("rpc", method=method, code=code, seconds=round(seconds, 6), **facts)
                 self._observer.handled(method, code, seconds)
+                end_server_span(span, code, facts.get("reason"))
 
 
 def _no_report(code: str) -> tuple[()]:

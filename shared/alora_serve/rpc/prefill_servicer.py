@@ -12,6 +12,7 @@ from alora_serve.metrics import RequestMetrics
 from alora_serve.rpc.convert import endpoint_status_to_proto, prefill_from_proto, prefill_result_to_internal_proto
 from alora_serve.rpc.server import Service
 from alora_serve.rpc.watch import watch_status
+from alora_serve.telemetry import note, usage_attributes
 from alora_serve.types import EndpointStatus, PrefillResult, Prompt
 from alora_serve.v1 import base_prefill_pb2, base_prefill_pb2_grpc
 
@@ -53,6 +54,7 @@ class BasePrefillServicer(base_prefill_pb2_grpc.BasePrefillServiceServicer):
             skip_store=request.skip_store,
         )
         self._metrics.record(result.usage, result.timings)
+        note(lambda: usage_attributes(result.usage))
         return prefill_result_to_internal_proto(result)
 
     async def WatchStatus(

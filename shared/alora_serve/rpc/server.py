@@ -27,6 +27,7 @@ from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.interceptors import Authorize, CallInterceptor, CallObserver, LoadReports
 from alora_serve.rpc.tls import ServerTls
+from alora_serve.telemetry import tracing
 
 FINAL_GRACE_SECONDS: Final = 0.5
 """After the drain, for the last answers to leave; status streams end with it."""
@@ -151,14 +152,15 @@ async def serve(
 def run_service(
     name: str, settings_class: type[SettingsT], main: Callable[[SettingsT], Coroutine[Any, Any, int]]
 ) -> None:
-    """A service's ``__main__``: read settings, set up logging, run ``main``, and exit with its status.
+    """A service's ``__main__``: read settings, set up logging and traces, run ``main``, and exit with its status.
 
     A wrong setting, or any other error of ours before or while serving, is printed and ends the process with status 2.
     """
     settings = run_with_settings(settings_class)
     configure_logging(name, level=settings.log_level, log_format=settings.log_format)
     try:
-        status = asyncio.run(main(settings))
+        with tracing(name):
+            status = asyncio.run(main(settings))
     except AloraServeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(FAILED_START_EXIT_CODE)

@@ -15,6 +15,7 @@ from alora_serve.rpc.convert.endpoints import (
 from alora_serve.rpc.convert.events import (
     event_from_proto,
     event_to_proto,
+    finish_reason_name,
     timings_from_proto,
     timings_to_proto,
     usage_from_proto,
@@ -57,6 +58,7 @@ __all__ = [
     "event_to_proto",
     "fan_out_from_proto",
     "fan_out_to_proto",
+    "finish_reason_name",
     "generate_from_proto",
     "generate_to_proto",
     "handle_from_proto",

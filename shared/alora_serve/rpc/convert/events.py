@@ -88,6 +88,12 @@ def event_from_proto(message: types_pb2.GenerationEvent) -> StreamEvent:
             return Heartbeat()
 
 
+def finish_reason_name(number: int) -> str:
+    """Why a stream ended, in a word; of a reason that this version does not know, its number."""
+    known = _FINISH_REASONS_FROM_PROTO.get(number)  # type: ignore[call-overload]
+    return known.value if known is not None else str(number)
+
+
 def _finished_to_proto(event: Finished) -> types_pb2.Finished:
     return types_pb2.Finished(
         finish_reason=_FINISH_REASONS[event.finish_reason],

@@ -1,0 +1,106 @@
+"""Traces across processes: the span of a call that arrives, those of calls made for it, and what tells peers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from opentelemetry import trace
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from alora_serve.errors import AloraServeError
+from alora_serve.telemetry import Attributes, child_span, fail, tracer
+
+_W3C: Final = TraceContextTextMapPropagator()
+"""``traceparent`` and ``tracestate``. No baggage: whatever clients put there would go on to every service."""
+
+_SERVER_FAULTS: Final = frozenset({"DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"})
+"""Of our statuses those that say that the server failed; all others are the client's doing."""
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """What tells a peer that the current span calls it; nothing outside of one."""
+    if not trace.get_current_span().get_span_context().is_valid:
+        return ()
+    carrier: dict[str, str] = {}
+    _W3C.inject(carrier)
+    return tuple(carrier.items())
+
+
+@contextmanager
+def server_span(method: str, metadata: Iterable[tuple[str, str | bytes]], request_id: str) -> Iterator[Span]:
+    """The current span while an arriving call runs: the child of its caller's, if it says so; else a trace begins.
+
+    Args:
+        method: ``/package.Service/Method``.
+        metadata: the call's.
+        request_id: names the call in logs.
+    """
+    maker = tracer()
+    if maker is None:
+        yield INVALID_SPAN
+        return
+    caller = _W3C.extract({key: value for key, value in metadata if isinstance(value, str)})
+    with maker.start_as_current_span(
+        method.removeprefix("/"),
+        caller,
+        SpanKind.SERVER,
+        {**_call_attributes(method), "alora.request_id": request_id},
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        yield span
+
+
+def end_server_span(span: Span, code: str, reason: object = None) -> None:
+    """Say how the call ended: with the name of its status, and an error of ours' reason."""
+    span.set_attribute("rpc.response.status_code", code)
+    if reason is not None:
+        span.set_attribute("alora.error.reason", str(reason))
+    if code in _SERVER_FAULTS:
+        fail(span, code)
+
+
+@contextmanager
+def client_span(
+    method: str, address: str, attributes: Attributes | None = None, *, parent: Span | None = None
+) -> Iterator[Span]:
+    """The span of a call that is made, around code whose failures are errors of ours. Not current, see ``child_span``.
+
+    Args:
+        method: ``/package.Service/Method``.
+        address: ``host:port``.
+        attributes: what else is known.
+        parent: unset, the current span.
+    """
+    span = child_span(method.removeprefix("/"), parent=parent, kind=SpanKind.CLIENT)
+    if not span.is_recording():
+        yield span
+        return
+    host, _, port = address.rpartition(":")
+    span.set_attributes({**_call_attributes(method), "server.address": host, **(attributes or {})})
+    if port.isdecimal():
+        span.set_attribute("server.port", int(port))
+    code = "UNKNOWN"
+    try:
+        yield span
+        code = "OK"
+    except AloraServeError as error:
+        code = error.status
+        span.set_attribute("alora.error.reason", error.reason)
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        code = "CANCELLED"
+        raise
+    finally:
+        span.set_attribute("rpc.response.status_code", code)
+        if code not in ("OK", "CANCELLED"):
+            fail(span, code)
+        span.end()
+
+
+def _call_attributes(method: str) -> Attributes:
+    return {"rpc.system.name": "grpc", "rpc.method": method.removeprefix("/")}
