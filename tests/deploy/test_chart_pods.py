@@ -44,6 +44,32 @@ def _environment(pod: dict[str, Any]) -> dict[str, Any]:
     return {entry["name"]: entry.get("value") for entry in pod["containers"][0].get("env", [])}
 
 
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_services_send_their_traces_where_values_say(render: Any) -> None:
+    manifests = render("extras")
+    for component in SERVICES:
+        entries = _pod(manifests, component)["containers"][0]["env"]
+        told = {entry["name"]: entry for entry in entries}
+        assert told["OTEL_EXPORTER_OTLP_ENDPOINT"]["value"] == "http://collector.observability:4317"
+        assert told["OTEL_TRACES_SAMPLER"]["value"] == "parentbased_traceidratio"
+        assert told["OTEL_TRACES_SAMPLER_ARG"]["value"] == "0.05"
+        assert told["OTEL_RESOURCE_ATTRIBUTES"]["value"].split(",") == [
+            "k8s.pod.name=$(POD_NAME)",
+            "k8s.namespace.name=serving",
+            "service.namespace=alora",
+            "deployment.environment.name=staging%2C%20east",
+        ]
+        names = list(told)
+        assert names.index("POD_NAME") < names.index("OTEL_RESOURCE_ATTRIBUTES"), "only what stands before is put in"
+
+
+def test_without_an_endpoint_nothing_is_said_of_traces(render: Any) -> None:
+    for component in SERVICES:
+        assert not any(name.startswith("OTEL_") for name in _environment(_pod(render("minimal"), component)))
+
+
 # --- what they may do -------------------------------------------------------------------------------------------------
 
 

@@ -18,9 +18,12 @@ from packaging.utils import canonicalize_name
 NAMESPACES = {
     "google.protobuf": "protobuf",
     "google.rpc": "googleapis-common-protos",
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "opentelemetry.trace": "opentelemetry-api",
 }
 # Declared though never imported by name, each for its reason.
 USED_UNIMPORTED = {
+    "opentelemetry-exporter-otlp-proto-grpc": "found by its entry point, where a collector is named",
     "hiredis": "redis-py parses with it when it is installed",
     "jinja2": "transformers renders chat templates with it",
     "gguf": "transformers reads the demo model's weights with it",

@@ -12,6 +12,7 @@ import pytest
 PROGRAM = """
 import logging, sys
 import structlog
+from opentelemetry import trace
 from alora_serve.logging import configure_logging
 
 configure_logging("probe", level=sys.argv[1], log_format=sys.argv[2])
@@ -26,7 +27,8 @@ def catch(report):
     except ValueError:
         report("failed")
 
-with structlog.contextvars.bound_contextvars(request_id="id-1"):
+parent = trace.NonRecordingSpan(trace.SpanContext(0xA1, 0xB2, is_remote=False))
+with structlog.contextvars.bound_contextvars(request_id="id-1"), trace.use_span(parent):
     log.info("ours", tokens=3)
     logging.getLogger("somebody.else").warning("theirs %s", "too")
 log.debug("detail")
@@ -47,18 +49,19 @@ def records(level: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run(level, "json").splitlines()]
 
 
-def test_json_lines_carry_service_level_time_and_request_id_whoever_logs() -> None:
+def test_json_lines_carry_service_level_time_request_and_trace_whoever_logs() -> None:
     ours, theirs, *_ = records("info")
     assert (ours["event"], ours["tokens"], ours["level"]) == ("ours", 3, "info")
     assert (theirs["event"], theirs["level"]) == ("theirs too", "warning")
     for record in (ours, theirs):
         assert record["service"] == "probe"
         assert record["request_id"] == "id-1"
+        assert (record["trace_id"], record["span_id"]) == (f"{0xA1:032x}", f"{0xB2:016x}")
         assert record["timestamp"].endswith("Z")
 
 
-def test_the_request_id_ends_with_the_request() -> None:
-    assert all("request_id" not in record for record in records("info")[2:])
+def test_request_and_trace_end_with_the_request() -> None:
+    assert not any(record.keys() & {"request_id", "trace_id", "span_id"} for record in records("info")[2:])
 
 
 def test_the_level_is_the_least_that_is_shown() -> None:

@@ -8,7 +8,6 @@ from urllib.parse import unquote, urlsplit
 
 from alora_serve.kv.guarded import GuardedStore, InstrumentedStore, StoreMetrics
 from alora_serve.kv.lmdb import LmdbStore, default_location
-from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.redis_url import REDIS_SCHEMES, TlsFiles
 from alora_serve.kv.sealed import Protection, SealedStore
 from alora_serve.kv.store import KVStore
@@ -57,6 +56,9 @@ def _backend(url: str, *, budget_bytes: int, ttl_seconds: float, tls: TlsFiles |
     if scheme == "lmdb":
         return LmdbStore(lmdb_root(url), budget_bytes=budget_bytes)
     if scheme in REDIS_SCHEMES:
+        # Here: redis-py takes half a second to load, and brings OpenTelemetry's SDK with it where that is installed.
+        from alora_serve.kv.redis import RedisStore
+
         return RedisStore(url, ttl_seconds=ttl_seconds, tls=tls)
     raise url_error(url, f"the scheme must be one of {', '.join(sorted({'lmdb', *REDIS_SCHEMES}))}")
 

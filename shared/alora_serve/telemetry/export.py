@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points, version
 from typing import TYPE_CHECKING, Final
@@ -71,14 +71,15 @@ def _open_provider(service: str) -> TracerProvider:
     own = Resource.create({"service.name": service, "service.version": version("alora-serve")})
     # The environment's own attributes once more: they count more than ours.
     provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
+    open_exporter = _find_exporter()
     try:
-        provider.add_span_processor(BatchSpanProcessor(_exporter()))
-    except (ValueError, RuntimeError) as error:
+        provider.add_span_processor(BatchSpanProcessor(open_exporter()))
+    except Exception as error:  # noqa: BLE001  # exporters have classes of their own for this
         raise ConfigError(f"an OTEL_* variable does not fit: {error}") from error
     return provider
 
 
-def _exporter() -> SpanExporter:
+def _find_exporter() -> Callable[[], SpanExporter]:
     names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
     protocol = next((value for name in names if (value := os.environ.get(name, "").strip())), "grpc")
     if protocol not in _EXPORTERS:
@@ -87,7 +88,7 @@ def _exporter() -> SpanExporter:
     if not found:
         package = f"opentelemetry-exporter-{_EXPORTERS[protocol].replace('_', '-')}"
         raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} needs the package {package}")
-    exporter: SpanExporter = next(iter(found)).load()()
+    exporter: Callable[[], SpanExporter] = next(iter(found)).load()
     return exporter
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 from opentelemetry import trace
@@ -68,6 +68,8 @@ def child_span(
 
 def current(inner: Span) -> AbstractContextManager[Span]:
     """Makes a span the current one while the block runs, which must not be left by ``yield``."""
+    if inner is INVALID_SPAN:
+        return nullcontext(inner)
     return trace.use_span(inner, record_exception=False, set_status_on_exception=False)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import structlog
 import torch
 from structlog.testing import capture_logs
 from torch import Tensor
@@ -562,7 +563,10 @@ def test_an_adapter_of_a_wrong_shape_fails_its_sequence_and_the_engine_lives_on(
     make_bench: Callable[..., Bench], greedy: Callable[..., tuple[int, ...]]
 ) -> None:
     bench = make_bench(max_sequences=1)
-    bad = bench.submit(_prompt(1), adapter=_adapter(bench.model, in_features=63), base_until=12)
+    with capture_logs() as logs, structlog.contextvars.bound_contextvars(request_id="bad-1"):
+        bad = bench.submit(_prompt(1), adapter=_adapter(bench.model, in_features=63), base_until=12)
+        bad.last()
+    assert [line["request_ids"] for line in logs if line["event"] == "step failed"] == [["bad-1"]]
     good = bench.submit(_prompt(1))
     error = bad.error()
     assert error.status == "INTERNAL"

@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+import structlog
+from opentelemetry.trace import Tracer
+from structlog.testing import capture_logs
 
 from alora_serve.engine.core import CoreOptions
 from alora_serve.errors import (
@@ -19,9 +22,11 @@ from alora_serve.errors import (
 )
 from alora_serve.handles import HandleSigner
 from alora_serve.model.loader import BaseModel
+from alora_serve.telemetry import current
 from alora_serve.types import ChatMessage, Prompt, PromptKind
 from faulty_store import FaultyStore
 from in_process import SECRET, MemoryStore, Stack, open_stack
+from recorded_spans import Recorded, recording
 
 OPTIONS = CoreOptions(block_tokens=16)
 CONVERSATION = (ChatMessage("user", "What is the capital of France? Think of the river."),)
@@ -194,3 +199,37 @@ async def test_too_many_at_once_are_turned_away(model: BaseModel) -> None:
         for place in places:
             place.__exit__(None, None, None)
         assert (await stack.prefill(Prompt(token_ids=TOKENS))).usage.computed_tokens == 80
+
+
+async def test_what_store_threads_log_names_the_request(model: BaseModel, store: FaultyStore) -> None:
+    async def lines(request_id: str, event: str) -> list[str | None]:
+        processors = [structlog.contextvars.merge_contextvars]
+        with (
+            capture_logs(processors=processors) as logs,
+            structlog.contextvars.bound_contextvars(request_id=request_id),
+        ):
+            async with open_stack(model, store, options=OPTIONS) as stack:
+                await stack.prefill(Prompt(token_ids=TOKENS))
+        return [line.get("request_id") for line in logs if line["event"] == event]
+
+    store.faults["put", -1] = StoreFullError("full")
+    assert set(await lines("r-1", "blocks not stored")) == {"r-1"}
+    store.faults.clear()
+    await lines("r-2", "")
+    store.values = {key: value[:-1] + bytes([value[-1] ^ 1]) for key, value in store.values.items()}
+    assert await lines("r-3", "stored blocks rejected") == ["r-3"]
+
+
+async def test_a_prefill_in_a_trace_has_a_span_for_each_phase_and_each_visit_to_the_store(stack: Stack) -> None:
+    with recording() as recorded, current(tracer_of(recorded).start_span("call")):
+        await stack.prefill(Prompt(token_ids=TOKENS))
+        cold = recorded.names
+        recorded.exporter.clear()
+        await stack.prefill(Prompt(token_ids=TOKENS))
+        await stack.prefiller.prefill(Prompt(token_ids=TOKENS), tokenize_only=True)
+    assert sorted(cold) == ["compute", "load prefix", "queue", "render", "store get", "store put"]
+    assert recorded.names == ["render", "load prefix", "store put", "render"]
+
+
+def tracer_of(recorded: Recorded) -> Tracer:
+    return recorded.provider.get_tracer("test")

@@ -42,8 +42,29 @@ a test compares them. A setting that changes changes the pod template, and so re
 {{- range $name, $value := $settings }}
 - {name: ALORA_{{ upper $name }}, value: {{ include "alora-serve.settingValue" $value | quote }}}
 {{- end }}
+{{- with include "alora-serve.tracingEnv" .ctx }}
+{{- . | nindent 0 }}
+{{- end }}
 {{- with .values.extraEnv }}
 {{- toYaml . | nindent 0 }}
+{{- end }}
+{{- end }}
+
+{{/* Where traces go, in OpenTelemetry's own variables; services name themselves. */}}
+{{- define "alora-serve.tracingEnv" -}}
+{{- with .Values.tracing }}
+{{- if .endpoint -}}
+{{- $own := list "k8s.pod.name=$(POD_NAME)" (printf "k8s.namespace.name=%s" $.Release.Namespace) -}}
+{{- $own = append $own (printf "service.namespace=%s" (include "alora-serve.fullname" $)) -}}
+{{- range $name, $value := .resourceAttributes }}
+{{- $own = append $own (printf "%s=%s" $name (urlquery $value | replace "+" "%20")) -}}
+{{- end -}}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ .endpoint | quote }}}
+- {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
+- {name: OTEL_TRACES_SAMPLER_ARG, value: {{ .sampleRatio | toString | quote }}}
+- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+- {name: OTEL_RESOURCE_ATTRIBUTES, value: {{ join "," $own | quote }}}
+{{- end }}
 {{- end }}
 {{- end }}
 
