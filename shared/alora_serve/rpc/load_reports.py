@@ -43,7 +43,7 @@ class LoadReporter:
         self._calls.add(1)
         self._failures.add(code in _OWN_FAILURES)
         load = self._load()
-        # Whatever the figures, the names make its length a multiple of three: bytes that Base64 needs no padding for. gRPC
+        # Whatever the figures, the names make its length a multiple of three, which Base64 needs no padding for: gRPC
         # sends none, and Envoy before 1.40 ignores what lacks it.
         report = LoadReport(
             rps_fractional=self._calls.per_second,
