@@ -55,12 +55,14 @@ async def router(collector_address: str, **variables: str) -> AsyncIterator[Trac
         environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{collector_address}")
         for name, value in variables.items():
             environment.setenv(name, value)
-        async with another_router(
-            [prefill.address], [worker.address], traced.emit, handle_secrets=SECRET.decode()
-        ) as listening:
-            async with grpc.aio.insecure_channel(listening.address) as channel:
-                traced.stub = AloraServiceStub(channel)
-                yield traced
+        async with (
+            another_router(
+                [prefill.address], [worker.address], traced.emit, handle_secrets=SECRET.decode()
+            ) as listening,
+            grpc.aio.insecure_channel(listening.address) as channel,
+        ):
+            traced.stub = AloraServiceStub(channel)
+            yield traced
     await prefill.kill()
     await worker.kill()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import secrets
 from collections.abc import AsyncIterator
@@ -163,7 +164,7 @@ async def test_phases_follow_each_other_within_their_call(traced: Traced) -> Non
         # Those of the engine come from its own clock readings, a moment before or after the call's.
         slack = 50_000_000
         edges = [call.began_nanoseconds, *(phase.began_nanoseconds for phase in phases), call.ended_nanoseconds]
-        assert all(later >= earlier - slack for earlier, later in zip(edges, edges[1:], strict=False))
+        assert all(later >= earlier - slack for earlier, later in itertools.pairwise(edges))
 
 
 async def test_a_base_turn_shows_what_it_stored(traced: Traced) -> None:

@@ -74,7 +74,7 @@ def _open_provider(service: str) -> TracerProvider:
     open_exporter = _find_exporter()
     try:
         provider.add_span_processor(BatchSpanProcessor(open_exporter()))
-    except Exception as error:  # noqa: BLE001  # exporters have classes of their own for this
+    except Exception as error:  # exporters have classes of their own for this
         raise ConfigError(f"an OTEL_* variable does not fit: {error}") from error
     return provider
 
