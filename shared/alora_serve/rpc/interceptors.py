@@ -6,8 +6,8 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing, contextmanager, nullcontext
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import grpc
@@ -45,6 +45,7 @@ ResultT = TypeVar("ResultT")
 # As strings: generic in the stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Begin: TypeAlias = Callable[[], Awaitable[None]]
 log = structlog.stdlib.get_logger(__name__)
 
 
@@ -70,7 +71,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Surrounds unary and server-streaming calls. Handlers raise AloraServeError; streams are async generators.
 
     The request id is the client's ``x-request-id`` where it is fit to be logged, else a new one. It is bound to the log
-    context, and echoed in initial and trailing metadata.
+    context, and echoed in trailing metadata, and in initial metadata once there is a message. Headers wait for the
+    first message because proxies and retrying clients take a call for begun when they see them: one that ends before
+    has its status alone, and may be made again elsewhere.
 
     A stream whose client has stopped reading ends with CANCELLED once a message has waited for the client for
     ``write_timeout_seconds``: the handler's generator is closed, so that its sequence leaves the batch. Keepalive does
@@ -131,7 +134,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, handler: Any) -> Callable[[Any, Context], Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
-            return await self._run(method, request, context, lambda: handler.unary_unary(request, context))
+            async def answer(begin: Begin) -> Any:
+                response = await handler.unary_unary(request, context)
+                await begin()
+                return response
+
+            return await self._run(method, request, context, answer)
 
         return call
 
@@ -139,10 +147,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # A coroutine that writes, not a generator: when the client leaves while a message waits for it, the handler's
         # own generator is closed here and now, and what it holds is free.
         async def call(request: Any, context: Context) -> None:
-            async def forward() -> None:
+            async def forward(begin: Begin) -> None:
                 responses: AsyncIterator[Any] = handler.unary_stream(request, context)
+                has_begun = False
                 async with aclosing(responses):  # type: ignore[type-var]
                     async for response in responses:
+                        if not has_begun:
+                            await begin()
+                            has_begun = True
                         await self._write(context, response)
 
             await self._run(method, request, context, forward)
@@ -152,16 +164,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _write(self, context: Context, response: Any) -> None:
         try:
             async with asyncio.timeout(self._write_timeout_seconds):
-                await context.write(response)
+                with _unless_over():
+                    await context.write(response)
         except TimeoutError:
             waited = f"the client took no message for {self._write_timeout_seconds:g} s"
             raise RequestCancelledError(f"{waited}; read a stream to its end or cancel it") from None
 
     async def _run(
-        self, method: str, request: Any, context: Context, work: Callable[[], Awaitable[ResultT]]
+        self, method: str, request: Any, context: Context, work: Callable[[Begin], Awaitable[ResultT]]
     ) -> ResultT:
         metadata = context.invocation_metadata() or ()
         request_id = _request_id(metadata)
+
+        async def begin() -> None:
+            with _unless_over():
+                await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+
         is_status_stream = method.rpartition("/")[2].startswith(STATUS_STREAMS)
         load_report = _no_report if is_status_stream else self._load_reports
         # A stream without an end would be a span that nobody ever sees.
@@ -171,7 +189,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         code, facts = "OK", dict[str, object]()
         with structlog.contextvars.bound_contextvars(request_id=request_id), traced as span:
             try:
-                await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
                 if self._authorize is not None:
                     CALLER.set(self._authorize(method, dict(context.invocation_metadata() or ())))
@@ -180,7 +197,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if isinstance(request, Refused):
                     raise request.error
                 with nullcontext() if is_status_stream else self._in_flight.call():
-                    result = await work()
+                    result = await work(begin)
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id), *load_report(code)))
                 return result
             except AloraServeError as error:
@@ -199,6 +216,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 level("rpc", method=method, code=code, seconds=round(seconds, 6), **facts)
                 self._observer.handled(method, code, seconds)
                 end_server_span(span, code, facts.get("reason"))
+
+
+@contextmanager
+def _unless_over() -> Iterator[None]:
+    """What gRPC says of sending to a client that has left, before it cancels the handler, ends it as that would."""
+    try:
+        yield
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError from error
 
 
 def _no_report(code: str) -> tuple[()]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -73,6 +74,7 @@ class Servicer(BasePrefillServiceServicer):
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.wait = False
+        self.messages = 3
         self.calls = 0
         self.bound_ids: list[str] = []
         self.entered = asyncio.Event()
@@ -100,7 +102,7 @@ class Servicer(BasePrefillServiceServicer):
 
     async def _watch(self) -> AsyncIterator[Any]:
         try:
-            for _ in range(3):
+            for _ in range(self.messages):
                 yield pb2.BasePrefillServiceWatchStatusResponse()
             if self.error:
                 raise self.error
@@ -163,7 +165,8 @@ class Server:
         self.server = grpc.aio.server(interceptors=[interceptor], options=server_options())
         add_BasePrefillServiceServicer_to_server(self.servicer, self.server)
         add_AloraServiceServicer_to_server(self.talker, self.server)
-        self.channel = internal_channel(f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}")
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.channel = internal_channel(self.address)
         self.stub: Any = BasePrefillServiceStub(self.channel)
 
     def report(self, code: str) -> tuple[tuple[str, bytes], ...]:
@@ -244,6 +247,37 @@ async def test_every_call_but_a_status_stream_ends_with_a_report_of_the_load(ser
         assert await told(server.prefill()) == code
         assert await told(server.watch()) is None
     assert server.reported == ["OK", "OK", "RESOURCE_EXHAUSTED", "INTERNAL"]
+
+
+RETRY_UNAVAILABLE = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{}],
+                "retryPolicy": {
+                    "maxAttempts": 2,
+                    "initialBackoff": "0.01s",
+                    "maxBackoff": "0.01s",
+                    "backoffMultiplier": 1,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+
+
+async def test_a_call_that_failed_before_its_first_message_can_be_made_again_by_grpc_itself(server: Server) -> None:
+    """So it can by proxies: both take a call for begun, and beyond repeating, as soon as they see headers."""
+    options = [("grpc.service_config", RETRY_UNAVAILABLE), ("grpc.enable_retries", 1)]
+    server.servicer.error, server.servicer.messages = UnavailableError("draining"), 0
+    async with grpc.aio.insecure_channel(server.address, options) as channel:
+        stub: Any = BasePrefillServiceStub(channel)
+        for call in (stub.Prefill(Request(), timeout=30), stub.WatchStatus(WatchRequest(), timeout=30)):
+            error = await server.failure(call)
+            assert await call.initial_metadata() == grpc.aio.Metadata()
+            assert error.metadata["request_id"] == dict(await call.trailing_metadata())["x-request-id"]
+    assert server.servicer.calls == 4, "both calls, and both again"
 
 
 async def test_a_bug_is_internal_tells_nothing_and_is_logged_with_its_traceback(server: Server) -> None:
