@@ -113,6 +113,11 @@ deploy-check: $(VENV)/.ready-dev $(STUBS) ## chart, rules and dashboards, by the
 chaos: $(VENV)/.ready-dev $(STUBS) ## break a running deployment in every way it must survive: make chaos ARGS="--list"
 	@$(TEST_ENV) PYTHONPATH=tests/plugins $(BIN)/python tests/chaos/run_chaos.py $(ARGS)
 
+.PHONY: interop
+interop: $(VENV)/.ready-dev $(STUBS) ## every RPC from Node and buf, and 1,000 calls through Envoy while a router, then a worker, dies
+	@mkdir -p build
+	@$(TEST_ENV) ALORA_TEST_INTEROP_CALLS=1000 $(BIN)/python -m pytest --junitxml=build/interop.xml tests/interop $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(VENV)/.ready-dev $(STUBS) ## what a fuzzer can think of, for every parser: make fuzz ARGS="--seconds 600"
 	@$(TEST_ENV) PYTHONPATH=tests/plugins $(BIN)/python tests/fuzz/run_fuzz.py $(ARGS)

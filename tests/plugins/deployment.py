@@ -242,7 +242,11 @@ async def deployed(
 
 @asynccontextmanager
 async def another_router(
-    prefills: Sequence[str], workers: Sequence[str], emit: Callable[[object], None] = print, **settings: str
+    prefills: Sequence[str],
+    workers: Sequence[str],
+    emit: Callable[[object], None] = print,
+    policy: RestartPolicy | None = None,
+    **settings: str,
 ) -> AsyncIterator[Listening]:
     """A router of a deployment's own kind in front of these addresses."""
     chosen = {
@@ -254,7 +258,8 @@ async def another_router(
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ALORA_")}
     environment |= {f"ALORA_{name.upper()}": value for name, value in chosen.items()}
-    router = SupervisedProcess(ProcessSpec("router", (sys.executable, "-P", "-m", "adapter_router"), environment), emit)
+    spec = ProcessSpec("router", (sys.executable, "-P", "-m", "adapter_router"), environment)
+    router = SupervisedProcess(spec, emit, policy)
     try:
         yield await router.start()
     finally:

@@ -14,14 +14,26 @@ def key_of(tenant: str) -> str:
 
 
 def write_access(
-    file: Path, tenants: Mapping[str, Mapping[str, int]], *, roles: Sequence[str] = ("generate",), **more: str
+    file: Path,
+    tenants: Mapping[str, Mapping[str, int]],
+    *,
+    roles: Sequence[str] = ("generate",),
+    admins: Sequence[str] = (),
+    **more: str,
 ) -> Path:
-    """An access file: tenants with their quotas. ``more``: further keys, each of a tenant."""
+    """An access file: tenants with their quotas; ``admins`` are those of them whose keys may do all.
+
+    ``more``: further keys, each of a tenant.
+    """
     keys = {**{key_of(name): name for name in tenants}, **more}
     rules = {
         "tenants": {name: dict(quota) for name, quota in tenants.items()},
         "keys": [
-            {"tenant": tenant, "sha256": hashlib.sha256(key.encode()).hexdigest(), "roles": list(roles)}
+            {
+                "tenant": tenant,
+                "sha256": hashlib.sha256(key.encode()).hexdigest(),
+                "roles": [*roles, *(["admin"] if tenant in admins else [])],
+            }
             for key, tenant in keys.items()
         ],
     }

@@ -98,6 +98,9 @@ _BY_CODE: Final[Mapping[grpc.StatusCode, type[AloraServeError]]] = {
 _TOO_LARGE_TEXT: Final = "message larger than max"
 """What gRPC says of a message over a limit, received, sent or decompressed; it gives no reason but this."""
 
+_RESET_TEXT: Final = "RST_STREAM"
+"""What gRPC says, with INTERNAL, of a stream that was reset and not ended: proxies do that when the peer behind died."""
+
 
 def internal_error(request_id: str) -> AloraServeError:
     """What a caller is told about a bug: only how to find it in our logs."""
@@ -137,7 +140,8 @@ def trailing_metadata(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...
 def error_from_rpc(error: grpc.RpcError) -> AloraServeError:
     """The domain error behind a failed call, made with a synchronous or an asyncio stub.
 
-    Its class follows from the reason if the peer gave one that this version knows, otherwise from the code.
+    Its class follows from the reason if the peer gave one that this version knows, otherwise from the code; a stream
+    that a proxy reset is UnavailableError, as if the peer had died without a proxy in between.
     ``metadata["request_id"]`` names the request in the server's logs where the server said so.
     """
     # Both grpc.Call and grpc.aio.AioRpcError have these three methods; their common base class has none.
@@ -177,6 +181,8 @@ def _rebuild(code: grpc.StatusCode, message: str, status: status_pb2.Status) -> 
     metadata = dict(ours.metadata)
     if request.request_id:
         metadata["request_id"] = request.request_id
+    if not ours.reason and code is grpc.StatusCode.INTERNAL and _RESET_TEXT in message:
+        code = grpc.StatusCode.UNAVAILABLE
     reason = ours.reason or (MessageTooLargeError.reason if _TOO_LARGE_TEXT in message else "")
     return _error_class(code, reason)(
         message,

@@ -157,6 +157,12 @@ def test_an_overload_that_speaks_of_large_messages_is_an_overload() -> None:
     assert type(received(errors.OverloadedError("busy with a message larger than max"))) is errors.OverloadedError
 
 
+def test_a_stream_that_a_proxy_reset_is_as_good_as_a_lost_peer() -> None:
+    text = "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
+    assert type(error_from_rpc(rpc_error(grpc.StatusCode.INTERNAL, text))) is errors.UnavailableError
+    assert type(received(AloraServeError(f"internal error: {text}"))) is AloraServeError, "a defect of ours stays one"
+
+
 def test_an_error_without_words_gets_the_codes() -> None:
     assert str(error_from_rpc(rpc_error(grpc.StatusCode.DATA_LOSS, None))) == "data loss"
 
