@@ -12,9 +12,10 @@ import grpc
 import pytest
 
 from alora_serve.cli.local.events import Exited, LogLine
+from alora_serve.client import AsyncClient
 from alora_serve.v1 import alora_pb2, types_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
-from deployment import another_router
+from deployment import PATIENCE_SECONDS, another_router
 from fake_services import SECRET, FakePrefill, FakeWorker, start_prefill, start_worker, until
 from trace_collector import collector
 
@@ -62,6 +63,8 @@ async def router(collector_address: str, **variables: str) -> AsyncIterator[Trac
             grpc.aio.insecure_channel(listening.address) as channel,
         ):
             traced.stub = AloraServiceStub(channel)
+            async with AsyncClient(listening.address) as client:
+                await client.wait_ready(PATIENCE_SECONDS)
             yield traced
     await prefill.kill()
     await worker.kill()

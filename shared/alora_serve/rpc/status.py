@@ -99,7 +99,7 @@ _TOO_LARGE_TEXT: Final = "message larger than max"
 """What gRPC says of a message over a limit, received, sent or decompressed; it gives no reason but this."""
 
 _RESET_TEXT: Final = "RST_STREAM"
-"""What gRPC says, with INTERNAL, of a stream that was reset and not ended: proxies do that when the peer behind died."""
+"""What gRPC says, with INTERNAL, of a stream that was reset and not ended: proxies do that when its peer has died."""
 
 
 def internal_error(request_id: str) -> AloraServeError:
