@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -66,7 +66,7 @@ async def traced(tiny_model: ServedModel, tmp_path_factory: pytest.TempPathFacto
         environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{collecting.address}")
         environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         async with deployed(
-            tiny_model, f"lmdb://{store}", workers=2, emit=keep, block_tokens=str(BLOCK_TOKENS)
+            tiny_model, f"lmdb://{store}", workers=2, emit=keep, block_tokens=str(BLOCK_TOKENS), silence_seconds="30"
         ) as running:
             yield Traced(running, collecting, log)
 
@@ -164,7 +164,7 @@ async def test_phases_follow_each_other_within_their_call(traced: Traced) -> Non
         # Those of the engine come from its own clock readings, a moment before or after the call's.
         slack = 50_000_000
         edges = [call.began_nanoseconds, *(phase.began_nanoseconds for phase in phases), call.ended_nanoseconds]
-        assert all(later >= earlier - slack for earlier, later in itertools.pairwise(edges))
+        assert all(later >= earlier - slack for earlier, later in pairwise(edges))
 
 
 async def test_a_base_turn_shows_what_it_stored(traced: Traced) -> None:

@@ -1,4 +1,4 @@
-"""A real OTLP collector: a gRPC server that keeps the spans that services send it over a socket."""
+"""A real OTLP collector: a gRPC server that keeps the spans which services send to its socket."""
 
 from __future__ import annotations
 
