@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from alora_serve.errors import InvalidRequestError
 from alora_serve.v1 import alora_pb2
 from deployment import GREEDY, PATIENCE_SECONDS, Deployed
 from guarded_router import Guarded
-from node_programs import ROOT, run_node
+from node_programs import PROGRAMS, ROOT, run_node
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -202,6 +203,15 @@ async def test_no_rpc_is_left_out(node: Told) -> None:
     methods = {method.name for method in alora_pb2.DESCRIPTOR.services_by_name["AloraService"].methods}
     assert node.called.keys() == methods
     assert {name for name, codes in node.called.items() if 0 not in codes} == NOT_SERVED
+
+
+async def test_its_packages_are_pinned_by_digest_and_their_lock_names_no_address() -> None:
+    lock = json.loads((PROGRAMS / "package-lock.json").read_text())["packages"]
+    wanted = json.loads((PROGRAMS / "package.json").read_text())["dependencies"]
+    assert {name: lock[f"node_modules/{name}"]["version"] for name in wanted} == wanted
+    for place, package in lock.items():
+        assert "resolved" not in package, "npm install --package-lock-only --omit-lockfile-registry-resolved"
+        assert package.get("integrity", "").startswith("sha512-") or not place
 
 
 def reason(failure: Any) -> str:
