@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 from opentelemetry import trace
-from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Status, StatusCode, Tracer
 
 from alora_serve.telemetry.attributes import Attributes
 
@@ -51,23 +51,25 @@ def child_span(
     kind: SpanKind = SpanKind.INTERNAL,
     start_nanoseconds: int | None = None,
 ) -> Span:
-    """A span inside ``parent``, or the current one; the caller ends it.
+    """A span inside ``parent``, or the current one; the caller ends it. The no-op where that one is not recorded.
 
-    Where that one is not recorded, a no-op that stands for it, so that peers learn not to record either. It does not
-    become the current span, so it may live in an asynchronous generator, which runs in its readers' contexts.
+    It does not become the current span, so it may live in an asynchronous generator, whose context is its reader's.
     """
     maker = _switch.tracer
     if maker is None:
         return INVALID_SPAN
     parent = parent or trace.get_current_span()
     if not parent.is_recording():
-        return NonRecordingSpan(parent.get_span_context())
+        return INVALID_SPAN
     within = trace.set_span_in_context(parent)
     return maker.start_span(name, within, kind, dict(attributes or {}), start_time=start_nanoseconds)
 
 
 def current(inner: Span) -> AbstractContextManager[Span]:
-    """Makes a span the current one while the block runs, which must not be left by ``yield``."""
+    """Makes a span the current one while the block runs, which must not be left by ``yield``.
+
+    The no-op leaves things as they are: peers are to learn that the trace is not recorded, not that there is none.
+    """
     if inner is INVALID_SPAN:
         return nullcontext(inner)
     return trace.use_span(inner, record_exception=False, set_status_on_exception=False)
