@@ -37,7 +37,7 @@ from guarded_router import Guarded
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(1800)]
 
-CALLS = int(os.environ.get("ALORA_TEST_INTEROP_CALLS", "150"))
+CALLS = int(os.environ.get("ALORA_TEST_INTEROP_CALLS", "100"))
 REPLACED_AFTER = 20
 CALL_SECONDS = 60.0
 TURNS = (ChatMessage("user", "The river is wide and slow, and boats go down it. Is it wide?"),)

@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from envoy_proxy import Backend, Envoy, envoy_in_front_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(1800)]
 
-CALLS = int(os.environ.get("ALORA_TEST_INTEROP_CALLS", "150"))
+CALLS = int(os.environ.get("ALORA_TEST_INTEROP_CALLS", "100"))
 CALL_SECONDS = 60.0
 TURNS = (ChatMessage("user", "Bread is made of flour, water, salt and time. What is it made of?"),)
 SAMPLING = {
@@ -89,7 +88,6 @@ async def workers(serving: Deployed, tmp_path_factory: pytest.TempPathFactory) -
         yield Workers(envoy, AdapterDecodeServiceStub(channel), requests, answers)
 
 
-@pytest.mark.skipif(find_spec("alora_serve.rpc.load_reports") is None, reason="workers report no load")
 async def test_envoy_gives_a_busy_worker_less(
     serving: Deployed, workers: Workers, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
