@@ -153,6 +153,9 @@ async def test_a_killed_router_fails_no_call_of_ours_and_breaks_only_streams_tha
     assert others.right + others.cut == CALLS
     assert others.cut <= 4, "more than were running"
     assert await pair.envoy.count("upstream_rq_retry_success") > 0
+    # Until the new process serves, and not only until Envoy says so: it may not have noticed yet that the old one died.
+    async with AsyncClient(address) as direct:
+        await direct.wait_ready()
     await pair.envoy.wait_for(lambda backends: backends[address].is_healthy)
 
 
