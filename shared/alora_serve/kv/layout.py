@@ -9,7 +9,8 @@ PART_BYTES = 1 << 20
 MIN_BLOCK_TOKENS = 16
 MAX_BLOCK_TOKENS = 256
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of one number, by dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class KVLayout:
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.dtype not in _ITEM_BYTES:
-            raise ValueError(f"KV dtype {self.dtype!r} is not one of {sorted(_ITEM_BYTES)}")
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"KV dtype {self.dtype!r} is not one of {sorted(ITEM_BYTES)}")
 
     @property
     def bytes_per_token(self) -> int:
@@ -37,7 +38,7 @@ class KVLayout:
     @property
     def bytes_per_layer_token(self) -> int:
         """KV bytes of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * _ITEM_BYTES[self.dtype]
+        return 2 * self.kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
 
     def default_block_tokens(self) -> int:
         """Largest power of two of tokens whose KV fits one stored part, within 16 to 256.

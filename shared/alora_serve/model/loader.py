@@ -31,6 +31,7 @@ from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.lean import LeanForward
 from alora_serve.model.lean_check import lean_forward
 from alora_serve.model.projections import Projection, fuse_projections
+from alora_serve.model.shape import LAYOUT_FIELDS, kv_layout
 from alora_serve.model.step import Span, Step
 from alora_serve.model.weights import WeightLayout, WeightQuantization, best_layout
 
@@ -223,10 +224,8 @@ def _probe(
                 )
             return super().__call__(part, query, key, value, mask, **kwargs)
 
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    layout = KVLayout(layers=layers, kv_heads=heads, head_dim=head_dim, dtype=dtype)
-    expected = (1, heads, 2, head_dim)
+    layout = kv_layout({field: getattr(config, field, None) for field in LAYOUT_FIELDS}, dtype)
+    expected = (1, layout.kv_heads, 2, layout.head_dim)
     recorder = _Recorder()
     # Not the name in the config: a model that refused ours still says "eager" there, which is everyone's.
     name = _implementation(attention)

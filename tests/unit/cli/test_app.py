@@ -23,6 +23,7 @@ COMMANDS = [
     ["probe"],
     ["config"],
     ["demo"],
+    ["plan"],
 ]
 
 
@@ -60,6 +61,7 @@ def test_no_command_imports_torch_into_the_command_line() -> None:
     code = (
         "import sys; import alora_serve.cli.doctor, alora_serve.cli.demo.show, alora_serve.cli.local.up\n"
         "import alora_serve.cli.connection, alora_serve.cli.conversation\n"
+        "import alora_serve.cli.plan.show, alora_serve.model.demo_model, alora_serve.model.shape\n"
         "print(sorted({'torch', 'transformers', 'peft', 'numpy', 'safetensors'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,189 @@
+"""The arithmetic of a plan: memory from a model's shape, processes and price from measured rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from alora_serve.kv.layout import ITEM_BYTES
+from alora_serve.model.shape import ModelShape
+
+STORE_HEADROOM: Final = 1.25
+"""A store's memory over the KV in it: records' heads, tails that full blocks replaced, buffers of the server."""
+BUSY_SHARE: Final = 0.7
+"""How busy a process is planned to be: queues grow without bound towards 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is asked of a deployment.
+
+    Attributes:
+        conversations: those whose KV should stay in the store.
+        conversation_tokens: of one, when its adapters are asked.
+        turn_tokens: of these, new since they were asked before: what base prefill computes.
+        adapters: asked about each turn, in one fan-out.
+        invocation_tokens: computed for each call before it can answer.
+        answer_tokens: of an adapter.
+        calls_per_second: adapter calls, ``adapters`` a turn.
+    """
+
+    conversations: int
+    conversation_tokens: int
+    turn_tokens: int
+    adapters: int
+    invocation_tokens: int
+    answer_tokens: int
+    calls_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What one process was measured to do with this model on its machine.
+
+    Attributes:
+        prefill_tokens_per_second: prompt tokens through the model.
+        step_seconds: a decode step of ``step_sequences`` sequences, each with an adapter.
+        fetch_bytes_per_second: KV from the store into a worker.
+    """
+
+    prefill_tokens_per_second: float
+    step_seconds: float
+    step_sequences: int
+    fetch_bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes.
+
+    Attributes:
+        kv_per_token: by dtype.
+        block_tokens: tokens of a stored block.
+        conversation: KV of one conversation.
+        store: for all conversations, with headroom: ``maxmemory`` or ``store_budget_bytes``.
+        weights: of the model in each process that computes; None where the directory holds none.
+        resident_conversations: that fit ``prefix_cache_bytes`` of a process.
+    """
+
+    kv_per_token: dict[str, int]
+    block_tokens: int
+    conversation: int
+    store: int
+    weights: int | None
+    resident_conversations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What adapter calls take one way: with the conversation's KV reused, or recomputed by each call.
+
+    Attributes:
+        prefill_seconds: a base prefill's, a call.
+        worker_seconds: a decode worker's, a call, in a full batch.
+        base_prefills: for the load, at :data:`BUSY_SHARE`.
+        workers: likewise.
+        price_per_1000_calls: of all these seconds.
+    """
+
+    prefill_seconds: float
+    worker_seconds: float
+    base_prefills: int
+    workers: int
+    price_per_1000_calls: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All of it; without rates there is no effort."""
+
+    model: str
+    parameters: int | None
+    dtype: str
+    load: Load
+    memory: Memory
+    rates: Rates | None
+    reused: Effort | None
+    recomputed: Effort | None
+
+
+def make_plan(
+    shape: ModelShape, *, dtype: str, load: Load, rates: Rates | None, hour_price: float, prefix_cache_bytes: int
+) -> Plan:
+    """Plan for a model.
+
+    Args:
+        dtype: ``float32`` or ``bfloat16``.
+        hour_price: of one process, with the cores or the GPU that it computes on.
+        prefix_cache_bytes: the setting of that name.
+
+    Raises:
+        ConfigError: ``config.json`` lacks a field.
+    """
+    memory = _memory(shape, dtype, load, prefix_cache_bytes)
+    return Plan(
+        model=shape.name,
+        parameters=shape.parameters,
+        dtype=dtype,
+        load=load,
+        memory=memory,
+        rates=rates,
+        reused=None if rates is None else _reused(load, rates, memory.conversation, hour_price),
+        recomputed=None if rates is None else _recomputed(load, rates, hour_price),
+    )
+
+
+def _memory(shape: ModelShape, dtype: str, load: Load, prefix_cache_bytes: int) -> Memory:
+    layout = shape.kv_layout(dtype)
+    conversation = load.conversation_tokens * layout.bytes_per_token
+    return Memory(
+        kv_per_token={name: shape.kv_layout(name).bytes_per_token for name in ("bfloat16", "float32")},
+        block_tokens=layout.default_block_tokens(),
+        conversation=conversation,
+        store=math.ceil(load.conversations * conversation * STORE_HEADROOM),
+        weights=None if shape.parameters is None else shape.parameters * ITEM_BYTES[dtype],
+        resident_conversations=prefix_cache_bytes // conversation,
+    )
+
+
+def _reused(load: Load, rates: Rates, conversation_bytes: int, hour_price: float) -> Effort:
+    """The new tokens of a turn are computed once and its KV is fetched once, whatever the number of its adapters."""
+    return _effort(
+        load,
+        prefill_seconds=load.turn_tokens / rates.prefill_tokens_per_second / load.adapters,
+        worker_seconds=conversation_bytes / rates.fetch_bytes_per_second / load.adapters + _answer_seconds(load, rates),
+        hour_price=hour_price,
+    )
+
+
+def _recomputed(load: Load, rates: Rates, hour_price: float) -> Effort:
+    """Plain LoRA: every call computes its whole prompt, on the worker."""
+    prompt_seconds = load.conversation_tokens / rates.prefill_tokens_per_second
+    return _effort(
+        load,
+        prefill_seconds=0.0,
+        worker_seconds=prompt_seconds + _answer_seconds(load, rates),
+        hour_price=hour_price,
+    )
+
+
+def _answer_seconds(load: Load, rates: Rates) -> float:
+    return (
+        load.invocation_tokens / rates.prefill_tokens_per_second
+        + load.answer_tokens * rates.step_seconds / rates.step_sequences
+    )
+
+
+def _effort(load: Load, *, prefill_seconds: float, worker_seconds: float, hour_price: float) -> Effort:
+    return Effort(
+        prefill_seconds=prefill_seconds,
+        worker_seconds=worker_seconds,
+        base_prefills=_processes(load.calls_per_second * prefill_seconds),
+        workers=_processes(load.calls_per_second * worker_seconds),
+        price_per_1000_calls=1000 * (prefill_seconds + worker_seconds) * hour_price / 3600,
+    )
+
+
+def _processes(busy_seconds_per_second: float) -> int:
+    return math.ceil(busy_seconds_per_second / BUSY_SHARE)
