@@ -95,6 +95,10 @@ else
 	@$(BIN)/buf breaking proto --against '.git#tag=$(LAST_TAG),subdir=proto'
 endif
 
+.PHONY: docs
+docs: $(VENV)/.ready-dev ## docs/ as a site, in build/site; a link to nothing fails it (make test builds it, too)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 .PHONY: test
 test: $(VENV)/.ready-dev $(STUBS) ## every test, on real servers, with branch coverage: make test ARGS="-k router"
 	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
