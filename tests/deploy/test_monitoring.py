@@ -102,7 +102,7 @@ def queries() -> Iterator[tuple[str, str, str]]:
 def runbook_sections() -> dict[str, str]:
     """Text by heading, of those below Alerts."""
     text = RUNBOOK.read_text()
-    alerts = text[text.index("\n## Alerts\n") : text.index("\n## Scaling\n")]
+    alerts = text[text.index("\n## Alerts\n") : text.index("\n## Sizing\n")]
     return {part.partition("\n")[0]: part.partition("\n")[2] for part in alerts.split("\n### ")[1:]}
 
 
