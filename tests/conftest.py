@@ -14,4 +14,4 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
-pytest_plugins = ["demo_model_directory", "require_all"]
+pytest_plugins = ["demo_model_directory", "require_all", "warm_starts"]

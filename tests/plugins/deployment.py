@@ -18,7 +18,8 @@ import grpc
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
-from alora_serve.cli.local import DeploymentOptions, LocalDeployment
+import warm_starts
+from alora_serve.cli.local import DeploymentOptions, LocalDeployment, machine
 from alora_serve.cli.local.events import Listening
 from alora_serve.cli.local.process import ProcessSpec, RestartPolicy, SupervisedProcess
 from alora_serve.client import AsyncClient, GenerationResult, PrefixHandle, RetryPolicy, SamplingParams
@@ -231,7 +232,7 @@ async def deployed(
     )
     # What the services log is shown with a test that fails.
     async with (
-        LocalDeployment(options, emit=emit, policy=policy) as local,
+        LocalDeployment(options, emit=emit, policy=policy, spawn=warm_starts.spawn) as local,
         AsyncClient(
             local.router_address, retry=RetryPolicy(max_attempts=1), credentials=credentials, api_key=api_key
         ) as client,
@@ -258,8 +259,9 @@ async def another_router(
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ALORA_")}
     environment |= {f"ALORA_{name.upper()}": value for name, value in chosen.items()}
+    environment = machine.service_environment(environment, threads=1)
     spec = ProcessSpec("router", (sys.executable, "-P", "-m", "adapter_router"), environment)
-    router = SupervisedProcess(spec, emit, policy)
+    router = SupervisedProcess(spec, emit, policy, warm_starts.spawn)
     try:
         yield await router.start()
     finally:

@@ -17,6 +17,7 @@ from alora_serve.cli.local import machine
 from alora_serve.cli.local.events import Listening, Notice, ProcessEvent
 from alora_serve.cli.local.process import ProcessSpec, RestartPolicy
 from alora_serve.cli.local.readiness import wait_router_ready
+from alora_serve.cli.local.spawning import Spawn, spawn_tethered
 from alora_serve.cli.local.store_room import place_store
 from alora_serve.cli.local.supervisor import Supervisor
 from alora_serve.config import (
@@ -94,11 +95,12 @@ class LocalDeployment:
         *,
         emit: Callable[[ProcessEvent], None] = lambda event: None,
         policy: RestartPolicy | None = None,
+        spawn: Spawn = spawn_tethered,
     ) -> None:
         """``emit`` is told what happens, on the loop's thread; it must not block or raise."""
         self.options = options
         self._emit = emit
-        self._supervisor = Supervisor(emit, policy)
+        self._supervisor = Supervisor(emit, policy, spawn)
         self._settings: LocalSettings | None = None
 
     @property

@@ -6,24 +6,18 @@ import asyncio
 import json
 import os
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
-from alora_serve.cli.local import tether
 from alora_serve.cli.local.events import Exited, Listening, LogLine, ProcessEvent, Spawned, StartError
+from alora_serve.cli.local.spawning import Child, Spawn, spawn_tethered
 from alora_serve.errors import AloraServeError, UnavailableError
 
 Emit = Callable[[ProcessEvent], None]
-
-TETHER: Final = "kernel" if sys.platform == "linux" else "pipe"
-"""How children learn of the supervisor's death; see :mod:`alora_serve.cli.local.tether`."""
 
 _MAX_LINE_BYTES: Final = 1 << 20
 _KEPT_LINES: Final = 20
@@ -73,13 +67,16 @@ class SupervisedProcess:
     kernel takes that for the supervisor's death.
     """
 
-    def __init__(self, spec: ProcessSpec, emit: Emit, policy: RestartPolicy | None = None) -> None:
+    def __init__(
+        self, spec: ProcessSpec, emit: Emit, policy: RestartPolicy | None = None, spawn: Spawn = spawn_tethered
+    ) -> None:
         self.name = spec.name
         self._spec = spec
         self._emit = emit
         self._policy = policy or RestartPolicy()
+        self._spawn = spawn
         self._addresses = (spec.listen, spec.metrics_listen)
-        self._process: Process | None = None
+        self._process: Child | None = None
         self._life: asyncio.Task[None] | None = None
         self._listening: asyncio.Future[Listening] = asyncio.get_running_loop().create_future()
         self._listening_since: float | None = None
@@ -186,7 +183,7 @@ class SupervisedProcess:
         deaths = 0
         has_listened = False
         while True:
-            process = await self._spawn()
+            process = await self._start_fresh()
             await self._follow(process)
             status = await process.wait()
             listened_seconds = 0.0 if self._listening_since is None else monotonic() - self._listening_since
@@ -201,28 +198,20 @@ class SupervisedProcess:
                 self._fail_waiters(status)
                 return
 
-    async def _spawn(self) -> Process:
+    async def _start_fresh(self) -> Child:
         self._last_lines.clear()
         self._listening_since = None
         self._restarting = False
         listen, metrics_listen = self._addresses
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(Path(tether.__file__)), TETHER, str(os.getpid())),
-            *self._spec.command,
-            *("--listen", listen, "--metrics-listen", metrics_listen),
-            stdin=PIPE,  # never written: the other end of the tether
-            stdout=PIPE,
-            stderr=PIPE,
-            env=dict(self._spec.environment),
-            start_new_session=True,  # Ctrl-C in the terminal is for the supervisor, which drains in order
-        )
+        command = (*self._spec.command, "--listen", listen, "--metrics-listen", metrics_listen)
+        process = await self._spawn(command, self._spec.environment)
         self._process = process
         self._emit(Spawned(self.name, process.pid))
         if self._stop.is_set():
             process.kill()
         return process
 
-    async def _follow(self, process: Process) -> None:
+    async def _follow(self, process: Child) -> None:
         """Pass on what the process writes until it has ended."""
         if process.stdout is None or process.stderr is None:
             raise RuntimeError("the process was started without pipes")

@@ -7,16 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from alora_serve.cli.local.events import Listening
 from alora_serve.cli.local.process import Emit, ProcessSpec, RestartPolicy, SupervisedProcess
+from alora_serve.cli.local.spawning import Spawn, spawn_tethered
 from alora_serve.errors import InvalidRequestError
 
 
 class Supervisor:
     """Keeps processes running. Belongs to one event loop."""
 
-    def __init__(self, emit: Emit, policy: RestartPolicy | None = None) -> None:
+    def __init__(self, emit: Emit, policy: RestartPolicy | None = None, spawn: Spawn = spawn_tethered) -> None:
         """``emit`` is told everything that happens, on the loop's thread; it must not block or raise."""
         self._emit = emit
         self._policy = policy
+        self._spawn = spawn
         self._processes: dict[str, SupervisedProcess] = {}
 
     @property
@@ -42,7 +44,7 @@ class Supervisor:
         Raises:
             ConfigError: one ended before it listened. The others go on until stopped.
         """
-        started = [SupervisedProcess(spec, self._emit, self._policy) for spec in specs]
+        started = [SupervisedProcess(spec, self._emit, self._policy, self._spawn) for spec in specs]
         self._processes.update((process.name, process) for process in started)
         return list(await asyncio.gather(*(process.start() for process in started)))
 

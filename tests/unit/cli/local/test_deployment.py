@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from alora_serve.cli.local import deployment
 from alora_serve.cli.local.deployment import DeploymentOptions, LocalDeployment, example_adapter_roots
 from alora_serve.cli.local.events import Exited, Notice, ProcessEvent
 from alora_serve.cli.local.process import ProcessSpec
+from alora_serve.cli.local.spawning import Child, spawn_tethered
 from alora_serve.cli.local.store_room import StorePlace
 from alora_serve.errors import ConfigError, UnavailableError
 
@@ -110,17 +112,38 @@ async def test_addresses_are_refused_while_there_are_none() -> None:
 
 
 @pytest.fixture
-async def running(monkeypatch, spec, tmp_path: Path) -> AsyncIterator[LocalDeployment]:
+def spawned() -> list[str]:
+    """Names of what was started, in that order."""
+    return []
+
+
+@pytest.fixture
+async def running(monkeypatch, spec, spawned: list[str], tmp_path: Path) -> AsyncIterator[LocalDeployment]:
     """A deployment of small children in place of the services."""
+
+    def named(one: ProcessSpec) -> ProcessSpec:
+        return replace(one, environment={**one.environment, "NAME": one.name})
+
+    async def spawn(command: Sequence[str], environment: Mapping[str, str]) -> Child:
+        spawned.append(environment["NAME"])
+        return await spawn_tethered(command, environment)
 
     async def ready(router: object, **expected: object) -> None:
         await asyncio.sleep(0)
 
-    monkeypatch.setattr(LocalDeployment, "_spec", lambda self, name, *rest: spec("serve", name=name))
+    monkeypatch.setattr(LocalDeployment, "_spec", lambda self, name, *rest: named(spec("serve", name=name)))
     monkeypatch.setattr(deployment, "wait_router_ready", ready)
     options = DeploymentOptions(model=str(tmp_path), store_url=f"lmdb://{tmp_path}/kv")
-    async with LocalDeployment(options) as local:
+    async with LocalDeployment(options, spawn=spawn) as local:
         yield local
+
+
+async def test_every_start_is_made_in_the_way_that_was_chosen(running: LocalDeployment, spawned: list[str]) -> None:
+    await running.kill("worker-1")
+    await running.wait_listening("worker-1")
+    await running.restart("router")
+    assert sorted(spawned[:2]) == ["prefill", "worker-1"]
+    assert spawned[2:] == ["router", "worker-1", "router"]
 
 
 async def test_a_fresh_process_may_get_another_environment(running: LocalDeployment) -> None:
