@@ -115,7 +115,7 @@ deploy-check: $(VENV)/.ready-dev $(STUBS) ## chart, rules and dashboards, by the
 
 .PHONY: chaos
 chaos: $(VENV)/.ready-dev $(STUBS) ## break a running deployment in every way it must survive: make chaos ARGS="--list"
-	@$(TEST_ENV) PYTHONPATH=tests/plugins $(BIN)/python tests/chaos/run_chaos.py $(ARGS)
+	@$(TEST_ENV) ALORA_TEST_COLD_START=1 PYTHONPATH=tests/plugins $(BIN)/python tests/chaos/run_chaos.py $(ARGS)
 
 .PHONY: interop
 interop: $(VENV)/.ready-dev $(STUBS) ## every RPC from Node and buf, and 1,000 calls through Envoy while a router, then a worker, dies

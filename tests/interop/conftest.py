@@ -27,15 +27,34 @@ def slow_return() -> RestartPolicy:
     return RestartPolicy(first_seconds=DEAD_SECONDS, longest_seconds=DEAD_SECONDS)
 
 
+@pytest.fixture(scope="session")
+def shared() -> list[Deployed]:
+    """The deployment, once a test has needed it."""
+    return []
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="session")
+async def all_serve_again(shared: list[Deployed]) -> AsyncIterator[None]:
+    """Whatever a test killed is back before the next one, also after a test that failed."""
+    yield
+    for running in shared:
+        await running.local.wait_ready()
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def serving(
-    tiny_model: ServedModel, slow_return: RestartPolicy, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: ServedModel,
+    slow_return: RestartPolicy,
+    shared: list[Deployed],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Deployed]:
     store = tmp_path_factory.mktemp("store")
     async with deployed(
         tiny_model, f"lmdb://{store}", workers=2, drain_seconds=60, policy=slow_return, block_tokens=str(BLOCK_TOKENS)
     ) as running:
+        shared.append(running)
         yield running
+        shared.clear()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

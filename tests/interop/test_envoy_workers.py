@@ -70,7 +70,6 @@ def decode_request(request: alora_pb2.GenerateRequest) -> pb.DecodeRequest:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def workers(serving: Deployed, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Workers]:
-    await serving.local.wait_ready()
     backends = [serving.local.processes[name].address for name in ("worker-1", "worker-2")]
     handle = (await serving.client.prefill(TURNS)).handle
     requests = {
@@ -167,4 +166,3 @@ async def test_a_killed_worker_fails_no_call_of_ours_and_breaks_only_streams_tha
     assert others.right + others.cut == CALLS
     assert others.cut <= 4, "more than were running"
     assert await workers.envoy.count("upstream_rq_retry_success") > 0
-    await serving.local.wait_ready()

@@ -90,8 +90,10 @@ async def kill_in_the_middle(
     # No more than the other one has, or Envoy would send it nothing new.
     await envoy.wait_for(lambda backends: 0 < backends[address].running <= CONCURRENCY)
     os.kill(pid, signal.SIGSTOP)
-    calls = (await envoy.backends())[address].calls
-    knocks = [asyncio.ensure_future(knock()) for _ in range(KNOCKS)]
-    await envoy.wait_for(lambda backends: backends[address].calls > calls)
-    os.kill(pid, signal.SIGKILL)
+    try:
+        calls = (await envoy.backends())[address].calls
+        knocks = [asyncio.ensure_future(knock()) for _ in range(KNOCKS)]
+        await envoy.wait_for(lambda backends: backends[address].calls > calls)
+    finally:
+        os.kill(pid, signal.SIGKILL)  # whatever failed: nobody would start what is only stopped again
     await asyncio.gather(*knocks)

@@ -159,12 +159,15 @@ class Deployed:
         return await self.client.generate(handle=handle, adapter=adapter, sampling=GREEDY, **more).result()
 
     async def metric(self, process: str, name: str, **labels: str) -> float:
-        """A sample of a process's ``/metrics``, summed over what ``labels`` leave open; 0 while there is none."""
-        return await metric_at(self.local.processes[process].metrics_address, name, **labels)
+        """A sample of a process's ``/metrics``, summed over what ``labels`` leave open; 0 while there is none.
+
+        Of a process that was killed, it is the next one's, as soon as that listens.
+        """
+        return await metric_at((await self.local.wait_listening(process)).metrics_address, name, **labels)
 
     async def statuses(self, process: str = WORKER) -> AsyncIterator[EndpointStatus]:
         """What a decode worker tells routers, from now on."""
-        async with internal_channel(self.local.processes[process].address) as channel:
+        async with internal_channel((await self.local.wait_listening(process)).address) as channel:
             stub: Any = AdapterDecodeServiceStub(channel)
             async for response in stub.WatchStatus(AdapterDecodeServiceWatchStatusRequest()):
                 yield endpoint_status_from_proto(response.status)

@@ -116,6 +116,10 @@ def faults(chaos: Chaos) -> dict[str, Fault]:
     }
 
 
+SHORT: Final = ("store refuses connections", "store 100 ms away", "store out of memory")
+"""Of :func:`faults`, those of a short run: one of each kind that a store recovers from in another way."""
+
+
 async def valkey_faults(chaos: Chaos) -> list[Row]:
     """One Valkey behind one network, and all that can become of either."""
     with valkey_server() as valkey, FaultyNetwork(valkey.host, valkey.port) as network:
@@ -125,6 +129,7 @@ async def valkey_faults(chaos: Chaos) -> list[Row]:
             return [
                 await under(running, name, fault(server), chaos.pick(2.0, 5.0), expected, rng)
                 for name, fault in faults(chaos).items()
+                if name in SHORT or not chaos.is_short
             ]
 
 

@@ -181,7 +181,12 @@ async def test_its_coverage_is_measured(tmp_path: Path) -> None:
     os.kill(child.pid, signal.SIGTERM)
     assert await child.wait() == 0
     await asyncio.to_thread(server.close)
-    assert '    log.info("stopped")' in lines_run(tmp_path, child.pid, ROOT / "shared/alora_serve/rpc/server.py")
+    source = ROOT / "shared" / "alora_serve" / "rpc" / "server.py"
+    imported, served = "import grpc", '    log.info("stopped")'
+    of_the_child = lines_run(tmp_path, child.pid, source)
+    assert served in of_the_child
+    assert imported not in of_the_child, "what the warm process has measured already"
+    assert imported in lines_run(tmp_path, server.process.pid, source)
 
 
 def lines_run(directory: Path, pid: int, source: Path) -> list[str]:
