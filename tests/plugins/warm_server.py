@@ -30,7 +30,7 @@ from alora_serve.cli.local import tether
 
 MAX_REQUEST_BYTES = 1 << 20
 IMPORTED_LATE = {"adapter_decode": ("transformers.models.llama.modeling_llama",)}
-"""What services import only once they serve, by one of them."""
+"""What is imported only once a model is loaded, by a service that loads one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +115,13 @@ class Forks:
 
     def _forget(self, news: int) -> None:
         """In a child: close what is the parent's."""
-        for key in list(self._ready.get_map().values()):
-            os.close(key.fd) if key.fileobj is not self._control else self._control.close()
-            if key.data:
-                os.close(key.data[1])
-        self._ready.close()
         os.close(news)
+        for key in self._ready.get_map().values():
+            if key.fileobj is not self._control:
+                _, news_of_another = key.data
+                os.close(news_of_another)
+                os.close(key.fd)
+        self._control.close()
 
 
 def _import_all(services: list[str]) -> None:

@@ -33,7 +33,7 @@ SERVICES = ("base_prefill", "adapter_decode", "adapter_router")
 READ_LATE = ("ALORA_", "OTEL_", "PYTEST_")
 """Prefixes of variables that nothing reads before a service's ``main``. All others must be as in the warm process: some
 are read at import (``OMP_WAIT_POLICY``), others by the loader or by the allocator (``MALLOC_*``)."""
-READ_EARLY = ("OTEL_PYTHON_",)
+OTEL_READ_EARLY = "OTEL_PYTHON_"
 START_SECONDS = 120.0
 
 
@@ -72,9 +72,8 @@ class WarmServer:
 
     def __init__(self, services: Sequence[str] = SERVICES, variables: Mapping[str, str] | None = None) -> None:
         base = os.environ if variables is None else variables
-        early = {name: value for name, value in base.items() if not _is_read_late(name)}
         self.services = tuple(services)
-        self.environment = machine.service_environment(early, threads=1)
+        self.environment = machine.service_environment(_read_early(base), threads=1)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -93,8 +92,8 @@ class WarmServer:
 
     async def spawn(self, command: Sequence[str], environment: Mapping[str, str]) -> Child:
         """A :class:`~alora_serve.cli.local.spawning.Spawn`: warm where that makes no difference, else cold."""
-        program = (*command[:3], self._early(environment))
-        if program != (sys.executable, "-P", "-m", self.environment) or command[3] not in self.services:
+        is_service = (*command[:3],) == (sys.executable, "-P", "-m") and command[3] in self.services
+        if not is_service or _read_early(environment) != self.environment:
             return await spawn_tethered(command, environment)
         asked = {
             "module": command[3],
@@ -124,18 +123,19 @@ class WarmServer:
         self.process.wait(START_SECONDS)
         self._log.close()
 
-    @staticmethod
-    def _early(environment: Mapping[str, str]) -> dict[str, str]:
-        return {name: value for name, value in environment.items() if not _is_read_late(name)}
-
     def _ended(self) -> RuntimeError:
         status = self.process.wait(START_SECONDS)
         self._log.seek(0)
         return RuntimeError(f"the warm process ended (exit status {status}):\n{self._log.read().decode()}")
 
 
-def _is_read_late(name: str) -> bool:
-    return name.startswith(READ_LATE) and not name.startswith(READ_EARLY)
+def _read_early(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of it may have been read before a service's ``main`` runs."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(OTEL_READ_EARLY) or not name.startswith(READ_LATE)
+    }
 
 
 async def _reader(file: int) -> asyncio.StreamReader:

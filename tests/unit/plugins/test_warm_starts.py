@@ -169,6 +169,11 @@ async def test_so_does_the_variable(monkeypatch: pytest.MonkeyPatch, warm: WarmS
     await child.wait()
 
 
+async def test_make_chaos_starts_cold() -> None:
+    recipe = (ROOT / "Makefile").read_text().partition("\nchaos:")[2].partition("\n\n")[0]
+    assert f"{warm_starts.VARIABLE}=1" in recipe
+
+
 async def test_its_coverage_is_measured(tmp_path: Path) -> None:
     settings = (ROOT / "pyproject.toml").read_text()
     assert 'data_file = "build/coverage/data"' in settings

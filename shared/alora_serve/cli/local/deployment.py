@@ -97,7 +97,10 @@ class LocalDeployment:
         policy: RestartPolicy | None = None,
         spawn: Spawn = spawn_tethered,
     ) -> None:
-        """``emit`` is told what happens, on the loop's thread; it must not block or raise."""
+        """``emit`` is told what happens, on the loop's thread; it must not block or raise.
+
+        ``spawn`` starts the services' processes.
+        """
         self.options = options
         self._emit = emit
         self._supervisor = Supervisor(emit, policy, spawn)
