@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias, TypedDict
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert import FanOut, Target, fan_out_to_proto, generate_to_proto, prompt_to_proto
-from alora_serve.types import ChatMessage, Document, PrefixHandle, Prompt, SamplingParams, ToolCall
+from alora_serve.types import ChatMessage, Document, PrefixHandle, Prompt, SamplingParams, StructuredOutput, ToolCall
 from alora_serve.v1 import alora_pb2
 
 Messages: TypeAlias = str | Sequence[ChatMessage | Mapping[str, Any]]
@@ -47,6 +47,8 @@ class GenerateFields(PromptFields, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: bool
+    top_logprobs: int
+    structured_output: StructuredOutput | None
 
 
 _PROMPT_FIELDS: Final = PromptFields.__optional_keys__

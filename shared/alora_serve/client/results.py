@@ -19,6 +19,7 @@ from alora_serve.types import (
     Timings,
     TokenChunk,
     TokenIds,
+    TokenLogprob,
     Usage,
 )
 from alora_serve.v1 import alora_pb2, types_pb2
@@ -39,6 +40,8 @@ class GenerationResult:
         handle: for a base turn, names prompt and answer: pass it with the next messages. None with an adapter.
         stop_string: the stop string that ended it, if one did.
         logprobs: one natural-log probability a token; empty unless asked for.
+        token_bytes: of each token; empty unless log-probabilities are asked for.
+        top_logprobs: for each token, the most likely ones in its place, likeliest first; empty unless asked for.
         adapter_digest: the adapter that answered; empty for the base model.
         seed: the seed in use; pass it again, with the same prompt, to draw the same.
     """
@@ -53,6 +56,8 @@ class GenerationResult:
     logprobs: tuple[float, ...]
     adapter_digest: AdapterDigest
     seed: int
+    token_bytes: tuple[bytes, ...] = ()
+    top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
 
 
 class Received(Protocol[RequestT]):
@@ -73,6 +78,8 @@ class Transcript:
         self.text = ""
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
+        self._token_bytes: list[bytes] = []
+        self._top_logprobs: list[tuple[TokenLogprob, ...]] = []
         self._started: Started | None = None
         self._finished: Finished | None = None
 
@@ -86,6 +93,8 @@ class Transcript:
                 self.text += event.text
                 self._token_ids += event.token_ids
                 self._logprobs += event.logprobs
+                self._token_bytes += event.token_bytes
+                self._top_logprobs += event.top_logprobs
             case Finished():
                 self.text += event.text
                 self._finished = event
@@ -143,6 +152,8 @@ class Transcript:
             handle=finished.handle,
             stop_string=finished.stop_string,
             logprobs=tuple(self._logprobs),
+            token_bytes=tuple(self._token_bytes),
+            top_logprobs=tuple(self._top_logprobs),
             adapter_digest=self._started.adapter_digest if self._started else AdapterDigest(""),
             seed=self._started.seed if self._started else 0,
         )

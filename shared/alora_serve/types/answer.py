@@ -14,7 +14,7 @@ class FinishReason(enum.Enum):
     """Why a stream ended."""
 
     STOP = "stop"
-    """End of sequence, a stop token or a stop string."""
+    """End of sequence, a stop token or a stop string; or the form of the answer leaves nothing to add."""
     LENGTH = "length"
     """``max_tokens`` reached."""
 
@@ -82,18 +82,41 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token that the model could have chosen.
+
+    Attributes:
+        logprob: natural log of its probability, at temperature 1 and before bias, penalties, truncation and form.
+        token_bytes: what it would add to the text, a character's part if need be; of a special token, its name.
+    """
+
+    token_id: int
+    logprob: float
+    token_bytes: bytes
+
+    @property
+    def text(self) -> str:
+        """Its bytes as text, those of no whole character as U+FFFD."""
+        return self.token_bytes.decode(errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
 class TokenChunk:
     """One or more new tokens.
 
     Attributes:
         token_ids: in order.
         text: what they add to the answer's text; may be empty while a character or a possible stop string is open.
-        logprobs: one natural-log probability per token, at temperature 1 and before any truncation; empty unless asked.
+        logprobs: one a token, as in :class:`TokenLogprob`; empty unless asked for.
+        token_bytes: of each token, as in :class:`TokenLogprob`; empty unless log-probabilities are asked for.
+        top_logprobs: for each token, the most likely ones in its place, likeliest first; empty unless asked for.
     """
 
     token_ids: TokenIds
     text: str
     logprobs: tuple[float, ...] = ()
+    token_bytes: tuple[bytes, ...] = ()
+    top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

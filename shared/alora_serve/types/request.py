@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from alora_serve.types.ids import AdapterDigest, TokenIds
 from alora_serve.types.prompt import PrefixHandle
+from alora_serve.types.structure import StructuredOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,9 @@ class SamplingParams:
         stop_token_ids: further end-of-sequence ids.
         ignore_eos: go on past the model's own end of sequence.
         logprobs: report the log-probability of each chosen token.
+        top_logprobs: report this many most likely tokens at each position, to 20; implies ``logprobs``.
+        n: samples from one prefix, 1 to 64; the router makes as many requests of it, each with its ``sample_index``.
+        structured_output: the form that the answer must have; None leaves it free.
     """
 
     max_tokens: int = 256
@@ -46,6 +50,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
+    n: int = 1
+    structured_output: StructuredOutput | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ def test_every_field_reaches_the_server() -> None:
     )
     assert target == Target("jailbreak", sampling)
     # Whoever adds a sampling parameter adds it here, too.
-    assert GenerateFields.__optional_keys__ >= set(SamplingParams.__dataclass_fields__) - {"sample_index"}
+    assert GenerateFields.__optional_keys__ >= set(SamplingParams.__dataclass_fields__) - {"sample_index", "n"}
 
 
 def test_no_adapter_is_the_base_model_and_no_seed_stays_unset() -> None:

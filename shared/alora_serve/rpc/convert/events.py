@@ -17,6 +17,7 @@ from alora_serve.types import (
     StreamEvent,
     Timings,
     TokenChunk,
+    TokenLogprob,
     Usage,
 )
 from alora_serve.v1 import types_pb2
@@ -49,6 +50,8 @@ def event_to_proto(event: StreamEvent, *, attempt: int = 0, first_index: int = 0
                     text=event.text,
                     logprobs=event.logprobs,
                     first_index=first_index,
+                    top_logprobs=map(_top_to_proto, event.top_logprobs),
+                    token_bytes=event.token_bytes,
                 ),
             )
         case Finished():
@@ -58,7 +61,7 @@ def event_to_proto(event: StreamEvent, *, attempt: int = 0, first_index: int = 0
 
 
 def event_from_proto(message: types_pb2.GenerationEvent) -> StreamEvent:
-    """The event; ``attempt`` and ``first_index`` stay in the message, for routers.
+    """The event; ``attempt``, ``sample_index`` and ``first_index`` stay in the message.
 
     An event that this version does not know shows, like a heartbeat, only that the stream is alive.
 
@@ -81,6 +84,8 @@ def event_from_proto(message: types_pb2.GenerationEvent) -> StreamEvent:
                 token_ids=unpack_token_ids(message.chunk.token_ids, "event.chunk.token_ids"),
                 text=message.chunk.text,
                 logprobs=tuple(message.chunk.logprobs),
+                token_bytes=tuple(message.chunk.token_bytes),
+                top_logprobs=tuple(map(_top_from_proto, message.chunk.top_logprobs)),
             )
         case "finished":
             return _finished_from_proto(message.finished)
@@ -92,6 +97,19 @@ def finish_reason_name(number: int) -> str:
     """Why a stream ended, in a word; of a reason that this version does not know, its number."""
     known = _FINISH_REASONS_FROM_PROTO.get(number)  # type: ignore[call-overload]
     return known.value if known is not None else str(number)
+
+
+def _top_to_proto(tokens: tuple[TokenLogprob, ...]) -> types_pb2.TopLogprobs:
+    return types_pb2.TopLogprobs(
+        tokens=[
+            types_pb2.TokenLogprob(token_id=token.token_id, logprob=token.logprob, token_bytes=token.token_bytes)
+            for token in tokens
+        ]
+    )
+
+
+def _top_from_proto(message: types_pb2.TopLogprobs) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(token.token_id, token.logprob, token.token_bytes) for token in message.tokens)
 
 
 def _finished_to_proto(event: Finished) -> types_pb2.Finished:

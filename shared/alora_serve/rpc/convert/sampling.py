@@ -6,6 +6,7 @@ import math
 from typing import Any, Final
 
 from alora_serve.errors import InvalidRequestError
+from alora_serve.rpc.convert.structure import read_structure, structure_to_proto
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import AdapterDigest, Resume, SamplingParams, TokenIds
@@ -15,6 +16,8 @@ MAX_TEMPERATURE: Final = 100.0
 MAX_PENALTY: Final = 2.0
 MAX_LOGIT_BIAS: Final = 100.0
 MAX_STOP_STRINGS: Final = 16
+MAX_TOP_LOGPROBS: Final = 20
+MAX_SAMPLES: Final = 64
 
 _OPTIONAL_FIELDS: Final = (
     "max_tokens",
@@ -57,7 +60,12 @@ def read_sampling(
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
-        logprobs=message.logprobs,
+        logprobs=message.logprobs or message.top_logprobs > 0,
+        top_logprobs=message.top_logprobs,
+        n=message.n or 1,
+        structured_output=read_structure(message.structured_output, violations, field=f"{field}.structured_output")
+        if message.HasField("structured_output")
+        else None,
     )
     _check_ranges(params, violations, field)
     if message.HasField("structured_output"):
@@ -105,6 +113,17 @@ def _check_ranges(params: SamplingParams, violations: Violations, field: str) ->
         f"{field}.stop",
         f"{len(params.stop)} stop strings are more than {MAX_STOP_STRINGS}",
     )
+    require(
+        params.top_logprobs <= MAX_TOP_LOGPROBS,
+        f"{field}.top_logprobs",
+        f"{params.top_logprobs} is more than {MAX_TOP_LOGPROBS}",
+    )
+    require(params.n <= MAX_SAMPLES, f"{field}.n", f"{params.n} samples are more than {MAX_SAMPLES}")
+    require(
+        not (params.ignore_eos and params.structured_output),
+        f"{field}.ignore_eos",
+        "structured_output says where the answer ends: leave one of them unset",
+    )
     for index, stop in enumerate(params.stop):
         require(stop != "", f"{field}.stop[{index}]", "is empty, which would stop before any text")
 
@@ -126,6 +145,9 @@ def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         logprobs=params.logprobs,
+        top_logprobs=params.top_logprobs,
+        n=params.n,
+        structured_output=structure_to_proto(params.structured_output) if params.structured_output else None,
     )
 
 

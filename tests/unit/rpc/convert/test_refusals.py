@@ -87,7 +87,10 @@ def test_the_edges_of_every_range_are_inside() -> None:
     [
         (types_pb2.SamplingParams(n=2), "sampling.n"),
         (types_pb2.SamplingParams(top_logprobs=1), "sampling.top_logprobs"),
-        (types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput()), "sampling.structured_output"),
+        (
+            types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput(regex="a")),
+            "sampling.structured_output",
+        ),
     ],
 )
 def test_sampling_that_this_release_does_not_serve_is_named(message: types_pb2.SamplingParams, field: str) -> None:
@@ -204,7 +207,7 @@ def test_a_resume_with_another_seed_than_the_request_is_named() -> None:
 
 
 def test_all_that_is_not_served_is_named_at_once() -> None:
-    sampling = types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput(), top_logprobs=1)
+    sampling = types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput(regex="a"), top_logprobs=1)
     request = alora_pb2.GenerateRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), sampling=sampling)
     with pytest.raises(UnimplementedFeatureError) as caught:
         convert.generate_from_proto(request)

@@ -34,6 +34,7 @@ from alora_serve.types import (
     StreamEvent,
     Timings,
     TokenChunk,
+    TokenLogprob,
     ToolCall,
     Usage,
 )
@@ -43,6 +44,7 @@ uint32 = st.integers(0, 2**32 - 1)
 uint64 = st.integers(0, 2**64 - 1)
 text = st.text(max_size=8)
 seconds = st.floats(0, 1e6)
+logprobs = st.floats(-(2.0**100), 0, width=32).map(float)
 digest = st.binary(min_size=32, max_size=32)
 adapter_digest = text.map(AdapterDigest)
 token_ids = st.lists(uint32, max_size=6).map(tuple)
@@ -110,7 +112,17 @@ prompts = (
 answerable = prompts.filter(lambda prompt: not prompt.messages or prompt.messages[-1].role != "assistant")
 events = (
     st.builds(Started, adapter_digest, st.none() | uint32, uint64, uint32)
-    | st.builds(TokenChunk, token_ids, text, st.lists(float32(-(2.0**100), 0).map(float), max_size=3).map(tuple))
+    | st.builds(
+        TokenChunk,
+        token_ids,
+        text,
+        st.lists(logprobs, max_size=3).map(tuple),
+        st.lists(st.binary(max_size=3), max_size=3).map(tuple),
+        st.lists(
+            st.lists(st.builds(TokenLogprob, uint32, logprobs, st.binary(max_size=3)), max_size=3).map(tuple),
+            max_size=3,
+        ).map(tuple),
+    )
     | st.builds(Finished, st.sampled_from(FinishReason), usages, timings, text, text, st.none() | handles)
     | st.builds(Heartbeat)
 )
