@@ -47,7 +47,9 @@ async def main(settings: AdapterDecodeSettings) -> int:
         )
 
     metrics = RequestMetrics(registry)
-    servicer = AdapterDecodeServicer(Decoder(core, adapters, started.signer), adapters, status, metrics)
+    decoder = Decoder(core, adapters, started.signer)
+    await asyncio.to_thread(decoder.warm)
+    servicer = AdapterDecodeServicer(decoder, adapters, status, metrics)
     services = [
         Service("alora_serve.v1.AdapterDecodeService", partial(add_AdapterDecodeServiceServicer_to_server, servicer))
     ]

@@ -212,9 +212,7 @@ async def test_a_stop_string_that_is_not_utf8_is_named(served: Deployed) -> None
 
 
 UNSERVED: dict[str, alora_pb2.GenerateRequest] = {
-    "sampling.structured_output": generate(structured_output=types_pb2.StructuredOutput(regex="a*")),
     "sampling.n": generate(n=2),
-    "sampling.top_logprobs": generate(top_logprobs=3),
     "prompt.documents": generate(prompt_of(documents=[types_pb2.Document(text="Salt water is heavy.")])),
 }
 

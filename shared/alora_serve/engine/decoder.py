@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from alora_serve.adapters.activation import Activation, no_activation, place_invocation
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.adapters.residency import Lease
+from alora_serve.engine.answer import Answer, Ending
+from alora_serve.engine.answers import AnswerMaker
 from alora_serve.engine.awaited import Awaited
 from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.core import ServingCore
@@ -25,12 +27,10 @@ from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.keys import BlockChain
 from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.kv_memory import Prefix
-from alora_serve.model.text import TextStream
 from alora_serve.telemetry import past_span
 from alora_serve.types import (
     AdapterDigest,
     Finished,
-    FinishReason,
     GenerateRequest,
     Heartbeat,
     PrefixHandle,
@@ -66,7 +66,12 @@ class Decoder:
         self._core = core
         self._adapters = adapters
         self._signer = signer
+        self._answers = AnswerMaker(core.model)
         self._model_digest = core.model.model_digest
+
+    def warm(self) -> None:
+        """Do now, in a second or so, what the first answers of their kind would have to wait for."""
+        self._answers.warm()
 
     async def decode(self, request: GenerateRequest) -> AsyncGenerator[StreamEvent, None]:
         """Run one request: ``Started``, then tokens, then ``Finished``. Close the iterator to cancel.
@@ -76,7 +81,8 @@ class Decoder:
         Raises:
             HandleInvalidError, HandleExpiredError, ModelMismatchError: the handle is not for this worker.
             AdapterNotFoundError, AdapterRefusedError: the adapter cannot be used.
-            InvalidRequestError: prompt and ``max_tokens`` exceed the context, or a token id the vocabulary.
+            InvalidRequestError: prompt and ``max_tokens`` exceed the context, a token id the vocabulary, or the form of
+                the answer what can be held to.
             InvocationUnplaceableError: the adapter's invocation has no place in the prompt.
             OverloadedError: the queue is full.
         """
@@ -95,19 +101,24 @@ class Decoder:
                 past_span("acquire adapter", started, monotonic())
             adapter_load_seconds = monotonic() - started
             plan = self._plan(request, adapter)
+            generated = request.resume.generated_tokens if request.resume else ()
+            if self._answers.takes_time(request.sampling):
+                making = held.enter_context(self._making(request.sampling, generated))
+                while not await making.done_within(HEARTBEAT_SECONDS):
+                    yield Heartbeat()
+                answer, ending = making.take()
+            else:
+                answer, ending = self._answers.make(request.sampling, generated)
             yield Started(
                 adapter_digest=adapter.digest if adapter else AdapterDigest(""),
                 invocation_start=plan.activation.invocation_start,
                 seed=request.sampling.seed or 0,
                 prompt_tokens=len(plan.prompt),
             )
-            text = TextStream(self._core.model.tokenizer.decode, request.sampling.stop)
-            generated = request.resume.generated_tokens if request.resume else ()
-            restored = text.restore(generated)
-            end_ids = self._end_ids(request.sampling)
-            if (reason := _end_of(request.sampling, generated, end_ids, restored.stop_string)) is not None:
+            if ending is not None:
                 # The attempt before this one had said everything but that it was done.
-                yield self._said_already(request, plan, reason, text.finish(), restored.stop_string or "", started)
+                done = SequenceDone(ending, answer.text.finish(), generated)
+                yield self._finished(request, plan, done, Usage(), Timings(total_seconds=monotonic() - started))
                 return
             chain = self._core.names.chain(plan.prompt if adapter is None else request.handle.prefix_tokens, salt)
             # The last prompt token is always run: its logits choose the first generated token.
@@ -126,8 +137,7 @@ class Decoder:
                 adapter=adapter,
                 sampling=request.sampling,
                 generated=generated,
-                end_ids=end_ids,
-                text=text,
+                answer=answer,
                 tenant=request.tenant,
             )
             writes: list[asyncio.Task[StoreResult]] = []
@@ -158,11 +168,15 @@ class Decoder:
                             if adapter is None and writes:
                                 trace_store_put(putting, stored)
                             timings = decode_timings(stats, loaded, adapter_load_seconds, monotonic() - started)
-                            yield self._finished(request, plan, event, loaded, stored, timings)
+                            usage = _prompt_usage(plan, loaded, stored)
+                            yield self._finished(request, plan, event, usage, timings)
 
     def _acquiring(self, request: GenerateRequest) -> Awaited[Lease]:
         digest = request.resume.adapter_digest if request.resume else None
         return Awaited(asyncio.to_thread(self._adapters.acquire, request.adapter, digest=digest), Lease.release)
+
+    def _making(self, sampling: SamplingParams, generated: TokenIds) -> Awaited[tuple[Answer, Ending | None]]:
+        return Awaited(asyncio.to_thread(self._answers.make, sampling, generated), lambda unused: None)
 
     def _loading(self, chain: BlockChain, limit: int) -> Awaited[LoadedPrefix]:
         return Awaited(self._core.load_prefix(chain, limit), lambda unused: self._core.cache.release(unused.prefix))
@@ -216,57 +230,23 @@ class Decoder:
                 f"this worker would at {activation.invocation_start}; start anew"
             )
 
-    def _end_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        own = frozenset() if sampling.ignore_eos else self._core.model.tokenizer.end_of_sequence_ids
-        return own | frozenset(sampling.stop_token_ids)
-
     def _finished(
-        self,
-        request: GenerateRequest,
-        plan: _Plan,
-        done: SequenceDone,
-        loaded: LoadedPrefix,
-        stored: StoreResult,
-        timings: Timings,
+        self, request: GenerateRequest, plan: _Plan, done: SequenceDone, usage: Usage, timings: Timings
     ) -> Finished:
-        if done.finish_reason is None:
+        if done.ending is None:
             raise RuntimeError("a generation ended without a reason")
-        usage = Usage(
-            prompt_tokens=len(plan.prompt),
-            cached_tokens=loaded.prefix.tokens,
-            fetched_tokens=loaded.fetched_tokens,
-            computed_tokens=len(plan.prompt) - loaded.prefix.tokens,
-            generated_tokens=len(done.generated),
-            fetched_bytes=loaded.fetched_bytes,
-            stored_bytes=stored.stored_bytes,
-            invocation_start=plan.activation.invocation_start,
-            store_misses=loaded.misses,
-            store_drops=stored.drops,
-        )
         return Finished(
-            finish_reason=done.finish_reason,
-            usage=usage,
-            timings=timings,
-            text=done.text,
-            stop_string=done.stop_string,
-            handle=None if request.adapter else self._turn_handle(request, plan.prompt + done.generated),
-        )
-
-    def _said_already(
-        self, request: GenerateRequest, plan: _Plan, reason: FinishReason, text: str, stop_string: str, started: float
-    ) -> Finished:
-        generated = request.resume.generated_tokens if request.resume else ()
-        return Finished(
-            finish_reason=reason,
-            usage=Usage(
+            finish_reason=done.ending.reason,
+            usage=replace(
+                usage,
                 prompt_tokens=len(plan.prompt),
-                generated_tokens=len(generated),
+                generated_tokens=len(done.generated),
                 invocation_start=plan.activation.invocation_start,
             ),
-            timings=Timings(total_seconds=monotonic() - started),
-            text=text,
-            stop_string=stop_string,
-            handle=None if request.adapter else self._turn_handle(request, plan.prompt + generated),
+            timings=timings,
+            text=done.text,
+            stop_string=done.ending.stop_string,
+            handle=None if request.adapter else self._turn_handle(request, plan.prompt + done.generated),
         )
 
     def _turn_handle(self, request: GenerateRequest, tokens: TokenIds) -> PrefixHandle:
@@ -287,10 +267,14 @@ class Decoder:
         )
 
 
-def _end_of(
-    sampling: SamplingParams, generated: TokenIds, end_ids: frozenset[int], stop_string: str | None
-) -> FinishReason | None:
-    """Why an answer of these tokens is over, or None if it goes on; as the engine decides it after each token."""
-    if generated and (generated[-1] in end_ids or stop_string is not None):
-        return FinishReason.STOP
-    return FinishReason.LENGTH if len(generated) >= sampling.max_tokens else None
+def _prompt_usage(plan: _Plan, loaded: LoadedPrefix, stored: StoreResult) -> Usage:
+    """Where the prompt's tokens came from, and what was stored of them."""
+    return Usage(
+        cached_tokens=loaded.prefix.tokens,
+        fetched_tokens=loaded.fetched_tokens,
+        computed_tokens=len(plan.prompt) - loaded.prefix.tokens,
+        fetched_bytes=loaded.fetched_bytes,
+        stored_bytes=stored.stored_bytes,
+        store_misses=loaded.misses,
+        store_drops=stored.drops,
+    )

@@ -186,6 +186,7 @@ class Engine:
             self._beat()
             self._tail_bytes = self._tails.used_bytes
             self._metrics.load(len(self._running), len(self._waiting), self._tail_bytes)
+        self._stepper.close()
         for sequence in [*self._running, *self._waiting]:
             self._fail(sequence, UnavailableError("the engine is shutting down; ask another endpoint"))
 
@@ -236,7 +237,7 @@ class Engine:
 
     def _step(self) -> None:
         for finished in [sequence for sequence in self._running if sequence.pending_tokens <= 0]:
-            self._finish(Ended(finished, None))
+            self._finish(Ended(finished))
         chosen = self._stepper.schedule(self._running)
         if not chosen:
             return
@@ -260,11 +261,14 @@ class Engine:
 
     def _finish(self, ended: Ended) -> None:
         sequence = ended.sequence
+        if ended.error is not None:
+            self._fail(sequence, ended.error)
+            return
         if sequence.in_base_phase or sequence.request.sampling is None:
             sequence.tell_published(tail=True)
         now = monotonic()
-        text = sequence.request.text
-        held_back = text.finish() if text is not None and not ended.stop_string else ""
+        answer, ending = sequence.request.answer, ended.ending
+        held_back = answer.text.finish() if answer is not None and not (ending and ending.stop_string) else ""
         first = sequence.first_token_at or now
         stats = SequenceStats(
             queue_seconds=sequence.started_at - sequence.submitted_at,
@@ -275,7 +279,7 @@ class Engine:
             generated_tokens=len(sequence.generated),
         )
         self._leave(sequence)
-        sequence.sink(SequenceDone(ended.reason, held_back, ended.stop_string, tuple(sequence.generated), stats))
+        sequence.sink(SequenceDone(ending, held_back, tuple(sequence.generated), stats))
 
     def _fail(self, sequence: Sequence, error: AloraServeError) -> None:
         self._leave(sequence)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from alora_serve.engine.answer import Ending
 from alora_serve.errors import AloraServeError
 from alora_serve.kv.keys import BlockChain
 from alora_serve.model.kv_memory import Prefix
-from alora_serve.types import FinishReason, Heartbeat, TokenChunk, TokenIds
+from alora_serve.types import Heartbeat, TokenChunk, TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +36,22 @@ class BaseComputed:
 class SequenceStats:
     """What a sequence cost in the engine. Seconds since submission unless said otherwise."""
 
-    queue_seconds: float
-    prefill_seconds: float
-    first_token_seconds: float
-    decode_seconds: float
-    computed_tokens: int
-    generated_tokens: int
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceDone:
-    """Last event of a sequence that ran to its end. ``finish_reason`` is None for a prefill."""
+    """Last event of a sequence that ran to its end. ``ending`` is None for a prefill."""
 
-    finish_reason: FinishReason | None
+    ending: Ending | None
     text: str
-    stop_string: str
     generated: TokenIds
-    stats: SequenceStats
+    stats: SequenceStats = SequenceStats()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -25,24 +26,40 @@ def uniform(seed: int, sample_index: int, position: int) -> float:
     return float(np.random.Generator(generator).random())
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chosen token.
+
+    Attributes:
+        logprob: its natural-log probability in the unmodified distribution; None where not asked for.
+        top: the most likely tokens of that distribution and their log-probabilities, likeliest first, of equally likely
+            ones the lower id; empty where not asked for.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
 def choose_tokens(
     logits: Tensor,
     params: Sequence[SamplingParams],
     prompts: Sequence[Sequence[int]],
     generated: Sequence[Sequence[int]],
-) -> tuple[list[int], list[float | None]]:
-    """The next token of each row, and its log-probability where asked.
+    masks: Sequence[bytes | None] = (),
+) -> list[Choice]:
+    """The next token of each row.
 
     Args:
         logits: ``[rows, vocabulary]`` float32; changed in place.
         params: of each row; ``seed`` is set where ``temperature`` is not 0.
         prompts: prompt tokens of each row, for the repetition penalty.
         generated: tokens generated so far of each row; their number is the position of the draw.
-
-    Returns:
-        Token ids, and natural-log probabilities of the unmodified distribution (None where not asked).
+        masks: of each row, a bit for each token id, little-endian, at least one of them set: whether it may be chosen;
+            None where every token may. Empty: so it is everywhere.
     """
     raw = torch.log_softmax(logits, dim=-1) if any(p.logprobs for p in params) else None
+    _forbid(logits, masks)
     for row, param in enumerate(params):
         _penalize(logits[row], param, prompts[row], generated[row])
     tokens = logits.argmax(dim=-1).tolist()
@@ -52,11 +69,37 @@ def choose_tokens(
         drawn = _draw(rows, [params[row] for row in drawing], [len(generated[row]) for row in drawing])
         for row, token in zip(drawing, drawn, strict=True):
             tokens[row] = token
-    logprobs = [
-        float(raw[row, token]) if raw is not None and param.logprobs else None
+    return [
+        Choice(token, float(raw[row, token]), _likeliest(raw[row], param.top_logprobs))
+        if raw is not None and param.logprobs
+        else Choice(token)
         for row, (token, param) in enumerate(zip(tokens, params, strict=True))
     ]
-    return tokens, logprobs
+
+
+def _forbid(logits: Tensor, masks: Sequence[bytes | None]) -> None:
+    """What may not be chosen becomes impossible, whatever is added to it."""
+    bound = [(row, mask) for row, mask in enumerate(masks) if mask is not None]
+    if not bound:
+        return
+    packed = torch.frombuffer(bytearray(b"".join(mask for _, mask in bound)), dtype=torch.uint8).to(logits.device)
+    places = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = ((packed.view(len(bound), -1, 1) >> places) & 1).bool().flatten(1)[:, : logits.shape[-1]]
+    if len(bound) == len(logits):
+        logits.masked_fill_(~allowed, -math.inf)
+    else:
+        rows = torch.tensor([row for row, _ in bound], device=logits.device)
+        logits[rows] = logits[rows].masked_fill_(~allowed, -math.inf)
+
+
+def _likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The most likely tokens of one row; those of equal probability in the order of their ids, cut off as well."""
+    count = min(count, len(logprobs))
+    if not count:
+        return ()
+    ids = (logprobs >= logprobs.topk(count).values[-1]).nonzero().flatten()
+    ranked = zip(ids.tolist(), logprobs[ids].tolist(), strict=True)
+    return tuple(sorted(ranked, key=lambda ranked: -ranked[1])[:count])
 
 
 def _penalize(row: Tensor, param: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> None:
@@ -114,6 +157,8 @@ def _pick(
     keep = (torch.arange(count, device=device) < top_k) & (ranked >= min_p * ranked[:, :1])
     # All of it is kept where top_p is 1, whatever rounding made of the sum.
     keep &= (mass - ranked < top_p) | (top_p >= 1.0)
+    # What may not be chosen comes last and has no part in the draw, not even by rounding.
+    keep &= ranked > 0.0
     keep[:, 0] = True
     kept = keep.sum(dim=-1, keepdim=True)  # each rule keeps the likeliest so many
     cut = kept < count

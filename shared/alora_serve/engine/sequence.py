@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import NewType
 
 from alora_serve.adapters.lora import LoadedAdapter
+from alora_serve.engine.answer import Answer
 from alora_serve.engine.events import BaseComputed, Sink
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.kv.keys import BlockChain
 from alora_serve.model.kv_memory import KVSegment, KVSlice, Prefix
 from alora_serve.model.step import NARROW_TOKENS, Span
 from alora_serve.model.tails import TailPool, TailSegment
-from alora_serve.model.text import TextStream
 from alora_serve.types import SamplingParams, TokenIds
 
 SequenceId = NewType("SequenceId", int)
@@ -44,8 +44,7 @@ class SequenceRequest:
         sampling: None for a prefill, which computes KV and generates nothing.
         prefix: resident KV, pinned; the pin passes to the engine.
         chain: block names of the prompt's base tokens.
-        end_ids: end-of-sequence token ids.
-        text: turns generated tokens into text and finds stop strings; None for a prefill.
+        answer: what generated tokens come to and where they end, ``generated`` taken; None for a prefill.
         tenant: for whom; tenants share the batch fairly.
     """
 
@@ -56,8 +55,7 @@ class SequenceRequest:
     adapter: LoadedAdapter | None = None
     sampling: SamplingParams | None = None
     generated: TokenIds = ()
-    end_ids: frozenset[int] = frozenset()
-    text: TextStream | None = None
+    answer: Answer | None = None
     tenant: str = ""
 
 

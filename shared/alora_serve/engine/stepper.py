@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from torch import Tensor
 
+from alora_serve.engine.answer import Ending
 from alora_serve.engine.batch import Batch, adapter_rows, arrange
 from alora_serve.engine.lora_rows import LoraRows
+from alora_serve.engine.masks import Mask, MaskWorker
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.engine.sampling import choose_tokens
+from alora_serve.engine.sampling import Choice, choose_tokens
 from alora_serve.engine.scheduler import followers, share_step
 from alora_serve.engine.sequence import Sequence
+from alora_serve.errors import AloraServeError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
-from alora_serve.types import FinishReason, SamplingParams, TokenChunk
+from alora_serve.types import SamplingParams, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,11 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A sequence has run to its end in this step. ``reason`` is None for a prefill."""
+    """A sequence has run to its end in this step, or to an error. Without either, it is a prefill."""
 
     sequence: Sequence
-    reason: FinishReason | None
-    stop_string: str = ""
+    ending: Ending | None = None
+    error: AloraServeError | None = None
 
 
 Share = tuple[Sequence, int]
@@ -61,9 +64,14 @@ class Stepper:
 
     def __init__(self, model: BaseModel, cache: PrefixCache, limits: EngineLimits) -> None:
         self._runner = ModelRunner(model)
+        self._masks = MaskWorker()
         self._lora = LoraRows(model.projections, limits.max_sequences, model.device)
         self._cache = cache
         self._limits = limits
+
+    def close(self) -> None:
+        """End its threads."""
+        self._masks.close()
 
     def schedule(self, sequences: Listed[Sequence]) -> list[Share]:
         """Who runs how many tokens next; every sequence has some. Those that wait for a neighbour's KV are left out."""
@@ -92,6 +100,8 @@ class Stepper:
         wanted = [
             sequence.request.sampling is not None and span.end == sequence.known_tokens for sequence, span in batch
         ]
+        ready = [sequence for (sequence, _), want in zip(batch, wanted, strict=True) if want]
+        masks = self._masks.start([s.request.answer.constraint if s.request.answer else None for s in ready])
         self._lora.set_rows(adapter_rows(batch))
         try:
             logits = self._runner.forward([span for _, span in batch], wanted, self._lora.plan)
@@ -103,35 +113,54 @@ class Stepper:
             if was_base:
                 sequence.tell_published(tail=sequence.names_tail and sequence.computed >= sequence.prompt_base_end)
         if logits is not None:
-            self._sample([sequence for (sequence, _), want in zip(batch, wanted, strict=True) if want], logits, finish)
+            self._sample(ready, logits, masks.result(), finish)
         for sequence, _ in batch:
             if sequence.request.sampling is None and not sequence.pending_tokens:
-                finish(Ended(sequence, None))
+                finish(Ended(sequence))
         return batch
 
-    def _sample(self, ready: Listed[Sequence], logits: Tensor, finish: Callable[[Ended], None]) -> None:
+    def _sample(
+        self,
+        ready: Listed[Sequence],
+        logits: Tensor,
+        masks: Listed[Mask | AloraServeError],
+        finish: Callable[[Ended], None],
+    ) -> None:
+        """Choose a token for each sequence and deliver it.
+
+        Args:
+            ready: those whose next token is due.
+            logits: ``[ready, vocabulary]`` float32.
+            masks: of each, or why it cannot go on.
+            finish: told what ends.
+        """
         params = [sequence.request.sampling or SamplingParams() for sequence in ready]
         prompts, generated = [s.request.prompt for s in ready], [s.generated for s in ready]
-        tokens, logprobs = choose_tokens(logits, params, prompts, generated)
-        for sequence, token, logprob in zip(ready, tokens, logprobs, strict=True):
-            ended = _deliver(sequence, token, logprob)
-            if ended is not None:
-                finish(ended)
+        allowed = [None if isinstance(mask, AloraServeError) else mask for mask in masks]
+        choices = choose_tokens(logits, params, prompts, generated, allowed)
+        for sequence, choice, mask in zip(ready, choices, masks, strict=True):
+            if isinstance(mask, AloraServeError):
+                finish(Ended(sequence, error=mask))
+                continue
+            ending = _deliver(sequence, choice)
+            if ending is not None:
+                finish(Ended(sequence, ending))
 
 
-def _deliver(sequence: Sequence, token: int, logprob: float | None) -> Ended | None:
-    """Append a token and send it; what it ends, if it does."""
-    sampling, text = sequence.request.sampling, sequence.request.text
-    if sampling is None or text is None:
+def _deliver(sequence: Sequence, choice: Choice) -> Ending | None:
+    """Append a token and send it; what it comes to, if it is the last."""
+    answer = sequence.request.answer
+    if answer is None:
         raise RuntimeError("a prefill has no tokens to deliver")
     now = monotonic()
     sequence.first_token_at = sequence.first_token_at or now
     sequence.last_event_at = now
-    sequence.generated.append(token)
-    delta = text.push((token,))
-    sequence.sink(TokenChunk((token,), delta.text, () if logprob is None else (logprob,)))
-    if token in sequence.request.end_ids or delta.stop_string is not None:
-        return Ended(sequence, FinishReason.STOP, delta.stop_string or "")
-    if len(sequence.generated) >= sampling.max_tokens:
-        return Ended(sequence, FinishReason.LENGTH)
-    return None
+    sequence.generated.append(choice.token_id)
+    text, ending = answer.push(choice.token_id)
+    chunk = TokenChunk((choice.token_id,), text)
+    if choice.logprob is not None:
+        spelt = (answer.spell(choice.token_id),) if answer.token_bytes else ()
+        top = (answer.likely(choice.top),) if choice.top else ()
+        chunk = replace(chunk, logprobs=(choice.logprob,), token_bytes=spelt, top_logprobs=top)
+    sequence.sink(chunk)
+    return ending

@@ -68,6 +68,11 @@ class ChatTokenizer:
         """Whether the template can print today's date, which ends all reuse at midnight unless a request sets it."""
         return self._template.mentions("strftime_now")
 
+    @property
+    def serialized(self) -> Mapping[str, Any]:
+        """The tokenizer as in ``tokenizer.json``."""
+        return self._tokens.serialized
+
     @cached_property
     def is_prefix_stable(self) -> bool:
         """Whether a generation prompt merely adds to the turns before it, tried on short conversations."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from alora_serve.errors import InvalidRequestError
 
@@ -31,18 +32,30 @@ class TextDelta:
     stop_string: str | None = None
 
 
+class TextGate(Protocol):
+    """Says where a text may end. Not thread-safe; its answers are a function of the text."""
+
+    def advance(self, text: str) -> None:
+        """The text goes on with this."""
+
+    def may_end(self, text: str) -> bool:
+        """Whether it could end after this, told nothing of it yet. Changes nothing."""
+
+
 class TextStream:
     """Text of one growing answer. Each token costs constant time; not thread-safe.
 
     A stop string ends the text at the first token after which one occurs. When that token completes several, the one
-    that begins earliest counts, the longest of those that begin together; the text ends before it.
+    that begins earliest counts, the longest of those that begin together; the text ends before it. Where a gate does
+    not let the text end, a stop string is text like any other.
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
+    def __init__(self, decode: Decode, stop: Sequence[str] = (), gate: TextGate | None = None) -> None:
         """``stop`` holds no empty strings (:class:`~alora_serve.errors.InvalidRequestError`)."""
         if not all(stop):
             raise InvalidRequestError.of("sampling.stop", "a stop string is empty")
         self._decode = decode
+        self._gate = gate if stop else None
         self._stop = tuple(sorted(set(stop), key=len, reverse=True))
         self._stop_prefixes = frozenset(string[:end] for string in self._stop for end in range(1, len(string)))
         self._longest_prefix = max(map(len, self._stop_prefixes), default=0)
@@ -53,6 +66,7 @@ class TextStream:
         self._read_text = ""
         self._window_text = ""
         self._pending = ""
+        self._passed = 0  # at which places of the pending text no stop string counts
         self._ended = False
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
@@ -71,9 +85,7 @@ class TextStream:
                 text += self._pending[:position]
                 self._pending, self._ended = "", True
                 return TextDelta(text, stop_string)
-            released = len(self._pending) - self._possible_stop_length()
-            text += self._pending[:released]
-            self._pending = self._pending[released:]
+            text += self._release(len(self._pending) - self._possible_stop_length())
         return TextDelta(text)
 
     def finish(self) -> str:
@@ -127,9 +139,22 @@ class TextStream:
         self._read = len(self._window)
         self._window_text = self._decode(self._window)
 
+    def _release(self, length: int) -> str:
+        """So much of the pending text, which is certain now."""
+        released, self._pending = self._pending[:length], self._pending[length:]
+        self._passed = max(0, self._passed - length)
+        if self._gate is not None and released:
+            self._gate.advance(released)
+        return released
+
     def _first_stop(self) -> tuple[int, str] | None:
-        found = [(position, string) for string in self._stop if (position := self._pending.find(string)) >= 0]
-        return min(found, key=lambda match: match[0], default=None)
+        """Where the text ends, and the stop string that ends it."""
+        while True:
+            places = [(self._pending.find(string, self._passed), string) for string in self._stop]
+            found = min((place for place in places if place[0] >= 0), key=lambda place: place[0], default=None)
+            if found is None or self._gate is None or self._gate.may_end(self._pending[: found[0]]):
+                return found
+            self._passed = found[0] + 1
 
     def _possible_stop_length(self) -> int:
         """Length of the longest end of the pending text with which a stop string begins."""

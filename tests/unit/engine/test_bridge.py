@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from alora_serve.engine.answer import Answer
 from alora_serve.engine.bridge import RunningSequence, run_sequence
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent
@@ -29,10 +30,10 @@ class Bench:
     metrics: CountingMetrics = field(default_factory=CountingMetrics)
 
     def request(self, *, prefill: bool = False, max_tokens: int = 4) -> SequenceRequest:
-        text = TextStream(self.core.model.tokenizer.decode)
+        answer = None if prefill else Answer(TextStream(self.core.model.tokenizer.decode), max_tokens)
         sampling = None if prefill else SamplingParams(max_tokens=max_tokens)
         chain = self.core.names.chain(PROMPT)
-        return SequenceRequest(prompt=PROMPT, prefix=Prefix(), chain=chain, sampling=sampling, text=text)
+        return SequenceRequest(prompt=PROMPT, prefix=Prefix(), chain=chain, sampling=sampling, answer=answer)
 
     @property
     def pins(self) -> int:

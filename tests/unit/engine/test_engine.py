@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alora_serve.adapters.lora import LoadedAdapter, LoraPair
 from alora_serve.engine import engine as engine_module
+from alora_serve.engine.answer import Answer, Ending
 from alora_serve.engine.engine import Engine
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent, SequenceFailed
 from alora_serve.engine.prefix_cache import PrefixCache
@@ -136,8 +137,10 @@ class Bench:
         **sampling: object,
     ) -> Run:
         chain = BlockChain(ROOT, prompt, BLOCK_TOKENS)
+        params = SamplingParams(**{"max_tokens": 6, **sampling})  # type: ignore[arg-type]
         text = TextStream(self.model.tokenizer.decode, stop)
-        text.restore(generated)
+        answer = Answer(text, params.max_tokens, frozenset(end_ids))
+        answer.restore(generated)
         run = Run(self.cache)
         request = SequenceRequest(
             prompt=prompt,
@@ -145,10 +148,9 @@ class Bench:
             chain=chain,
             base_until=base_until,
             adapter=adapter,
-            sampling=None if prefill else SamplingParams(**{"max_tokens": 6, **sampling}),  # type: ignore[arg-type]
+            sampling=None if prefill else params,
             generated=generated,
-            end_ids=frozenset(end_ids),
-            text=None if prefill else text,
+            answer=None if prefill else answer,
         )
         run.id = self.engine.submit(request, run.sink)
         return run
@@ -225,7 +227,7 @@ def greedy(directory: Path) -> Callable[[tuple[int, ...], int], tuple[int, ...]]
 def test_a_sequence_runs_to_max_tokens(bench: Bench, greedy: Callable[..., tuple[int, ...]]) -> None:
     run = bench.submit(_prompt(1), logprobs=True)
     done = run.done()
-    assert done.finish_reason is FinishReason.LENGTH
+    assert done.ending == Ending(FinishReason.LENGTH)
     assert run.tokens == done.generated == greedy(_prompt(1), 6)
     assert done.stats.computed_tokens == 20
     assert done.stats.generated_tokens == 6
@@ -237,7 +239,7 @@ def test_a_token_of_the_end_ends_it(bench: Bench, greedy: Callable[..., tuple[in
     end = next(token for token in whole if token != whole[0])
     count = whole.index(end) + 1
     done = bench.submit(_prompt(1), end_ids=(end,)).done()
-    assert (done.finish_reason, done.generated) == (FinishReason.STOP, whole[:count])
+    assert (done.ending, done.generated) == (Ending(FinishReason.STOP), whole[:count])
 
 
 def test_a_stop_string_ends_it_before_the_string(bench: Bench) -> None:
@@ -251,7 +253,7 @@ def test_a_stop_string_ends_it_before_the_string(bench: Bench) -> None:
     stop = text[4:6]
     run = bench.submit(_prompt(1), logit_bias=bias, frequency_penalty=2.0, max_tokens=12, stop=(stop,))
     done = run.done()
-    assert (done.finish_reason, done.stop_string) == (FinishReason.STOP, stop)
+    assert done.ending == Ending(FinishReason.STOP, stop)
     assert run.text == text[: text.index(stop)]
     assert len(done.generated) == text.index(stop) + len(stop)
 
@@ -267,7 +269,7 @@ def test_text_held_back_for_a_stop_string_that_does_not_come_is_given_at_the_end
 def test_a_prefill_generates_nothing_and_leaves_its_kv(bench: Bench) -> None:
     run = bench.submit(_prompt(1), prefill=True)
     done = run.done()
-    assert (done.finish_reason, done.generated, run.text) == (None, (), "")
+    assert (done.ending, done.generated, run.text) == (None, (), "")
     [computed] = [event for event in run.events if isinstance(event, BaseComputed)]
     assert (computed.start, computed.end) == (0, 20)
     again = bench.submit(_prompt(1)).done()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from alora_serve.engine.sampling import choose_tokens, uniform
+from alora_serve.engine.sampling import Choice, choose_tokens, uniform
 from alora_serve.types import SamplingParams
 
 torch.set_num_threads(1)
@@ -26,8 +26,8 @@ def _logits(seed: int, rows: int = 1, spread: float = 2.0) -> Tensor:
 def _choose(
     logits: Tensor, prompt: Sequence[int] = (0,), generated: Sequence[int] = (), **params: object
 ) -> tuple[int, float | None]:
-    tokens, logprobs = choose_tokens(logits.clone(), [SamplingParams(**params)], [prompt], [generated])  # type: ignore[arg-type]
-    return tokens[0], logprobs[0]
+    [choice] = choose_tokens(logits.clone(), [SamplingParams(**params)], [prompt], [generated])  # type: ignore[arg-type]
+    return choice.token_id, choice.logprob
 
 
 def _draws(logits: Tensor, count: int, **params: object) -> Counter[int]:
@@ -53,8 +53,7 @@ def test_rows_are_chosen_each_by_its_own_parameters() -> None:
     logits = torch.zeros(3, VOCABULARY)
     logits[:, 4] = 1.0
     params = [SamplingParams(), SamplingParams(logit_bias={7: 9.0}), SamplingParams(temperature=1.0, seed=1, top_k=1)]
-    tokens, logprobs = choose_tokens(logits, params, [(0,)] * 3, [()] * 3)
-    assert (tokens, logprobs) == ([4, 7, 4], [None, None, None])
+    assert choose_tokens(logits, params, [(0,)] * 3, [()] * 3) == [Choice(4), Choice(7), Choice(4)]
 
 
 def test_logprobs_are_those_of_the_model_whatever_is_done_to_choose() -> None:
@@ -169,8 +168,8 @@ def test_the_samples_of_one_request_differ() -> None:
 def test_a_row_draws_the_same_in_any_batch() -> None:
     logits = _logits(0, rows=4)
     params = [SamplingParams(temperature=1.0, seed=row, sample_index=row) for row in range(4)]
-    together, _ = choose_tokens(logits.clone(), params, [(0,)] * 4, [()] * 4)
-    alone = [choose_tokens(logits[row : row + 1].clone(), [params[row]], [(0,)], [()])[0][0] for row in range(4)]
+    together = choose_tokens(logits.clone(), params, [(0,)] * 4, [()] * 4)
+    alone = [choose_tokens(logits[row : row + 1].clone(), [params[row]], [(0,)], [()])[0] for row in range(4)]
     assert together == alone
 
 
@@ -187,7 +186,7 @@ def test_a_shortlist_of_candidates_changes_no_token(
 
     def drawn(shortlist: int) -> list[int]:
         monkeypatch.setattr("alora_serve.engine.sampling.SHORTLIST", shortlist)
-        return choose_tokens(rows.clone(), params, [(0,)] * 64, [()] * 64)[0]
+        return [choice.token_id for choice in choose_tokens(rows.clone(), params, [(0,)] * 64, [()] * 64)]
 
     assert drawn(16) == drawn(300)
 

@@ -68,10 +68,6 @@ def read_sampling(
         else None,
     )
     _check_ranges(params, violations, field)
-    if message.HasField("structured_output"):
-        violations.unserved(f"{field}.structured_output")
-    if message.top_logprobs:
-        violations.unserved(f"{field}.top_logprobs")
     if message.n > 1:
         violations.unserved(f"{field}.n")
     return params

@@ -82,21 +82,10 @@ def test_the_edges_of_every_range_are_inside() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("message", "field"),
-    [
-        (types_pb2.SamplingParams(n=2), "sampling.n"),
-        (types_pb2.SamplingParams(top_logprobs=1), "sampling.top_logprobs"),
-        (
-            types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput(regex="a")),
-            "sampling.structured_output",
-        ),
-    ],
-)
-def test_sampling_that_this_release_does_not_serve_is_named(message: types_pb2.SamplingParams, field: str) -> None:
-    with pytest.raises(UnimplementedFeatureError, match=field) as caught:
-        convert.sampling_from_proto(message)
-    assert fields(caught.value) == [field]
+def test_sampling_that_this_release_does_not_serve_is_named() -> None:
+    with pytest.raises(UnimplementedFeatureError, match=r"sampling\.n") as caught:
+        convert.sampling_from_proto(types_pb2.SamplingParams(n=2))
+    assert fields(caught.value) == ["sampling.n"]
 
 
 @pytest.mark.parametrize(
@@ -204,15 +193,6 @@ def test_a_resume_with_another_seed_than_the_request_is_named() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         convert.generate_from_proto(request)
     assert fields(caught.value) == ["resume.seed"]
-
-
-def test_all_that_is_not_served_is_named_at_once() -> None:
-    sampling = types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput(regex="a"), top_logprobs=1)
-    request = alora_pb2.GenerateRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), sampling=sampling)
-    with pytest.raises(UnimplementedFeatureError) as caught:
-        convert.generate_from_proto(request)
-    assert fields(caught.value) == ["sampling.structured_output", "sampling.top_logprobs"]
-    assert all(field in str(caught.value) for field in fields(caught.value))
 
 
 def test_loading_and_unloading_no_adapter_is_refused() -> None:

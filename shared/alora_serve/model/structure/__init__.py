@@ -1,0 +1,1 @@
+"""Answers bound to a form: JSON schemas, regular expressions, grammars and choices, compiled by llguidance."""

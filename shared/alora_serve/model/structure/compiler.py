@@ -1,0 +1,90 @@
+"""Compiles forms, each once: what is compiled is kept, and shared by all answers of that form."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Final
+
+from llguidance import LLMatcher, LLParserLimits
+
+from alora_serve.errors import InvalidRequestError
+from alora_serve.model.structure.forms import complaint, grammar_of
+from alora_serve.model.structure.vocabulary import TokenVocabulary
+from alora_serve.types import StructuredOutput
+
+MAX_COMPILED: Final = 64
+"""Forms kept. Each takes up to some tens of MB where it is as complex as the limits allow; usually well below one."""
+
+_LIMITS: Final = LLParserLimits(
+    # The rest are llguidance's defaults, at which nothing compiles for longer than about a second, nor masks for
+    # longer than about 15 ms. States take 1 to 2 kB and are kept with the form.
+    max_lexer_states=20_000,
+    verbose_errors=False,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledForm:
+    """A form that answers can be bound to."""
+
+    form: StructuredOutput
+    vocabulary: TokenVocabulary
+    compiler: FormCompiler
+    _prototype: LLMatcher
+
+    def matcher(self) -> LLMatcher:
+        """One that stands before the first token. Takes microseconds."""
+        return self._prototype.deep_copy()
+
+    def failed(self, message: str) -> InvalidRequestError:
+        """The error of an answer that cannot go on. Limits count over all answers, so the next one starts afresh."""
+        self.compiler.forget(self.form)
+        return complaint(self.form, message)
+
+
+class FormCompiler:
+    """Compiles for one model. Thread-safe."""
+
+    def __init__(self, vocabulary: TokenVocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[StructuredOutput, Future[CompiledForm]] = OrderedDict()
+
+    def compile(self, form: StructuredOutput) -> CompiledForm:
+        """The form, compiled: at once if it was before, else in milliseconds, of the largest in a second.
+
+        Raises:
+            InvalidRequestError: it is malformed, unsupported, too complex, or allows no answer; names the part.
+            UnimplementedFeatureError: the model's tokenizer does not allow it.
+        """
+        with self._lock:
+            known = self._compiled.get(form)
+            compiled = known or Future()
+            self._compiled[form] = compiled
+            self._compiled.move_to_end(form)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        if known is None:
+            try:
+                compiled.set_result(self._compile(form))
+            except Exception as error:  # noqa: BLE001  # whoever waits for it is told the same
+                self.forget(form)
+                compiled.set_exception(error)
+        return compiled.result()
+
+    def forget(self, form: StructuredOutput) -> None:
+        """Compile it anew when it is asked for again."""
+        with self._lock:
+            self._compiled.pop(form, None)
+
+    def _compile(self, form: StructuredOutput) -> CompiledForm:
+        matcher = LLMatcher(self._vocabulary.tokens, grammar_of(form), log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise complaint(form, matcher.get_error())
+        first = matcher.deep_copy()
+        if not any(first.compute_bitmask()) or first.is_error():
+            raise complaint(form, "it allows no answer")
+        return CompiledForm(form, self._vocabulary, self, matcher)

@@ -1,0 +1,78 @@
+"""One answer bound to a form: which tokens may come next, and whether it is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from llguidance import LLMatcher
+
+from alora_serve.errors import InvalidRequestError
+from alora_serve.model.structure.compiler import CompiledForm
+
+
+class Constraint:
+    """Follows one answer. Its state is a function of the form and the tokens; one thread at a time."""
+
+    def __init__(self, form: CompiledForm, end_ids: frozenset[int]) -> None:
+        """Stand before the first token. ``end_ids`` are the tokens that end the answer, where it is complete."""
+        self._form = form
+        self._size = form.vocabulary.size
+        self._end_ids = np.array(sorted(token for token in end_ids if token < self._size), dtype=np.intp)
+        self._matcher = form.matcher()
+        self._text: LLMatcher | None = None
+
+    def restore(self, token_ids: Sequence[int]) -> None:
+        """Go on after these tokens.
+
+        Raises:
+            InvalidRequestError: they are no beginning of an answer of this form.
+        """
+        text_ids = token_ids[:-1] if token_ids and token_ids[-1] in self._end_ids else token_ids
+        if not self._matcher.consume_tokens(list(text_ids)):
+            raise InvalidRequestError.of("resume.generated_token_ids", "they do not have the form of structured_output")
+
+    def push(self, token_id: int) -> None:
+        """Go on after a token that :meth:`mask` allowed."""
+        if token_id not in self._end_ids:
+            self._matcher.consume_token(token_id)  # what fails shows in the next mask
+
+    @property
+    def is_complete(self) -> bool:
+        """The answer has the form, and nothing can be added to it."""
+        matcher = self._matcher
+        return matcher.is_stopped() and matcher.is_accepting() and not matcher.is_error()
+
+    def mask(self) -> bytes:
+        """A bit for each token id, little-endian: whether it may come next. Takes microseconds, at first milliseconds.
+
+        Raises:
+            InvalidRequestError: no token may, or the form has become too complex.
+        """
+        packed = np.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=np.uint8)
+        if self._matcher.is_error():
+            raise self._form.failed(self._matcher.get_error())
+        places, bits = self._end_ids >> 3, (1 << (self._end_ids & 7)).astype(np.uint8)
+        if self._matcher.is_accepting():
+            np.bitwise_or.at(packed, places, bits)
+        else:
+            np.bitwise_and.at(packed, places, ~bits)
+        # Ids beyond the model's own, as llguidance has for an end that no token stands for.
+        packed[self._size >> 3 :] &= np.array([(1 << (self._size & 7)) - 1], dtype=np.uint8)
+        packed[(self._size >> 3) + 1 :] = 0
+        if not packed.any():
+            raise self._form.failed("no token of this model can go on with the answer")
+        return packed.tobytes()
+
+    def advance(self, text: str) -> None:
+        """See :class:`alora_serve.model.text.TextGate`."""
+        self._text = self._with_text(self._text or self._form.matcher(), text)
+
+    def may_end(self, text: str) -> bool:
+        """See :class:`alora_serve.model.text.TextGate`."""
+        matcher = self._with_text((self._text or self._form.matcher()).deep_copy(), text)
+        return matcher.is_accepting() and not matcher.is_error()
+
+    def _with_text(self, matcher: LLMatcher, text: str) -> LLMatcher:
+        matcher.consume_tokens(self._form.vocabulary.tokens.greedy_tokenize(text))
+        return matcher

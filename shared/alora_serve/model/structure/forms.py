@@ -1,0 +1,125 @@
+"""Forms as llguidance's grammars, and its complaints as ours: which field, and which part of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from llguidance import LLMatcher
+
+from alora_serve.errors import InvalidRequestError
+from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
+
+FIELD: Final = "sampling.structured_output"
+MAX_COMPLAINT_CHARACTERS: Final = 500
+
+_NAMED_SCHEMAS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords whose value's keys are names, not keywords."""
+_PLAIN_VALUES: Final = ("const", "enum", "default", "examples")
+"""Keywords whose value is no schema."""
+_UNIMPLEMENTED: Final = re.compile(r"Unimplemented keys: (\[.*\])")
+
+
+def field_of(form: StructuredOutput) -> str:
+    """Path of the form in its request."""
+    names = {JsonSchema: "json_schema", Regex: "regex", Grammar: "grammar", Choice: "choice.values"}
+    return f"{FIELD}.{names[type(form)]}"
+
+
+def grammar_of(form: StructuredOutput) -> str:
+    """The form in llguidance's own language.
+
+    Raises:
+        InvalidRequestError: a JSON schema that asks for what cannot be held to.
+    """
+    match form:
+        case JsonSchema(schema):
+            return _json_grammar(_checked(json.loads(schema), field_of(form)))
+        case Regex(pattern):
+            return LLMatcher.grammar_from_regex(pattern)
+        case Grammar(grammar):
+            return LLMatcher.grammar_from_lark(grammar)
+        case Choice(values):
+            return LLMatcher.grammar_from_regex("|".join(map(_literally, values)))
+
+
+def complaint(form: StructuredOutput, message: str) -> InvalidRequestError:
+    """What llguidance says about a form, as an error of the field."""
+    unimplemented = _UNIMPLEMENTED.search(message)
+    if unimplemented and isinstance(form, JsonSchema):
+        places = _places(json.loads(form.schema), set(json.loads(unimplemented[1])))
+        description = "; ".join(f"{keyword!r} at {path} is not supported" for path, keyword in places) or message
+    elif "coerce_one_of" in message:
+        description = "'oneOf' is supported only where no value fits two of its schemas; use 'anyOf'"
+    else:
+        description = " ".join(message.replace("<non-verbose/>", "").split())
+    return InvalidRequestError.of(field_of(form), description[:MAX_COMPLAINT_CHARACTERS])
+
+
+def _json_grammar(schema: dict[str, Any]) -> str:
+    # Overrides win over what a schema says in "x-guidance": it may not switch off what would refuse it.
+    return LLMatcher.grammar_from_json_schema(
+        schema,
+        overrides={
+            # Left free, a small model may write white space until its tokens are used up.
+            "whitespace_flexible": True,
+            "whitespace_pattern": " ?",
+            "item_separator": ",",
+            "key_separator": ":",
+            "lenient": False,
+            "coerce_one_of": False,
+            # No \uXXXX: a key spelt with one would be a declared one in disguise.
+            "json_allowed_escapes": '"\\bfnrt',
+        },
+    )
+
+
+def _literally(text: str) -> str:
+    """A regular expression of the text alone."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _checked(schema: Any, field: str) -> dict[str, Any]:
+    if isinstance(schema, bool):
+        if not schema:
+            raise InvalidRequestError.of(field, "false allows no answer")
+        return {}
+    for path, inner in _schemas(schema, ""):
+        least, required = inner.get("minProperties"), inner.get("required")
+        known = len(set(required)) if isinstance(required, list) else 0
+        if isinstance(least, int) and least > known + 1:
+            # A grammar cannot see that two names are the same, and JSON would keep one of them.
+            raise InvalidRequestError.of(
+                field, f"'minProperties' at {path or '/'} is not supported beyond the properties that are required"
+            )
+    result: dict[str, Any] = schema
+    return result
+
+
+def _schemas(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every schema within a schema, itself included, with its JSON pointer."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _schemas(item, f"{path}/{index}")
+    if not isinstance(value, dict):
+        return
+    yield path, value
+    for keyword, inner in value.items():
+        if keyword in _NAMED_SCHEMAS and isinstance(inner, dict):
+            for name, schema in inner.items():
+                yield from _schemas(schema, f"{path}/{keyword}/{_escaped(name)}")
+        elif keyword not in _PLAIN_VALUES:
+            yield from _schemas(inner, f"{path}/{_escaped(keyword)}")
+
+
+def _places(schema: Any, keywords: set[str]) -> Iterator[tuple[str, str]]:
+    """Where the keywords stand in a schema."""
+    for path, inner in _schemas(schema, ""):
+        for keyword in sorted(keywords & inner.keys()):
+            yield path or "/", keyword
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
