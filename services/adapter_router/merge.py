@@ -10,6 +10,7 @@ from typing import TypeVar
 import structlog
 
 from alora_serve.errors import AloraServeError
+from alora_serve.v1 import types_pb2
 
 ItemT = TypeVar("ItemT")
 
@@ -38,6 +39,29 @@ async def merge_streams(
         for pump in pumps:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def merge_samples(
+    streams: Sequence[AsyncGenerator[types_pb2.GenerationEvent, None]], indexes: Sequence[int]
+) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
+    """Events of all samples of one call, each with the index of its own. The first that fails ends all.
+
+    Raises:
+        AloraServeError: a sample's, with its ``sample_index`` in the metadata where there are several.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as events:
+            async for event in events:
+                event.sample_index = indexes[0]
+                yield event
+        return
+    async with aclosing(merge_streams(streams)) as merged:
+        async for position, item in merged:
+            if isinstance(item, AloraServeError):
+                item.metadata["sample_index"] = str(indexes[position])
+                raise item
+            item.sample_index = indexes[position]
+            yield item
 
 
 async def _pump(

@@ -19,7 +19,7 @@ from adapter_router.adapters import AdapterDirectory
 from adapter_router.catalog import paired_models, prevailing_model
 from adapter_router.demands import Demands, is_plain_lora
 from adapter_router.dispatch import Call
-from adapter_router.merge import merge_streams
+from adapter_router.merge import merge_samples, merge_streams
 from adapter_router.policy import Demand
 from adapter_router.prepare import Prepared, Preparer
 from adapter_router.stream import DecodeStream
@@ -36,6 +36,7 @@ from alora_serve.metrics import RequestMetrics, RouterMetrics
 from alora_serve.rpc.caller import CALLER
 from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, message_bytes_for_context
 from alora_serve.rpc.convert import (
+    MAX_SAMPLES,
     Target,
     adapter_name_from_proto,
     adapter_to_proto,
@@ -125,16 +126,23 @@ class AloraServicer(AloraServiceServicer):
     async def Generate(
         self, request: alora_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[alora_pb2.GenerateResponse, None]:
-        """One conversation, one adapter or the base model."""
-        with self._admitted(context, request, sequences=1) as call:
-            prompt, target = generate_from_proto(request)
-            adapter = self._adapters.find(target.adapter)
+        """One conversation, one adapter or the base model; one sample or several."""
+        sequences = min(max(request.sampling.n, 1), MAX_SAMPLES)
+        with self._admitted(context, request, sequences=sequences) as call:
+            prompt, samples = generate_from_proto(request)
+            asked = {index: sample for index, sample in enumerate(samples) if not sample.is_skipped}
+            if not asked:
+                return
+            adapter = self._adapters.find(request.adapter)
             prepared = await self._preparer.prepare(
-                prompt, request.prompt, call=call, adapter=target.adapter, tokenize_only=is_plain_lora(adapter)
+                prompt, request.prompt, call=call, adapter=request.adapter, tokenize_only=is_plain_lora(adapter)
             )
-            demand = self._demands.generation(prepared.handle, adapter, call.tenant_salt)
-            stream = self._stream(prepared, target, demand, call, _new_seed(), prepared.prefill)
-            async with aclosing(stream.events()) as events:
+            if len(samples) == 1:
+                demand = self._demands.generation(prepared.handle, adapter, call.tenant_salt)
+                streams = [self._stream(prepared, samples[0], demand, call, _new_seed(), prepared.prefill)]
+            else:
+                streams = self._fan_out_streams(prepared, samples, dict.fromkeys(asked, adapter), call)
+            async with aclosing(merge_samples([stream.events() for stream in streams], list(asked))) as events:
                 async for event in events:
                     yield alora_pb2.GenerateResponse(event=event)
 

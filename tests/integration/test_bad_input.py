@@ -212,7 +212,6 @@ async def test_a_stop_string_that_is_not_utf8_is_named(served: Deployed) -> None
 
 
 UNSERVED: dict[str, alora_pb2.GenerateRequest] = {
-    "sampling.n": generate(n=2),
     "prompt.documents": generate(prompt_of(documents=[types_pb2.Document(text="Salt water is heavy.")])),
 }
 

@@ -109,6 +109,10 @@ class Answer:
     finished: Finished
     events: tuple[StreamEvent, ...]
 
+    @property
+    def chunks(self) -> list[TokenChunk]:
+        return [event for event in self.events if isinstance(event, TokenChunk)]
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:

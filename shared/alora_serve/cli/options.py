@@ -83,3 +83,22 @@ MinP = Annotated[float, typer.Option(metavar="X", help="Drop tokens less likely 
 RepetitionPenalty = Annotated[float, typer.Option(metavar="X", help="As in transformers; 1 is off.")]
 Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Of the random numbers; unset, one is drawn.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeat for more.")]
+
+JsonSchemaOption = Annotated[
+    str | None,
+    typer.Option("--json-schema", metavar="FILE|TEXT", help="The answer is JSON of this schema, a file or its text."),
+]
+RegexOption = Annotated[str | None, typer.Option("--regex", metavar="PATTERN", help="The answer matches this, whole.")]
+ChoiceOption = Annotated[
+    list[str] | None, typer.Option("--choice", metavar="TEXT", help="The answer is this; repeat for alternatives.")
+]
+GrammarOption = Annotated[
+    str | None,
+    typer.Option("--grammar", metavar="FILE|TEXT", help="The answer is of this Lark grammar, a file or its text."),
+]
+TopLogprobs = Annotated[
+    int, typer.Option(min=0, max=20, metavar="N", help="Also tell the N most likely tokens in each token's place.")
+]
+Samples = Annotated[
+    int, typer.Option("--samples", "-n", min=1, max=64, metavar="N", help="So many answers, in one call.")
+]

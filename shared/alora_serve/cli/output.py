@@ -17,6 +17,8 @@ from alora_serve.errors import AloraServeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from alora_serve.client import GenerationResult
+
 FAILURE_EXIT_CODE = 1
 
 
@@ -45,6 +47,20 @@ def print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     for row in rows:
         table.add_row(*(value if isinstance(value, Text) else Text(str(value)) for value in row.values()))
     console().print(table)
+
+
+def print_top_logprobs(result: GenerationResult) -> None:
+    """What the model thought of each token, where it was asked."""
+    rows = [
+        {
+            "token": repr(spelt.decode(errors="replace")),
+            "logprob": f"{logprob:.3f}",
+            "likeliest": "  ".join(f"{token.text!r} {token.logprob:.3f}" for token in top),
+        }
+        for spelt, logprob, top in zip(result.token_bytes, result.logprobs, result.top_logprobs, strict=False)
+    ]
+    if rows:
+        print_table("", rows)
 
 
 def to_json(value: object) -> Any:

@@ -4,11 +4,11 @@ Everything a caller needs is importable from here; errors are those of :mod:`alo
 """
 
 from alora_serve.client.arguments import Messages
-from alora_serve.client.async_streams import AsyncFanOutStream, AsyncGenerationStream
+from alora_serve.client.async_streams import AsyncFanOutStream, AsyncGenerationStream, AsyncSampleStream
 from alora_serve.client.asynchronous import AsyncClient
 from alora_serve.client.results import GenerationResult
 from alora_serve.client.retry import RetryPolicy
-from alora_serve.client.streams import FanOutStream, GenerationStream
+from alora_serve.client.streams import FanOutStream, GenerationStream, SampleStream
 from alora_serve.client.synchronous import Client
 from alora_serve.rpc.convert import Target
 from alora_serve.types import (
@@ -42,6 +42,7 @@ __all__ = [
     "AsyncClient",
     "AsyncFanOutStream",
     "AsyncGenerationStream",
+    "AsyncSampleStream",
     "ChatMessage",
     "Choice",
     "Client",
@@ -61,6 +62,7 @@ __all__ = [
     "Prompt",
     "Regex",
     "RetryPolicy",
+    "SampleStream",
     "SamplingParams",
     "Started",
     "StreamEvent",

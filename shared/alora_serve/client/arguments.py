@@ -84,7 +84,17 @@ def generate_request(
 ) -> alora_pb2.GenerateRequest:
     """One generation. Raises as :func:`build_prompt`."""
     prompt, sampling = _split(messages, fields)
+    if sampling.n > 1:
+        raise InvalidRequestError.of("sampling.n", "generate gives one answer; ask sample for several")
     return generate_to_proto(prompt, Target(adapter or "", sampling))
+
+
+def sample_request(
+    messages: Messages | None, count: int, adapter: str | None, fields: Mapping[str, Any]
+) -> alora_pb2.GenerateRequest:
+    """Several generations of one prompt. Raises as :func:`build_prompt`."""
+    prompt, sampling = _split(messages, fields)
+    return generate_to_proto(prompt, Target(adapter or "", dataclasses.replace(sampling, n=count)))
 
 
 def fan_out_request(

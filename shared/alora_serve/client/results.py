@@ -201,6 +201,40 @@ class FanOutTranscript:
         return [_outcome(target) for target in self._targets]
 
 
+class SampleTranscript:
+    """The events of all samples of a prompt so far."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._samples = [Transcript() for _ in range(num_samples)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have come, of all samples."""
+        return sum(sample.num_tokens for sample in self._samples)
+
+    def resumed(self, request: alora_pb2.GenerateRequest) -> alora_pb2.GenerateRequest:
+        """See :class:`Received`. Each sample goes on from where it stood; those that have ended are skipped."""
+        rest = alora_pb2.GenerateRequest()
+        rest.CopyFrom(request)
+        for sample in self._samples:
+            sample.pin_seed(rest.sampling)  # all have one
+            rest.interrupted_samples.add(resume=sample.resume(), skip=sample.is_finished)
+        return rest
+
+    def add(self, response: alora_pb2.GenerateResponse) -> tuple[int, StreamEvent] | None:
+        """Note the next response; its sample's index and what happened to it, or None for nothing new."""
+        index, event = response.event.sample_index, event_from_proto(response.event)
+        return (index, event) if self._samples[index].add(event) else None
+
+    def results(self) -> list[GenerationResult]:
+        """A result a sample, in their order.
+
+        Raises:
+            UnavailableError: the stream ended before all were finished.
+        """
+        return [sample.result() for sample in self._samples]
+
+
 def _outcome(target: Transcript | AloraServeError) -> GenerationResult | AloraServeError:
     if isinstance(target, AloraServeError):
         return target

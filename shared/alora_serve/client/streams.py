@@ -11,7 +11,14 @@ from typing import Any, Generic, Self, TypeVar
 import grpc
 
 from alora_serve.client.failures import failure_of
-from alora_serve.client.results import FanOutTranscript, GenerationResult, Received, RequestT, Transcript
+from alora_serve.client.results import (
+    FanOutTranscript,
+    GenerationResult,
+    Received,
+    RequestT,
+    SampleTranscript,
+    Transcript,
+)
 from alora_serve.client.retry import Retries
 from alora_serve.errors import AloraServeError
 from alora_serve.rpc.convert import event_from_proto
@@ -110,6 +117,32 @@ class GenerationStream(ResponseStream[alora_pb2.GenerateRequest, StreamEvent]):
     def _item(self, response: alora_pb2.GenerateResponse) -> StreamEvent | None:
         event = event_from_proto(response.event)
         return event if self._transcript.add(event) else None
+
+
+class SampleStream(ResponseStream[alora_pb2.GenerateRequest, tuple[int, StreamEvent]]):
+    """Events of all samples of a prompt as they come, each with its sample's index."""
+
+    def __init__(
+        self,
+        open_call: Callable[[alora_pb2.GenerateRequest, float | None], Any],
+        request: alora_pb2.GenerateRequest,
+        retries: Retries,
+    ) -> None:
+        self._transcript = SampleTranscript(request.sampling.n)
+        super().__init__(open_call, request, retries, self._transcript)
+
+    def results(self) -> list[GenerationResult]:
+        """Read what is left and return a result for each sample in order.
+
+        Raises:
+            AloraServeError: the generation failed, or was closed before its end.
+        """
+        for _ in self:
+            pass
+        return self._transcript.results()
+
+    def _item(self, response: alora_pb2.GenerateResponse) -> tuple[int, StreamEvent] | None:
+        return self._transcript.add(response)
 
 
 class FanOutStream(ResponseStream[alora_pb2.FanOutRequest, tuple[int, StreamEvent | AloraServeError]]):

@@ -17,10 +17,11 @@ from alora_serve.client.arguments import (
     fan_out_request,
     generate_request,
     prefill_request,
+    sample_request,
 )
 from alora_serve.client.failures import failure_of
 from alora_serve.client.retry import Retries, RetryPolicy
-from alora_serve.client.streams import FanOutStream, GenerationStream
+from alora_serve.client.streams import FanOutStream, GenerationStream, SampleStream
 from alora_serve.errors import DeadlinePassedError, UnavailableError
 from alora_serve.rpc.channels import public_options
 from alora_serve.rpc.convert import (
@@ -108,6 +109,31 @@ class Client:
         """
         request = generate_request(messages, adapter, fields)
         return GenerationStream(
+            lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._call_metadata()),
+            request,
+            Retries(self._retry, timeout_seconds),
+        )
+
+    def sample(
+        self,
+        messages: Messages | None = None,
+        count: int = 1,
+        *,
+        adapter: str | None = None,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[GenerateFields],
+    ) -> SampleStream:
+        """Continue a conversation 1 to 64 times in one call, each time with other random numbers of one seed.
+
+        Args:
+            messages: as in :meth:`generate`.
+            count: how many samples.
+            adapter: as in :meth:`generate`.
+            timeout_seconds: of the whole call.
+            **fields: as in :meth:`generate`; without a ``temperature`` all samples are the same.
+        """
+        request = sample_request(messages, count, adapter, fields)
+        return SampleStream(
             lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
             Retries(self._retry, timeout_seconds),

@@ -12,10 +12,11 @@ from alora_serve.client.arguments import (
     fan_out_request,
     generate_request,
     prefill_request,
+    sample_request,
 )
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert import Target, fan_out_from_proto, generate_from_proto, prefill_from_proto
-from alora_serve.types import ChatMessage, Document, Prompt, SamplingParams, ToolCall
+from alora_serve.types import ChatMessage, Choice, Document, Prompt, SamplingParams, ToolCall
 from fake_services import handle
 
 
@@ -68,8 +69,10 @@ def test_every_field_reaches_the_server() -> None:
         "stop_token_ids": [7],
         "ignore_eos": True,
         "logprobs": True,
+        "top_logprobs": 2,
+        "structured_output": None,
     }
-    prompt, target = generate_from_proto(generate_request("Hi", "jailbreak", fields))
+    prompt, [target] = generate_from_proto(generate_request("Hi", "jailbreak", fields))
     assert prompt == Prompt(
         (ChatMessage("user", "Hi"),),
         documents=(Document("t", "text"),),
@@ -91,10 +94,23 @@ def test_every_field_reaches_the_server() -> None:
         stop_token_ids=(7,),
         ignore_eos=True,
         logprobs=True,
+        top_logprobs=2,
     )
     assert target == Target("jailbreak", sampling)
     # Whoever adds a sampling parameter adds it here, too.
     assert GenerateFields.__optional_keys__ >= set(SamplingParams.__dataclass_fields__) - {"sample_index", "n"}
+
+
+def test_a_form_reaches_the_server() -> None:
+    request = generate_request("Hi", None, {"structured_output": Choice(("yes", "no"))})
+    _, [target] = generate_from_proto(request)
+    assert target.sampling.structured_output == Choice(("yes", "no"))
+
+
+def test_several_samples_are_asked_of_sample_alone() -> None:
+    assert sample_request("Hi", 3, None, {"seed": 1}).sampling.n == 3
+    with pytest.raises(InvalidRequestError, match="ask sample for several"):
+        generate_request("Hi", None, {"sampling": SamplingParams(n=3)})
 
 
 def test_no_adapter_is_the_base_model_and_no_seed_stays_unset() -> None:

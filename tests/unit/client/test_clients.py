@@ -297,7 +297,16 @@ class ScriptedRouter(AloraServiceServicer):
         self.requests: list[Any] = []
 
     async def Generate(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async for response in self._failing(request, self._answers(request), context):
+        async def samples() -> AsyncIterator[types_pb2.GenerationEvent]:
+            for index, sample in enumerate(request.interrupted_samples or [alora_pb2.InterruptedSample()] * count):
+                if not sample.skip:
+                    async for event in self._answers(sample):
+                        event.sample_index = index
+                        yield event
+
+        count = request.sampling.n
+        answers = samples() if count > 1 else self._answers(request)
+        async for response in self._failing(request, answers, context):
             yield alora_pb2.GenerateResponse(event=response)
 
     async def FanOut(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -410,6 +419,29 @@ async def test_a_fan_out_whose_router_is_lost_asks_for_what_is_missing(connect: 
         assert [result.text for result in results] == ["Hello world!"] * 2
         assert [target.skip for target in router.requests[1].targets] == [True, False]
         assert router.requests[1].targets[1].resume.generated_token_ids == pack_token_ids((10,))
+
+
+async def test_samples_whose_router_is_lost_are_asked_for_as_far_as_they_are_missing(connect: Any) -> None:
+    router = ScriptedRouter(UnavailableError("gone"), after=8)
+    async with router.served() as server, connect(server.address, retry=FAST) as client:
+        results = await run(client, lambda c: c.sample("Hi", 3, temperature=1.0).results())
+        assert [result.text for result in results] == ["Hello world!"] * 3
+        ended, begun, awaited = router.requests[1].interrupted_samples
+        assert (ended.skip, begun.skip, awaited.skip) == (True, False, False)
+        assert begun.resume.generated_token_ids == pack_token_ids((10,))
+        assert not awaited.HasField("resume")
+        assert router.requests[1].sampling.seed == results[0].seed
+
+
+async def test_samples_come_as_they_come_with_their_index(connect: Any) -> None:
+    async with deployment([FakePrefill()], [FakeWorker()]) as (router, _), connect(router.address) as client:
+        events = await events_of(client, lambda c: c.sample("Hi", 2))
+        for index in (0, 1):
+            own = [event for sample, event in events if sample == index]
+            assert isinstance(own[0], Started)
+            assert isinstance(own[-1], Finished)
+        with pytest.raises(InvalidRequestError):
+            await run(client, lambda c: c.sample("Hi", 65).results())
 
 
 async def test_a_client_told_not_to_repeat_does_not_go_on(connect: Any) -> None:

@@ -18,15 +18,17 @@ from alora_serve.types import (
     StreamEvent,
     Timings,
     TokenChunk,
+    TokenLogprob,
     Usage,
 )
 from alora_serve.v1 import alora_pb2
 
+LIKELY = (TokenLogprob(1, -0.5, b"H"), TokenLogprob(9, -2.0, b"\xc3"))
 EVENTS: list[StreamEvent] = [
     Started(AdapterDigest("ab"), 3, 42, 5),
-    TokenChunk((1, 2), "Hel", (-0.5, -0.25)),
+    TokenChunk((1, 2), "Hel", (-0.5, -0.25), (b"H", b"el"), (LIKELY, LIKELY)),
     Heartbeat(),
-    TokenChunk((3,), "lo", (-1.0,)),
+    TokenChunk((3,), "lo", (-1.0,), (b"lo",), (LIKELY[:1],)),
     Finished(FinishReason.STOP, Usage(5, generated_tokens=3), Timings(total_seconds=1.0), text="!", stop_string="\n"),
 ]
 
@@ -38,6 +40,8 @@ def test_a_result_is_the_whole_of_its_events() -> None:
     result = transcript.result()
     assert (result.text, result.token_ids, result.logprobs) == ("Hello!", (1, 2, 3), (-0.5, -0.25, -1.0))
     assert (result.finish_reason, result.stop_string, result.handle) == (FinishReason.STOP, "\n", None)
+    assert (result.token_bytes, result.top_logprobs) == ((b"H", b"el", b"lo"), (LIKELY, LIKELY, LIKELY[:1]))
+    assert [token.text for token in LIKELY] == ["H", "\ufffd"]
     assert (result.adapter_digest, result.seed) == ("ab", 42)
     assert (result.usage.prompt_tokens, result.timings.total_seconds) == (5, 1.0)
 

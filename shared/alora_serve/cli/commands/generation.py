@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,12 +11,17 @@ from alora_serve.cli.options import (
     DEFAULT_ADDRESS,
     Address,
     AsJson,
+    ChoiceOption,
     ConversationFile,
+    GrammarOption,
     HandleFile,
+    JsonSchemaOption,
     MaxTokens,
     Messages,
     MinP,
+    RegexOption,
     RepetitionPenalty,
+    Samples,
     SaveHandle,
     Seed,
     Stop,
@@ -23,9 +29,18 @@ from alora_serve.cli.options import (
     Temperature,
     Timeout,
     TopK,
+    TopLogprobs,
     TopP,
 )
-from alora_serve.cli.output import FAILURE_EXIT_CODE, console, error_to_json, errors_reported, print_json, print_table
+from alora_serve.cli.output import (
+    FAILURE_EXIT_CODE,
+    console,
+    error_to_json,
+    errors_reported,
+    print_json,
+    print_table,
+    print_top_logprobs,
+)
 from alora_serve.cli.output import to_json as json_of
 
 if TYPE_CHECKING:
@@ -52,6 +67,12 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
+    choice: ChoiceOption = None,
+    grammar: GrammarOption = None,
+    top_logprobs: TopLogprobs = 0,
+    samples: Samples = 1,
     save: SaveHandle = None,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 600.0,
@@ -67,14 +88,20 @@ def generate(
     alora-serve generate --file conversation.json --adapter jailbreak --max-tokens 8
     alora-serve generate -m "Tell me a story." --temperature 0.8 --seed 7 --save story.handle
     alora-serve generate --handle story.handle -m "And then?"
+    alora-serve generate -m "Is water wet?" --choice yes --choice no --top-logprobs 5
+    alora-serve generate -m "Give the boat a name." --samples 4 --temperature 1
     alora-serve generate --json < conversation.json | jq -r .text
     ```
     """
     with errors_reported(as_json=as_json):
         from alora_serve.cli.connection import connected
         from alora_serve.cli.conversation import read_prompt
+        from alora_serve.cli.form import read_form
         from alora_serve.client import SamplingParams, TokenChunk
+        from alora_serve.errors import InvalidRequestError
 
+        if samples > 1 and save is not None:
+            raise InvalidRequestError.of("save", "there is a handle for each sample; save that of one answer")
         prompt = read_prompt(messages=message or (), system=system, file=file, handle_file=handle)
         sampling = SamplingParams(
             max_tokens=max_tokens,
@@ -85,8 +112,16 @@ def generate(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=tuple(stop or ()),
+            structured_output=read_form(json_schema, regex, choice or (), grammar),
+            top_logprobs=top_logprobs,
         )
         with connected(address) as client:
+            if samples > 1:
+                several = client.sample(
+                    None, samples, prompt=prompt, adapter=adapter, sampling=sampling, timeout_seconds=timeout
+                )
+                _print_samples(adapter, several.results(), as_json=as_json)
+                return
             stream = client.generate(prompt=prompt, adapter=adapter, sampling=sampling, timeout_seconds=timeout)
             shown = 0
             for event in stream:
@@ -99,6 +134,7 @@ def generate(
             print_json(_result_to_json(adapter, result))
         else:
             typer.echo(result.text[shown:])
+            print_top_logprobs(result)
             console(stderr=True).print(_cost(result.usage, result.timings), style="dim")
 
 
@@ -116,6 +152,10 @@ def fanout(
     temperature: Temperature = 0.0,
     seed: Seed = None,
     stop: Stop = None,
+    json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
+    choice: ChoiceOption = None,
+    grammar: GrammarOption = None,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 600.0,
     as_json: AsJson = False,
@@ -132,10 +172,17 @@ def fanout(
     with errors_reported(as_json=as_json):
         from alora_serve.cli.connection import connected
         from alora_serve.cli.conversation import read_prompt
+        from alora_serve.cli.form import read_form
         from alora_serve.client import SamplingParams
 
         prompt = read_prompt(messages=message or (), system=system, file=file, handle_file=handle)
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=tuple(stop or ()))
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=tuple(stop or ()),
+            structured_output=read_form(json_schema, regex, choice or (), grammar),
+        )
         targets = [*(adapter or ()), *([""] if base else [])]
         with connected(address) as client:
             results = client.fanout(None, targets, prompt=prompt, sampling=sampling, timeout_seconds=timeout).results()
@@ -202,7 +249,18 @@ def _result_to_json(adapter: str, result: GenerationResult | AloraServeError) ->
     if isinstance(result, AloraServeError):
         return {"adapter": adapter, "error": error_to_json(result)}
     handle = handle_text(result.handle) if result.handle else None
-    return {"adapter": adapter, **json_of(result), "handle": handle}
+    tokens = [spelt.decode(errors="replace") for spelt in result.token_bytes]
+    top = [[{**json_of(token), "text": token.text} for token in tokens] for tokens in result.top_logprobs]
+    return {"adapter": adapter, **json_of(result), "tokens": tokens, "top_logprobs": top, "handle": handle}
+
+
+def _print_samples(adapter: str, results: Sequence[GenerationResult], *, as_json: bool) -> None:
+    if as_json:
+        print_json([_result_to_json(adapter, result) for result in results])
+        return
+    for index, result in enumerate(results):
+        console().print(f"[{index}] {result.text}", markup=False)
+        print_top_logprobs(result)
 
 
 def _row(adapter: str, result: GenerationResult | AloraServeError) -> dict[str, object]:

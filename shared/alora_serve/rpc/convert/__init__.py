@@ -38,6 +38,7 @@ from alora_serve.rpc.convert.requests import (
     prefill_result_to_proto,
 )
 from alora_serve.rpc.convert.sampling import (
+    MAX_SAMPLES,
     resume_to_proto,
     sampling_from_proto,
     sampling_to_proto,
@@ -45,6 +46,7 @@ from alora_serve.rpc.convert.sampling import (
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 
 __all__ = [
+    "MAX_SAMPLES",
     "FanOut",
     "Target",
     "adapter_from_proto",

@@ -17,6 +17,7 @@ from alora_serve.rpc.convert.prompt import (
     read_prompt,
 )
 from alora_serve.rpc.convert.sampling import (
+    MAX_SAMPLES,
     read_resume,
     read_sampling,
     resume_to_proto,
@@ -55,20 +56,39 @@ class FanOut:
     targets: tuple[Target, ...]
 
 
-def generate_from_proto(request: alora_pb2.GenerateRequest) -> tuple[Prompt, Target]:
-    """What to continue, and with what.
+def generate_from_proto(request: alora_pb2.GenerateRequest) -> tuple[Prompt, tuple[Target, ...]]:
+    """What to continue, and with what: a target for each sample, whose ``sample_index`` is its position.
 
     Raises:
         InvalidRequestError: with every bad field of the request.
-        UnimplementedFeatureError: a field is set that this release does not serve.
     """
     violations = Violations()
     prompt = read_prompt(request.prompt, violations, field="prompt")
-    sampling = read_sampling(request.sampling, violations, field="sampling")
+    sampling = read_sampling(request.sampling, violations, field="sampling", max_samples=MAX_SAMPLES)
     _check_turn_to_answer(prompt, [request.adapter], violations)
-    sampling, resume = _read_resume(request, sampling, violations, field="resume")
+    if sampling.n > 1 or request.interrupted_samples:
+        samples = _read_samples(request, sampling, violations)
+    else:
+        samples = (Target(request.adapter, *_read_resume(request, sampling, violations, field="resume")),)
     violations.raise_if_any()
-    return prompt, Target(request.adapter, sampling, resume)
+    return prompt, samples
+
+
+def _read_samples(
+    request: alora_pb2.GenerateRequest, sampling: SamplingParams, violations: Violations
+) -> tuple[Target, ...]:
+    violations.require(not request.HasField("resume"), "resume", "is of one sample; set interrupted_samples instead")
+    count = min(sampling.n, MAX_SAMPLES)
+    interrupted = list(request.interrupted_samples) or [alora_pb2.InterruptedSample()] * count
+    violations.require(
+        len(interrupted) == count, "interrupted_samples", f"{len(interrupted)} of them are not one for each of {count}"
+    )
+    samples = []
+    for index, sample in enumerate(interrupted[:count]):
+        own = dataclasses.replace(sampling, n=1, sample_index=index)
+        field = f"interrupted_samples[{index}].resume"
+        samples.append(Target(request.adapter, *_read_resume(sample, own, violations, field=field), sample.skip))
+    return tuple(samples)
 
 
 def generate_to_proto(prompt: Prompt, target: Target) -> alora_pb2.GenerateRequest:
@@ -83,7 +103,6 @@ def fan_out_from_proto(request: alora_pb2.FanOutRequest) -> FanOut:
 
     Raises:
         InvalidRequestError: with every bad field of the request.
-        UnimplementedFeatureError: a field is set that this release does not serve.
     """
     violations = Violations()
     prompt = read_prompt(request.prompt, violations, field="prompt")
@@ -108,7 +127,10 @@ def fan_out_from_proto(request: alora_pb2.FanOutRequest) -> FanOut:
 
 
 def _read_resume(
-    request: alora_pb2.GenerateRequest | alora_pb2.FanOutTarget | adapter_decode_pb2.DecodeRequest,
+    request: alora_pb2.GenerateRequest
+    | alora_pb2.InterruptedSample
+    | alora_pb2.FanOutTarget
+    | adapter_decode_pb2.DecodeRequest,
     sampling: SamplingParams,
     violations: Violations,
     *,
@@ -203,7 +225,6 @@ def decode_from_proto(request: adapter_decode_pb2.DecodeRequest) -> GenerateRequ
 
     Raises:
         InvalidRequestError: with the bad fields of the handle, the sampling parameters or the resume point.
-        UnimplementedFeatureError: a field is set that this release does not serve.
     """
     sampling = sampling_from_proto(request.sampling, sample_index=request.sample_index)
     violations = Violations()

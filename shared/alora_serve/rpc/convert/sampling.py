@@ -40,7 +40,6 @@ def sampling_from_proto(
 
     Raises:
         InvalidRequestError: with every value that is out of range.
-        UnimplementedFeatureError: a field is set that this release does not serve.
     """
     violations = Violations()
     params = read_sampling(message, violations, field=field, sample_index=sample_index)
@@ -49,7 +48,12 @@ def sampling_from_proto(
 
 
 def read_sampling(
-    message: types_pb2.SamplingParams, violations: Violations, *, field: str, sample_index: int = 0
+    message: types_pb2.SamplingParams,
+    violations: Violations,
+    *,
+    field: str,
+    sample_index: int = 0,
+    max_samples: int = 1,
 ) -> SamplingParams:
     """As :func:`sampling_from_proto`, but notes what is wrong instead of raising."""
     given: dict[str, Any] = {name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)}
@@ -68,8 +72,9 @@ def read_sampling(
         else None,
     )
     _check_ranges(params, violations, field)
-    if message.n > 1:
-        violations.unserved(f"{field}.n")
+    one = "is for Generate alone; name a target several times, and each is a sample of its own"
+    too_many = one if max_samples == 1 else f"{params.n} samples are more than {max_samples}"
+    violations.require(params.n <= max_samples, f"{field}.n", too_many)
     return params
 
 
@@ -114,7 +119,6 @@ def _check_ranges(params: SamplingParams, violations: Violations, field: str) ->
         f"{field}.top_logprobs",
         f"{params.top_logprobs} is more than {MAX_TOP_LOGPROBS}",
     )
-    require(params.n <= MAX_SAMPLES, f"{field}.n", f"{params.n} samples are more than {MAX_SAMPLES}")
     require(
         not (params.ignore_eos and params.structured_output),
         f"{field}.ignore_eos",

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from alora_serve.errors import FieldViolation, InvalidRequestError, UnimplementedFeatureError
+from alora_serve.errors import FieldViolation, InvalidRequestError
 
 SUMMARY_VIOLATIONS: Final = 3
 """How many violations the message spells out; the details carry all."""
 
 
 class Violations:
-    """The bad fields and unserved features found so far. Not thread-safe; one per request."""
+    """The bad fields found so far. Not thread-safe; one per request."""
 
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
-        self._unserved: list[str] = []
 
     def add(self, field: str, description: str) -> None:
         """Note that ``field`` (its path as in the proto) is bad, and why."""
@@ -31,16 +30,11 @@ class Violations:
         if not holds:
             self.add(field, description)
 
-    def unserved(self, field: str) -> None:
-        """Note that ``field`` asks for something this release does not serve."""
-        self._unserved.append(field)
-
     def raise_if_any(self) -> None:
         """End the collection.
 
         Raises:
             InvalidRequestError: with every violation, when there is one.
-            UnimplementedFeatureError: otherwise, with every unserved field, when there is one.
         """
         if self._found:
             summary = "; ".join(f"{bad.field}: {bad.description}" for bad in self._found[:SUMMARY_VIOLATIONS])
@@ -48,5 +42,3 @@ class Violations:
             raise InvalidRequestError(
                 f"{summary}; and {hidden} more" if hidden > 0 else summary, violations=self._found
             )
-        if self._unserved:
-            raise UnimplementedFeatureError.of(*self._unserved)

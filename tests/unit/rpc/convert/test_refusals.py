@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alora_serve.errors import InvalidRequestError, UnimplementedFeatureError
+from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc import convert
 from alora_serve.v1 import adapter_decode_pb2, alora_pb2, types_pb2
 
@@ -18,7 +18,7 @@ HANDLE = types_pb2.PrefixHandle(kind=types_pb2.PROMPT_KIND_CONVERSATION)
 TOKENS = b"\1\0\0\0"
 
 
-def fields(error: InvalidRequestError | UnimplementedFeatureError) -> list[str]:
+def fields(error: InvalidRequestError) -> list[str]:
     return [violation.field for violation in error.violations]
 
 
@@ -82,10 +82,86 @@ def test_the_edges_of_every_range_are_inside() -> None:
     )
 
 
-def test_sampling_that_this_release_does_not_serve_is_named() -> None:
-    with pytest.raises(UnimplementedFeatureError, match=r"sampling\.n") as caught:
-        convert.sampling_from_proto(types_pb2.SamplingParams(n=2))
-    assert fields(caught.value) == ["sampling.n"]
+FORM = "sampling.structured_output"
+
+
+@pytest.mark.parametrize(
+    ("form", "bad", "why"),
+    [
+        ({}, [FORM], "no form"),
+        ({"json_schema": " "}, [f"{FORM}.json_schema"] * 2, "is empty"),
+        ({"json_schema": '{"a"'}, [f"{FORM}.json_schema"], "is not JSON"),
+        ({"json_schema": '{"minimum": NaN}'}, [f"{FORM}.json_schema"], "NaN is no JSON"),
+        ({"json_schema": "[]"}, [f"{FORM}.json_schema"], "not a JSON object"),
+        ({"json_schema": '{"a":' * 64 + "1" + "}" * 64}, [f"{FORM}.json_schema"], "65 levels is more than 64"),
+        ({"json_schema": "[" * 50_000}, [f"{FORM}.json_schema"], "nested too deeply"),
+        ({"json_schema": f'{{"title": "{"x" * 131072}"}}'}, [f"{FORM}.json_schema"], "bytes are more than 131072"),
+        ({"regex": ""}, [f"{FORM}.regex"], "is empty"),
+        ({"grammar": ""}, [f"{FORM}.grammar"], "is empty"),
+        ({"choice": types_pb2.Choice()}, [f"{FORM}.choice.values"], "0 choices are not 1 to 1024"),
+        ({"choice": types_pb2.Choice(values=["a", ""])}, [f"{FORM}.choice.values[1]"], "is empty"),
+        ({"choice": types_pb2.Choice(values=["a", "b", "a"])}, [f"{FORM}.choice.values"], "'a' is given 2 times"),
+        (
+            {"choice": types_pb2.Choice(values=map(str, range(1025)))},
+            [f"{FORM}.choice.values"],
+            "1025 choices are not 1 to 1024",
+        ),
+    ],
+)
+def test_a_form_that_no_worker_needs_to_see_is_refused(form: dict[str, Any], bad: list[str], why: str) -> None:
+    message = types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput(**form))
+    with pytest.raises(InvalidRequestError, match=why) as caught:
+        convert.sampling_from_proto(message)
+    assert fields(caught.value) == bad
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (types_pb2.SamplingParams(top_logprobs=21), "sampling.top_logprobs"),
+        (types_pb2.SamplingParams(n=65), "sampling.n"),
+        (
+            types_pb2.SamplingParams(ignore_eos=True, structured_output=types_pb2.StructuredOutput(regex="a")),
+            "sampling.ignore_eos",
+        ),
+    ],
+)
+def test_what_is_too_much_of_a_sampling_parameter_is_named(message: types_pb2.SamplingParams, field: str) -> None:
+    request = alora_pb2.GenerateRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), sampling=message)
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.generate_from_proto(request)
+    assert fields(caught.value) == [field]
+
+
+def test_samples_are_for_generate_alone() -> None:
+    several = types_pb2.SamplingParams(n=2)
+    target = alora_pb2.FanOutTarget(sampling=several)
+    fan_out = alora_pb2.FanOutRequest(prompt=types_pb2.Prompt(token_ids=TOKENS), targets=[target], sampling=several)
+    with pytest.raises(InvalidRequestError, match="a target several times") as caught:
+        convert.fan_out_from_proto(fan_out)
+    assert fields(caught.value) == ["sampling.n", "targets[0].sampling.n"]
+    with pytest.raises(InvalidRequestError, match=r"sampling\.n"):
+        convert.decode_from_proto(adapter_decode_pb2.DecodeRequest(handle=HANDLE, sampling=several))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"resume": types_pb2.Resume()}, "resume"),
+        ({"interrupted_samples": [alora_pb2.InterruptedSample()]}, "interrupted_samples"),
+        (
+            {"interrupted_samples": [alora_pb2.InterruptedSample(resume=types_pb2.Resume(seed=2))] * 2},
+            "interrupted_samples[0].resume.seed",
+        ),
+    ],
+)
+def test_where_samples_stood_is_told_of_each(changes: dict[str, Any], field: str) -> None:
+    request = alora_pb2.GenerateRequest(
+        prompt=types_pb2.Prompt(token_ids=TOKENS), sampling=types_pb2.SamplingParams(n=2, seed=1), **changes
+    )
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.generate_from_proto(request)
+    assert fields(caught.value)[0] == field
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,22 @@ from alora_serve.types import (
     AdapterDigest,
     AdapterInfo,
     ChatMessage,
+    Choice,
     Document,
     EndpointStatus,
     Finished,
     FinishReason,
     GenerateRequest,
+    Grammar,
     Heartbeat,
+    JsonSchema,
     ModelInfo,
     PrefillResult,
     PrefixDigest,
     PrefixHandle,
     Prompt,
     PromptKind,
+    Regex,
     Resume,
     SamplingParams,
     Started,
@@ -85,6 +89,12 @@ samplings = st.builds(
     stop_token_ids=token_ids,
     ignore_eos=st.booleans(),
     logprobs=st.booleans(),
+    structured_output=st.none()
+    | st.sampled_from([JsonSchema("{}"), JsonSchema("true"), Regex("a|b"), Grammar('start: "a"')])
+    | st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=3, unique=True).map(tuple).map(Choice),
+).map(lambda params: dataclasses.replace(params, ignore_eos=params.ignore_eos and params.structured_output is None))
+samplings_with_likely_tokens = st.tuples(samplings, st.integers(1, 20)).map(
+    lambda pair: dataclasses.replace(pair[0], logprobs=True, top_logprobs=pair[1])
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.just(0.5) | text,
@@ -245,7 +255,41 @@ def test_a_status_of_an_earlier_version_leaves_the_newer_figures_unknown() -> No
 @given(answerable, text, samplings)
 def test_generate_requests(prompt: Prompt, adapter: str, sampling: SamplingParams) -> None:
     target = convert.Target(adapter, sampling)
-    assert convert.generate_from_proto(convert.generate_to_proto(prompt, target)) == (prompt, target)
+    assert convert.generate_from_proto(convert.generate_to_proto(prompt, target)) == (prompt, (target,))
+
+
+@given(samplings_with_likely_tokens)
+def test_sampling_parameters_with_likely_tokens(params: SamplingParams) -> None:
+    assert convert.sampling_from_proto(convert.sampling_to_proto(params)) == params
+
+
+def test_likely_tokens_imply_the_chosen_ones() -> None:
+    assert convert.sampling_from_proto(types_pb2.SamplingParams(top_logprobs=3)).logprobs
+
+
+@given(st.integers(2, 64))
+def test_each_sample_of_a_request_is_a_target_of_its_own(count: int) -> None:
+    message = alora_pb2.GenerateRequest(
+        prompt=types_pb2.Prompt(token_ids=b"\1\0\0\0"), adapter="a", sampling=types_pb2.SamplingParams(n=count, seed=7)
+    )
+    _, samples = convert.generate_from_proto(message)
+    assert samples == tuple(convert.Target("a", SamplingParams(seed=7, sample_index=index)) for index in range(count))
+
+
+def test_interrupted_samples_go_on_each_from_where_it_stood() -> None:
+    stood = types_pb2.Resume(generated_token_ids=b"\5\0\0\0", seed=7)
+    message = alora_pb2.GenerateRequest(
+        prompt=types_pb2.Prompt(token_ids=b"\1\0\0\0"),
+        sampling=types_pb2.SamplingParams(n=3, seed=7),
+        interrupted_samples=[
+            alora_pb2.InterruptedSample(skip=True),
+            alora_pb2.InterruptedSample(resume=stood),
+            alora_pb2.InterruptedSample(),
+        ],
+    )
+    _, samples = convert.generate_from_proto(message)
+    assert [sample.is_skipped for sample in samples] == [True, False, False]
+    assert [sample.resume.generated_tokens if sample.resume else None for sample in samples] == [None, (5,), None]
 
 
 @given(answerable, st.lists(st.tuples(text, samplings), min_size=1, max_size=3))

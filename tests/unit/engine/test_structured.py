@@ -1,0 +1,391 @@
+"""Answers bound to a form: whole where they end by themselves, the same in any batch and from any cut."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from alora_serve.errors import InvalidRequestError
+from alora_serve.model.loader import BaseModel
+from alora_serve.types import (
+    ChatMessage,
+    Choice,
+    FinishReason,
+    Grammar,
+    JsonSchema,
+    PrefillResult,
+    Prompt,
+    Regex,
+    Resume,
+    StructuredOutput,
+)
+from in_process import Answer, MemoryStore, Stack, open_stack
+
+PROMPT = Prompt((ChatMessage("user", "What do you see?"),))
+ADAPTERS = ("", "appended", "generation-prompt", "lora")
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b/c", 'd"']}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+async def stack(model: BaseModel, adapters: Path) -> AsyncIterator[Stack]:
+    async with open_stack(model, MemoryStore(), adapters) as stack:
+        yield stack
+
+
+@pytest.fixture
+async def prefilled(stack: Stack) -> PrefillResult:
+    return await stack.prefill(PROMPT)
+
+
+async def bound(
+    stack: Stack, prefilled: PrefillResult, form: StructuredOutput | None, adapter: str = "", **sampling: Any
+) -> Answer:
+    """An answer of that form, or a free one of a few tokens."""
+    given = {"max_tokens": 120 if form else 12, "ignore_eos": form is None, "structured_output": form, **sampling}
+    return await stack.generate(prefilled.handle, adapter, **given)
+
+
+def json_schema(schema: Any) -> JsonSchema:
+    return JsonSchema(json.dumps(schema))
+
+
+# --- JSON schemas -----------------------------------------------------------------------------------------------------
+
+names = st.text(st.sampled_from('ab"\\/ é😀$'), min_size=1, max_size=4)
+values = st.none() | st.booleans() | st.integers(-99, 99) | names
+lengths = st.tuples(st.integers(0, 3), st.integers(0, 4)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+leaves = st.one_of(
+    st.sampled_from([{"type": "boolean"}, {"type": "integer"}, {"type": ["string", "null"], "maxLength": 2}]),
+    st.tuples(st.integers(-50, 50), st.integers(0, 99)).map(
+        lambda pair: {"type": "integer", "minimum": pair[0], "maximum": pair[0] + pair[1]}
+    ),
+    st.integers(-3, 3).map(lambda low: {"type": "number", "exclusiveMinimum": low, "maximum": low + 1.5}),
+    lengths.map(lambda pair: {"type": "string", "minLength": pair[0], "maxLength": pair[1]}),
+    st.sampled_from(["^[a-c]{1,3}$", "^(yes|no)$", "^[^ ]$"]).map(lambda regex: {"type": "string", "pattern": regex}),
+    st.sampled_from(["date", "time", "ipv4", "uuid"]).map(lambda name: {"type": "string", "format": name}),
+    st.lists(values, min_size=1, max_size=3, unique_by=repr).map(lambda members: {"enum": members}),
+    values.map(lambda value: {"const": value}),
+)
+
+
+def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    properties = st.dictionaries(names, inner, max_size=3)
+    return st.one_of(
+        st.tuples(properties, st.booleans(), st.booleans()).map(
+            lambda parts: {
+                "type": "object",
+                "properties": parts[0],
+                "required": list(parts[0]) if parts[1] else list(parts[0])[:1],
+                "additionalProperties": False if parts[2] else {"type": "boolean"},
+            }
+        ),
+        st.tuples(inner, lengths).map(
+            lambda parts: {"type": "array", "items": parts[0], "minItems": parts[1][0], "maxItems": parts[1][1]}
+        ),
+        st.lists(inner, min_size=1, max_size=2).map(
+            lambda items: {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}
+        ),
+        st.lists(inner, min_size=1, max_size=2).map(lambda either: {"anyOf": either}),
+        inner.map(lambda schema: {"$defs": {"a/b": schema}, "type": "array", "items": {"type": "null"}, "maxItems": 1}),
+    )
+
+
+schemas = st.recursive(leaves, containers, max_leaves=5)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(
+    st.lists(st.tuples(schemas, st.sampled_from(ADAPTERS), st.sampled_from([0.0, 1.0])), min_size=20, max_size=20),
+    st.integers(0, 2**32),
+)
+def test_an_answer_that_stops_parses_and_validates(
+    model: BaseModel, adapters: Path, asked: list[tuple[Any, str, float]], seed: int
+) -> None:
+    """200 schemas, 20 at a time in one batch, each with the base model or some adapter."""
+
+    async def run() -> list[Answer]:
+        async with open_stack(model, MemoryStore(), adapters) as stack:
+            prefilled = await stack.prefill(PROMPT)
+            return await asyncio.gather(
+                *(
+                    bound(stack, prefilled, json_schema(schema), name, temperature=heat, seed=seed, sample_index=index)
+                    for index, (schema, name, heat) in enumerate(asked)
+                )
+            )
+
+    stopped = 0
+    for (schema, _, _), answer in zip(asked, asyncio.run(run()), strict=True):
+        if answer.finished.finish_reason is FinishReason.STOP:
+            jsonschema.validate(json.loads(answer.text), schema)
+            stopped += 1
+        else:
+            assert len(answer.tokens) == 120
+    assert stopped >= 5
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+async def test_a_bound_answer_is_the_schemas_whole_and_ends_by_itself(
+    stack: Stack, prefilled: PrefillResult, adapter: str
+) -> None:
+    answer = await bound(stack, prefilled, json_schema(PERSON), adapter)
+    assert answer.finished.finish_reason is FinishReason.STOP
+    jsonschema.validate(json.loads(answer.text), PERSON)
+    # Nothing can follow a closed object: no step is spent on an end of sequence.
+    assert answer.text.endswith("}")
+    assert model_text(stack, answer.tokens) == answer.text
+
+
+def model_text(stack: Stack, tokens: tuple[int, ...]) -> str:
+    return stack.core.model.tokenizer.decode(tokens)
+
+
+async def test_an_answer_cut_off_says_so(stack: Stack, prefilled: PrefillResult) -> None:
+    answer = await bound(stack, prefilled, json_schema(PERSON), max_tokens=5)
+    assert answer.finished.finish_reason is FinishReason.LENGTH
+    assert len(answer.tokens) == 5
+
+
+async def test_white_space_between_parts_is_at_most_one_space(stack: Stack, prefilled: PrefillResult) -> None:
+    """Though the model wants nothing else: 32 is the space, 198 the line end of this tokenizer's alphabet."""
+    spaces = {token: 100.0 for token in range(256) if model_text(stack, (token,)) in (" ", "\n", "\t", "\r")}
+    assert len(spaces) == 4
+    answer = await bound(
+        stack,
+        prefilled,
+        json_schema({"type": "array", "items": {"type": "boolean"}, "minItems": 3, "maxItems": 3}),
+        logit_bias=spaces,
+    )
+    assert answer.finished.finish_reason is FinishReason.STOP
+    assert "[ " in answer.text
+    assert not re.search(r"\s\s|[\n\t\r]", answer.text)
+
+
+# --- other forms ------------------------------------------------------------------------------------------------------
+
+FORMS: dict[str, tuple[StructuredOutput, str]] = {
+    "regex": (Regex(r"[a-f]{2,4}-\d\d"), r"[a-f]{2,4}-\d\d"),
+    "choice": (Choice(("yes", "no", "n/a: [éé] 😀")), r"yes|no|n/a: \[éé\] 😀"),
+    "prefixes": (Choice(("a", "ab", "abc")), "a|ab|abc"),
+    "grammar": (Grammar('start: "(" start ")" | WORD\nWORD: /[xy]{1,2}/'), r"\(*[xy]{1,2}\)*"),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", FORMS)
+async def test_every_form_is_held_to(stack: Stack, prefilled: PrefillResult, name: str, temperature: float) -> None:
+    form, expected = FORMS[name]
+    answers = await asyncio.gather(
+        *(
+            bound(stack, prefilled, form, adapter, temperature=temperature, seed=seed, top_k=seed * 5, top_p=0.9)
+            for seed in range(4)
+            for adapter in ADAPTERS
+        )
+    )
+    for answer in answers:
+        if answer.finished.finish_reason is FinishReason.STOP:
+            assert re.fullmatch(expected, answer.text)
+            assert name != "grammar" or answer.text.count("(") == answer.text.count(")")
+    assert any(answer.finished.finish_reason is FinishReason.STOP for answer in answers)
+
+
+async def test_bias_and_penalties_choose_among_what_the_form_allows(stack: Stack, prefilled: PrefillResult) -> None:
+    [a, b] = [next(t for t in range(256) if model_text(stack, (t,)) == letter) for letter in "ab"]
+    form = Regex("[ab]{6}")
+    only_a = await bound(stack, prefilled, form, logit_bias={a: 100.0, a + 9: 100.0})
+    assert only_a.text == "aaaaaa"
+    alternating = await bound(stack, prefilled, form, logit_bias={a: 50.0, b: 50.0}, frequency_penalty=2.0)
+    assert set(alternating.text) == {"a", "b"}
+    never = await bound(stack, prefilled, form, logit_bias={a: -100.0}, temperature=1.0, seed=1, repetition_penalty=1.5)
+    assert never.text == "bbbbbb"
+
+
+async def test_an_end_of_sequence_comes_only_where_the_answer_is_whole(stack: Stack, prefilled: PrefillResult) -> None:
+    """The model wants to end at once, and may only after the third letter; a stop token ends it there, too."""
+    [end] = stack.core.model.tokenizer.end_of_sequence_ids
+    by_end = await bound(stack, prefilled, Regex("[ab]{3,9}"), logit_bias={end: 100.0})
+    assert (len(by_end.text), by_end.tokens[-1], by_end.finished.finish_reason) == (3, end, FinishReason.STOP)
+    stop = next(t for t in range(256) if model_text(stack, (t,)) == "!")
+    by_stop = await bound(
+        stack, prefilled, Regex("[ab]{3,9}"), logit_bias={end: -100.0, stop: 100.0}, stop_token_ids=(stop,)
+    )
+    assert (by_stop.tokens[-1], by_stop.finished.finish_reason) == (stop, FinishReason.STOP)
+    assert len(by_stop.tokens) == 4
+
+
+# --- stop strings -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_stop_string_ends_an_answer_only_where_it_is_whole(stack: Stack, prefilled: PrefillResult) -> None:
+    [a, b] = [next(t for t in range(256) if model_text(stack, (t,)) == letter) for letter in "ab"]
+    wish = {"logit_bias": {a: 50.0, b: 50.0}, "frequency_penalty": 2.0, "max_tokens": 10}
+    free = (await bound(stack, prefilled, Regex("[ab]*"), **wish)).text
+    assert len(free) == 10
+    stop = next(free[at : at + 2] for at in range(4) if free.find(free[at : at + 2], 5) > 0)
+    unbound = await bound(stack, prefilled, Regex("[ab]*"), stop=(stop,), **wish)
+    assert (unbound.text, unbound.finished.stop_string) == (free[: free.index(stop)], stop)
+    # Of at least five letters: an earlier occurrence is text.
+    late = await bound(stack, prefilled, Regex("[ab]{5,}"), stop=(stop,), **wish)
+    assert late.finished.stop_string == stop
+    assert late.text == free[: free.index(stop, 5)]
+    # Of even length only: another one.
+    even = await bound(stack, prefilled, Regex("([ab][ab])*"), stop=(stop,), **wish)
+    assert len(even.text) % 2 == 0
+    never = await bound(stack, prefilled, Regex("[ab]{10}c"), stop=(stop, "c"), **wish)
+    assert (never.text, never.finished.finish_reason) == (free, FinishReason.LENGTH)
+
+
+# --- batches and cuts -------------------------------------------------------------------------------------------------
+
+
+async def test_bound_and_free_answers_in_one_batch_are_what_they_are_alone(
+    stack: Stack, prefilled: PrefillResult
+) -> None:
+    forms = [None, *(form for form, _ in FORMS.values()), json_schema(PERSON), None]
+    asked = [
+        (form, adapter, {"temperature": heat, "seed": 5, "sample_index": index, "top_logprobs": index % 3})
+        for index, form in enumerate(forms)
+        for adapter, heat in (("", 0.0), ("appended", 1.0), ("lora", 0.7))
+    ]
+    together = await asyncio.gather(*(bound(stack, prefilled, form, name, **rest) for form, name, rest in asked))
+    assert stack.metrics.counts["peak running"] > len(asked) / 2
+    for (form, name, rest), answer in zip(asked, together, strict=True):
+        alone = await bound(stack, prefilled, form, name, **rest)
+        assert (alone.tokens, alone.text) == (answer.tokens, answer.text)
+        assert alone.finished.finish_reason is answer.finished.finish_reason
+
+
+@pytest.mark.parametrize("adapter", ["", "appended"])
+@pytest.mark.parametrize(
+    ("form", "stop"), [(json_schema(PERSON), ()), (FORMS["prefixes"][0], ()), (Regex("[a-h]{4,20}"), ("a", "b", "c"))]
+)
+async def test_an_answer_resumed_at_any_cut_is_the_uncut_one(
+    stack: Stack, prefilled: PrefillResult, adapter: str, form: StructuredOutput, stop: tuple[str, ...]
+) -> None:
+    sampling = {"temperature": 1.0, "seed": 11, "stop": stop}
+    whole = await bound(stack, prefilled, form, adapter, **sampling)
+    assert whole.finished.finish_reason is FinishReason.STOP
+    texts = [event.text for event in whole.events[1:-1] if hasattr(event, "text")]
+    cuts = range(1, len(whole.tokens) + 1)
+    resumed = await asyncio.gather(
+        *(
+            bound(
+                stack,
+                prefilled,
+                form,
+                adapter,
+                resume=Resume(whole.tokens[:cut], whole.started.invocation_start, whole.started.adapter_digest),
+                **sampling,
+            )
+            for cut in cuts
+        )
+    )
+    for cut, rest in zip(cuts, resumed, strict=True):
+        assert whole.tokens[:cut] + rest.tokens == whole.tokens
+        assert "".join(texts[:cut]) + rest.text == whole.text
+        assert rest.finished.finish_reason is FinishReason.STOP
+        assert rest.finished.stop_string == whole.finished.stop_string
+
+
+async def test_tokens_that_do_not_have_the_form_are_not_gone_on_with(stack: Stack, prefilled: PrefillResult) -> None:
+    resume = Resume((1, 2, 3), None, "")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=r"resume\.generated_token_ids"):
+        await bound(stack, prefilled, Regex("[ab]*"), resume=resume)
+
+
+# --- refusals and failures --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "field", "part"),
+    [
+        (json_schema({"properties": {"a": {"not": {}}}}), "json_schema", "'not' at /properties/a"),
+        (Regex("(?=a)b"), "regex", "look-around"),
+        (Grammar("start: nothing"), "grammar", "nothing"),
+    ],
+)
+async def test_a_form_that_cannot_be_held_to_is_refused_before_any_event(
+    stack: Stack, prefilled: PrefillResult, form: StructuredOutput, field: str, part: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(part)) as caught:
+        await bound(stack, prefilled, form)
+    assert [violation.field for violation in caught.value.violations] == [f"sampling.structured_output.{field}"]
+
+
+async def test_an_answer_that_cannot_go_on_fails_alone(
+    stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be foreseen: here, a form that becomes too complex in the middle."""
+    from alora_serve.model.structure.constraint import Constraint
+
+    usual = Constraint.mask
+
+    def fails_after_three(self: Constraint) -> bytes:
+        if isinstance(self._form.form, Regex) and len(self._matcher_tokens) >= 3:  # type: ignore[attr-defined]
+            raise self._form.failed("too complex")
+        return usual(self)
+
+    pushed = Constraint.push
+
+    def counted(self: Constraint, token_id: int) -> None:
+        self._matcher_tokens.append(token_id)  # type: ignore[attr-defined]
+        pushed(self, token_id)
+
+    monkeypatch.setattr(Constraint, "_matcher_tokens", [], raising=False)
+    monkeypatch.setattr(Constraint, "mask", fails_after_three)
+    monkeypatch.setattr(Constraint, "push", counted)
+    broken, fine = await asyncio.gather(
+        bound(stack, prefilled, Regex("[a-z]{30}")),
+        bound(stack, prefilled, None, max_tokens=20),
+        return_exceptions=True,
+    )
+    assert isinstance(broken, InvalidRequestError)
+    assert "too complex" in str(broken)
+    assert isinstance(fine, Answer)
+    assert len(fine.tokens) == 20
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+async def test_logprobs_are_the_models_whatever_the_form_allows(stack: Stack, prefilled: PrefillResult) -> None:
+    """The likeliest tokens stand there though the form forbids them, and the chosen one has its share of the whole."""
+    answer = await bound(stack, prefilled, Choice(("yes", "no")), top_logprobs=20)
+    free = await bound(stack, prefilled, None, max_tokens=1, top_logprobs=20)
+    first, free_first = answer.chunks[0], free.chunks[0]
+    assert first.top_logprobs == free_first.top_logprobs
+    [top] = first.top_logprobs
+    assert len(top) == 20
+    assert [token.logprob for token in top] == sorted((token.logprob for token in top), reverse=True)
+    assert top[0].token_id == free.tokens[0]
+    assert sum(math.exp(token.logprob) for token in top) < 1
+    assert first.token_bytes == (answer.text[:1].encode(),)
+    assert [token.token_bytes for token in top] == [
+        stack.core.model.tokenizer.spell([token.token_id]).encode() if token.token_id > 255 else token.token_bytes
+        for token in top
+    ]
+
+
+async def test_without_top_logprobs_only_the_chosen_token_is_told(stack: Stack, prefilled: PrefillResult) -> None:
+    told = await bound(stack, prefilled, None, logprobs=True, max_tokens=1)
+    untold = await bound(stack, prefilled, None, logprobs=False, max_tokens=1)
+    assert (len(told.chunks[0].logprobs), len(told.chunks[0].token_bytes), told.chunks[0].top_logprobs) == (1, 1, ())
+    assert (untold.chunks[0].logprobs, untold.chunks[0].token_bytes) == ((), ())
