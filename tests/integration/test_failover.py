@@ -11,7 +11,7 @@ from contextlib import aclosing
 import pytest
 import pytest_asyncio
 
-from alora_serve.client import AsyncClient, ChatMessage, SamplingParams
+from alora_serve.client import AsyncClient, ChatMessage, Regex, SamplingParams, TokenChunk
 from deployment import BLOCK_TOKENS, PATIENCE_SECONDS, Deployed, ServedModel, deployed
 from questions import Question, Read, read
 
@@ -38,6 +38,12 @@ ASKED = {
     "sampled": (
         "answer",
         SamplingParams(max_tokens=LONG, ignore_eos=True, temperature=1.0, top_p=0.9, seed=11, logprobs=True),
+    ),
+    "bound": (
+        "answer",
+        SamplingParams(
+            max_tokens=LONG, temperature=1.0, seed=4, logprobs=True, structured_output=Regex("([a-z]{1,5} ){300}")
+        ),
     ),
     "base, penalised": (
         "",
@@ -149,4 +155,21 @@ async def test_a_fan_out_survives_the_death_of_a_worker_and_then_of_the_router(p
         assert not isinstance(wanted, Exception), wanted
         assert (result.token_ids, result.text, result.seed) == (wanted.token_ids, wanted.text, wanted.seed)
     assert found[0].token_ids != found[4].token_ids, "each target draws its own random numbers"  # type: ignore[union-attr]
+    await pair.local.wait_ready()
+
+
+async def test_samples_survive_the_death_of_a_worker(pair: Deployed) -> None:
+    handle = (await pair.client.prefill(TURNS)).handle
+    sampling = SamplingParams(max_tokens=LONG, ignore_eos=True, temperature=1.0, seed=5)
+    expected = await pair.client.sample(count=3, adapter="guard", handle=handle, sampling=sampling).results()
+    killing: asyncio.Task[None] | None = None
+    stream = pair.client.sample(count=3, adapter="guard", handle=handle, sampling=sampling)
+    async for _, event in stream:
+        if isinstance(event, TokenChunk) and killing is None:
+            killing = asyncio.create_task(pair.local.kill(await holder(pair)))
+    found = await stream.results()
+    assert killing is not None
+    await killing
+    assert [result.token_ids for result in found] == [result.token_ids for result in expected]
+    assert len({result.token_ids for result in found}) == 3
     await pair.local.wait_ready()

@@ -21,6 +21,7 @@ TARGETS = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"]}
 PROMPT_TOKENS = 75  # over three windows of 24, not a multiple of the block
 WINDOWED = ("gemma2", "phi3", "qwen2")
 MIXED_TOKENS = 80
+LIKELY_TOKENS = 20
 
 
 def _answer_tokens(family: str) -> int:
@@ -78,11 +79,17 @@ async def test_every_kind_of_adapter_gives_pefts_tokens_and_logits(
     options = CoreOptions(block_tokens=16, limits=EngineLimits(max_step_tokens=32))
     async with open_stack(model, MemoryStore(), adapters, options=options) as stack:
         prefilled = await stack.prefill(Prompt(token_ids=conversation))
-        answer, logits = await generate_with_logits(stack, prefilled.handle, adapter, max_tokens=count)
+        answer, logits = await generate_with_logits(
+            stack, prefilled.handle, adapter, max_tokens=count, top_logprobs=LIKELY_TOKENS
+        )
     assert answer.tokens == reference.tokens
     torch.testing.assert_close(logits, reference.logits, rtol=0, atol=1e-4)
-    chosen = torch.log_softmax(reference.logits, dim=-1)[range(count), list(reference.tokens)]
-    assert torch.tensor(answer.logprobs) == pytest.approx(chosen, abs=1e-4)
+    logprobs = torch.log_softmax(reference.logits, dim=-1)
+    assert torch.tensor(answer.logprobs) == pytest.approx(logprobs[range(count), list(reference.tokens)], abs=1e-4)
+    for chunk, expected in zip(answer.chunks, logprobs, strict=True):
+        [top] = chunk.top_logprobs
+        assert [token.logprob for token in top] == pytest.approx(expected.topk(LIKELY_TOKENS).values.tolist(), abs=1e-4)
+        assert all(abs(token.logprob - float(expected[token.token_id])) < 1e-4 for token in top)
     if adapter not in ("", "lora"):
         assert answer.finished.usage.cached_tokens == PROMPT_TOKENS
         assert answer.finished.usage.computed_tokens == len(GUARD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -255,3 +256,49 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(temperature: float,
     chi_square = sum((drawn[token] - often) ** 2 / often for token, often in expected)
     # 99.9 % of right samplers stay below this for 11 degrees of freedom; the seed is fixed, so this one always does.
     assert chi_square < 31.3
+
+
+# --- forbidden tokens -------------------------------------------------------------------------------------------------
+
+
+def _mask(*allowed: int) -> bytes:
+    return np.packbits(np.isin(np.arange(16), allowed), bitorder="little").tobytes()
+
+
+@given(
+    st.integers(0, 999),
+    st.sets(st.integers(0, VOCABULARY - 1), min_size=1),
+    st.sampled_from([{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.3}, {"top_k": 5, "top_p": 0.9}]),
+    st.sampled_from([0.0, 1e-6, 0.7, 50.0]),
+)
+def test_what_is_forbidden_is_never_chosen_and_the_rest_as_if_it_were_all(
+    seed: int, allowed: set[int], truncation: dict[str, float], temperature: float
+) -> None:
+    logits, bias = _logits(seed), dict.fromkeys(range(0, VOCABULARY, 3), 1.5)
+    params = SamplingParams(temperature=temperature, seed=seed, logit_bias=bias, frequency_penalty=1.0, **truncation)  # type: ignore[arg-type]
+    [choice] = choose_tokens(logits.clone(), [params], [(0,)], [(1, 1)], [_mask(*allowed)])
+    assert choice.token_id in allowed
+    kept = torch.full_like(logits, -1e30)
+    kept[:, list(allowed)] = logits[:, list(allowed)]
+    [alike] = choose_tokens(kept, [params], [(0,)], [(1, 1)])
+    assert choice.token_id == alike.token_id
+
+
+def test_rows_are_bound_each_by_its_own_mask() -> None:
+    logits = _logits(3, rows=4)
+    params = [SamplingParams(logprobs=True)] * 4
+    free = choose_tokens(logits.clone(), params, [(0,)] * 4, [()] * 4)
+    some = choose_tokens(logits.clone(), params, [(0,)] * 4, [()] * 4, [None, _mask(7), None, _mask(2)])
+    assert [choice.token_id for choice in some] == [free[0].token_id, 7, free[2].token_id, 2]
+    # Probabilities are those of the model, of which the form knows nothing.
+    assert some[1].logprob == pytest.approx(float(torch.log_softmax(logits[1], -1)[7]))
+
+
+def test_the_likeliest_tokens_come_in_order_and_of_equal_ones_the_lower_id_first() -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, [9, 4]] = 3.0
+    logits[0, 6] = 2.0
+    [choice] = choose_tokens(logits, [SamplingParams(logprobs=True, top_logprobs=5, logit_bias={0: 9.0})], [(0,)], [()])
+    assert [token for token, _ in choice.top] == [4, 9, 6, 0, 1]
+    assert choice.token_id == 0
+    assert choice.logprob == choice.top[3][1]

@@ -153,6 +153,47 @@ def test_the_first_token_that_completes_a_stop_string_decides(
     assert final_text(characters, [ord(character) for character in chunk], stop) == expected
 
 
+class EvenLengths:
+    """Lets a text end only where its length is even; keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.told = ""
+
+    def advance(self, text: str) -> None:
+        self.told += text
+
+    def may_end(self, text: str) -> bool:
+        return len(self.told + text) % 2 == 0
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_where_a_text_may_not_end_a_stop_string_is_text(text: str, stop: list[str]) -> None:
+    gate = EvenLengths()
+    stream = TextStream(characters, stop, gate)
+    released, stopped = "", ""
+    for character in text:
+        delta = push(stream, character)
+        released += delta.text
+        assert gate.told == released or delta.stop_string is not None
+        if delta.stop_string is not None:
+            stopped = delta.stop_string
+            break
+    released += stream.finish()
+    # As told: the first token after which one occurs, and of those the earliest place, of those there the longest.
+    for end in range(len(text) + 1):
+        found = [
+            (place, -len(string), string)
+            for string in stop
+            for place in range(0, end, 2)
+            if text[:end].startswith(string, place)
+        ]
+        if found:
+            place, _, string = min(found)
+            assert (released, stopped) == (text[:place], string)
+            return
+    assert (released, stopped) == (text, "")
+
+
 def test_of_stop_strings_in_one_token_the_earliest_and_longest_counts() -> None:
     def decode(token_ids: Sequence[int]) -> str:
         return "".join({0: "one ", 1: "two three four"}[token] for token in token_ids)

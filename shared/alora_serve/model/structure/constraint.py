@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from llguidance import LLMatcher
+from numpy.typing import NDArray
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.model.structure.compiler import CompiledForm
@@ -19,6 +20,7 @@ class Constraint:
         self._form = form
         self._size = form.vocabulary.size
         self._end_ids = np.array(sorted(token for token in end_ids if token < self._size), dtype=np.intp)
+        self._no_ends = np.array(sorted({*form.vocabulary.tokens.eos_tokens} - end_ids), dtype=np.intp)
         self._matcher = form.matcher()
         self._text: LLMatcher | None = None
 
@@ -52,12 +54,12 @@ class Constraint:
         packed = np.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=np.uint8)
         if self._matcher.is_error():
             raise self._form.failed(self._matcher.get_error())
-        places, bits = self._end_ids >> 3, (1 << (self._end_ids & 7)).astype(np.uint8)
+        _clear(packed, self._no_ends)
         if self._matcher.is_accepting():
-            np.bitwise_or.at(packed, places, bits)
+            np.bitwise_or.at(packed, self._end_ids >> 3, _bits(self._end_ids))
         else:
-            np.bitwise_and.at(packed, places, ~bits)
-        # Ids beyond the model's own, as llguidance has for an end that no token stands for.
+            _clear(packed, self._end_ids)
+        # A tokenizer may have ids that its model has no logits for.
         packed[self._size >> 3 :] &= np.array([(1 << (self._size & 7)) - 1], dtype=np.uint8)
         packed[(self._size >> 3) + 1 :] = 0
         if not packed.any():
@@ -76,3 +78,12 @@ class Constraint:
     def _with_text(self, matcher: LLMatcher, text: str) -> LLMatcher:
         matcher.consume_tokens(self._form.vocabulary.tokens.greedy_tokenize(text))
         return matcher
+
+
+def _bits(token_ids: NDArray[np.intp]) -> NDArray[np.uint8]:
+    """Of each token, its bit in its byte of a mask."""
+    return (1 << (token_ids & 7)).astype(np.uint8)
+
+
+def _clear(packed: NDArray[np.uint8], token_ids: NDArray[np.intp]) -> None:
+    np.bitwise_and.at(packed, token_ids >> 3, ~_bits(token_ids))

@@ -6,10 +6,13 @@ import json
 import threading
 from functools import cached_property
 
+import structlog
 from llguidance import LLTokenizer
 
 from alora_serve.errors import UnimplementedFeatureError
 from alora_serve.model.chat import ChatTokenizer
+
+_log = structlog.get_logger(__name__)
 
 
 class TokenVocabulary:
@@ -52,12 +55,17 @@ class TokenVocabulary:
 
     @cached_property
     def _built(self) -> LLTokenizer | None:
-        size = max(self.size, self._tokenizer.vocabulary_size)
-        ends = sorted(token for token in self._tokenizer.end_of_sequence_ids if token < size)
+        known = self._tokenizer.vocabulary_size
+        ends = sorted(token for token in self._tokenizer.end_of_sequence_ids if token < known)
         try:
-            # It must have an end: without one it would take a token of text. One more id than the model has is none.
             return LLTokenizer(
-                json.dumps(self._tokenizer.serialized), n_vocab=size if ends else size + 1, eos_token=ends or [size]
+                json.dumps(self._tokenizer.serialized),
+                n_vocab=max(self.size, known),
+                # It takes no text for an end. Without one it would guess: better the last id, most likely an added one.
+                eos_token=ends or [known - 1],
             )
-        except ValueError:
+        except ValueError as error:
+            _log.warning(
+                "structured output is not served: the tokenizer's tokens cannot be told as bytes", error=str(error)
+            )
             return None

@@ -1,0 +1,250 @@
+"""Forms become grammars, and what is wrong with one is told by its place."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alora_serve.errors import InvalidRequestError, UnimplementedFeatureError
+from alora_serve.model.chat import ChatTokenizer
+from alora_serve.model.structure import compiler as compiling
+from alora_serve.model.structure.compiler import FormCompiler
+from alora_serve.model.structure.constraint import Constraint
+from alora_serve.model.structure.vocabulary import TokenVocabulary
+from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
+from small_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
+
+TOKENIZER = ChatTokenizer(byte_level_tokenizer())
+VOCABULARY = TokenVocabulary(TOKENIZER, TOKENIZER.vocabulary_size + 7)
+COMPILER = FormCompiler(VOCABULARY)
+[END] = TOKENIZER.end_of_sequence_ids
+
+
+def holds(form: StructuredOutput, text: str) -> bool:
+    """Whether a text has a form, each of its tokens being allowed after those before."""
+    constraint = Constraint(COMPILER.compile(form), frozenset([END]))
+    for token in VOCABULARY.tokens.greedy_tokenize(text):
+        if not allowed(constraint, token):
+            return False
+        constraint.push(token)
+    return constraint.is_complete or allowed(constraint, END)
+
+
+def allowed(constraint: Constraint, token: int) -> bool:
+    return bool(constraint.mask()[token >> 3] >> (token & 7) & 1)
+
+
+def schema(**keywords: Any) -> JsonSchema:
+    return JsonSchema(json.dumps(keywords))
+
+
+def refusal(form: StructuredOutput) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as caught:
+        COMPILER.compile(form)
+    return caught.value
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+UNSUPPORTED = {
+    "not": {},
+    "if": {},
+    "contains": {},
+    "minContains": 1,
+    "propertyNames": {},
+    "dependentRequired": {"a": ["b"]},
+    "dependentSchemas": {"a": {}},
+    "dependencies": {"a": ["b"]},
+    "unevaluatedProperties": False,
+    "unevaluatedItems": False,
+    "uniqueItems": True,
+    "$dynamicRef": "#a",
+    "$recursiveRef": "#",
+}
+PLACES = {
+    "/": lambda inner: inner,
+    "/properties/a~1b": lambda inner: {"properties": {"a/b": inner}},
+    "/items": lambda inner: {"type": "array", "items": inner},
+    "/anyOf/1": lambda inner: {"anyOf": [{"type": "null"}, inner]},
+    "/properties/not/prefixItems/0": lambda inner: {"properties": {"not": {"prefixItems": [inner]}}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("keyword", UNSUPPORTED)
+def test_a_keyword_that_is_not_held_to_is_named_with_its_place(keyword: str, place: str) -> None:
+    error = refusal(schema(**PLACES[place]({keyword: UNSUPPORTED[keyword]})))
+    assert f"{keyword!r} at {place} is not supported" in str(error)
+    assert [violation.field for violation in error.violations] == ["sampling.structured_output.json_schema"]
+
+
+@pytest.mark.parametrize(
+    ("form", "complaint"),
+    [
+        (schema(type="strin"), "strin"),
+        (schema(type="string", format="nonsense"), "Unknown format: nonsense"),
+        (schema(type="string", pattern="(a"), "unclosed group"),
+        (schema(minimum=3, maximum=1, type="integer"), "minimum (3) is greater than maximum (1)"),
+        ({"$ref": "#/nowhere"}, "nowhere"),
+        ({"$ref": "https://example.com/schema"}, "example.com"),
+        (schema(oneOf=[{"type": "string"}, {"maxLength": 3, "type": "string"}]), "use 'anyOf'"),
+        (schema(type="object", minProperties=2), "'minProperties' at /"),
+        (schema(properties={"a": {"minProperties": 3, "required": ["b"]}}), "'minProperties' at /properties/a"),
+        (JsonSchema("false"), "allows no answer"),
+        (Regex("a{2}(?!b)"), "look-around"),
+        (Regex(r"(a)\1"), "backreferences"),
+        (Grammar("start: word"), "word"),
+        (Grammar('start: "a'), "lexer error"),
+        (Grammar('start: again\nagain: again "a"'), "allows no answer"),
+    ],
+)
+def test_what_is_wrong_with_a_form_is_said(form: Any, complaint: str) -> None:
+    error = refusal(form if not isinstance(form, dict) else JsonSchema(json.dumps(form)))
+    assert complaint in str(error)
+    assert "<non-verbose" not in str(error)
+    assert "\n" not in str(error)
+
+
+def test_a_schema_may_not_switch_off_what_refuses_it() -> None:
+    guidance = {"lenient": True, "whitespace_pattern": " *", "coerce_one_of": True, "json_allowed_escapes": "u"}
+    assert "'not' at /" in str(refusal(schema(**{"x-guidance": guidance, "not": {}})))
+    assert not holds(schema(**{"x-guidance": guidance}, type="array"), "[  ]")
+
+
+# --- what is held to --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        (JsonSchema("true"), ["{}", "[1, 2]", '"a"', "null"], ["", "{", "nul", "{}}"]),
+        (schema(oneOf=[{"type": "string"}, {"type": "integer"}]), ['"a"', "3"], ["true"]),
+        (schema(type="object", required=["a"], minProperties=2), ['{"a":1,"b":2}'], ["{}", '{"a":1}']),
+        (schema(type="array", maxItems=2), ["[]", "[ 1 , 2 ]"], ["[  1]", "[1,\n2]", "[1,2,3]", " []", "[] "]),
+        (schema(type="object", additionalProperties=False), ["{}", "{ }"], ['{"a": 1}']),
+        (
+            schema(type="object", properties={"a": {"type": "integer"}}),
+            ['{"a": 1}', '{"b": "x"}'],
+            ['{"a": "x"}', r'{"\u0061": "x"}', '{"b": 1, "a": "x"}'],
+        ),
+        (schema(type="string"), [r'"\n\"\\"', '"é😀"'], [r'"\u0041"', r'"\ud800"', '"\n"']),
+        (Regex("a|bc"), ["a", "bc"], ["", "ab", "abc", "b"]),
+        (Choice(("a.c", "x|y", "[é]\n", "😀")), ["a.c", "x|y", "[é]\n", "😀"], ["abc", "x", "y", "a.cx"]),
+        (Grammar('start: "(" start ")" | "x"'), ["x", "((x))"], ["(x", "x)", "()"]),
+    ],
+)
+def test_a_form_takes_what_it_should_and_nothing_else(form: StructuredOutput, good: list[str], bad: list[str]) -> None:
+    assert [text for text in good if not holds(form, text)] == []
+    assert [text for text in bad if holds(form, text)] == []
+
+
+@given(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=4, unique=True), st.text(max_size=6))
+def test_choices_are_taken_letter_by_letter(values: list[str], other: str) -> None:
+    form = Choice(tuple(values))
+    assert all(holds(form, value) for value in values)
+    assert holds(form, other) == (other in values)
+
+
+def test_many_choices_are_taken() -> None:
+    form = Choice(tuple(f"answer {index}" for index in range(1024)))
+    assert holds(form, "answer 1023")
+    assert not holds(form, "answer 1024")
+
+
+# --- compiled once ----------------------------------------------------------------------------------------------------
+
+
+def test_a_form_is_compiled_once_and_the_oldest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "MAX_COMPILED", 2)
+    compiler = FormCompiler(VOCABULARY)
+    first = compiler.compile(Regex("a"))
+    assert compiler.compile(Regex("a")) is first
+    compiler.compile(Regex("b"))
+    assert compiler.compile(Regex("a")) is first
+    compiler.compile(Regex("c"))
+    assert compiler.compile(Regex("a")) is first, "the least recently used goes first"
+    compiler.compile(Regex("d"))
+    compiler.compile(Regex("e"))
+    assert compiler.compile(Regex("a")) is not first
+
+
+def test_a_form_that_became_too_complex_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states count over all answers: without that, it would be of no use to anyone again."""
+    monkeypatch.setattr(compiling, "_LIMITS", compiling.LLParserLimits(max_lexer_states=60, verbose_errors=False))
+    compiler, form = FormCompiler(VOCABULARY), Regex("[a-z]{1,500}")
+    compiled = compiler.compile(form)
+    constraint = Constraint(compiled, frozenset([END]))
+    token = VOCABULARY.tokens.greedy_tokenize("a")[0]
+
+    def go_on() -> None:
+        for _ in range(500):
+            constraint.mask()
+            constraint.push(token)
+
+    with pytest.raises(InvalidRequestError, match=r"sampling\.structured_output\.regex: .*(?i:complex|states)"):
+        go_on()
+    assert compiler.compile(form) is not compiled
+    Constraint(compiler.compile(form), frozenset([END])).mask()
+
+
+# --- vocabularies -----------------------------------------------------------------------------------------------------
+
+
+def test_token_bytes_are_those_of_the_text_and_special_tokens_have_names() -> None:
+    text = "Ärger 数字 😀"
+    tokens = VOCABULARY.tokens.greedy_tokenize(text)
+    assert b"".join(map(VOCABULARY.token_bytes, tokens)).decode() == text
+    assert VOCABULARY.token_bytes(END) == b"<|im_end|>"
+    assert VOCABULARY.token_bytes(VOCABULARY.size - 1) == b"", "a row of padding"
+
+
+def test_padding_and_special_tokens_are_never_part_of_an_answer() -> None:
+    constraint = Constraint(COMPILER.compile(Regex("(?s:.)*")), frozenset([END]))
+    assert allowed(constraint, END)
+    assert not any(allowed(constraint, token) for token in range(TOKENIZER.vocabulary_size, VOCABULARY.size))
+    others = [token for token in range(TOKENIZER.vocabulary_size) if TOKENIZER.decode([token]) == "" and token != END]
+    assert others
+    assert not any(allowed(constraint, token) for token in others)
+
+
+def test_a_model_without_an_end_of_sequence_keeps_all_its_tokens() -> None:
+    tokenizer = ChatTokenizer(byte_level_tokenizer(None))
+    assert not tokenizer.end_of_sequence_ids
+    vocabulary = TokenVocabulary(tokenizer, tokenizer.vocabulary_size)
+    letters = range(tokenizer.vocabulary_size - 20)
+    letters = [token for token in letters if (text := tokenizer.decode([token])).isascii() and text.isalpha()]
+    assert len(letters) > 60
+    constraint = Constraint(FormCompiler(vocabulary).compile(Regex(".{1,100}")), frozenset())
+    assert all(allowed(constraint, token) for token in letters)
+    constraint.push(letters[0])
+    assert len(constraint.mask()) * 8 >= tokenizer.vocabulary_size
+    done = Constraint(FormCompiler(vocabulary).compile(Regex("a{0}")), frozenset())
+    with pytest.raises(InvalidRequestError, match="no token of this model"):
+        done.mask()
+
+
+def test_a_tokenizer_that_falls_back_to_bytes_is_served() -> None:
+    tokenizer = ChatTokenizer(byte_fallback_tokenizer())
+    vocabulary = TokenVocabulary(tokenizer, tokenizer.vocabulary_size)
+    constraint = Constraint(FormCompiler(vocabulary).compile(Choice(("数字 x",))), tokenizer.end_of_sequence_ids)
+    tokens = vocabulary.tokens.greedy_tokenize("数字 x")
+    for token in tokens:
+        assert allowed(constraint, token)
+        constraint.push(token)
+    assert constraint.is_complete
+    assert tokenizer.decode(tokens) == "数字 x"
+
+
+def test_a_tokenizer_without_bytes_takes_no_forms_and_still_spells_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ValueError("can't determine decoder type")
+
+    monkeypatch.setattr("alora_serve.model.structure.vocabulary.LLTokenizer", refuse)
+    vocabulary = TokenVocabulary(TOKENIZER, TOKENIZER.vocabulary_size)
+    with pytest.raises(UnimplementedFeatureError, match=r"sampling\.structured_output"):
+        FormCompiler(vocabulary).compile(Regex("a"))
+    assert vocabulary.token_bytes(END) == b"<|im_end|>"
