@@ -182,6 +182,52 @@ def test_fanout_answers_for_each_and_fails_if_one_failed(run, ask) -> None:
     assert json.loads(failed.stdout)[0]["error"]["reason"] == "ADAPTER_NOT_FOUND"
 
 
+def test_an_answer_takes_the_form_that_is_asked_for(run, ask, tmp_path: Path) -> None:
+    message = ("generate", "-m", "Is water wet?")
+    told = run(*message, "--choice", "yes", "--choice", "no", "--top-logprobs", "2")
+    assert told.exit_code == 0, told.output
+    assert told.stdout.splitlines()[0] in ("yes", "no")
+    assert "likeliest" in told.stdout
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"wet": {"type": "boolean"}}, "required": ["wet"], ')
+    assert "is not JSON" in run(*message, "--json-schema", str(schema)).stderr
+    schema.write_text(schema.read_text() + '"additionalProperties": false}')
+    for given in (str(schema), schema.read_text()):
+        answer = ask(*message, "--json-schema", given, "--top-logprobs", "1")
+        assert isinstance(json.loads(answer["text"])["wet"], bool)
+        assert "".join(answer["tokens"]) == answer["text"]
+        assert [len(likely) for likely in answer["top_logprobs"]] == [1] * len(answer["token_ids"])
+    assert re.fullmatch("[a-c]{3}", ask(*message, "--regex", "[a-c]{3}")["text"])
+    assert ask(*message, "--grammar", 'start: "a" "b"')["text"] == "ab"
+    both = ask("fanout", "-a", ADAPTER, "--base", "-m", "Hello.", "--choice", "x", "--choice", "y")
+    assert {answer["text"] for answer in both} <= {"x", "y"}
+    refused = run(*message, "--regex", "a", "--choice", "b")
+    assert "give one of --json-schema, --regex, --choice and --grammar" in refused.stderr
+    assert "cannot be read" in run(*message, "--grammar", str(tmp_path / "none")).stderr
+    assert "sampling.structured_output.regex" in run(*message, "--regex", "(?=a)").stderr
+
+
+def test_several_samples_are_printed_each(run, ask) -> None:
+    drawn = (
+        "generate",
+        "-m",
+        "Name a boat.",
+        "--samples",
+        "3",
+        "--temperature",
+        "1",
+        "--seed",
+        "4",
+        "--max-tokens",
+        "6",
+    )
+    answers = ask(*drawn)
+    assert len({tuple(answer["token_ids"]) for answer in answers}) == 3
+    told = run(*drawn)
+    assert [line[:3] for line in told.stdout.splitlines() if line.startswith("[")] == ["[0]", "[1]", "[2]"]
+    assert "a handle for each sample" in run(*drawn, "--save", "somewhere").stderr
+
+
 def test_adapters_are_listed_loaded_and_unloaded(run, ask) -> None:
     alora, lora = ask("adapters", "list")
     assert (alora["name"], lora["name"]) == (ADAPTER, LORA_TWIN)
