@@ -89,6 +89,12 @@ class Preparer:
             self._signer.verify(prompt.handle, tenant_salt=call.tenant_salt)
         return await self._prefill(prompt, message, call, "", tokenize_only=False)
 
+    async def tokenize(self, prompt: Prompt, message: types_pb2.Prompt, *, call: Call) -> PrefixHandle:
+        """As :meth:`prepare`, but always at base prefill, which runs and stores nothing."""
+        if prompt.handle is not None:
+            self._signer.verify(prompt.handle, tenant_salt=call.tenant_salt)
+        return (await self._prefill(prompt, message, call, "", tokenize_only=True)).handle
+
     async def _prefill(
         self, prompt: Prompt, message: types_pb2.Prompt, call: Call, adapter: str, tokenize_only: bool
     ) -> PrefillResult:

@@ -45,6 +45,8 @@ from alora_serve.rpc.convert import (
     model_to_proto,
     prefill_from_proto,
     prefill_result_to_proto,
+    prompt_from_proto,
+    tokenized_to_proto,
 )
 from alora_serve.rpc.status import failure_to_proto
 from alora_serve.types import AdapterInfo, GenerateRequest, PrefillResult
@@ -233,6 +235,12 @@ class AloraServicer(AloraServiceServicer):
             self._quotas.charge(call.tenant, result.usage)
             return prefill_result_to_proto(result)
 
+    async def Tokenize(self, request: alora_pb2.TokenizeRequest, context: Context) -> alora_pb2.TokenizeResponse:
+        """Look at a conversation's tokens."""
+        with self._admitted(context, request, sequences=0) as call:
+            prompt = prompt_from_proto(request.prompt)
+            return tokenized_to_proto(await self._preparer.tokenize(prompt, request.prompt, call=call))
+
     # --- adapters and model -------------------------------------------------------------------------------------------
 
     async def ListAdapters(
@@ -267,10 +275,6 @@ class AloraServicer(AloraServiceServicer):
         return message_bytes_for_context(max(contexts)) if contexts else DEFAULT_MESSAGE_BYTES
 
     # --- not served yet -----------------------------------------------------------------------------------------------
-
-    async def Tokenize(self, request: alora_pb2.TokenizeRequest, context: Context) -> alora_pb2.TokenizeResponse:
-        """Not served yet."""
-        _refuse("Tokenize")
 
     async def Score(self, request: alora_pb2.ScoreRequest, context: Context) -> alora_pb2.ScoreResponse:
         """Not served yet."""

@@ -244,6 +244,17 @@ def test_adapters_are_listed_loaded_and_unloaded(run, ask) -> None:
     assert "    invoked by '<|im_start|>jailbreak<|im_end|>'\n    adapts q_proj, v_proj\n" in listed.stdout
 
 
+def test_tokens_are_shown_as_stock_transformers_makes_them(run, ask, demo_model_directory: Path) -> None:
+    told = ask("tokenize", stdin=json.dumps(CONVERSATION))
+    template = AutoTokenizer.from_pretrained(demo_model_directory).apply_chat_template
+    expected = template(CONVERSATION, add_generation_prompt=True, return_dict=False)
+    assert told["prefix_tokens"] + told["generation_prompt_tokens"] == expected
+    assert told["prefix_tokens"] == template(CONVERSATION, add_generation_prompt=False, return_dict=False)
+    shown = run("tokenize", stdin=json.dumps(CONVERSATION))
+    assert f"conversation, {len(told['prefix_tokens'])} tokens: 1 " in shown.stdout
+    assert " ".join(map(str, told["generation_prompt_tokens"])) in shown.stdout
+
+
 def test_the_model_is_described(run, ask) -> None:
     assert ask("model")["dtype"] == "float32"
     assert "LlamaForCausalLM" in run("model").stdout

@@ -403,7 +403,6 @@ async def test_without_endpoints_everything_is_unavailable() -> None:
 @pytest.mark.parametrize(
     ("method", "request_"),
     [
-        ("Tokenize", alora_pb2.TokenizeRequest()),
         ("Score", alora_pb2.ScoreRequest()),
         ("RunIntrinsic", alora_pb2.RunIntrinsicRequest()),
         ("RunIntrinsics", alora_pb2.RunIntrinsicsRequest()),
@@ -415,6 +414,17 @@ async def test_what_is_not_served_yet_says_so_by_name(method: str, request_: Any
         error = await failure_of(getattr(router.stub, method)(request_))
         assert isinstance(error, UnimplementedFeatureError)
         assert method in str(error)
+
+
+async def test_tokens_are_told_of_a_handle_only_to_whom_it_was_given() -> None:
+    prefill = FakePrefill()
+    async with deployment([prefill], [FakeWorker()]) as (router, _):
+        forged = by_handle()
+        forged.handle.prefix_token_ids += bytes(4)
+        error = await failure_of(router.stub.Tokenize(alora_pb2.TokenizeRequest(prompt=forged)))
+        assert isinstance(error, HandleInvalidError)
+        assert isinstance(await failure_of(router.stub.Tokenize(alora_pb2.TokenizeRequest())), InvalidRequestError)
+        assert not prefill.requests
 
 
 async def test_a_bug_in_a_worker_is_internal_and_not_retried() -> None:

@@ -30,7 +30,6 @@ REQUEST_INVALID = "REQUEST_INVALID"
 SAMPLING = {"maxTokens": ANSWER_TOKENS, "ignoreEos": True}
 PROMPT = {"messages": [{"role": "user", "content": WORDS}]}
 NOT_SERVED: dict[str, Any] = {
-    "Tokenize": {"prompt": PROMPT},
     "Score": {"prompt": PROMPT},
     "RunIntrinsic": {"prompt": PROMPT},
     "RunIntrinsics": {"prompt": PROMPT},
@@ -128,6 +127,7 @@ async def calls(serving: Deployed) -> Calls:
         ("loaded", "LoadAdapter", {"name": adapter}),
         ("unloaded", "UnloadAdapter", {"name": adapter}),
         ("model", "GetModel", {}),
+        ("tokenized", "Tokenize", {"prompt": PROMPT}),
         ("bad fields", "Generate", {"prompt": PROMPT, "sampling": {"topP": 0, "temperature": -1}}),
         ("no prompt", "Prefill", {}),
         ("unknown", "LoadAdapter", {"name": "no-such-adapter"}),
@@ -159,6 +159,7 @@ async def test_streams_bring_what_our_client_gets(serving: Deployed, calls: Call
 async def test_unary_calls_bring_what_our_client_gets(serving: Deployed, calls: Calls) -> None:
     client, adapter = serving.client, serving.model.appended
     [prefilled], [listed], [loaded] = (calls[name].messages for name in ("prefilled", "listed", "loaded"))
+    assert calls["tokenized"].messages[0]["prefixTokenIds"] == prefilled["handle"]["prefixTokenIds"]
     packed = base64.b64decode(prefilled["handle"]["prefixTokenIds"])
     assert len(packed) == 4 * len((await client.prefill(WORDS)).handle.prefix_tokens)
     assert [found["name"] for found in listed["adapters"]] == [found.name for found in await client.list_adapters()]

@@ -32,6 +32,7 @@ from alora_serve.types import (
     StructuredOutput,
     Timings,
     TokenChunk,
+    TokenizedPrompt,
     TokenLogprob,
     ToolCall,
     Usage,
@@ -71,6 +72,7 @@ __all__ = [
     "Timings",
     "TokenChunk",
     "TokenLogprob",
+    "TokenizedPrompt",
     "ToolCall",
     "Usage",
 ]

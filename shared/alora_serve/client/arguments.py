@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias, TypedDict
 
 from alora_serve.errors import InvalidRequestError
-from alora_serve.rpc.convert import FanOut, Target, fan_out_to_proto, generate_to_proto, prompt_to_proto
+from alora_serve.rpc.convert import (
+    FanOut,
+    Target,
+    fan_out_to_proto,
+    generate_to_proto,
+    prompt_to_proto,
+    tokenize_to_proto,
+)
 from alora_serve.types import ChatMessage, Document, PrefixHandle, Prompt, SamplingParams, StructuredOutput, ToolCall
 from alora_serve.v1 import alora_pb2
 
@@ -109,6 +116,11 @@ def fan_out_request(
 def prefill_request(messages: Messages | None, fields: Mapping[str, Any]) -> alora_pb2.PrefillRequest:
     """A conversation to warm. Raises as :func:`build_prompt`."""
     return alora_pb2.PrefillRequest(prompt=prompt_to_proto(build_prompt(messages, fields)))
+
+
+def tokenize_request(messages: Messages | None, fields: Mapping[str, Any]) -> alora_pb2.TokenizeRequest:
+    """A prompt to tokenize. Raises as :func:`build_prompt`."""
+    return tokenize_to_proto(build_prompt(messages, fields))
 
 
 def _split(messages: Messages | None, fields: Mapping[str, Any]) -> tuple[Prompt, SamplingParams]:

@@ -18,6 +18,7 @@ from alora_serve.client.arguments import (
     generate_request,
     prefill_request,
     sample_request,
+    tokenize_request,
 )
 from alora_serve.client.async_streams import AsyncFanOutStream, AsyncGenerationStream, AsyncSampleStream
 from alora_serve.client.failures import failure_of
@@ -29,9 +30,10 @@ from alora_serve.rpc.convert import (
     adapter_from_proto,
     model_from_proto,
     prefill_result_from_proto,
+    tokenized_from_proto,
 )
 from alora_serve.rpc.tracing import trace_metadata
-from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult
+from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult, TokenizedPrompt
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
 
@@ -171,6 +173,17 @@ class AsyncClient:
         """Compute and store a conversation's KV; pass the handle of the result to later calls."""
         request = prefill_request(messages, fields)
         return prefill_result_from_proto(await self._call(self._stub.Prefill, request, timeout_seconds))
+
+    async def tokenize(
+        self,
+        messages: Messages | None = None,
+        *,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[PromptFields],
+    ) -> TokenizedPrompt:
+        """Render and tokenize a conversation as :meth:`generate` would; nothing is run or stored."""
+        request = tokenize_request(messages, fields)
+        return tokenized_from_proto(await self._call(self._stub.Tokenize, request, timeout_seconds))
 
     async def list_adapters(self, *, timeout_seconds: float | None = None) -> list[AdapterInfo]:
         """Every adapter by name; one with a ``problem`` cannot be served."""

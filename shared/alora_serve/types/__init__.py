@@ -13,6 +13,7 @@ from alora_serve.types.answer import (
     StreamEvent,
     Timings,
     TokenChunk,
+    TokenizedPrompt,
     TokenLogprob,
     Usage,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "TokenChunk",
     "TokenIds",
     "TokenLogprob",
+    "TokenizedPrompt",
     "ToolCall",
     "Usage",
 ]

@@ -72,6 +72,19 @@ class PrefillResult:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A prompt as the model gets it.
+
+    Attributes:
+        prefix_tokens: before the generation prompt: what is prefilled, and shared.
+        generation_prompt_tokens: after which the base model answers; empty for a prompt of token ids.
+    """
+
+    prefix_tokens: TokenIds
+    generation_prompt_tokens: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """First event of a stream: facts a resume needs."""
 

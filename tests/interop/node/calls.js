@@ -82,6 +82,7 @@ async function inspection(connection, given) {
   const loaded = await connection.unary('LoadAdapter', { name: given.adapter });
   const unloaded = await connection.unary('UnloadAdapter', { name: given.adapter });
   const model = await connection.unary('GetModel', {});
+  const tokenized = await connection.unary('Tokenize', { prompt: { messages: given.conversation } });
   return {
     listed: listed.response.adapters.map(({ name, digest, kind, rank, invocation_token_ids }) => ({
       name,
@@ -92,6 +93,7 @@ async function inspection(connection, given) {
     })),
     loaded: loaded.response.adapter,
     unloaded: unloaded.response,
+    tokens: unpack(tokenized.response.prefix_token_ids),
     model: { ...model.response.model, model_digest: model.response.model.model_digest.toString('hex') },
   };
 }
@@ -107,7 +109,6 @@ async function failures(connection, given) {
     late: (await generate(connection, { prompt, sampling: LONG }, { timeout_seconds: 0.3 })).failure,
     cancelled: await cancelled(connection, prompt),
     not_served: {
-      Tokenize: (await connection.unary('Tokenize', { prompt })).failure,
       Score: (await connection.unary('Score', { prompt })).failure,
       RunIntrinsic: (await connection.unary('RunIntrinsic', { prompt })).failure,
       RunIntrinsics: (await connection.stream('RunIntrinsics', { prompt })).failure,

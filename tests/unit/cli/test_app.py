@@ -24,6 +24,7 @@ COMMANDS = [
     ["config"],
     ["demo"],
     ["plan"],
+    ["tokenize"],
 ]
 
 

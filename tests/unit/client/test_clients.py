@@ -22,6 +22,7 @@ from alora_serve.client import (
     RetryPolicy,
     Started,
     TokenChunk,
+    TokenizedPrompt,
 )
 from alora_serve.errors import (
     AdapterNotFoundError,
@@ -127,6 +128,15 @@ async def test_a_fan_out_gives_events_by_index_and_results_in_order(connect: Any
         )
         assert first.text == third.text == "Hello world!"
         assert isinstance(second, AdapterNotFoundError)
+
+
+async def test_tokens_are_told_and_nothing_is_computed(connect: Any) -> None:
+    prefill = FakePrefill()
+    async with deployment([prefill], [FakeWorker()]) as (router, _), connect(router.address) as client:
+        tokenized = await run(client, lambda c: c.tokenize([{"role": "user", "content": "Hi"}]))
+        assert tokenized == TokenizedPrompt((1,), handle().generation_prompt_tokens)
+        assert prefill.requests[0].tokenize_only
+        assert (await run(client, lambda c: c.tokenize(handle=handle()))).prefix_tokens == handle().prefix_tokens
 
 
 async def test_prefill_adapters_and_model(connect: Any) -> None:

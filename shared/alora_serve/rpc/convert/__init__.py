@@ -21,6 +21,7 @@ from alora_serve.rpc.convert.events import (
     usage_from_proto,
     usage_to_proto,
 )
+from alora_serve.rpc.convert.inspection import tokenize_to_proto, tokenized_from_proto, tokenized_to_proto
 from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto, prompt_from_proto, prompt_to_proto
 from alora_serve.rpc.convert.requests import (
     FanOut,
@@ -79,6 +80,9 @@ __all__ = [
     "sampling_to_proto",
     "timings_from_proto",
     "timings_to_proto",
+    "tokenize_to_proto",
+    "tokenized_from_proto",
+    "tokenized_to_proto",
     "unpack_token_ids",
     "usage_from_proto",
     "usage_to_proto",
