@@ -12,6 +12,7 @@ from adapter_decode.servicer import AdapterDecodeServicer
 from alora_serve.engine.decoder import Decoder
 from alora_serve.engine.prefiller import Prefiller
 from alora_serve.engine.rates import RecentMean
+from alora_serve.engine.scorer import Scorer
 from alora_serve.engine.startup import start_core
 from alora_serve.metrics import (
     AdapterMetrics,
@@ -47,9 +48,9 @@ async def main(settings: AdapterDecodeSettings) -> int:
         )
 
     metrics = RequestMetrics(registry)
-    decoder = Decoder(core, adapters, started.signer)
+    decoder, scorer = Decoder(core, adapters, started.signer), Scorer(core, adapters, started.signer)
     await asyncio.to_thread(decoder.warm)
-    servicer = AdapterDecodeServicer(decoder, adapters, status, metrics)
+    servicer = AdapterDecodeServicer(decoder, scorer, adapters, status, metrics)
     services = [
         Service("alora_serve.v1.AdapterDecodeService", partial(add_AdapterDecodeServiceServicer_to_server, servicer))
     ]

@@ -13,6 +13,7 @@ import grpc.aio
 
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.engine.decoder import Decoder
+from alora_serve.engine.scorer import Scorer
 from alora_serve.metrics import RequestMetrics
 from alora_serve.rpc.convert import (
     adapter_name_from_proto,
@@ -20,9 +21,11 @@ from alora_serve.rpc.convert import (
     decode_from_proto,
     endpoint_status_to_proto,
     event_to_proto,
+    score_from_proto,
+    score_result_to_internal_proto,
 )
 from alora_serve.rpc.watch import changed_adapters, watch_status
-from alora_serve.telemetry import answer_attributes, note, request_attributes, started_attributes
+from alora_serve.telemetry import answer_attributes, note, request_attributes, started_attributes, usage_attributes
 from alora_serve.types import AdapterInfo, EndpointStatus, Finished, Started, TokenChunk
 from alora_serve.v1 import adapter_decode_pb2 as pb
 from alora_serve.v1 import adapter_decode_pb2_grpc
@@ -36,11 +39,13 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
     def __init__(
         self,
         decoder: Decoder,
+        scorer: Scorer,
         adapters: AdapterRegistry,
         status: Callable[[], EndpointStatus],
         metrics: RequestMetrics,
     ) -> None:
         self._decoder = decoder
+        self._scorer = scorer
         self._adapters = adapters
         self._status = status
         self._metrics = metrics
@@ -67,6 +72,15 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
                 yield pb.DecodeResponse(event=event_to_proto(event, attempt=request.attempt, first_index=first_index))
                 if isinstance(event, TokenChunk):
                     first_index += len(event.token_ids)
+
+    async def Score(
+        self, request: pb.AdapterDecodeServiceScoreRequest, context: _Context
+    ) -> pb.AdapterDecodeServiceScoreResponse:
+        """See the proto."""
+        result = await self._scorer.score(score_from_proto(request))
+        note(lambda: usage_attributes(result.usage))
+        self._metrics.record(result.usage, result.timings)
+        return score_result_to_internal_proto(result)
 
     async def ListAdapters(
         self, request: pb.AdapterDecodeServiceListAdaptersRequest, context: _Context

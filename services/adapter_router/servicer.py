@@ -22,6 +22,7 @@ from adapter_router.dispatch import Call
 from adapter_router.merge import merge_samples, merge_streams
 from adapter_router.policy import Demand
 from adapter_router.prepare import Prepared, Preparer
+from adapter_router.scoring import score_at_worker
 from adapter_router.stream import DecodeStream
 from alora_serve.errors import (
     AdapterNotFoundError,
@@ -46,6 +47,8 @@ from alora_serve.rpc.convert import (
     prefill_from_proto,
     prefill_result_to_proto,
     prompt_from_proto,
+    score_result_to_proto,
+    scoring_from_proto,
     tokenized_to_proto,
 )
 from alora_serve.rpc.status import failure_to_proto
@@ -235,6 +238,31 @@ class AloraServicer(AloraServiceServicer):
             self._quotas.charge(call.tenant, result.usage)
             return prefill_result_to_proto(result)
 
+    async def Score(self, request: alora_pb2.ScoreRequest, context: Context) -> alora_pb2.ScoreResponse:
+        """One conversation, one adapter or the base model, many texts to score."""
+        with self._admitted(context, request, sequences=len(request.continuations)) as call:
+            scoring = scoring_from_proto(request)
+            adapter = self._adapters.find(scoring.adapter)
+            prepared = await self._preparer.prepare(
+                scoring.prompt, request.prompt, call=call, adapter=scoring.adapter, tokenize_only=is_plain_lora(adapter)
+            )
+            self._router_metrics.requested(scoring.adapter)
+            result = await score_at_worker(
+                self._workers,
+                prepared,
+                scoring.adapter,
+                scoring.continuations,
+                self._demands.generation(prepared.handle, adapter, call.tenant_salt),
+                call=call,
+                skip_store=not self._quotas.may_store(call.tenant),
+                max_attempts=self._limits.max_attempts,
+            )
+            self._request_metrics.record(result.usage, result.timings)
+            # What is scored has run as well, though nobody generated it.
+            run = sum(len(score.token_ids) for score in result.scores)
+            self._quotas.charge(call.tenant, replace(result.usage, generated_tokens=run))
+            return score_result_to_proto(result)
+
     async def Tokenize(self, request: alora_pb2.TokenizeRequest, context: Context) -> alora_pb2.TokenizeResponse:
         """Look at a conversation's tokens."""
         with self._admitted(context, request, sequences=0) as call:
@@ -275,10 +303,6 @@ class AloraServicer(AloraServiceServicer):
         return message_bytes_for_context(max(contexts)) if contexts else DEFAULT_MESSAGE_BYTES
 
     # --- not served yet -----------------------------------------------------------------------------------------------
-
-    async def Score(self, request: alora_pb2.ScoreRequest, context: Context) -> alora_pb2.ScoreResponse:
-        """Not served yet."""
-        _refuse("Score")
 
     async def RunIntrinsic(
         self, request: alora_pb2.RunIntrinsicRequest, context: Context

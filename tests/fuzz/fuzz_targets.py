@@ -38,7 +38,13 @@ from alora_serve.kv.redis_url import parse_redis_url
 from alora_serve.kv.sealed import SealedStore
 from alora_serve.kv.store import StoreKey
 from alora_serve.model.chat import ChatTokenizer
-from alora_serve.rpc.convert import decode_from_proto, fan_out_from_proto, generate_from_proto
+from alora_serve.rpc.convert import (
+    decode_from_proto,
+    fan_out_from_proto,
+    generate_from_proto,
+    score_from_proto,
+    scoring_from_proto,
+)
 from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto
 from alora_serve.rpc.wire import find_invalid_utf8, find_largest_field
 from alora_serve.types import ChatMessage, PrefixHandle, PromptKind
@@ -135,7 +141,9 @@ def requests(data: bytes) -> None:
     parsers: list[tuple[Any, Callable[[Any], object]]] = [
         (alora_pb2.GenerateRequest, generate_from_proto),
         (alora_pb2.FanOutRequest, fan_out_from_proto),
+        (alora_pb2.ScoreRequest, scoring_from_proto),
         (adapter_decode_pb2.DecodeRequest, decode_from_proto),
+        (adapter_decode_pb2.AdapterDecodeServiceScoreRequest, score_from_proto),
     ]
     for kind, parse in parsers:
         try:

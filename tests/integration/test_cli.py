@@ -255,6 +255,19 @@ def test_tokens_are_shown_as_stock_transformers_makes_them(run, ask, demo_model_
     assert " ".join(map(str, told["generation_prompt_tokens"])) in shown.stdout
 
 
+def test_answers_are_scored_and_the_generated_one_is_likeliest(run, ask) -> None:
+    question = ("-m", "What is the capital of France? One word.")
+    said = ask("generate", *question, "--max-tokens", "3")["text"]
+    told = ask("score", *question, "-c", said, "-c", "Rome in Italy")
+    best, other = told["scores"]
+    assert (best["text"], best["total"]) == (said, pytest.approx(sum(best["logprobs"])))
+    assert best["total"] > other["total"]
+    shown = run("score", *question, "-a", ADAPTER, "-c", "yes", "-c", "no")
+    assert shown.exit_code == 0, shown.output
+    assert "share" in shown.stdout
+    assert "continuations: 0 continuations are not 1 to 256" in run("score", *question).stderr
+
+
 def test_the_model_is_described(run, ask) -> None:
     assert ask("model")["dtype"] == "float32"
     assert "LlamaForCausalLM" in run("model").stdout

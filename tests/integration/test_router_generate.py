@@ -403,7 +403,6 @@ async def test_without_endpoints_everything_is_unavailable() -> None:
 @pytest.mark.parametrize(
     ("method", "request_"),
     [
-        ("Score", alora_pb2.ScoreRequest()),
         ("RunIntrinsic", alora_pb2.RunIntrinsicRequest()),
         ("RunIntrinsics", alora_pb2.RunIntrinsicsRequest()),
         ("PurgeTenant", alora_pb2.PurgeTenantRequest()),
@@ -414,6 +413,63 @@ async def test_what_is_not_served_yet_says_so_by_name(method: str, request_: Any
         error = await failure_of(getattr(router.stub, method)(request_))
         assert isinstance(error, UnimplementedFeatureError)
         assert method in str(error)
+
+
+async def test_texts_are_scored_after_a_prepared_conversation_by_the_adapter_asked() -> None:
+    prefill, worker = FakePrefill(), FakeWorker()
+    async with deployment([prefill], [worker]) as (router, _):
+        wanted = alora_pb2.ScoreRequest(prompt=HELLO, adapter="jailbreak", continuations=["ab", "c"])
+        response = await router.stub.Score(wanted, metadata=(("x-request-id", "abc"),))
+        assert [len(score.logprobs) for score in response.scores] == [2, 1]
+        assert response.usage.prompt_tokens == 1
+        assert response.usage.computed_tokens == 1  # by base prefill
+        assert response.timings.queue_seconds == pytest.approx(1.5)
+        [asked] = worker.scored
+        assert (asked.adapter, asked.continuations, asked.request_id) == ("jailbreak", ("ab", "c"), "abc")
+        assert router.metric("alora_router_requests_total", adapter="jailbreak") == 1
+        await router.stub.Score(alora_pb2.ScoreRequest(prompt=by_handle(), adapter="plain", continuations=["x"]))
+        assert len(prefill.requests) == 1, "a closed handle alone needs none"
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (alora_pb2.ScoreRequest(prompt=HELLO), "continuations"),
+        (alora_pb2.ScoreRequest(prompt=HELLO, continuations=["a"] * 257), "continuations"),
+        (alora_pb2.ScoreRequest(prompt=HELLO, continuations=["a", ""]), "continuations[1]"),
+        (alora_pb2.ScoreRequest(continuations=["a"]), "prompt"),
+        (
+            alora_pb2.ScoreRequest(
+                prompt=types_pb2.Prompt(messages=[types_pb2.Message(role="assistant", content="Hi")]),
+                continuations=["a"],
+            ),
+            "prompt.messages[0].role",
+        ),
+    ],
+)
+async def test_what_cannot_be_scored_is_named_before_any_prefill(request_: alora_pb2.ScoreRequest, field: str) -> None:
+    prefill = FakePrefill()
+    async with deployment([prefill], [FakeWorker()]) as (router, _):
+        error = await failure_of(router.stub.Score(request_))
+        assert [violation.field for violation in error.violations] == [field]
+        assert not prefill.requests
+
+
+async def test_a_score_whose_worker_is_lost_is_asked_of_another() -> None:
+    asked: list[FakeWorker] = []
+
+    class OnceGone(FakeWorker):
+        async def Score(self, request: Any, context: Any) -> Any:  # noqa: N802
+            asked.append(self)
+            if len(asked) == 1:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+            return await super().Score(request, context)
+
+    async with deployment([FakePrefill()], [OnceGone(), OnceGone()]) as (router, _):
+        wanted = alora_pb2.ScoreRequest(prompt=by_handle(), adapter="jailbreak", continuations=["ab"])
+        response = await router.stub.Score(wanted)
+    assert len(response.scores) == 1
+    assert len({id(worker) for worker in asked}) == 2
 
 
 async def test_tokens_are_told_of_a_handle_only_to_whom_it_was_given() -> None:

@@ -30,7 +30,6 @@ REQUEST_INVALID = "REQUEST_INVALID"
 SAMPLING = {"maxTokens": ANSWER_TOKENS, "ignoreEos": True}
 PROMPT = {"messages": [{"role": "user", "content": WORDS}]}
 NOT_SERVED: dict[str, Any] = {
-    "Score": {"prompt": PROMPT},
     "RunIntrinsic": {"prompt": PROMPT},
     "RunIntrinsics": {"prompt": PROMPT},
     "PurgeTenant": {},
@@ -127,6 +126,7 @@ async def calls(serving: Deployed) -> Calls:
         ("loaded", "LoadAdapter", {"name": adapter}),
         ("unloaded", "UnloadAdapter", {"name": adapter}),
         ("model", "GetModel", {}),
+        ("scored", "Score", {"prompt": PROMPT, "adapter": adapter, "continuations": ["yes"]}),
         ("tokenized", "Tokenize", {"prompt": PROMPT}),
         ("bad fields", "Generate", {"prompt": PROMPT, "sampling": {"topP": 0, "temperature": -1}}),
         ("no prompt", "Prefill", {}),
@@ -160,6 +160,8 @@ async def test_unary_calls_bring_what_our_client_gets(serving: Deployed, calls: 
     client, adapter = serving.client, serving.model.appended
     [prefilled], [listed], [loaded] = (calls[name].messages for name in ("prefilled", "listed", "loaded"))
     assert calls["tokenized"].messages[0]["prefixTokenIds"] == prefilled["handle"]["prefixTokenIds"]
+    [scored] = (await client.score(WORDS, ["yes"], adapter=adapter)).scores
+    assert calls["scored"].messages[0]["scores"][0]["logprobs"] == pytest.approx(scored.logprobs, abs=1e-4)
     packed = base64.b64decode(prefilled["handle"]["prefixTokenIds"])
     assert len(packed) == 4 * len((await client.prefill(WORDS)).handle.prefix_tokens)
     assert [found["name"] for found in listed["adapters"]] == [found.name for found in await client.list_adapters()]

@@ -32,7 +32,7 @@ DECODE = "/alora_serve.v1.AdapterDecodeService/Decode"
 WORKERS = ("worker-1", "worker-2")
 LEFT = 4
 """Streams that the program leaves early: cancelled, too late, to be resumed, and to fill a quota."""
-NOT_SERVED = {"Score", "RunIntrinsic", "RunIntrinsics", "PurgeTenant"}
+NOT_SERVED = {"RunIntrinsic", "RunIntrinsics", "PurgeTenant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,10 @@ async def test_adapters_and_model_are_as_our_client_sees_them(serving: Deployed,
     assert node.inspection["loaded"]["resident"] is True
     assert node.inspection["unloaded"] == {"was_resident": True}
     assert tuple(node.inspection["tokens"]) == (await serving.client.tokenize(TURNS)).prefix_tokens
+    scores = (await serving.client.score(TURNS, ["yes", "no"], adapter=serving.model.appended)).scores
+    for found, expected in zip(node.inspection["scored"], scores, strict=True):
+        assert tuple(found["tokens"]) == expected.token_ids
+        assert found["logprobs"] == pytest.approx(expected.logprobs, abs=1e-4)
     model = await serving.client.get_model()
     assert node.inspection["model"]["name"] == model.name
     assert node.inspection["model"]["model_digest"] == model.model_digest.hex()

@@ -38,12 +38,15 @@ from alora_serve.rpc.convert import (
     event_to_proto,
     prefill_from_proto,
     prefill_result_to_internal_proto,
+    score_from_proto,
+    score_result_to_internal_proto,
 )
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.interceptors import WRITE_TIMEOUT_SECONDS, CallInterceptor
 from alora_serve.types import (
     AdapterDigest,
     AdapterInfo,
+    ContinuationScore,
     EndpointStatus,
     Finished,
     FinishReason,
@@ -54,6 +57,8 @@ from alora_serve.types import (
     PrefixHandle,
     Prompt,
     PromptKind,
+    ScoreRequest,
+    ScoreResult,
     Started,
     StreamEvent,
     Timings,
@@ -214,6 +219,7 @@ class FakeWorker(FakeService, AdapterDecodeServiceServicer):
         self.requests: list[decode_pb2.DecodeRequest] = []
         self.cancelled = 0
         self.loaded: list[str] = []
+        self.scored: list[ScoreRequest] = []
         self.unloaded: list[str] = []
         self.refusal: Exception | None = None
         self.remaining_seconds: list[float] = []
@@ -233,6 +239,17 @@ class FakeWorker(FakeService, AdapterDecodeServiceServicer):
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
             raise
+
+    async def Score(
+        self, request: decode_pb2.AdapterDecodeServiceScoreRequest, context: Any
+    ) -> decode_pb2.AdapterDecodeServiceScoreResponse:
+        """A token and -1 for each character."""
+        wanted = score_from_proto(request)
+        self.scored.append(wanted)
+        scores = (ContinuationScore(tuple(map(ord, text)), (-1.0,) * len(text)) for text in wanted.continuations)
+        prompt_tokens = len(wanted.handle.prefix_tokens)
+        usage = Usage(prompt_tokens, cached_tokens=prompt_tokens)
+        return score_result_to_internal_proto(ScoreResult(tuple(scores), usage, Timings(queue_seconds=0.5)))
 
     async def LoadAdapter(
         self, request: decode_pb2.AdapterDecodeServiceLoadAdapterRequest, context: Any

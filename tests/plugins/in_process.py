@@ -14,6 +14,7 @@ from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.decoder import Decoder
 from alora_serve.engine.prefiller import Prefiller
+from alora_serve.engine.scorer import Scorer
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.store import KVStore, Put, Sink, StoreKey
 from alora_serve.model.loader import BaseModel
@@ -121,6 +122,7 @@ class Stack:
     core: ServingCore
     prefiller: Prefiller
     decoder: Decoder
+    scorer: Scorer
     adapters: AdapterRegistry
     metrics: CountingMetrics
 
@@ -166,7 +168,8 @@ async def open_stack(
     adapters = AdapterRegistry(adapter_roots, base=host, max_resident_bytes=1 << 30)
     signer = HandleSigner([SECRET], b"", 3600)
     try:
-        yield Stack(core, Prefiller(core, signer), Decoder(core, adapters, signer), adapters, metrics)
+        decoder, scorer = Decoder(core, adapters, signer), Scorer(core, adapters, signer)
+        yield Stack(core, Prefiller(core, signer), decoder, scorer, adapters, metrics)
         await core.drain()
         core.cache.check_integrity()
     finally:

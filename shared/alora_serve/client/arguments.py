@@ -9,10 +9,12 @@ from typing import Any, Final, TypeAlias, TypedDict
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert import (
     FanOut,
+    Scoring,
     Target,
     fan_out_to_proto,
     generate_to_proto,
     prompt_to_proto,
+    scoring_to_proto,
     tokenize_to_proto,
 )
 from alora_serve.types import ChatMessage, Document, PrefixHandle, Prompt, SamplingParams, StructuredOutput, ToolCall
@@ -121,6 +123,15 @@ def prefill_request(messages: Messages | None, fields: Mapping[str, Any]) -> alo
 def tokenize_request(messages: Messages | None, fields: Mapping[str, Any]) -> alora_pb2.TokenizeRequest:
     """A prompt to tokenize. Raises as :func:`build_prompt`."""
     return tokenize_to_proto(build_prompt(messages, fields))
+
+
+def score_request(
+    messages: Messages | None, continuations: Sequence[str], adapter: str | None, fields: Mapping[str, Any]
+) -> alora_pb2.ScoreRequest:
+    """Texts to score after a conversation. Raises as :func:`build_prompt`, and for a single string of them."""
+    if isinstance(continuations, str):  # a string is a sequence of its characters, which is never what is meant
+        raise InvalidRequestError.of("continuations", "is one string; pass a list of them")
+    return scoring_to_proto(Scoring(build_prompt(messages, fields), adapter or "", tuple(continuations)))
 
 
 def _split(messages: Messages | None, fields: Mapping[str, Any]) -> tuple[Prompt, SamplingParams]:

@@ -18,6 +18,7 @@ from alora_serve.client.arguments import (
     generate_request,
     prefill_request,
     sample_request,
+    score_request,
     tokenize_request,
 )
 from alora_serve.client.async_streams import AsyncFanOutStream, AsyncGenerationStream, AsyncSampleStream
@@ -30,10 +31,11 @@ from alora_serve.rpc.convert import (
     adapter_from_proto,
     model_from_proto,
     prefill_result_from_proto,
+    score_result_from_proto,
     tokenized_from_proto,
 )
 from alora_serve.rpc.tracing import trace_metadata
-from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult, TokenizedPrompt
+from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult, ScoreResult, TokenizedPrompt
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
 
@@ -184,6 +186,27 @@ class AsyncClient:
         """Render and tokenize a conversation as :meth:`generate` would; nothing is run or stored."""
         request = tokenize_request(messages, fields)
         return tokenized_from_proto(await self._call(self._stub.Tokenize, request, timeout_seconds))
+
+    async def score(
+        self,
+        messages: Messages | None,
+        continuations: Sequence[str],
+        *,
+        adapter: str | None = None,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[PromptFields],
+    ) -> ScoreResult:
+        """How likely each text is after the conversation, token by token; the conversation is computed once.
+
+        Args:
+            messages: as in :meth:`generate`; None when ``fields`` has a handle or tokens.
+            continuations: 1 to 256 texts.
+            adapter: by whom; None or empty is the base model.
+            timeout_seconds: of the whole call.
+            **fields: the rest of the prompt.
+        """
+        request = score_request(messages, continuations, adapter, fields)
+        return score_result_from_proto(await self._call(self._stub.Score, request, timeout_seconds))
 
     async def list_adapters(self, *, timeout_seconds: float | None = None) -> list[AdapterInfo]:
         """Every adapter by name; one with a ``problem`` cannot be served."""

@@ -39,6 +39,11 @@ class Awaited(Generic[ResultT]):
         done, _ = await asyncio.wait((self._task,), timeout=seconds)
         return bool(done)
 
+    async def result(self) -> ResultT:
+        """Wait for it and :meth:`take` it."""
+        await asyncio.wait((self._task,))
+        return self.take()
+
     def take(self) -> ResultT:
         """The result, the caller's from here on; or raise what the work raised."""
         self._taken = True

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 
-from alora_serve.adapters.activation import Activation, no_activation, place_invocation
+from alora_serve.adapters.activation import Activation
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.adapters.residency import Lease
@@ -20,6 +20,7 @@ from alora_serve.engine.core import ServingCore
 from alora_serve.engine.engine import HEARTBEAT_SECONDS
 from alora_serve.engine.events import BaseComputed, SequenceDone
 from alora_serve.engine.phases import decode_timings, trace_sequence, trace_store_put
+from alora_serve.engine.plan import PromptPlan, plan_prompt
 from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.errors import AdapterRefusedError, FieldViolation, InvalidRequestError
@@ -43,20 +44,6 @@ from alora_serve.types import (
     TokenIds,
     Usage,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A request turned into tokens and a boundary.
-
-    Attributes:
-        prompt: prefix and suffix.
-        base_tokens: positions before it may be base KV from the store; 0 for plain LoRA.
-    """
-
-    prompt: TokenIds
-    activation: Activation
-    base_tokens: int
 
 
 class Decoder:
@@ -181,33 +168,19 @@ class Decoder:
     def _loading(self, chain: BlockChain, limit: int) -> Awaited[LoadedPrefix]:
         return Awaited(self._core.load_prefix(chain, limit), lambda unused: self._core.cache.release(unused.prefix))
 
-    def _plan(self, request: GenerateRequest, adapter: LoadedAdapter | None) -> _Plan:
-        handle, sampling = request.handle, request.sampling
-        if adapter is None or not adapter.invocation_tokens:
-            activation = no_activation(handle.generation_prompt_tokens)
-        else:
-            activation = place_invocation(
-                kind=handle.kind,
-                prefix_tokens=handle.prefix_tokens,
-                generation_prompt_tokens=handle.generation_prompt_tokens,
-                invocation_tokens=adapter.invocation_tokens,
-                adapter_name=request.adapter,
-                vocabulary_size=self._core.model.vocabulary_size,
-            )
-        prompt = handle.prefix_tokens + activation.suffix_tokens
-        base_tokens = len(prompt) if adapter is None else activation.invocation_start or 0
-        self._check(request, prompt, activation)
+    def _plan(self, request: GenerateRequest, adapter: LoadedAdapter | None) -> PromptPlan:
+        plan = plan_prompt(request.handle, adapter, request.adapter, self._core.model.vocabulary_size)
+        prompt, sampling = plan.prompt, request.sampling
+        self._check(request, plan.activation)
         if len(prompt) + sampling.max_tokens > self._core.model.context_tokens:
             raise InvalidRequestError.of(
                 "sampling.max_tokens",
                 f"prompt of {len(prompt)} tokens plus max_tokens {sampling.max_tokens} exceeds the context of "
                 f"{self._core.model.context_tokens}",
             )
-        return _Plan(prompt, activation, base_tokens)
+        return plan
 
-    def _check(self, request: GenerateRequest, prompt: TokenIds, activation: Activation) -> None:
-        if not prompt:
-            raise InvalidRequestError.of("handle", "the prompt is empty")
+    def _check(self, request: GenerateRequest, activation: Activation) -> None:
         vocabulary = self._core.model.vocabulary_size
         bad = [
             FieldViolation(f"sampling.{field}", f"token id {token} is outside the vocabulary of {vocabulary}")
@@ -231,7 +204,7 @@ class Decoder:
             )
 
     def _finished(
-        self, request: GenerateRequest, plan: _Plan, done: SequenceDone, usage: Usage, timings: Timings
+        self, request: GenerateRequest, plan: PromptPlan, done: SequenceDone, usage: Usage, timings: Timings
     ) -> Finished:
         if done.ending is None:
             raise RuntimeError("a generation ended without a reason")
@@ -267,7 +240,7 @@ class Decoder:
         )
 
 
-def _prompt_usage(plan: _Plan, loaded: LoadedPrefix, stored: StoreResult) -> Usage:
+def _prompt_usage(plan: PromptPlan, loaded: LoadedPrefix, stored: StoreResult) -> Usage:
     """Where the prompt's tokens came from, and what was stored of them."""
     return Usage(
         cached_tokens=loaded.prefix.tokens,

@@ -33,6 +33,13 @@ class BaseComputed:
 
 
 @dataclass(frozen=True, slots=True)
+class TokensScored:
+    """Natural-log probabilities of the next given tokens of a sequence that scores (``engine/scoring.py``)."""
+
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceStats:
     """What a sequence cost in the engine. Seconds since submission unless said otherwise."""
 
@@ -61,6 +68,6 @@ class SequenceFailed:
     error: AloraServeError
 
 
-SequenceEvent = TokenChunk | Heartbeat | BaseComputed | SequenceDone | SequenceFailed
+SequenceEvent = TokenChunk | TokensScored | Heartbeat | BaseComputed | SequenceDone | SequenceFailed
 Sink = Callable[[SequenceEvent], None]
 """Takes events on the engine's thread; must not block."""

@@ -16,6 +16,7 @@ from alora_serve.engine.masks import Mask, MaskWorker
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.sampling import Choice, choose_tokens
 from alora_serve.engine.scheduler import followers, share_step
+from alora_serve.engine.scoring import tell_scores, wanted_rows
 from alora_serve.engine.sequence import Sequence
 from alora_serve.errors import AloraServeError
 from alora_serve.model.loader import BaseModel
@@ -97,10 +98,8 @@ class Stepper:
     def run(self, shares: Listed[Share], finish: Callable[[Ended], None]) -> Batch:
         """Run the shares in one forward pass, tell sinks what came of it, and ``finish`` what it ends, one by one."""
         batch = arrange(shares, self._lora.standing)
-        wanted = [
-            sequence.request.sampling is not None and span.end == sequence.known_tokens for sequence, span in batch
-        ]
-        ready = [sequence for (sequence, _), want in zip(batch, wanted, strict=True) if want]
+        wanted = [wanted_rows(sequence, span) for sequence, span in batch]
+        ready = [s for (s, _), want in zip(batch, wanted, strict=True) if want and s.request.sampling is not None]
         masks = self._masks.start([s.request.answer.constraint if s.request.answer else None for s in ready])
         self._lora.set_rows(adapter_rows(batch))
         try:
@@ -112,6 +111,7 @@ class Stepper:
             sequence.commit(span)
             if was_base:
                 sequence.tell_published(tail=sequence.names_tail and sequence.computed >= sequence.prompt_base_end)
+        logits = None if logits is None else tell_scores(batch, wanted, logits)
         if logits is not None:
             self._sample(ready, logits, masks.result(), finish)
         for sequence, _ in batch:

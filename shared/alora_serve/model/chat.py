@@ -97,6 +97,15 @@ class ChatTokenizer:
         """The text of tokens, special tokens spelt out: for people, never for an answer."""
         return self._tokens.spell(token_ids)
 
+    def encode_text(self, text: str) -> TokenIds:
+        """Tokens of text that goes on after others; text of added tokens stays text.
+
+        Raises:
+            InvalidRequestError: a special token of a single character is in it, which cannot be text.
+        """
+        cuts = self._tokens.added_texts.cuts(text) - {0, len(text)}
+        return self._tokens.encode(CutText(text, tuple(sorted(cuts))), at_start=False)
+
     def render(
         self,
         messages: Sequence[ChatMessage],

@@ -30,12 +30,12 @@ class ModelRunner:
         self._replay = replay or decode_replay(model.lean, model.device)
         self._widest = max(projection.in_features for projection in model.projections)
 
-    def forward(self, spans: Sequence[Span], output: Sequence[bool], adapters: object = None) -> Tensor | None:
-        """Compute the KV of every span's tokens in place, and logits for the last token of some.
+    def forward(self, spans: Sequence[Span], output: Sequence[int], adapters: object = None) -> Tensor | None:
+        """Compute the KV of every span's tokens in place, and logits for the last tokens of some.
 
         Args:
             spans: at least one; tokens of all spans together form the packed row, in this order.
-            output: for each span, whether its last token's logits are wanted.
+            output: for each span, of how many of its last tokens logits are wanted.
             adapters: stands for those that are on (see :class:`DecodeReplay`).
 
         Returns:
@@ -43,7 +43,9 @@ class ModelRunner:
             a large share of a small model, is not run then). Valid until the next call.
         """
         step = Step(spans, self._model.device, read_multiple=READ_MULTIPLE if self._replay else 1)
-        rows = [rows.stop - 1 for rows, want in zip(step.rows, output, strict=True) if want]
+        rows = [
+            row for span, count in zip(step.rows, output, strict=True) for row in range(span.stop - count, span.stop)
+        ]
         wanted = torch.tensor(rows, device=self._model.device) if rows else None
         # A step of few rows is a thousand small calls beside its products and attentions, which choose for themselves.
         size_bytes = step.total_rows * self._widest * OPERANDS_BYTES

@@ -5,10 +5,12 @@ ints here and packed little-endian uint32 on the wire.
 """
 
 from alora_serve.types.answer import (
+    ContinuationScore,
     Finished,
     FinishReason,
     Heartbeat,
     PrefillResult,
+    ScoreResult,
     Started,
     StreamEvent,
     Timings,
@@ -38,6 +40,7 @@ from alora_serve.types.request import (
     GenerateRequest,
     Resume,
     SamplingParams,
+    ScoreRequest,
 )
 from alora_serve.types.status import (
     AdapterInfo,
@@ -60,6 +63,7 @@ __all__ = [
     "AdapterInfo",
     "ChatMessage",
     "Choice",
+    "ContinuationScore",
     "Document",
     "EndpointStatus",
     "FinishReason",
@@ -79,6 +83,8 @@ __all__ = [
     "Resume",
     "Role",
     "SamplingParams",
+    "ScoreRequest",
+    "ScoreResult",
     "ServingLoad",
     "Started",
     "StreamEvent",

@@ -85,6 +85,33 @@ class TokenizedPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class ContinuationScore:
+    """How likely a text is after a prompt.
+
+    Attributes:
+        token_ids: its tokens.
+        logprobs: natural-log probability of each, given the prompt and the tokens before it; at temperature 1.
+    """
+
+    token_ids: TokenIds
+    logprobs: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """Natural-log probability of the whole text, as these tokens."""
+        return sum(self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """Continuations of one prompt, in the order asked, and what they cost: ``usage`` is the prompt's."""
+
+    scores: tuple[ContinuationScore, ...]
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """First event of a stream: facts a resume needs."""
 

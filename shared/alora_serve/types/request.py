@@ -87,3 +87,22 @@ class GenerateRequest:
     request_id: str = ""
     tenant: str = ""
     skip_store: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Texts to score after a prepared prefix, as a decode worker takes them.
+
+    Attributes:
+        adapter: its name; empty is the base model.
+        continuations: each scored after the same prompt; at least one.
+        tenant: as in :class:`GenerateRequest`.
+        skip_store: likewise.
+    """
+
+    handle: PrefixHandle
+    adapter: str
+    continuations: tuple[str, ...]
+    request_id: str = ""
+    tenant: str = ""
+    skip_store: bool = False

@@ -83,6 +83,8 @@ async function inspection(connection, given) {
   const unloaded = await connection.unary('UnloadAdapter', { name: given.adapter });
   const model = await connection.unary('GetModel', {});
   const tokenized = await connection.unary('Tokenize', { prompt: { messages: given.conversation } });
+  const wanted = { prompt: { messages: given.conversation }, adapter: given.adapter, continuations: ['yes', 'no'] };
+  const scored = await connection.unary('Score', wanted);
   return {
     listed: listed.response.adapters.map(({ name, digest, kind, rank, invocation_token_ids }) => ({
       name,
@@ -93,6 +95,7 @@ async function inspection(connection, given) {
     })),
     loaded: loaded.response.adapter,
     unloaded: unloaded.response,
+    scored: scored.response.scores.map(({ token_ids, logprobs }) => ({ tokens: unpack(token_ids), logprobs })),
     tokens: unpack(tokenized.response.prefix_token_ids),
     model: { ...model.response.model, model_digest: model.response.model.model_digest.toString('hex') },
   };
@@ -109,7 +112,6 @@ async function failures(connection, given) {
     late: (await generate(connection, { prompt, sampling: LONG }, { timeout_seconds: 0.3 })).failure,
     cancelled: await cancelled(connection, prompt),
     not_served: {
-      Score: (await connection.unary('Score', { prompt })).failure,
       RunIntrinsic: (await connection.unary('RunIntrinsic', { prompt })).failure,
       RunIntrinsics: (await connection.stream('RunIntrinsics', { prompt })).failure,
       PurgeTenant: (await connection.unary('PurgeTenant', {})).failure,

@@ -57,7 +57,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
 @pytest.fixture
 async def server(worker: Worker) -> AsyncIterator[Server]:
     unused: Any = None
-    servicer = AdapterDecodeServicer(unused, unused, lambda: worker.status, RequestMetrics(CollectorRegistry()))
+    servicer = AdapterDecodeServicer(unused, unused, unused, lambda: worker.status, RequestMetrics(CollectorRegistry()))
     server = await start_server(partial(add_AdapterDecodeServiceServicer_to_server, servicer))
     yield server
     await server.kill()

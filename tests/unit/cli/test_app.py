@@ -25,6 +25,7 @@ COMMANDS = [
     ["demo"],
     ["plan"],
     ["tokenize"],
+    ["score"],
 ]
 
 

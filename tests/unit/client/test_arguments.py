@@ -13,6 +13,7 @@ from alora_serve.client.arguments import (
     generate_request,
     prefill_request,
     sample_request,
+    score_request,
 )
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert import Target, fan_out_from_proto, generate_from_proto, prefill_from_proto
@@ -146,6 +147,12 @@ def test_a_misspelt_argument_is_refused() -> None:
     unknown: Any = {"max_token": 3}
     with pytest.raises(TypeError, match="max_token"):
         generate_request("Hi", None, unknown)
+
+
+def test_one_continuation_is_not_its_characters() -> None:
+    assert list(score_request("Hi", ["yes", "no"], None, {}).continuations) == ["yes", "no"]
+    with pytest.raises(InvalidRequestError, match="pass a list"):
+        score_request("Hi", "yes", None, {})
 
 
 def test_fan_out_targets_share_sampling_unless_they_bring_their_own() -> None:

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 from alora_serve.client import (
     AsyncClient,
     Client,
+    ContinuationScore,
     Finished,
     FinishReason,
     GenerationStream,
@@ -137,6 +138,17 @@ async def test_tokens_are_told_and_nothing_is_computed(connect: Any) -> None:
         assert tokenized == TokenizedPrompt((1,), handle().generation_prompt_tokens)
         assert prefill.requests[0].tokenize_only
         assert (await run(client, lambda c: c.tokenize(handle=handle()))).prefix_tokens == handle().prefix_tokens
+
+
+async def test_scores_come_in_the_order_asked(connect: Any) -> None:
+    worker = FakeWorker()
+    async with deployment([FakePrefill()], [worker]) as (router, _), connect(router.address) as client:
+        result = await run(client, lambda c: c.score("Hi", ["ab", "c"], adapter="jailbreak"))
+        assert result.scores == (ContinuationScore((97, 98), (-1.0, -1.0)), ContinuationScore((99,), (-1.0,)))
+        assert [score.total for score in result.scores] == [-2.0, -1.0]
+        assert (worker.scored[0].adapter, result.usage.prompt_tokens) == ("jailbreak", 1)
+        await run(client, lambda c: c.score(None, ["x"], handle=handle()))
+        assert worker.scored[1].adapter == ""
 
 
 async def test_prefill_adapters_and_model(connect: Any) -> None:

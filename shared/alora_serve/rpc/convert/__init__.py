@@ -21,7 +21,19 @@ from alora_serve.rpc.convert.events import (
     usage_from_proto,
     usage_to_proto,
 )
-from alora_serve.rpc.convert.inspection import tokenize_to_proto, tokenized_from_proto, tokenized_to_proto
+from alora_serve.rpc.convert.inspection import (
+    Scoring,
+    score_from_proto,
+    score_result_from_proto,
+    score_result_to_internal_proto,
+    score_result_to_proto,
+    score_to_proto,
+    scoring_from_proto,
+    scoring_to_proto,
+    tokenize_to_proto,
+    tokenized_from_proto,
+    tokenized_to_proto,
+)
 from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto, prompt_from_proto, prompt_to_proto
 from alora_serve.rpc.convert.requests import (
     FanOut,
@@ -49,6 +61,7 @@ from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 __all__ = [
     "MAX_SAMPLES",
     "FanOut",
+    "Scoring",
     "Target",
     "adapter_from_proto",
     "adapter_name_from_proto",
@@ -78,6 +91,13 @@ __all__ = [
     "resume_to_proto",
     "sampling_from_proto",
     "sampling_to_proto",
+    "score_from_proto",
+    "score_result_from_proto",
+    "score_result_to_internal_proto",
+    "score_result_to_proto",
+    "score_to_proto",
+    "scoring_from_proto",
+    "scoring_to_proto",
     "timings_from_proto",
     "timings_to_proto",
     "tokenize_to_proto",

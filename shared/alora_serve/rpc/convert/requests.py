@@ -65,7 +65,7 @@ def generate_from_proto(request: alora_pb2.GenerateRequest) -> tuple[Prompt, tup
     violations = Violations()
     prompt = read_prompt(request.prompt, violations, field="prompt")
     sampling = read_sampling(request.sampling, violations, field="sampling", max_samples=MAX_SAMPLES)
-    _check_turn_to_answer(prompt, [request.adapter], violations)
+    check_turn_to_answer(prompt, [request.adapter], violations)
     if sampling.n > 1 or request.interrupted_samples:
         samples = _read_samples(request, sampling, violations)
     else:
@@ -110,7 +110,7 @@ def fan_out_from_proto(request: alora_pb2.FanOutRequest) -> FanOut:
     violations.require(
         1 <= count <= MAX_FAN_OUT_TARGETS, "targets", f"{count} targets are not 1 to {MAX_FAN_OUT_TARGETS}"
     )
-    _check_turn_to_answer(prompt, [target.adapter for target in request.targets], violations)
+    check_turn_to_answer(prompt, [target.adapter for target in request.targets], violations)
     common = read_sampling(request.sampling, violations, field="sampling")
     targets = []
     for index, target in enumerate(request.targets[:MAX_FAN_OUT_TARGETS]):
@@ -155,7 +155,7 @@ def fan_out_to_proto(fan_out: FanOut) -> alora_pb2.FanOutRequest:
     )
 
 
-def _check_turn_to_answer(prompt: Prompt, adapters: Sequence[str], violations: Violations) -> None:
+def check_turn_to_answer(prompt: Prompt, adapters: Sequence[str], violations: Violations) -> None:
     """The base model has nothing to say to its own turn; an adapter may well judge it."""
     if prompt.messages and prompt.messages[-1].role == "assistant" and "" in adapters:
         path = f"prompt.messages[{len(prompt.messages) - 1}].role"
