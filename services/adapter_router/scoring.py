@@ -1,18 +1,20 @@
-"""Has a worker score texts after a prepared conversation."""
+"""Has a worker score texts after a conversation: prepared once, by whichever adapter was asked for."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from adapter_router.adapters import AdapterDirectory
+from adapter_router.demands import Demands, is_plain_lora
 from adapter_router.dispatch import Call, call_endpoint
 from adapter_router.endpoints.endpoint import Endpoint
-from adapter_router.policy import Demand
-from adapter_router.prepare import Prepared
+from adapter_router.prepare import Preparer
 from adapter_router.usage import merged_timings, merged_usage
-from alora_serve.rpc.convert import score_result_from_proto, score_to_proto
+from alora_serve.rpc.convert import Scoring, score_result_from_proto, score_to_proto
 from alora_serve.types import ScoreRequest, ScoreResult
 from alora_serve.v1 import adapter_decode_pb2 as decode_pb2
+from alora_serve.v1 import types_pb2
 
 if TYPE_CHECKING:
     from adapter_router.peers import Workers, WorkerStub
@@ -20,36 +22,53 @@ if TYPE_CHECKING:
 SCORE: Final = "/alora_serve.v1.AdapterDecodeService/Score"
 
 
-async def score_at_worker(
-    workers: Workers,
-    prepared: Prepared,
-    adapter: str,
-    continuations: tuple[str, ...],
-    demand: Demand,
-    *,
-    call: Call,
-    skip_store: bool,
-    max_attempts: int,
-) -> ScoreResult:
-    """Scores of continuations, in order; usage and timings are of the whole call, the prefill's part included.
+class ScoringWorkers:
+    """Scores at the workers."""
 
-    A worker that is lost is replaced by another, which begins anew: nothing has been answered yet.
+    def __init__(
+        self, workers: Workers, adapters: AdapterDirectory, preparer: Preparer, demands: Demands, *, max_attempts: int
+    ) -> None:
+        """``max_attempts`` bounds the workers tried for one call."""
+        self._workers = workers
+        self._adapters = adapters
+        self._preparer = preparer
+        self._demands = demands
+        self._max_attempts = max_attempts
 
-    Raises:
-        UnavailableError: no worker could take it.
-        AloraServeError: what the worker answered.
-    """
-    request = score_to_proto(
-        ScoreRequest(prepared.handle, adapter, continuations, call.request_id, call.tenant, skip_store)
-    )
+    async def score(self, scoring: Scoring, message: types_pb2.Prompt, *, call: Call, skip_store: bool) -> ScoreResult:
+        """Scores of the continuations, in order; usage and timings are of the whole call, the prefill's part included.
 
-    async def invoke(worker: Endpoint[WorkerStub]) -> decode_pb2.AdapterDecodeServiceScoreResponse:
-        return await worker.stub.Score(request, timeout=call.remaining_seconds(), metadata=call.metadata)
+        A worker that is lost is replaced by another, which begins anew: nothing has been answered yet.
 
-    response = await call_endpoint(workers, demand, invoke, method=SCORE, max_attempts=max_attempts)
-    result, prefill = score_result_from_proto(response), prepared.prefill
-    return replace(
-        result,
-        usage=merged_usage(prefill, result.usage),
-        timings=merged_timings(prefill, result.timings, first_token_seconds=0.0, total_seconds=call.elapsed_seconds()),
-    )
+        Args:
+            scoring: what to score.
+            message: its prompt as received; what base prefill gets.
+            call: the public call.
+            skip_store: store nothing new.
+
+        Raises:
+            UnavailableError: nobody could take it.
+            AloraServeError: what an endpoint answered.
+        """
+        adapter = self._adapters.find(scoring.adapter)
+        prepared = await self._preparer.prepare(
+            scoring.prompt, message, call=call, adapter=scoring.adapter, tokenize_only=is_plain_lora(adapter)
+        )
+        wanted = ScoreRequest(
+            prepared.handle, scoring.adapter, scoring.continuations, call.request_id, call.tenant, skip_store
+        )
+        request = score_to_proto(wanted)
+
+        async def invoke(worker: Endpoint[WorkerStub]) -> decode_pb2.AdapterDecodeServiceScoreResponse:
+            return await worker.stub.Score(request, timeout=call.remaining_seconds(), metadata=call.metadata)
+
+        demand = self._demands.generation(prepared.handle, adapter, call.tenant_salt)
+        response = await call_endpoint(self._workers, demand, invoke, method=SCORE, max_attempts=self._max_attempts)
+        result, prefill = score_result_from_proto(response), prepared.prefill
+        return replace(
+            result,
+            usage=merged_usage(prefill, result.usage),
+            timings=merged_timings(
+                prefill, result.timings, first_token_seconds=0.0, total_seconds=call.elapsed_seconds()
+            ),
+        )

@@ -22,7 +22,7 @@ from adapter_router.dispatch import Call
 from adapter_router.merge import merge_samples, merge_streams
 from adapter_router.policy import Demand
 from adapter_router.prepare import Prepared, Preparer
-from adapter_router.scoring import score_at_worker
+from adapter_router.scoring import ScoringWorkers
 from adapter_router.stream import DecodeStream
 from alora_serve.errors import (
     AdapterNotFoundError,
@@ -124,6 +124,9 @@ class AloraServicer(AloraServiceServicer):
         self._quotas = quotas
         self._preparer = Preparer(prefilling, workers, signer, demands, quotas)
         self._adapters = AdapterDirectory(workers, max_attempts=limits.max_attempts)
+        self._scoring = ScoringWorkers(
+            workers, self._adapters, self._preparer, demands, max_attempts=limits.max_attempts
+        )
         self._in_flight = 0
 
     # --- generation ---------------------------------------------------------------------------------------------------
@@ -241,22 +244,9 @@ class AloraServicer(AloraServiceServicer):
     async def Score(self, request: alora_pb2.ScoreRequest, context: Context) -> alora_pb2.ScoreResponse:
         """One conversation, one adapter or the base model, many texts to score."""
         with self._admitted(context, request, sequences=len(request.continuations)) as call:
-            scoring = scoring_from_proto(request)
-            adapter = self._adapters.find(scoring.adapter)
-            prepared = await self._preparer.prepare(
-                scoring.prompt, request.prompt, call=call, adapter=scoring.adapter, tokenize_only=is_plain_lora(adapter)
-            )
+            scoring, may_store = scoring_from_proto(request), self._quotas.may_store(call.tenant)
+            result = await self._scoring.score(scoring, request.prompt, call=call, skip_store=not may_store)
             self._router_metrics.requested(scoring.adapter)
-            result = await score_at_worker(
-                self._workers,
-                prepared,
-                scoring.adapter,
-                scoring.continuations,
-                self._demands.generation(prepared.handle, adapter, call.tenant_salt),
-                call=call,
-                skip_store=not self._quotas.may_store(call.tenant),
-                max_attempts=self._limits.max_attempts,
-            )
             self._request_metrics.record(result.usage, result.timings)
             # What is scored has run as well, though nobody generated it.
             run = sum(len(score.token_ids) for score in result.scores)
