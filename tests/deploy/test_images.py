@@ -1,0 +1,77 @@
+"""The Dockerfile and docker-compose.yml, before anything is built: ``make containers`` builds and runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
+DOCKERFILES = (DOCKERFILE, ROOT / "tests" / "containers" / "stand-ins" / "Dockerfile")
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return loaded
+
+
+def run(program: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=["product", "stand-ins"])
+def test_hadolint_finds_nothing(file: Path, tools: Callable[[str], Path]) -> None:
+    done = run(tools("images/bin/hadolint"), file)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_compose_takes_its_file(tools: Callable[[str], Path], tmp_path: Path) -> None:
+    compose = tools("images/bin/docker-compose")
+    done = run(compose, "config", "--quiet")
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    wrong = tmp_path / "docker-compose.yml"
+    wrong.write_text((ROOT / "docker-compose.yml").read_text().replace("read_only:", "readonly:"))
+    assert "readonly" in run(compose, "--file", wrong, "config", "--quiet").stderr
+
+
+def test_compose_builds_each_image_that_is_ours(compose: dict[str, Any]) -> None:
+    targets = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE.read_text(), re.MULTILINE))
+    built = {
+        service["build"]["target"]: service["image"] for service in compose["services"].values() if "build" in service
+    }
+    assert built.keys() <= targets
+    assert all(image == f"alora-serve/{target}:${{ALORA_TAG:-local}}" for target, image in built.items())
+
+
+def test_no_service_of_compose_may_do_more_than_it_must(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        if name == "demo":  # copies files, without a network
+            assert service["network_mode"] == "none"
+            continue
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+
+
+def test_images_have_the_torch_that_the_project_asks_for() -> None:
+    version = re.search(r"^ARG TORCH_VERSION=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    wanted = re.search(r"^TORCH := torch==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert version is not None
+    assert wanted is not None
+    assert version[1] == wanted[1]
+
+
+def test_all_that_the_dockerfile_copies_is_in_the_context() -> None:
+    """.dockerignore leaves everything out that is not named."""
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE.read_text(), re.MULTILINE)
+    names = {name for line in copied for name in line.split()}
+    assert {re.sub(r"^requirements.*\.lock$", "requirements*.lock", name) for name in names} == let_in
