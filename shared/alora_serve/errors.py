@@ -149,6 +149,20 @@ class AdapterRefusedError(AloraServeError):
     reason = "ADAPTER_REFUSED"
 
 
+class IntrinsicUndefinedError(AloraServeError):
+    """An adapter without the ``io.yaml`` that would say what to ask it and what its answer means."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "INTRINSIC_UNDEFINED"
+
+
+class IntrinsicOutputError(AloraServeError):
+    """An intrinsic's answer was cut off, or is not what its ``io.yaml`` transforms. The definition needs a change."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "INTRINSIC_OUTPUT"
+
+
 # --- load, time, peers ------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,156 @@
+"""The conversation as an intrinsic's adapter sees it: sentences tagged, documents placed, the instruction filled in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from alora_serve.errors import FieldViolation, InvalidRequestError
+from alora_serve.intrinsics.definition import LAST_MESSAGE, IntrinsicDefinition
+from alora_serve.intrinsics.sentences import TaggedSentence, Tagger
+from alora_serve.types import ChatMessage, Document, Prompt
+
+DOCUMENTS_HEAD: Final = "You have access to the following documents:\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What an intrinsic asks about a conversation.
+
+    Attributes:
+        conversation: what comes before the instruction: the same for intrinsics that rewrite alike, so that they share
+            its KV.
+        instruction: the turn that follows; None when there is none.
+        sentences: by location, by number, those that were tagged.
+    """
+
+    conversation: Prompt
+    instruction: ChatMessage | None
+    sentences: Mapping[str, Mapping[int, TaggedSentence]] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> Prompt:
+        """The whole."""
+        if self.instruction is None:
+            return self.conversation
+        return replace(self.conversation, messages=(*self.conversation.messages, self.instruction))
+
+
+def ask(
+    definition: IntrinsicDefinition, prompt: Prompt, parameters: Mapping[str, Any], *, template_takes_documents: bool
+) -> Question:
+    """Apply a definition to a conversation. Changes nothing that it is given.
+
+    Args:
+        definition: of the intrinsic.
+        prompt: the conversation.
+        parameters: values for the instruction's names; others are not looked at.
+        template_takes_documents: documents may be left to the chat template. Otherwise, and unless the definition says
+            how, they become one turn of the user before the conversation, after turns of the system.
+
+    Raises:
+        InvalidRequestError: a parameter is missing or no plain value, or the definition needs to see turns that lie
+            in a handle or in token ids.
+    """
+    _check_visible(definition, prompt)
+    rewritten, sentences = _tagged(definition.sentence_boundaries, prompt)
+    rewritten = _with_documents_placed(rewritten, definition.docs_as_message, template_takes_documents)
+    instruction = None
+    if definition.instruction is not None:
+        last = rewritten.messages[-1].content if rewritten.messages else ""
+        filled = definition.instruction.format(**_values(definition, parameters), **{LAST_MESSAGE: last})
+        instruction = ChatMessage("user", filled)
+    arguments = {**definition.template_arguments, **rewritten.template_arguments}
+    return Question(replace(rewritten, template_arguments=arguments), instruction, sentences)
+
+
+def _check_visible(definition: IntrinsicDefinition, prompt: Prompt) -> None:
+    if prompt.token_ids:
+        raise InvalidRequestError.of("prompt.token_ids", "an intrinsic is asked about messages or a handle of messages")
+    if prompt.handle is None:
+        if not prompt.messages:
+            raise InvalidRequestError.of("prompt.messages", "is empty; send at least one message")
+        return
+    if definition.needs_last_message and not prompt.messages:
+        raise InvalidRequestError.of(
+            "prompt.handle", "this intrinsic reads the last message: send all messages instead"
+        )
+    if "all_but_last_message" in definition.sentence_boundaries:
+        raise InvalidRequestError.of(
+            "prompt.handle", "this intrinsic tags all messages: send them instead of the handle"
+        )
+    if prompt.documents:
+        raise InvalidRequestError.of(
+            "prompt.documents", "stand before the conversation: send all messages with them instead of the handle"
+        )
+
+
+def _values(definition: IntrinsicDefinition, parameters: Mapping[str, Any]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    violations: list[FieldViolation] = []
+    for name in sorted(definition.arguments - {LAST_MESSAGE}):
+        value = parameters.get(name)
+        if type(value) not in (str, int, float, bool):
+            known = "is missing" if value is None else f"is {value!r}, neither text nor number nor boolean"
+            violations.append(FieldViolation(f"parameters.{name}", f"{known}; the instruction names it"))
+        values[name] = str(value)
+    if violations:
+        raise InvalidRequestError("; ".join(f"{v.field} {v.description}" for v in violations), violations=violations)
+    return values
+
+
+def _tagged(boundaries: Mapping[str, str], prompt: Prompt) -> tuple[Prompt, Mapping[str, Mapping[int, TaggedSentence]]]:
+    """The prompt with tags. The last message's have numbers of their own; documents and history share one sequence."""
+    if not boundaries:
+        return prompt, {}
+    messages, documents = list(prompt.messages), list(prompt.documents)
+    sentences: dict[str, dict[int, TaggedSentence]] = {location: {} for location in boundaries}
+    tag = boundaries.get("last_message")
+    if tag:
+        tagger = Tagger(sentences["last_message"])
+        messages[-1] = replace(messages[-1], content=tagger.tag(messages[-1].content, tag))
+    number = 0
+    tag = boundaries.get("documents")
+    if tag:
+        tagger = Tagger(sentences["documents"])
+        documents = [
+            replace(document, text=tagger.tag(document.text, tag, document_id=document.doc_id or None))
+            for document in documents
+        ]
+        number = tagger.next_number
+    tag = boundaries.get("all_but_last_message")
+    if tag:
+        tagger = Tagger(sentences["all_but_last_message"], number)
+        messages[:-1] = [
+            replace(message, content=tagger.tag(message.content, tag, message_index=index))
+            for index, message in enumerate(messages[:-1])
+        ]
+    return replace(prompt, messages=tuple(messages), documents=tuple(documents)), sentences
+
+
+def _with_documents_placed(prompt: Prompt, form: str, template_takes_documents: bool) -> Prompt:
+    if not prompt.documents or (not form and template_takes_documents):
+        return prompt
+    turns = _document_turns(prompt.documents, form or "string")
+    # A definition's form is what its adapter was trained on: in front of everything.
+    at = 0 if form else next((i for i, turn in enumerate(prompt.messages) if turn.role != "system"), 0)
+    messages = (*prompt.messages[:at], *turns, *prompt.messages[at:])
+    return replace(prompt, messages=messages, documents=())
+
+
+def _document_turns(documents: Sequence[Document], form: str) -> list[ChatMessage]:
+    names = [document.doc_id or str(number) for number, document in enumerate(documents, start=1)]
+    match form:
+        case "roles":
+            return [
+                ChatMessage(f"document {name}", document.text) for name, document in zip(names, documents, strict=True)
+            ]
+        case "json":
+            facts = ({"text": d.text, "title": d.title, "doc_id": d.doc_id} for d in documents)
+            records = [{name: value for name, value in fact.items() if value or name == "text"} for fact in facts]
+            return [ChatMessage("user", json.dumps(records))]
+        case _:
+            texts = [f"[Document {name}]\n{document.text}" for name, document in zip(names, documents, strict=True)]
+            return [ChatMessage("user", DOCUMENTS_HEAD + "\n\n".join(texts))]
