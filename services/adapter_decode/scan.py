@@ -8,7 +8,6 @@ import structlog
 
 from adapter_decode.config import AdapterDecodeSettings
 from alora_serve.adapters.loading import AdapterHost
-from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.adapters.residency import AdapterEvent
 from alora_serve.engine.rates import RecentMean
@@ -33,9 +32,6 @@ def open_registry(
     Raises:
         ConfigError: a root is not a readable directory.
     """
-    host = AdapterHost(
-        module_shapes=module_shapes(model.module), vocabulary_size=model.vocabulary_size, decode=model.tokenizer.spell
-    )
 
     def report(event: AdapterEvent) -> None:
         metrics.event(event.kind, event.size_bytes, event.seconds)
@@ -43,7 +39,10 @@ def open_registry(
             load_seconds.observe(event.seconds)
 
     registry = AdapterRegistry(
-        settings.adapter_roots, base=host, max_resident_bytes=settings.adapter_cache_bytes, on_event=report
+        settings.adapter_roots,
+        base=AdapterHost.of(model),
+        max_resident_bytes=settings.adapter_cache_bytes,
+        on_event=report,
     )
     metrics.watch_loaded(registry.resident)
     for adapter in registry.list_adapters():

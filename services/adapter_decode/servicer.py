@@ -104,6 +104,13 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
         was_resident = await asyncio.to_thread(self._adapters.unload, adapter_name_from_proto(request))
         return pb.AdapterDecodeServiceUnloadAdapterResponse(was_resident=was_resident)
 
+    async def GetIntrinsic(
+        self, request: pb.AdapterDecodeServiceGetIntrinsicRequest, context: _Context
+    ) -> pb.AdapterDecodeServiceGetIntrinsicResponse:
+        """See the proto."""
+        io_yaml = await asyncio.to_thread(self._adapters.definition, adapter_name_from_proto(request))
+        return pb.AdapterDecodeServiceGetIntrinsicResponse(io_yaml=io_yaml)
+
     async def WatchStatus(
         self, request: pb.AdapterDecodeServiceWatchStatusRequest, context: _Context
     ) -> AsyncIterator[pb.AdapterDecodeServiceWatchStatusResponse]:

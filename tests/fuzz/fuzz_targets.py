@@ -188,7 +188,9 @@ def chat(data: bytes) -> None:
 
 # --- what operators put into files ------------------------------------------------------------------------------------
 
-_HOST: Final = AdapterHost({"model.layers.0.self_attn.q_proj": ModuleShape(4, 4)}, 100, str)
+_HOST: Final = AdapterHost(
+    {"model.layers.0.self_attn.q_proj": ModuleShape(4, 4)}, 100, str, lambda text: tuple(text.encode())
+)
 _CONFIG: Final = json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}).encode()
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from alora_serve.adapters.loading import AdapterHost
-from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.decoder import Decoder
@@ -162,10 +161,7 @@ async def open_stack(
     metrics = CountingMetrics()
     # What a test expects to be reused must not depend on how fast this machine computes just now.
     core = ServingCore(model, store, replace(options or CoreOptions(), always_fetch=True), metrics)
-    host = AdapterHost(
-        module_shapes=module_shapes(model.module), vocabulary_size=model.vocabulary_size, decode=model.tokenizer.spell
-    )
-    adapters = AdapterRegistry(adapter_roots, base=host, max_resident_bytes=1 << 30)
+    adapters = AdapterRegistry(adapter_roots, base=AdapterHost.of(model), max_resident_bytes=1 << 30)
     signer = HandleSigner([SECRET], b"", 3600)
     try:
         decoder, scorer = Decoder(core, adapters, signer), Scorer(core, adapters, signer)

@@ -58,6 +58,7 @@ def place_invocation(
     prefix_tokens: TokenIds,
     generation_prompt_tokens: TokenIds,
     invocation_tokens: TokenIds,
+    lead_tokens: TokenIds = (),
     adapter_name: str,
     vocabulary_size: int,
 ) -> Activation:
@@ -70,33 +71,32 @@ def place_invocation(
     * Raw tokens are the exact prompt: a match anywhere is taken as PEFT would, and only without one is the invocation
       appended. ``generation_prompt_tokens`` is empty then (see :class:`~alora_serve.types.PrefixHandle`).
 
+    ``lead_tokens`` belong before the invocation, with base weights: IBM's old format turns an adapter on one token
+    after its invocation string begins. A match is of both, and both are appended.
+
     Raises:
         InvocationUnplaceableError: the invocation is empty, or has ids outside ``[0, vocabulary_size)``. Answering
             without it would be a silent base answer.
     """
     _check_placeable(invocation_tokens, adapter_name, vocabulary_size)
+    sequence, lead = lead_tokens + invocation_tokens, len(lead_tokens)
     if kind is PromptKind.TOKENS:
-        start = find_last(prefix_tokens, invocation_tokens)
+        start = find_last(prefix_tokens, sequence)
         if start is not None:
-            return Activation(suffix_tokens=(), invocation_start=start)
-        return _append(prefix_tokens, invocation_tokens)
-
-    # Ending past the prefix is starting at `edge` or later, and the prefix before it, however long, is not searched.
-    edge = max(0, len(prefix_tokens) - len(invocation_tokens) + 1)
-    start = find_last(prefix_tokens[edge:] + generation_prompt_tokens, invocation_tokens)
-    if start is not None:
-        return Activation(suffix_tokens=generation_prompt_tokens, invocation_start=edge + start)
-    return _append(prefix_tokens, invocation_tokens)
+            return Activation(suffix_tokens=(), invocation_start=start + lead)
+    else:
+        # Ending past the prefix is starting at `edge` or later; the prefix before it, however long, is not searched.
+        edge = max(0, len(prefix_tokens) - len(sequence) + 1)
+        start = find_last(prefix_tokens[edge:] + generation_prompt_tokens, sequence)
+        if start is not None:
+            return Activation(suffix_tokens=generation_prompt_tokens, invocation_start=edge + start + lead)
+    # The end of the prefix is the last start at which the sequence fits, so this occurrence is the last.
+    return Activation(suffix_tokens=sequence, invocation_start=len(prefix_tokens) + lead)
 
 
 def no_activation(generation_prompt_tokens: TokenIds) -> Activation:
     """The base model, or a plain LoRA: the prompt as rendered, nothing searched, nothing appended."""
     return Activation(suffix_tokens=generation_prompt_tokens, invocation_start=None)
-
-
-def _append(prefix_tokens: TokenIds, invocation_tokens: TokenIds) -> Activation:
-    # len(prefix) is the last start at which the invocation fits, so this occurrence is the last whatever the overlap.
-    return Activation(suffix_tokens=invocation_tokens, invocation_start=len(prefix_tokens))
 
 
 def _check_placeable(invocation_tokens: TokenIds, adapter_name: str, vocabulary_size: int) -> None:

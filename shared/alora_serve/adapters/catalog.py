@@ -66,6 +66,17 @@ class CatalogEntry:
             self._signature, self.info = signature, refused_info(self.name, problem)
             raise self.refusal(problem) from error
 
+    def read_definition(self) -> bytes | None:
+        """What defines the adapter as an intrinsic, unchecked; None when nothing does.
+
+        Raises:
+            AdapterRefusedError: its files cannot be read now.
+        """
+        try:
+            return self._find_files().read_definition()
+        except (AdapterRefusedError, OSError) as error:
+            raise self.refusal(f"its files cannot be read: {error}") from error
+
     def refusal(self, problem: str) -> AdapterRefusedError:
         """The error for a use of this adapter, with the ``problem`` of its listing."""
         return AdapterRefusedError(f"adapter {self.name!r} cannot be served: {problem}")

@@ -35,7 +35,8 @@ class AdapterConfig:
         exclude_modules: what is not, whatever ``target_modules`` says. Empty excludes nothing.
         layers_to_transform: layer indices to adapt; None adapts all.
         layers_pattern: names of the layer list (``layers``, ``h``); empty takes the first number in a module's name.
-        invocation_tokens: empty for plain LoRA.
+        invocation_tokens: empty for plain LoRA, and where there is an ``invocation_string``.
+        invocation_string: of IBM's old format, which turns on one token after it begins; empty in PEFT's.
     """
 
     kind: AdapterKind
@@ -49,6 +50,7 @@ class AdapterConfig:
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     invocation_tokens: TokenIds
+    invocation_string: str = ""
 
 
 SERVED = frozenset(
@@ -63,6 +65,7 @@ SERVED = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "alora_invocation_tokens",
+        "invocation_string",
     }
 )
 """Fields that :class:`AdapterConfig` holds."""
@@ -79,11 +82,6 @@ INERT: Mapping[str, str] = {
     "runtime_config": "PEFT drops it when it reads a file",
 }
 """Fields that cannot change the forward pass, whatever their value, and why."""
-
-_OLD_IBM_FORMAT = (
-    "IBM's old format turns on one token later than PEFT's and is not converted here; put alora_invocation_tokens in "
-    "its place: the tokens of that string without the first"
-)
 
 ALLOWED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "peft_type": (("LORA",), "only LoRA and Activated LoRA are served"),
@@ -112,7 +110,6 @@ ALLOWED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "megatron_config": ((None, {}), "Megatron layers are not served"),
     "megatron_core": (("megatron.core", None), "Megatron layers are not served"),
     "ensure_weight_tying": ((False, None), "adapters on tied embeddings are not served"),
-    "invocation_string": ((None,), _OLD_IBM_FORMAT),
 }
 """Fields served only at these values, and why no other. A field in no table must be null, false or empty."""
 
@@ -127,8 +124,11 @@ def parse_adapter_config(raw: bytes) -> AdapterConfig:
     fields = _Fields(_json_object(raw))
     fields.check_closed_world()
     tokens = fields.integers("alora_invocation_tokens", minimum=0)
+    invocation_string = fields.text("invocation_string")
+    if tokens and invocation_string:
+        raise fields.refusal("invocation_string", "alora_invocation_tokens says already what invokes the adapter")
     config = AdapterConfig(
-        kind="alora" if tokens else "lora",
+        kind="alora" if tokens or invocation_string else "lora",
         rank=fields.integer("r", fields.get("r", 8), minimum=1),
         alpha=fields.number("lora_alpha", fields.get("lora_alpha", 8)),
         rank_pattern={k: fields.integer("rank_pattern", v, minimum=1) for k, v in fields.pattern("rank_pattern")},
@@ -139,6 +139,7 @@ def parse_adapter_config(raw: bytes) -> AdapterConfig:
         layers_to_transform=fields.integers("layers_to_transform", minimum=0) or None,
         layers_pattern=fields.strings("layers_pattern"),
         invocation_tokens=tokens,
+        invocation_string=invocation_string,
     )
     if not config.target_modules:
         # PEFT would guess from the model type; a file that PEFT saved always says what was adapted.
@@ -201,6 +202,12 @@ class _Fields:
         if value not in (True, False, None):
             raise self.refusal(field, "it is neither true nor false")
         return bool(value)
+
+    def text(self, field: str) -> str:
+        value = self.get(field)
+        if value is not None and not isinstance(value, str):
+            raise self.refusal(field, "it must be a string")
+        return value or ""
 
     def integers(self, field: str, *, minimum: int) -> tuple[int, ...]:
         value = self.get(field)

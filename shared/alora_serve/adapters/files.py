@@ -1,9 +1,10 @@
-"""An adapter's two files on disk: found without leaving the adapter root, read once, and named by their SHA-256."""
+"""An adapter's files on disk: found without leaving the adapter root, read once, and named by their SHA-256."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing_extensions import Buffer
 
 from alora_serve.adapters.config import parse_adapter_config
 from alora_serve.errors import AdapterRefusedError
+from alora_serve.intrinsics import FILE_NAME, MAX_DEFINITION_BYTES
 from alora_serve.types import AdapterDigest
 
 CONFIG_NAME = "adapter_config.json"
@@ -25,20 +27,28 @@ DEFAULT_MAX_WEIGHTS_BYTES = 4 << 30
 _CHUNK_BYTES = 1 << 20
 
 Signature = tuple[int, ...]
-"""Changes when either file is replaced or rewritten: inode, size and modification time of both."""
+"""Changes when a file is replaced, rewritten or new: inode, size and modification time of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """Real paths (symbolic links followed) of an adapter's config and weights."""
+    """Real paths (symbolic links followed) of an adapter's config and weights, and of what makes it an intrinsic."""
 
     config: Path
     weights: Path
+    definition: Path | None = None
 
     def signature(self) -> Signature:
         """What the files look like now, without reading them. Raises OSError when one is gone."""
-        stats = (self.config.stat(), self.weights.stat())
+        stats = [path.stat() for path in (self.config, self.weights, self.definition) if path is not None]
         return tuple(part for stat in stats for part in (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+    def read_definition(self) -> bytes | None:
+        """The bytes of the ``io.yaml``, one more than are allowed at most; None without one."""
+        if self.definition is None:
+            return None
+        with self.definition.open("rb") as file:
+            return file.read(MAX_DEFINITION_BYTES + 1)
 
     def weights_chunks(self) -> Iterator[bytes]:
         """The weights file in order, a megabyte at a time."""
@@ -57,8 +67,13 @@ def find_files(directory: Path, *, root: Path, max_weights_bytes: int = DEFAULT_
             weights are pickled only. What is wrong with the config is then said as well, to be repaired in one go.
     """
     config = _real_file(directory / CONFIG_NAME, root, MAX_CONFIG_BYTES)
+    definition = directory / FILE_NAME
     try:
-        return AdapterFiles(config, _weights_file(directory, root, max_weights_bytes))
+        return AdapterFiles(
+            config,
+            _weights_file(directory, root, max_weights_bytes),
+            _real_file(definition, root, MAX_DEFINITION_BYTES) if os.path.lexists(definition) else None,
+        )
     except AdapterRefusedError as error:
         try:
             parse_adapter_config(config.read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,8 +14,11 @@ from torch import Tensor
 from alora_serve.adapters.config import AdapterConfig, parse_adapter_config
 from alora_serve.adapters.files import AdapterFiles, digest_of
 from alora_serve.adapters.lora import LoadedAdapter, LoraPair
+from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.targets import ModuleShape, ResolvedTarget, resolve_targets
 from alora_serve.errors import AdapterRefusedError
+from alora_serve.intrinsics import parse_definition
+from alora_serve.model.loader import BaseModel
 from alora_serve.types import AdapterDigest, AdapterInfo, TokenIds
 
 _SERVED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -37,11 +41,23 @@ class AdapterHost:
         module_shapes: every Linear and Conv1D by full name, the output layer included.
         vocabulary_size: exclusive bound of token ids.
         decode: text of tokens, special ones spelt out: an invocation is shown to people by it.
+        encode: tokens of text that names special ones: an invocation string of IBM's old format.
     """
 
     module_shapes: Mapping[str, ModuleShape]
     vocabulary_size: int
     decode: Callable[[TokenIds], str]
+    encode: Callable[[str], TokenIds]
+
+    @classmethod
+    def of(cls, model: BaseModel) -> AdapterHost:
+        """What adapters of ``model`` are checked against."""
+        return cls(
+            module_shapes(model.module),
+            model.vocabulary_size,
+            decode=model.tokenizer.spell,
+            encode=model.tokenizer.encode_invocation,
+        )
 
 
 def inspect_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> AdapterInfo:
@@ -91,7 +107,7 @@ def load_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Loaded
         )
         for module, target in plan.targets.items()
     }
-    return LoadedAdapter(info=info, pairs=pairs)
+    return LoadedAdapter(info=info, pairs=pairs, lead_tokens=plan.lead_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +125,20 @@ class _Plan:
     raw_config: bytes
     config: AdapterConfig
     targets: Mapping[str, ResolvedTarget]
+    lead_tokens: TokenIds
+    invocation_tokens: TokenIds
+    intrinsic_digest: str
 
     @classmethod
     def read(cls, files: AdapterFiles, name: str, base: AdapterHost) -> _Plan:
         raw = files.config.read_bytes()
         config = parse_adapter_config(raw)
-        if any(token >= base.vocabulary_size for token in config.invocation_tokens):
-            raise AdapterRefusedError(
-                f"alora_invocation_tokens = {list(config.invocation_tokens)} leave the base model's vocabulary of "
-                f"{base.vocabulary_size}, so it could never be invoked"
-            )
-        return cls(name, base, raw, config, resolve_targets(config, base.module_shapes))
+        lead, tokens = _invocation(config, base)
+        definition = files.read_definition()
+        if definition is not None:
+            parse_definition(definition)
+        digest = "" if definition is None else hashlib.sha256(definition).hexdigest()
+        return cls(name, base, raw, config, resolve_targets(config, base.module_shapes), lead, tokens, digest)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that the weights file must hold: A ``[rank, in_features]`` and B ``[out_features, rank]``."""
@@ -148,7 +167,7 @@ class _Plan:
                 raise AdapterRefusedError(f"tensor {key} has dtype {spec.dtype}, not one of {list(_SERVED_DTYPES)}")
 
     def info(self, digest: AdapterDigest) -> AdapterInfo:
-        tokens = self.config.invocation_tokens
+        tokens = self.invocation_tokens
         return AdapterInfo(
             name=self.name,
             digest=digest,
@@ -159,7 +178,29 @@ class _Plan:
             invocation_text=self.base.decode(tokens) if tokens else "",
             size_bytes=sum(rows * columns for rows, columns in self.tensor_shapes().values()) * torch.float32.itemsize,
             resident=False,
+            intrinsic_digest=self.intrinsic_digest,
         )
+
+
+def _invocation(config: AdapterConfig, base: AdapterHost) -> tuple[TokenIds, TokenIds]:
+    """What belongs before the invocation, and the tokens from whose first one on the adapter is on."""
+    if not config.invocation_string:
+        tokens, field = config.invocation_tokens, "alora_invocation_tokens"
+    else:
+        tokens, field = base.encode(config.invocation_string), "invocation_string"
+    if any(token >= base.vocabulary_size for token in tokens):
+        raise AdapterRefusedError(
+            f"{field} = {list(tokens)} leave the base model's vocabulary of "
+            f"{base.vocabulary_size}, so it could never be invoked"
+        )
+    if not config.invocation_string:
+        return (), tokens
+    if len(tokens) < 2:
+        raise AdapterRefusedError(
+            f"invocation_string = {config.invocation_string!r} is {len(tokens)} token(s) of the base model: IBM's old "
+            "format turns an adapter on at the second"
+        )
+    return tokens[:1], tokens[1:]
 
 
 def _tensor_name(module: str, factor: str) -> str:

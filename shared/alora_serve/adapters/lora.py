@@ -32,10 +32,12 @@ class LoadedAdapter:
     Attributes:
         info: as listed.
         pairs: by full module name, as in ``module_shapes``.
+        lead_tokens: belong before the invocation, with base weights; empty but for IBM's old format.
     """
 
     info: AdapterInfo
     pairs: Mapping[str, LoraPair]
+    lead_tokens: TokenIds = ()
 
     @property
     def invocation_tokens(self) -> TokenIds:

@@ -13,7 +13,8 @@ from alora_serve.adapters.catalog import CatalogEntry, scan
 from alora_serve.adapters.files import DEFAULT_MAX_WEIGHTS_BYTES
 from alora_serve.adapters.loading import AdapterHost, inspect_adapter, load_adapter
 from alora_serve.adapters.residency import AdapterEvent, Lease, Residency
-from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError
+from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, IntrinsicUndefinedError
+from alora_serve.intrinsics import FILE_NAME
 from alora_serve.types import AdapterDigest, AdapterInfo
 
 _NEAREST_NAMES = 3
@@ -120,6 +121,24 @@ class AdapterRegistry:
         self.refresh()
         with self.acquire(name) as lease:
             return replace(lease.adapter.info, resident=True)
+
+    def definition(self, name: str) -> bytes:
+        """The adapter's ``io.yaml`` as it lies there now.
+
+        Raises:
+            AdapterNotFoundError: no such adapter; lists the nearest names.
+            AdapterRefusedError: the adapter cannot be served, perhaps for this very file.
+            IntrinsicUndefinedError: it has none.
+        """
+        entry = self._entry(name)
+        with entry.lock:
+            self._inspect(entry)
+            if entry.info is not None and entry.info.problem:
+                raise entry.refusal(entry.info.problem)
+            raw = entry.read_definition()
+        if raw is None:
+            raise IntrinsicUndefinedError(f"adapter {name!r} has no {FILE_NAME}, so there is nothing to ask it")
+        return raw
 
     def unload(self, name: str) -> bool:
         """Drop an adapter from memory, or with its last lease if it is in use; whether it was in memory.

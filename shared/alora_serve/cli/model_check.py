@@ -10,7 +10,6 @@ import json
 import sys
 
 from alora_serve.adapters.loading import AdapterHost
-from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.config import AdapterSettings, ModelSettings, run_with_settings
 from alora_serve.engine.startup import open_model
@@ -27,12 +26,7 @@ def main() -> None:
     settings = run_with_settings(CheckSettings)
     try:
         model = open_model(settings)
-        host = AdapterHost(
-            module_shapes=module_shapes(model.module),
-            vocabulary_size=model.vocabulary_size,
-            decode=model.tokenizer.spell,
-        )
-        registry = AdapterRegistry(settings.adapter_roots, base=host, max_resident_bytes=0)
+        registry = AdapterRegistry(settings.adapter_roots, base=AdapterHost.of(model), max_resident_bytes=0)
     except AloraServeError as error:
         print(json.dumps({"error": str(error)}))
         sys.exit(1)

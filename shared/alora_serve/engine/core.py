@@ -143,6 +143,7 @@ class ServingCore:
             vocabulary_size=model.vocabulary_size,
             block_tokens=self.block_tokens,
             kv_bytes_per_token=model.layout.bytes_per_token,
+            takes_documents=model.tokenizer.takes_documents,
         )
 
     def status(self, *, draining: bool = False) -> EndpointStatus:

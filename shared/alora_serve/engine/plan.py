@@ -41,6 +41,7 @@ def plan_prompt(
             prefix_tokens=handle.prefix_tokens,
             generation_prompt_tokens=handle.generation_prompt_tokens,
             invocation_tokens=adapter.invocation_tokens,
+            lead_tokens=adapter.lead_tokens,
             adapter_name=adapter_name,
             vocabulary_size=vocabulary_size,
         )

@@ -69,6 +69,11 @@ class ChatTokenizer:
         return self._template.mentions("strftime_now")
 
     @property
+    def takes_documents(self) -> bool:
+        """Whether the template has a place for documents."""
+        return self._template.mentions("documents")
+
+    @property
     def serialized(self) -> Mapping[str, Any]:
         """The tokenizer as in ``tokenizer.json``."""
         return self._tokens.serialized
@@ -105,6 +110,10 @@ class ChatTokenizer:
         """
         cuts = self._tokens.added_texts.cuts(text) - {0, len(text)}
         return self._tokens.encode(CutText(text, tuple(sorted(cuts))), at_start=False)
+
+    def encode_invocation(self, text: str) -> TokenIds:
+        """Tokens of text that its author means as a template is meant: names of added tokens are those tokens."""
+        return self._tokens.encode(CutText(text), at_start=False)
 
     def render(
         self,

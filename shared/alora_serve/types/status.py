@@ -18,6 +18,7 @@ class AdapterInfo:
         invocation_text: the same as text, special tokens spelt out.
         resident: weights are in memory on the reporting worker.
         problem: why it cannot be served; empty when it can.
+        intrinsic_digest: lower-case hex SHA-256 of its ``io.yaml``; empty when it has none.
     """
 
     name: str
@@ -30,6 +31,7 @@ class AdapterInfo:
     size_bytes: int
     resident: bool
     problem: str = ""
+    intrinsic_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class ModelInfo:
 
     Attributes:
         context_tokens: longest prompt plus answer; as a router tells it, the shortest of all endpoints.
+        takes_documents: the chat template has a place for documents.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ModelInfo:
     vocabulary_size: int
     block_tokens: int
     kv_bytes_per_token: int
+    takes_documents: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,7 @@ def base_of(fresh_model: Callable[..., PreTrainedModel]) -> Callable[[str], Adap
             module_shapes=module_shapes(fresh_model(architecture)),
             vocabulary_size=VOCABULARY_SIZE,
             decode=lambda tokens: " ".join(f"<{token}>" for token in tokens),
+            encode=lambda text: tuple(int(token.strip("<>")) for token in text.split()),
         )
 
     return base

@@ -118,7 +118,6 @@ OFF_DEFAULT: dict[str, Any] = {
     "megatron_config": {"hidden": 1},
     "megatron_core": "my.core",
     "ensure_weight_tying": True,
-    "invocation_string": "<|certainty|>",
 }
 
 
@@ -133,9 +132,18 @@ def test_a_field_off_its_default_refuses_the_adapter_naming_field_and_value(fiel
     assert f"adapter_config.json has {field} = {json.dumps(OFF_DEFAULT[field])}: " in str(refusal.value)
 
 
-def test_ibms_old_format_is_refused_with_the_conversion_by_hand() -> None:
-    with pytest.raises(AdapterRefusedError, match=r"put alora_invocation_tokens in its place: .* without the first$"):
-        parse(invocation_string="<|start_of_role|>certainty<|end_of_role|>")
+def test_ibms_old_format_is_an_alora_of_a_string() -> None:
+    config = parse(invocation_string="<|start_of_role|>certainty<|end_of_role|>")
+    assert (config.kind, config.invocation_tokens) == ("alora", ())
+    assert config.invocation_string == "<|start_of_role|>certainty<|end_of_role|>"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"invocation_string": 3}, {"invocation_string": "x", "alora_invocation_tokens": [1]}]
+)
+def test_an_invocation_string_is_text_and_stands_alone(fields: dict[str, object]) -> None:
+    with pytest.raises(AdapterRefusedError, match="invocation_string"):
+        parse(**fields)
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "unheard-of", 1])

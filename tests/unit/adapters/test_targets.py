@@ -120,14 +120,14 @@ def test_what_peft_saves_for_all_linear_resolves_to_the_same_modules(
 def test_the_layer_is_the_first_number_in_a_name_not_the_expert() -> None:
     shape = ModuleShape(4, 4)
     names = ["model.layers.0.experts.layers.1.w1", "model.layers.1.experts.layers.0.w1"]
-    base = AdapterHost(dict.fromkeys(names, shape), 10, str)
+    base = AdapterHost(dict.fromkeys(names, shape), 10, str, lambda text: ())
     for fields in [{}, {"layers_pattern": "layers"}]:
         found = resolve(base, target_modules=["w1"], layers_to_transform=[1], **fields)
         assert list(found) == names[1:], "a greedy match would give the other one"
 
 
 def test_a_module_without_layer_is_left_out_when_layers_are_chosen() -> None:
-    base = AdapterHost({"proj.q": ModuleShape(4, 4), "model.layers.1.q": ModuleShape(4, 4)}, 10, str)
+    base = AdapterHost({"proj.q": ModuleShape(4, 4), "model.layers.1.q": ModuleShape(4, 4)}, 10, str, lambda text: ())
     assert list(resolve(base, target_modules=["q"], layers_to_transform=[1])) == ["model.layers.1.q"]
 
 

@@ -29,6 +29,7 @@ def adapter_to_proto(adapter: AdapterInfo) -> types_pb2.Adapter:
         size_bytes=adapter.size_bytes,
         resident=adapter.resident,
         problem=adapter.problem,
+        intrinsic_digest=adapter.intrinsic_digest,
     )
 
 
@@ -49,6 +50,7 @@ def adapter_from_proto(message: types_pb2.Adapter) -> AdapterInfo:
         size_bytes=message.size_bytes,
         resident=message.resident,
         problem=message.problem,
+        intrinsic_digest=message.intrinsic_digest,
     )
 
 
@@ -64,6 +66,7 @@ def model_to_proto(model: ModelInfo) -> types_pb2.Model:
         vocabulary_size=model.vocabulary_size,
         block_tokens=model.block_tokens,
         kv_bytes_per_token=model.kv_bytes_per_token,
+        takes_documents=model.takes_documents,
     )
 
 
@@ -79,6 +82,7 @@ def model_from_proto(message: types_pb2.Model) -> ModelInfo:
         vocabulary_size=message.vocabulary_size,
         block_tokens=message.block_tokens,
         kv_bytes_per_token=message.kv_bytes_per_token,
+        takes_documents=message.takes_documents,
     )
 
 

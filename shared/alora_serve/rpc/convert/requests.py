@@ -166,9 +166,10 @@ def adapter_name_from_proto(
     request: alora_pb2.LoadAdapterRequest
     | alora_pb2.UnloadAdapterRequest
     | adapter_decode_pb2.AdapterDecodeServiceLoadAdapterRequest
-    | adapter_decode_pb2.AdapterDecodeServiceUnloadAdapterRequest,
+    | adapter_decode_pb2.AdapterDecodeServiceUnloadAdapterRequest
+    | adapter_decode_pb2.AdapterDecodeServiceGetIntrinsicRequest,
 ) -> str:
-    """The adapter to load or unload.
+    """The adapter that the request is about.
 
     Raises:
         InvalidRequestError: none is named.
