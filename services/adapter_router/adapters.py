@@ -47,7 +47,11 @@ class AdapterDirectory:
             AdapterRefusedError: it cannot be served.
             UnavailableError: no worker has reported yet.
         """
-        return find_adapter(name, self._workers.snapshots()) if name else None
+        return self.get(name) if name else None
+
+    def get(self, name: str) -> AdapterInfo:
+        """As :meth:`find`, of a name that must be an adapter's."""
+        return find_adapter(name, self._workers.snapshots())
 
     async def load(self, name: str, call: Call) -> AdapterInfo:
         """Read its weights into the memory of the worker that requests for it will go to.
@@ -62,7 +66,7 @@ class AdapterDirectory:
             return await worker.stub.LoadAdapter(request, timeout=call.remaining_seconds(), metadata=call.metadata)
 
         request = decode_pb2.AdapterDecodeServiceLoadAdapterRequest(name=name)
-        find_adapter(name, self._workers.snapshots())
+        self.get(name)
         models = {worker.model_digest for worker in self._workers.snapshots() if worker.model_digest}
         demand = Demand(adapter_key(name), models, name)
         response = await call_endpoint(self._workers, demand, invoke, method=LOAD, max_attempts=self._max_attempts)
@@ -74,7 +78,7 @@ class AdapterDirectory:
         Raises:
             AloraServeError: as :meth:`find`, or what a worker answered; the other workers are asked all the same.
         """
-        find_adapter(name, self._workers.snapshots())
+        self.get(name)
         workers = [worker for worker in self._workers.members() if worker.healthy]
         outcomes = await asyncio.gather(
             *(self._unload_from(worker, name, call) for worker in workers), return_exceptions=True

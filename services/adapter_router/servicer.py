@@ -17,8 +17,10 @@ from grpc import aio
 from adapter_router.access.quotas import Quotas
 from adapter_router.adapters import AdapterDirectory
 from adapter_router.catalog import paired_models, prevailing_model
+from adapter_router.definitions import Definitions
 from adapter_router.demands import Demands, is_plain_lora
 from adapter_router.dispatch import Call
+from adapter_router.intrinsics import Intrinsics
 from adapter_router.merge import merge_samples, merge_streams
 from adapter_router.policy import Demand
 from adapter_router.prepare import Prepared, Preparer
@@ -28,6 +30,7 @@ from alora_serve.errors import (
     AdapterNotFoundError,
     AdapterRefusedError,
     AloraServeError,
+    IntrinsicOutputError,
     OverloadedError,
     UnimplementedFeatureError,
 )
@@ -43,16 +46,19 @@ from alora_serve.rpc.convert import (
     adapter_to_proto,
     fan_out_from_proto,
     generate_from_proto,
+    intrinsic_result_to_proto,
     model_to_proto,
     prefill_from_proto,
     prefill_result_to_proto,
     prompt_from_proto,
+    run_intrinsic_from_proto,
+    run_intrinsics_from_proto,
     score_result_to_proto,
     scoring_from_proto,
     tokenized_to_proto,
 )
 from alora_serve.rpc.status import failure_to_proto
-from alora_serve.types import AdapterInfo, GenerateRequest, PrefillResult
+from alora_serve.types import AdapterInfo, GenerateRequest, IntrinsicResult, ModelInfo, PrefillResult
 from alora_serve.v1 import alora_pb2, types_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer
 
@@ -126,6 +132,16 @@ class AloraServicer(AloraServiceServicer):
         self._adapters = AdapterDirectory(workers, max_attempts=limits.max_attempts)
         self._scoring = ScoringWorkers(
             workers, self._adapters, self._preparer, demands, max_attempts=limits.max_attempts
+        )
+        self._intrinsics = Intrinsics(
+            self._adapters,
+            Definitions(workers),
+            self._preparer,
+            demands,
+            open_stream=lambda prepared, target, demand, call, prefill: self._stream(
+                prepared, target, demand, call, _new_seed(), prefill
+            ),
+            takes_documents=lambda: self._model().takes_documents,
         )
         self._in_flight = 0
 
@@ -259,6 +275,24 @@ class AloraServicer(AloraServiceServicer):
             prompt = prompt_from_proto(request.prompt)
             return tokenized_to_proto(await self._preparer.tokenize(prompt, request.prompt, call=call))
 
+    # --- intrinsics ---------------------------------------------------------------------------------------------------
+
+    async def RunIntrinsic(
+        self, request: alora_pb2.RunIntrinsicRequest, context: Context
+    ) -> alora_pb2.RunIntrinsicResponse:
+        """One intrinsic on one conversation."""
+        with self._admitted(context, request, sequences=1) as call:
+            return intrinsic_result_to_proto(await self._intrinsics.run_one(run_intrinsic_from_proto(request), call))
+
+    async def RunIntrinsics(
+        self, request: alora_pb2.RunIntrinsicsRequest, context: Context
+    ) -> AsyncGenerator[alora_pb2.RunIntrinsicsResponse, None]:
+        """One conversation, many intrinsics: results as they come."""
+        with self._admitted(context, request, sequences=len(request.intrinsics)) as call:
+            async with aclosing(self._intrinsics.run(run_intrinsics_from_proto(request), call)) as results:
+                async for index, result in results:
+                    yield _intrinsics_response(index, result)
+
     # --- adapters and model -------------------------------------------------------------------------------------------
 
     async def ListAdapters(
@@ -283,9 +317,11 @@ class AloraServicer(AloraServiceServicer):
 
     async def GetModel(self, request: alora_pb2.GetModelRequest, context: Context) -> alora_pb2.GetModelResponse:
         """The base model."""
+        return alora_pb2.GetModelResponse(model=model_to_proto(self._model()))
+
+    def _model(self) -> ModelInfo:
         served = paired_models(self._prefilling.snapshots(), self._workers.snapshots())
-        model = prevailing_model(self._prefilling.models(), self._workers.models(), served)
-        return alora_pb2.GetModelResponse(model=model_to_proto(model))
+        return prevailing_model(self._prefilling.models(), self._workers.models(), served)
 
     def max_message_bytes(self) -> int:
         """The largest request that a model behind this router takes, as far as its endpoints have reported."""
@@ -293,19 +329,6 @@ class AloraServicer(AloraServiceServicer):
         return message_bytes_for_context(max(contexts)) if contexts else DEFAULT_MESSAGE_BYTES
 
     # --- not served yet -----------------------------------------------------------------------------------------------
-
-    async def RunIntrinsic(
-        self, request: alora_pb2.RunIntrinsicRequest, context: Context
-    ) -> alora_pb2.RunIntrinsicResponse:
-        """Not served yet."""
-        _refuse("RunIntrinsic")
-
-    async def RunIntrinsics(
-        self, request: alora_pb2.RunIntrinsicsRequest, context: Context
-    ) -> AsyncGenerator[alora_pb2.RunIntrinsicsResponse, None]:
-        """Not served yet."""
-        _refuse("RunIntrinsics")
-        yield alora_pb2.RunIntrinsicsResponse()  # never reached: it makes this a stream
 
     async def PurgeTenant(
         self, request: alora_pb2.PurgeTenantRequest, context: Context
@@ -356,6 +379,15 @@ def _fan_out_response(index: int, item: types_pb2.GenerationEvent | AloraServeEr
     if isinstance(item, AloraServeError):
         return alora_pb2.FanOutResponse(index=index, failure=failure_to_proto(item))
     return alora_pb2.FanOutResponse(index=index, event=item)
+
+
+def _intrinsics_response(index: int, result: IntrinsicResult | AloraServeError) -> alora_pb2.RunIntrinsicsResponse:
+    try:
+        if not isinstance(result, AloraServeError):
+            return alora_pb2.RunIntrinsicsResponse(index=index, result=intrinsic_result_to_proto(result))
+    except IntrinsicOutputError as error:
+        result = error
+    return alora_pb2.RunIntrinsicsResponse(index=index, failure=failure_to_proto(result))
 
 
 def _refuse(method: str) -> NoReturn:

@@ -6,6 +6,7 @@ Everything a caller needs is importable from here; errors are those of :mod:`alo
 from alora_serve.client.arguments import Messages
 from alora_serve.client.async_streams import AsyncFanOutStream, AsyncGenerationStream, AsyncSampleStream
 from alora_serve.client.asynchronous import AsyncClient
+from alora_serve.client.intrinsics import AsyncIntrinsicsStream, IntrinsicsStream
 from alora_serve.client.results import GenerationResult
 from alora_serve.client.retry import RetryPolicy
 from alora_serve.client.streams import FanOutStream, GenerationStream, SampleStream
@@ -21,6 +22,7 @@ from alora_serve.types import (
     FinishReason,
     Grammar,
     Heartbeat,
+    IntrinsicResult,
     JsonSchema,
     ModelInfo,
     PrefillResult,
@@ -45,6 +47,7 @@ __all__ = [
     "AsyncClient",
     "AsyncFanOutStream",
     "AsyncGenerationStream",
+    "AsyncIntrinsicsStream",
     "AsyncSampleStream",
     "ChatMessage",
     "Choice",
@@ -58,6 +61,8 @@ __all__ = [
     "GenerationStream",
     "Grammar",
     "Heartbeat",
+    "IntrinsicResult",
+    "IntrinsicsStream",
     "JsonSchema",
     "Messages",
     "ModelInfo",

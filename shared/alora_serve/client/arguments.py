@@ -17,7 +17,16 @@ from alora_serve.rpc.convert import (
     scoring_to_proto,
     tokenize_to_proto,
 )
-from alora_serve.types import ChatMessage, Document, PrefixHandle, Prompt, SamplingParams, StructuredOutput, ToolCall
+from alora_serve.types import (
+    ChatMessage,
+    Document,
+    IntrinsicRun,
+    PrefixHandle,
+    Prompt,
+    SamplingParams,
+    StructuredOutput,
+    ToolCall,
+)
 from alora_serve.v1 import alora_pb2
 
 Messages: TypeAlias = str | Sequence[ChatMessage | Mapping[str, Any]]
@@ -113,6 +122,16 @@ def fan_out_request(
     prompt, sampling = _split(messages, fields)
     targets = (target if isinstance(target, Target) else Target(target or "", sampling) for target in adapters)
     return fan_out_to_proto(FanOut(prompt, tuple(targets)))
+
+
+def intrinsic_run(
+    messages: Messages | None,
+    intrinsics: Sequence[str],
+    parameters: Mapping[str, Any] | None,
+    fields: Mapping[str, Any],
+) -> IntrinsicRun:
+    """One conversation and the intrinsics that judge it. Raises as :func:`build_prompt`."""
+    return IntrinsicRun(build_prompt(messages, fields), tuple(intrinsics), parameters or {})
 
 
 def prefill_request(messages: Messages | None, fields: Mapping[str, Any]) -> alora_pb2.PrefillRequest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -16,12 +16,14 @@ from alora_serve.client.arguments import (
     PromptFields,
     fan_out_request,
     generate_request,
+    intrinsic_run,
     prefill_request,
     sample_request,
     score_request,
     tokenize_request,
 )
 from alora_serve.client.failures import failure_of
+from alora_serve.client.intrinsics import IntrinsicsStream
 from alora_serve.client.retry import Retries, RetryPolicy
 from alora_serve.client.streams import FanOutStream, GenerationStream, SampleStream
 from alora_serve.errors import DeadlinePassedError, UnavailableError
@@ -29,13 +31,25 @@ from alora_serve.rpc.channels import public_options
 from alora_serve.rpc.convert import (
     Target,
     adapter_from_proto,
+    intrinsic_result_from_proto,
     model_from_proto,
     prefill_result_from_proto,
+    run_intrinsic_to_proto,
+    run_intrinsics_to_proto,
     score_result_from_proto,
     tokenized_from_proto,
 )
-from alora_serve.rpc.tracing import trace_metadata
-from alora_serve.types import AdapterInfo, ModelInfo, PrefillResult, ScoreResult, TokenizedPrompt
+from alora_serve.rpc.tracing import (
+    trace_metadata,
+)
+from alora_serve.types import (
+    AdapterInfo,
+    IntrinsicResult,
+    ModelInfo,
+    PrefillResult,
+    ScoreResult,
+    TokenizedPrompt,
+)
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
 
@@ -162,6 +176,52 @@ class Client:
         request = fan_out_request(messages, adapters, fields)
         return FanOutStream(
             lambda wanted, timeout: self._stub.FanOut(wanted, timeout=timeout, metadata=self._call_metadata()),
+            request,
+            Retries(self._retry, timeout_seconds),
+        )
+
+    def run_intrinsic(
+        self,
+        messages: Messages | None,
+        intrinsic: str,
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[PromptFields],
+    ) -> IntrinsicResult:
+        """Ask one intrinsic about a conversation; its typed result.
+
+        Args:
+            messages: as in :meth:`generate`; None when ``fields`` has a handle.
+            intrinsic: name of its adapter, which has an ``io.yaml``.
+            parameters: what its instruction names: texts, numbers or booleans.
+            timeout_seconds: of the whole call.
+            **fields: the rest of the prompt.
+        """
+        request = run_intrinsic_to_proto(intrinsic_run(messages, [intrinsic], parameters, fields))
+        return intrinsic_result_from_proto(self._call(self._stub.RunIntrinsic, request, timeout_seconds))
+
+    def run_intrinsics(
+        self,
+        messages: Messages | None,
+        intrinsics: Sequence[str],
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        timeout_seconds: float | None = None,
+        **fields: Unpack[PromptFields],
+    ) -> IntrinsicsStream:
+        """Ask 1 to 256 intrinsics about one conversation in one call; the conversation is prefilled once.
+
+        Args:
+            messages: as in :meth:`generate`; None when ``fields`` has a handle.
+            intrinsics: names of their adapters.
+            parameters: what their instructions name; each takes its own.
+            timeout_seconds: of the whole call.
+            **fields: the rest of the prompt.
+        """
+        request = run_intrinsics_to_proto(intrinsic_run(messages, intrinsics, parameters, fields))
+        return IntrinsicsStream(
+            lambda wanted, timeout: self._stub.RunIntrinsics(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
             Retries(self._retry, timeout_seconds),
         )

@@ -48,7 +48,7 @@ class Answer:
             IntrinsicOutputError: it is none.
         """
         try:
-            return json.loads(self.text)
+            return json.loads(self.text, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
             raise IntrinsicOutputError(f"the answer is not JSON ({error}): {self.text!r}") from error
 
@@ -64,3 +64,7 @@ class Answer:
             if wanted < end:
                 return token, wanted - (end - len(token.content))
         raise IntrinsicOutputError(f"no log-probabilities were reported for character {position} of {self.text!r}")
+
+
+def _refuse(constant: str) -> Json:
+    raise ValueError(f"{constant} is no JSON")

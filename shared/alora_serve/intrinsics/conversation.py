@@ -10,7 +10,7 @@ from typing import Any, Final
 from alora_serve.errors import FieldViolation, InvalidRequestError
 from alora_serve.intrinsics.definition import LAST_MESSAGE, IntrinsicDefinition
 from alora_serve.intrinsics.sentences import TaggedSentence, Tagger
-from alora_serve.types import ChatMessage, Document, Prompt
+from alora_serve.types import DOCUMENT_ROLE, ChatMessage, Document, Prompt
 
 DOCUMENTS_HEAD: Final = "You have access to the following documents:\n\n"
 
@@ -23,11 +23,13 @@ class Question:
         conversation: what comes before the instruction: the same for intrinsics that rewrite alike, so that they share
             its KV.
         instruction: the turn that follows; None when there is none.
+        template_arguments: for the chat template.
         sentences: by location, by number, those that were tagged.
     """
 
     conversation: Prompt
     instruction: ChatMessage | None
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
     sentences: Mapping[str, Mapping[int, TaggedSentence]] = field(default_factory=dict)
 
     @property
@@ -35,7 +37,8 @@ class Question:
         """The whole."""
         if self.instruction is None:
             return self.conversation
-        return replace(self.conversation, messages=(*self.conversation.messages, self.instruction))
+        messages = (*self.conversation.messages, self.instruction)
+        return replace(self.conversation, messages=messages, template_arguments=self.template_arguments)
 
 
 def ask(
@@ -63,7 +66,9 @@ def ask(
         filled = definition.instruction.format(**_values(definition, parameters), **{LAST_MESSAGE: last})
         instruction = ChatMessage("user", filled)
     arguments = {**definition.template_arguments, **rewritten.template_arguments}
-    return Question(replace(rewritten, template_arguments=arguments), instruction, sentences)
+    # A handle alone is rendered already.
+    conversation = replace(rewritten, template_arguments=arguments) if rewritten.messages else rewritten
+    return Question(conversation, instruction, arguments, sentences)
 
 
 def _check_visible(definition: IntrinsicDefinition, prompt: Prompt) -> None:
@@ -90,7 +95,7 @@ def _check_visible(definition: IntrinsicDefinition, prompt: Prompt) -> None:
 def _values(definition: IntrinsicDefinition, parameters: Mapping[str, Any]) -> dict[str, str]:
     values: dict[str, str] = {}
     violations: list[FieldViolation] = []
-    for name in sorted(definition.arguments - {LAST_MESSAGE}):
+    for name in sorted(definition.parameters):
         value = parameters.get(name)
         if type(value) not in (str, int, float, bool):
             known = "is missing" if value is None else f"is {value!r}, neither text nor number nor boolean"
@@ -145,7 +150,8 @@ def _document_turns(documents: Sequence[Document], form: str) -> list[ChatMessag
     match form:
         case "roles":
             return [
-                ChatMessage(f"document {name}", document.text) for name, document in zip(names, documents, strict=True)
+                ChatMessage(DOCUMENT_ROLE + name, document.text)
+                for name, document in zip(names, documents, strict=True)
             ]
         case "json":
             facts = ({"text": d.text, "title": d.title, "doc_id": d.doc_id} for d in documents)

@@ -58,6 +58,11 @@ class IntrinsicDefinition:
     name: str = ""
 
     @property
+    def parameters(self) -> frozenset[str]:
+        """Names that a caller fills in."""
+        return self.arguments - {LAST_MESSAGE}
+
+    @property
     def needs_logprobs(self) -> bool:
         """Whether a transformation weighs tokens."""
         return any(isinstance(step, Likelihood) for step in self.transformations)

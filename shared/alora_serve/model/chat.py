@@ -22,8 +22,8 @@ from alora_serve.errors import InvalidRequestError
 from alora_serve.model.chat_template import ChatTemplate, Rendering, not_continuable
 from alora_serve.model.plain_text import PlainTextTokenizer
 from alora_serve.model.template_guard import CutText, RequestGuard
-from alora_serve.model.template_input import ROLES, TemplateInput, check_messages
-from alora_serve.types import ChatMessage, Document, PrefixHandle, PromptKind, TokenIds
+from alora_serve.model.template_input import TemplateInput, check_messages
+from alora_serve.types import ROLES, ChatMessage, Document, PrefixHandle, PromptKind, TokenIds
 
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 

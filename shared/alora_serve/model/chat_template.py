@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from alora_serve.errors import InvalidRequestError, UnimplementedFeatureError
 from alora_serve.model.template_guard import CutText, RequestGuard
 from alora_serve.model.template_input import Mark, TemplateInput, check_arguments
-from alora_serve.types import ChatMessage, ToolCall
+from alora_serve.types import ROLES, ChatMessage, ToolCall
 
 _HELPERS = ("self", "messages", "conversations", "raise_exception", "strftime_now", "dict", "namespace")
 _LOOKED_UP = re.compile(r"""(?:['"]|\.\s*)(\w+)""")
@@ -83,6 +83,8 @@ class ChatTemplate:
             if given and not self.mentions(field):
                 raise UnimplementedFeatureError.of(f"prompt.{field}")
         for index, message in enumerate(request.messages):
+            if message.role not in ROLES and not self.mentions("document"):
+                raise UnimplementedFeatureError.of(f"prompt.messages[{index}].role")
             if message.tool_calls and not self.mentions("tool_calls"):
                 raise UnimplementedFeatureError.of(f"prompt.messages[{index}].tool_calls")
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alora_serve.errors import FieldViolation, InvalidRequestError
-from alora_serve.types import ChatMessage, Document, ToolCall
-
-ROLES = ("system", "user", "assistant", "tool")
+from alora_serve.types import DOCUMENT_ROLE, ROLES, ChatMessage, Document, ToolCall, is_role
 
 Mark = Callable[[str], str]
 """Applied to every string that a user wrote before the template sees it (see ``template_guard``)."""
@@ -45,7 +43,7 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
     violations: list[FieldViolation] = []
     for index, message in enumerate(messages):
         path = f"prompt.messages[{index}]"
-        if message.role not in ROLES:
+        if not is_role(message.role):
             violations.append(FieldViolation(f"{path}.role", f"is {message.role!r}, not one of {', '.join(ROLES)}"))
         if not isinstance(message.content, str):
             violations.append(FieldViolation(f"{path}.content", f"is {type(message.content).__name__}, not text"))
@@ -84,7 +82,7 @@ class _Marker:
     known_keys: frozenset[str]
 
     def message(self, message: ChatMessage) -> dict[str, Any]:
-        variables: dict[str, Any] = {"role": message.role, "content": self.mark(message.content)}
+        variables: dict[str, Any] = {"role": self.role(message.role), "content": self.mark(message.content)}
         if message.name:
             variables["name"] = self.mark(message.name)
         if message.tool_call_id:
@@ -92,6 +90,10 @@ class _Marker:
         if message.tool_calls:
             variables["tool_calls"] = [self.tool_call(call) for call in message.tool_calls]
         return variables
+
+    def role(self, role: str) -> str:
+        """A role of ours, or that of a document, whose name is the user's."""
+        return role if role in ROLES else DOCUMENT_ROLE + self.mark(role.removeprefix(DOCUMENT_ROLE))
 
     def tool_call(self, call: ToolCall) -> dict[str, Any]:
         function = {"name": self.mark(call.name), "arguments": self.value(json.loads(call.arguments_json))}

@@ -28,13 +28,20 @@ from alora_serve.types.ids import (
     AdapterDigest,
     TokenIds,
 )
+from alora_serve.types.intrinsic import (
+    IntrinsicResult,
+    IntrinsicRun,
+)
 from alora_serve.types.prompt import (
+    DOCUMENT_ROLE,
+    ROLES,
     ChatMessage,
     Document,
     PrefixHandle,
     Prompt,
     PromptKind,
     ToolCall,
+    is_role,
 )
 from alora_serve.types.request import (
     GenerateRequest,
@@ -59,6 +66,8 @@ from alora_serve.types.structure import (
 
 __all__ = [
     "ANYONE",
+    "DOCUMENT_ROLE",
+    "ROLES",
     "AdapterDigest",
     "AdapterInfo",
     "ChatMessage",
@@ -72,6 +81,8 @@ __all__ = [
     "Grammar",
     "Heartbeat",
     "Identity",
+    "IntrinsicResult",
+    "IntrinsicRun",
     "JsonSchema",
     "ModelInfo",
     "PrefillResult",
@@ -96,4 +107,5 @@ __all__ = [
     "TokenizedPrompt",
     "ToolCall",
     "Usage",
+    "is_role",
 ]

@@ -5,9 +5,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from alora_serve.types.ids import TokenIds
+
+ROLES: Final = ("system", "user", "assistant", "tool")
+DOCUMENT_ROLE: Final = "document "
+"""Begins the role of a turn that is a document: its name follows. Only for templates that know such turns."""
+
+
+def is_role(role: str) -> bool:
+    """Whether a turn may have that role."""
+    return role in ROLES or (role.startswith(DOCUMENT_ROLE) and len(role) > len(DOCUMENT_ROLE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +30,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn. ``role`` is one of ``system``, ``user``, ``assistant``, ``tool``."""
+    """One turn. ``role`` is one of ``system``, ``user``, ``assistant``, ``tool``; or ``document NAME``."""
 
     role: str
     content: str

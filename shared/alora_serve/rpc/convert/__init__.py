@@ -34,6 +34,14 @@ from alora_serve.rpc.convert.inspection import (
     tokenized_from_proto,
     tokenized_to_proto,
 )
+from alora_serve.rpc.convert.intrinsics import (
+    intrinsic_result_from_proto,
+    intrinsic_result_to_proto,
+    run_intrinsic_from_proto,
+    run_intrinsic_to_proto,
+    run_intrinsics_from_proto,
+    run_intrinsics_to_proto,
+)
 from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto, prompt_from_proto, prompt_to_proto
 from alora_serve.rpc.convert.requests import (
     FanOut,
@@ -79,6 +87,8 @@ __all__ = [
     "generate_to_proto",
     "handle_from_proto",
     "handle_to_proto",
+    "intrinsic_result_from_proto",
+    "intrinsic_result_to_proto",
     "model_from_proto",
     "model_to_proto",
     "pack_token_ids",
@@ -89,6 +99,10 @@ __all__ = [
     "prompt_from_proto",
     "prompt_to_proto",
     "resume_to_proto",
+    "run_intrinsic_from_proto",
+    "run_intrinsic_to_proto",
+    "run_intrinsics_from_proto",
+    "run_intrinsics_to_proto",
     "sampling_from_proto",
     "sampling_to_proto",
     "score_from_proto",

@@ -12,10 +12,8 @@ from google.protobuf import struct_pb2
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 from alora_serve.rpc.convert.violations import Violations
-from alora_serve.types import ChatMessage, Document, PrefixHandle, Prompt, PromptKind, ToolCall
+from alora_serve.types import ROLES, ChatMessage, Document, PrefixHandle, Prompt, PromptKind, ToolCall, is_role
 from alora_serve.v1 import types_pb2
-
-ROLES: Final = ("system", "user", "assistant", "tool")
 
 _EXACT_INTEGERS: Final = 2.0**53
 """Below this a double holds every integer exactly."""
@@ -49,9 +47,9 @@ def read_prompt(message: types_pb2.Prompt, violations: Violations, *, field: str
         token_ids=_read_tokens(message.token_ids, violations, f"{field}.token_ids"),
         handle=_read_handle(message.handle, violations, f"{field}.handle") if has_handle else None,
         documents=tuple(Document(given.title, given.text, given.doc_id) for given in message.documents),
-        template_arguments=_read_struct(message.template_arguments, violations, f"{field}.template_arguments"),
+        template_arguments=read_struct(message.template_arguments, violations, f"{field}.template_arguments"),
         tools=tuple(
-            _read_struct(tool, violations, f"{field}.tools[{index}]") for index, tool in enumerate(message.tools)
+            read_struct(tool, violations, f"{field}.tools[{index}]") for index, tool in enumerate(message.tools)
         ),
     )
 
@@ -74,7 +72,7 @@ def _check_combination(message: types_pb2.Prompt, violations: Violations, field:
 def _check_messages(message: types_pb2.Prompt, violations: Violations, field: str) -> None:
     for index, turn in enumerate(message.messages):
         path = f"{field}.messages[{index}]"
-        violations.require(turn.role in ROLES, f"{path}.role", f"{turn.role[:40]!r} is none of {', '.join(ROLES)}")
+        violations.require(is_role(turn.role), f"{path}.role", f"{turn.role[:40]!r} is none of {', '.join(ROLES)}")
         violations.require(
             not turn.tool_calls or turn.role == "assistant", f"{path}.tool_calls", "only an assistant calls tools"
         )
@@ -112,12 +110,13 @@ def _read_tokens(packed: bytes, violations: Violations, field: str) -> tuple[int
         return ()
 
 
-def _read_struct(struct: struct_pb2.Struct, violations: Violations, field: str) -> dict[str, Any]:
-    return {key: _read_value(value, violations, f"{field}.{key}") for key, value in struct.fields.items()}
+def read_struct(struct: struct_pb2.Struct, violations: Violations, field: str) -> dict[str, Any]:
+    """The object; notes what is wrong with it."""
+    return {key: read_value(value, violations, f"{field}.{key}") for key, value in struct.fields.items()}
 
 
-def _read_value(value: struct_pb2.Value, violations: Violations, field: str) -> Any:
-    """Whole numbers become ints: protobuf has only doubles here, and a template would print ``5.0`` for a given 5."""
+def read_value(value: struct_pb2.Value, violations: Violations, field: str) -> Any:
+    """The value. Whole numbers become ints: all are doubles here, and a template would print ``5.0`` for a given 5."""
     match value.WhichOneof("kind"):
         case "number_value":
             number = value.number_value
@@ -128,10 +127,10 @@ def _read_value(value: struct_pb2.Value, violations: Violations, field: str) -> 
         case "bool_value":
             return value.bool_value
         case "struct_value":
-            return _read_struct(value.struct_value, violations, field)
+            return read_struct(value.struct_value, violations, field)
         case "list_value":
             return [
-                _read_value(item, violations, f"{field}[{index}]") for index, item in enumerate(value.list_value.values)
+                read_value(item, violations, f"{field}[{index}]") for index, item in enumerate(value.list_value.values)
             ]
         case _:
             return None
@@ -179,10 +178,10 @@ def prompt_to_proto(prompt: Prompt) -> types_pb2.Prompt:
         documents=[
             types_pb2.Document(title=given.title, text=given.text, doc_id=given.doc_id) for given in prompt.documents
         ],
-        template_arguments=_struct_to_proto(prompt.template_arguments, "prompt.template_arguments")
+        template_arguments=struct_to_proto(prompt.template_arguments, "prompt.template_arguments")
         if prompt.template_arguments
         else None,
-        tools=[_struct_to_proto(tool, f"prompt.tools[{index}]") for index, tool in enumerate(prompt.tools)],
+        tools=[struct_to_proto(tool, f"prompt.tools[{index}]") for index, tool in enumerate(prompt.tools)],
         token_ids=pack_token_ids(prompt.token_ids),
     )
 
@@ -200,7 +199,12 @@ def _message_to_proto(turn: ChatMessage) -> types_pb2.Message:
     )
 
 
-def _struct_to_proto(values: Mapping[str, Any], field: str) -> struct_pb2.Struct:
+def struct_to_proto(values: Mapping[str, Any], field: str) -> struct_pb2.Struct:
+    """The object; ``field`` names it in the error.
+
+    Raises:
+        InvalidRequestError: it holds a value that is not JSON.
+    """
     struct = struct_pb2.Struct()
     try:
         struct.update(values)
