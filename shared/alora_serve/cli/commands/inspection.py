@@ -118,7 +118,8 @@ def _described(adapter: AdapterInfo) -> list[Text]:
     if adapter.problem:
         return [Text.assemble(name, ("  refused", "red")), Text(f"    {adapter.problem}", style="red")]
     state = "in memory" if adapter.resident else "on disk"
-    lines = [Text.assemble(name, f"  {adapter.kind}, rank {adapter.rank}, {state}, digest {adapter.digest[:12]}")]
+    kind = f"{adapter.kind}, intrinsic" if adapter.intrinsic_digest else adapter.kind
+    lines = [Text.assemble(name, f"  {kind}, rank {adapter.rank}, {state}, digest {adapter.digest[:12]}")]
     if adapter.invocation_text:
         lines.append(Text(f"    invoked by {adapter.invocation_text!r}"))
     lines.append(Text(f"    adapts {', '.join(adapter.target_modules)}"))
