@@ -156,3 +156,31 @@ def test_an_invocation_that_cannot_be_is_refused_naming_adapter_and_tokens(
 
 def test_base_and_plain_lora_run_the_prompt_as_rendered() -> None:
     assert no_activation((C, D)) == Activation((C, D), None)
+
+
+# --- IBM's old format -------------------------------------------------------------------------------------------------
+
+
+def start_by_ibm(prompt: TokenIds, invocation: TokenIds) -> int | None:
+    """As ``alora`` 0.3.0 generates: on for the last ``len(prompt) - 1 - start`` tokens, of the last occurrence."""
+    starts = [at for at in range(len(prompt)) if prompt[at : at + len(invocation)] == invocation]
+    return len(prompt) - (len(prompt) - 1 - max(starts)) if starts else None
+
+
+@given(kinds, tokens, tokens, st.integers(0, 2), invocations)
+@example(PromptKind.TOKENS, (A, B, C, B), (), A, (B,))  # the last B alone is no occurrence
+def test_with_a_lead_every_placement_turns_on_where_ibms_package_would_on_that_prompt(
+    kind: PromptKind, prefix: TokenIds, generation_prompt: TokenIds, lead: int, invocation: TokenIds
+) -> None:
+    generation_prompt = () if kind is PromptKind.TOKENS else generation_prompt
+    placed = place_invocation(
+        kind=kind,
+        prefix_tokens=prefix,
+        generation_prompt_tokens=generation_prompt,
+        invocation_tokens=invocation,
+        lead_tokens=(lead,),
+        adapter_name="certainty",
+        vocabulary_size=100,
+    )
+    assert placed.invocation_start == start_by_ibm(prefix + placed.suffix_tokens, (lead, *invocation))
+    assert placed.suffix_tokens in ((), generation_prompt, (lead, *invocation))

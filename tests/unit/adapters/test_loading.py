@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -169,3 +170,32 @@ def test_peft_accepts_what_we_accept(
     load_adapter(files_of(adapter), name="certainty", base=llama)
     peft.PeftModel.from_pretrained(fresh_model("llama"), str(adapter))
     assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
+
+
+def test_ibms_old_format_turns_on_after_its_strings_first_token(
+    adapter: Path, llama: AdapterHost, edit_config: Callable[..., None]
+) -> None:
+    edit_config(adapter, alora_invocation_tokens=None, invocation_string="<5> <6> <7>")
+    loaded = load_adapter(files_of(adapter), name="x", base=llama)
+    assert (loaded.lead_tokens, loaded.invocation_tokens) == ((5,), (6, 7))
+    assert (loaded.info.kind, loaded.info.invocation_text) == ("alora", "<6> <7>")
+
+
+@pytest.mark.parametrize(("text", "problem"), [("<5>", "is 1 token"), ("<5> <999999>", "vocabulary")])
+def test_a_string_that_can_never_turn_an_adapter_on_is_refused(
+    adapter: Path, llama: AdapterHost, edit_config: Callable[..., None], text: str, problem: str
+) -> None:
+    edit_config(adapter, alora_invocation_tokens=None, invocation_string=text)
+    assert problem in refusal(adapter, llama)
+    assert "invocation_string" in refusal(adapter, llama)
+
+
+def test_what_defines_an_intrinsic_is_checked_with_its_adapter(adapter: Path, llama: AdapterHost) -> None:
+    assert inspect_adapter(files_of(adapter), name="x", base=llama).intrinsic_digest == ""
+    definition = adapter / "io.yaml"
+    definition.write_text("model: ~\nresponse_format: ~\ntransformations: ~\n")
+    digest = hashlib.sha256(definition.read_bytes()).hexdigest()
+    assert inspect_adapter(files_of(adapter), name="x", base=llama).intrinsic_digest == digest
+    assert load_adapter(files_of(adapter), name="x", base=llama).info.intrinsic_digest == digest
+    definition.write_text("model: ~\nresponse_format: ~\ntransformations: ~\ncolour: red\n")
+    assert "io.yaml has colour" in refusal(adapter, llama)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
@@ -19,7 +20,7 @@ from alora_serve.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from alora_serve.adapters.loading import AdapterHost
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.adapters.residency import AdapterEvent
-from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, ConfigError
+from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, ConfigError, IntrinsicUndefinedError
 from alora_serve.types import AdapterDigest, AdapterInfo
 
 SaveAdapter = Callable[..., Path]
@@ -459,3 +460,48 @@ def test_many_threads_on_a_small_budget_with_changing_files_always_get_whole_ada
 def test_a_scan_is_sorted_whatever_the_file_system_says(root: Path, save_adapter: SaveAdapter) -> None:
     save_adapter(root / "a-last-one")
     assert list(catalog.scan([root]).found) == ["a-last-one", "certainty", "jailbreak"]
+
+
+DEFINITION = b"model: ~\nresponse_format: ~\ntransformations: ~\n"
+
+
+def test_a_definition_is_told_as_it_lies_there(root: Path, opened: Opened) -> None:
+    with pytest.raises(IntrinsicUndefinedError, match=r"'certainty' has no io\.yaml"):
+        opened.registry.definition("certainty")
+    file = root / "certainty" / "io.yaml"
+    file.write_bytes(DEFINITION)
+    assert opened.registry.definition("certainty") == DEFINITION
+    digest = opened.info("certainty").intrinsic_digest
+    assert digest == hashlib.sha256(DEFINITION).hexdigest()
+    file.write_bytes(DEFINITION + b"instruction: Sure?\n")
+    opened.registry.refresh()
+    assert opened.info("certainty").intrinsic_digest != digest
+    file.unlink()
+    opened.registry.refresh()
+    assert opened.info("certainty").intrinsic_digest == ""
+
+
+def test_another_definition_leaves_the_weights_and_who_uses_them_alone(root: Path, opened: Opened) -> None:
+    with opened.registry.acquire("certainty") as before:
+        (root / "certainty" / "io.yaml").write_bytes(DEFINITION)
+        opened.registry.refresh()
+        with opened.registry.acquire("certainty") as after:
+            assert after.adapter is before.adapter
+    assert opened.registry.resident_bytes() == before.adapter.size_bytes
+
+
+@pytest.mark.parametrize("content", [DEFINITION + b"colour: red\n", b"#" * (1 << 17)])
+def test_a_definition_that_is_not_understood_refuses_the_adapter(root: Path, opened: Opened, content: bytes) -> None:
+    (root / "certainty" / "io.yaml").write_bytes(content)
+    opened.registry.refresh()
+    assert "io.yaml" in opened.info("certainty").problem
+    for use in (opened.registry.acquire, opened.registry.definition):
+        with pytest.raises(AdapterRefusedError, match=r"io\.yaml"):
+            use("certainty")
+
+
+def test_a_definition_outside_the_root_is_not_read(root: Path, opened: Opened, tmp_path: Path) -> None:
+    (tmp_path / "secret.yaml").write_bytes(DEFINITION)
+    (root / "certainty" / "io.yaml").symlink_to(tmp_path / "secret.yaml")
+    opened.registry.refresh()
+    assert "io.yaml leads out of the adapter root" in opened.info("certainty").problem
