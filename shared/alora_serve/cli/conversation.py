@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
+from alora_serve.cli.output import to_json
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert import handle_from_proto, handle_to_proto
 from alora_serve.types import ChatMessage, Document, PrefixHandle, Prompt, ToolCall
@@ -62,6 +63,17 @@ def read_prompt(
     )
 
 
+def conversation_to_json(prompt: Prompt) -> dict[str, Any]:
+    """A prompt's conversation as :func:`read_prompt` takes it; its handle is no part of it."""
+    fields = {
+        "messages": [_without_empty(to_json(message)) for message in prompt.messages],
+        "documents": [_without_empty(to_json(document)) for document in prompt.documents],
+        "tools": to_json(prompt.tools),
+        "template_arguments": to_json(prompt.template_arguments),
+    }
+    return {name: value for name, value in fields.items() if value or name == "messages"}
+
+
 def save_handle(handle: PrefixHandle, file: Path) -> None:
     """Write a handle as the serialized ``alora_serve.v1.PrefixHandle``, which any client can read.
 
@@ -91,6 +103,10 @@ def load_handle(file: Path) -> PrefixHandle:
         raise InvalidRequestError.of("handle", f"cannot read {file}: {error.strerror}") from error
     except (DecodeError, InvalidRequestError) as error:
         raise InvalidRequestError.of("handle", f"{file} holds no handle: {error}") from error
+
+
+def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value or name in ("content", "text")}
 
 
 def _from_file(file: Path) -> Mapping[str, Any]:

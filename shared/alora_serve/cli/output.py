@@ -90,7 +90,7 @@ def errors_reported(*, as_json: bool) -> Iterator[None]:
         if as_json:
             print_json({"error": error_to_json(error)})
         else:
-            _print_error(error)
+            print_error(error)
         raise typer.Exit(FAILURE_EXIT_CODE) from error
     except KeyboardInterrupt as interrupt:
         raise typer.Exit(130) from interrupt
@@ -108,7 +108,8 @@ def error_to_json(error: AloraServeError) -> dict[str, Any]:
     }
 
 
-def _print_error(error: AloraServeError) -> None:
+def print_error(error: AloraServeError) -> None:
+    """An error for people, on standard error."""
     from rich.text import Text
 
     out = console(stderr=True)

@@ -12,6 +12,7 @@ from alora_serve.config import known_names
 
 COMMANDS = [
     ["up"],
+    ["chat"],
     ["generate"],
     ["fanout"],
     ["prefill"],
