@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
 
-from alora_serve.cli.chat.events import Cost, Verdict
-from alora_serve.client import Client, GenerationResult, GenerationStream, Prompt, SamplingParams
-from alora_serve.client.results import Transcript
-from alora_serve.errors import AloraServeError
+from alora_serve.cli.verdicts import Verdict, run_intrinsics
+from alora_serve.client import Client, GenerationStream, Prompt, SamplingParams
 from alora_serve.types import AdapterInfo, Finished, TokenChunk
-
-INTRINSIC_TOKENS: Final = 64
-"""Most tokens of an intrinsic's answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +43,6 @@ class Calls:
         return run_intrinsics(self.client, prompt, names, self.timeout_seconds)
 
 
-def run_intrinsics(client: Client, prompt: Prompt, names: Sequence[str], timeout_seconds: float) -> Iterator[Verdict]:
-    """Ask adapters about one conversation, all at once; a verdict comes as soon as its adapter has answered.
-
-    Raises:
-        AloraServeError: the call as a whole failed.
-    """
-    transcripts = [Transcript() for _ in names]
-    sampling = SamplingParams(max_tokens=INTRINSIC_TOKENS)
-    with client.fanout(None, names, prompt=prompt, sampling=sampling, timeout_seconds=timeout_seconds) as stream:
-        for index, event in stream:
-            name = names[index]
-            if isinstance(event, AloraServeError):
-                yield Verdict(name, error=event)
-                continue
-            transcripts[index].add(event)
-            if isinstance(event, Finished):
-                yield _verdict(name, transcripts[index].result())
-
-
 def text_of(event: object) -> str:
     """What an event of a stream adds to the answer's text."""
     return event.text if isinstance(event, TokenChunk | Finished) else ""
-
-
-def _verdict(name: str, result: GenerationResult) -> Verdict:
-    text = result.text.strip()
-    return Verdict(name, text, result.text, Cost(name, result.usage, result.timings))

@@ -11,38 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from alora_serve.cli.chat.conversation import Conversation
+from alora_serve.cli.verdicts import Cost, Verdict
 from alora_serve.client import GenerationResult
 from alora_serve.errors import AloraServeError
-from alora_serve.types import AdapterInfo, Prompt, Timings, Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What one answer cost. ``who`` is empty for the base model."""
-
-    who: str
-    usage: Usage
-    timings: Timings
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What one intrinsic found.
-
-    Attributes:
-        name: of the intrinsic.
-        value: its result as JSON values; the answer's text where nothing more is known of it.
-        text: what its adapter said.
-        cost: None when it failed.
-        error: why it has no result.
-    """
-
-    name: str
-    value: Any = None
-    text: str = ""
-    cost: Cost | None = None
-    error: AloraServeError | None = None
-
+from alora_serve.types import AdapterInfo, Prompt
 
 # --- actions that end in an event -------------------------------------------------------------------------------------
 

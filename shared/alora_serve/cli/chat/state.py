@@ -10,8 +10,9 @@ from typing import Final
 from alora_serve.cli.chat import events
 from alora_serve.cli.chat.commands import OFF, Command, Misunderstood, Say, nearest, parse
 from alora_serve.cli.chat.conversation import Conversation
-from alora_serve.cli.chat.events import Action, Cost, Event, Note, Refuse, Task
+from alora_serve.cli.chat.events import Action, Event, Note, Refuse, Task
 from alora_serve.cli.conversation import conversation_to_json
+from alora_serve.cli.verdicts import Cost
 from alora_serve.client import GenerationResult
 from alora_serve.errors import AloraServeError, HandleExpiredError, HandleInvalidError, ModelMismatchError
 

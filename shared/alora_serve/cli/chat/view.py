@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from alora_serve.cli.chat.commands import COMMANDS
-from alora_serve.cli.chat.events import Cost, Verdict
 from alora_serve.cli.output import error_to_json, print_error, print_json
+from alora_serve.cli.verdicts import Cost, Verdict
 from alora_serve.client import GenerationResult
 from alora_serve.errors import AloraServeError
 from alora_serve.types import AdapterInfo, FinishReason, ModelInfo
@@ -97,8 +96,7 @@ class PeopleView:
         if verdict.error is not None:
             found = Text(str(verdict.error), "red")
         else:
-            value = verdict.value if isinstance(verdict.value, str) else json.dumps(verdict.value, ensure_ascii=False)
-            found = Text(value or "(nothing)", "bold")
+            found = Text(verdict.shown or "(nothing)", "bold")
         self._out.print(Text.assemble((f"{verdict.name}: ", "magenta"), found), soft_wrap=True)
 
     def adapters(self, adapters: Sequence[AdapterInfo]) -> None:

@@ -12,6 +12,7 @@ from alora_serve.cli.chat import events
 from alora_serve.cli.chat.conversation import Conversation
 from alora_serve.cli.chat.events import Answer, Answered, Failed, Judge, Judged, Leave, Line, Note, Refuse, Stopped
 from alora_serve.cli.chat.state import Chat, unknown
+from alora_serve.cli.verdicts import Verdict
 from alora_serve.client import GenerationResult
 from alora_serve.errors import HandleExpiredError, UnavailableError
 from alora_serve.types import (
@@ -83,7 +84,7 @@ class Talk:
                 case Answer(prompt, adapter):
                     due += self.on(self.server.answers(prompt, f"{adapter or 'base'} says {len(done)}", adapter))
                 case Judge(_, names):
-                    due += self.on(Judged(tuple(events.Verdict(name, "yes") for name in names)))
+                    due += self.on(Judged(tuple(Verdict(name, "yes") for name in names)))
                 case events.ListAdapters() | events.Load() | events.Save():
                     raise AssertionError(f"{action} ends in an event that a test has to give")
         return done

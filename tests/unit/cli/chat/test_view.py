@@ -8,8 +8,8 @@ from rich.console import Console
 
 from alora_serve.adapters.catalog import refused_info
 from alora_serve.cli.chat.commands import COMMANDS
-from alora_serve.cli.chat.events import Cost, Verdict
 from alora_serve.cli.chat.view import JsonView, PeopleView, View
+from alora_serve.cli.verdicts import Cost, Verdict
 from alora_serve.client import GenerationResult
 from alora_serve.errors import AdapterNotFoundError
 from alora_serve.types import AdapterDigest, AdapterInfo, FinishReason, ModelInfo, Timings, Usage
