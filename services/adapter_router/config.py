@@ -8,9 +8,9 @@ from typing import Final
 from adapter_router.access.authentication import Access, ApiKeys, Authenticator, JwtRules, Jwts, read_jwks
 from adapter_router.access.quotas import Quotas
 from adapter_router.access.rules import read_rules
+from adapter_router.admission import RouterLimits
 from adapter_router.demands import Demands
 from adapter_router.endpoints.endpoint import EndpointOptions
-from adapter_router.servicer import RouterLimits
 from alora_serve.config import PrefillSettings, RouterSettings, SecretSettings, ServerSettings
 from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import ConfigError

@@ -13,7 +13,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from adapter_router.servicer import RouterLimits
+from adapter_router.admission import RouterLimits
 from alora_serve.rpc.status import STATUS_CODES, error_from_rpc
 from alora_serve.types import Finished, GenerateRequest, StreamEvent
 from alora_serve.v1 import alora_pb2, types_pb2

@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
+from adapter_router.admission import RouterLimits
 from adapter_router.affinity import adapter_key, rendezvous_order
-from adapter_router.servicer import RouterLimits
 from alora_serve.errors import AdapterRefusedError, OverloadedError, RequestCancelledError, UnavailableError
 from alora_serve.rpc.convert import decode_from_proto, pack_token_ids
 from alora_serve.rpc.status import error_from_rpc

@@ -19,13 +19,14 @@ from prometheus_client import CollectorRegistry
 
 from adapter_router.access.authentication import Access
 from adapter_router.access.quotas import Quotas
+from adapter_router.admission import RouterLimits
 from adapter_router.demands import Demands
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.endpoints.pool import EndpointSet
 from adapter_router.endpoints.resolver import Resolver
 from adapter_router.peers import prefill_pool, worker_pool
 from adapter_router.prefilling import Prefilling
-from adapter_router.servicer import AloraServicer, RouterLimits
+from adapter_router.servicer import AloraServicer
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.fingerprints import PrefixFingerprints
 from alora_serve.kv.tenancy import TenantSalts

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from adapter_router.admission import RouterLimits
 from adapter_router.config import Settings
 from adapter_router.endpoints.endpoint import EndpointOptions
-from adapter_router.servicer import RouterLimits
 from alora_serve.config import load_settings
 from alora_serve.errors import ConfigError, OverloadedError, UnauthenticatedError
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
