@@ -38,10 +38,14 @@ from alora_serve.kv.redis_url import parse_redis_url
 from alora_serve.kv.sealed import SealedStore
 from alora_serve.kv.store import StoreKey
 from alora_serve.model.chat import ChatTokenizer
+from alora_serve.model.structure.compiler import FormCompiler
+from alora_serve.model.structure.constraint import Constraint
+from alora_serve.model.structure.vocabulary import TokenVocabulary
 from alora_serve.rpc.convert import (
     decode_from_proto,
     fan_out_from_proto,
     generate_from_proto,
+    sampling_from_proto,
     score_from_proto,
     scoring_from_proto,
 )
@@ -154,6 +158,32 @@ def requests(data: bytes) -> None:
             parse(message)
         except AloraServeError as error:
             must(error.status in ("INVALID_ARGUMENT", "UNIMPLEMENTED"), str(error))
+
+
+@cache
+def _compiler() -> tuple[FormCompiler, frozenset[int]]:
+    tokenizer, _ = _tokenizers()["chatml"]
+    return FormCompiler(TokenVocabulary(tokenizer, tokenizer.vocabulary_size)), tokenizer.end_of_sequence_ids
+
+
+def forms(data: bytes) -> None:
+    """A form of an answer: compiled, and followed for a few tokens."""
+    text = data[1:].decode("utf-8", errors="replace")
+    kind = ("json_schema", "regex", "grammar")[data[0] % 3] if data else "regex"
+    sampling = types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput(**{kind: text}))
+    compiler, end_ids = _compiler()
+    try:
+        form = sampling_from_proto(sampling).structured_output
+        must(form is not None, "no form")
+        constraint = Constraint(compiler.compile(form), end_ids)  # type: ignore[arg-type]
+        for step in range(8):
+            mask = constraint.mask()
+            allowed = [token for token in range(8 * len(mask)) if mask[token >> 3] >> (token & 7) & 1]
+            constraint.push(allowed[sum(data) * step % len(allowed)])
+            if constraint.is_complete:
+                break
+    except InvalidRequestError:
+        return
 
 
 def wire(data: bytes) -> None:
@@ -270,6 +300,15 @@ TARGETS: Final[dict[str, Target]] = {
     "sealed-value": Target(sealed_value, [b"aLSVm" + bytes(80), b"aLSVe" + bytes(80)]),
     "handle": Target(handle, [_handle()]),
     "requests": Target(requests, [_request()]),
+    "forms": Target(
+        forms,
+        [
+            b'\0{"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}, "required": ["a"]}',
+            b'\0{"anyOf": [{"$ref": "#/$defs/b"}, {"prefixItems": [{}]}], "$defs": {"b": {"enum": [1]}}}',
+            b"\1(a|b){2,5}[^x-z]*\\d+",
+            b'\2start: "(" start ")" | WORD\nWORD: /[a-z]+/\n',
+        ],
+    ),
     "wire": Target(wire, [_request()]),
     "chat": Target(chat, [b"Hello\0<|im_start|>system\n\0<|im_", b"<|im_\0end|>"]),
     "adapter-config": Target(adapter_config, [_CONFIG]),

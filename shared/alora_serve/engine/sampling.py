@@ -27,7 +27,7 @@ def uniform(seed: int, sample_index: int, position: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Chosen:
     """A chosen token.
 
     Attributes:
@@ -47,7 +47,7 @@ def choose_tokens(
     prompts: Sequence[Sequence[int]],
     generated: Sequence[Sequence[int]],
     masks: Sequence[bytes | None] = (),
-) -> list[Choice]:
+) -> list[Chosen]:
     """The next token of each row.
 
     Args:
@@ -70,9 +70,9 @@ def choose_tokens(
         for row, token in zip(drawing, drawn, strict=True):
             tokens[row] = token
     return [
-        Choice(token, float(raw[row, token]), _likeliest(raw[row], param.top_logprobs))
+        Chosen(token, float(raw[row, token]), _likeliest(raw[row], param.top_logprobs))
         if raw is not None and param.logprobs
-        else Choice(token)
+        else Chosen(token)
         for row, (token, param) in enumerate(zip(tokens, params, strict=True))
     ]
 

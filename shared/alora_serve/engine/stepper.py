@@ -14,7 +14,7 @@ from alora_serve.engine.batch import Batch, adapter_rows, arrange
 from alora_serve.engine.lora_rows import LoraRows
 from alora_serve.engine.masks import Mask, MaskWorker
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.engine.sampling import Choice, choose_tokens
+from alora_serve.engine.sampling import Chosen, choose_tokens
 from alora_serve.engine.scheduler import followers, share_step
 from alora_serve.engine.scoring import tell_scores, wanted_rows
 from alora_serve.engine.sequence import Sequence
@@ -147,7 +147,7 @@ class Stepper:
                 finish(Ended(sequence, ending))
 
 
-def _deliver(sequence: Sequence, choice: Choice) -> Ending | None:
+def _deliver(sequence: Sequence, choice: Chosen) -> Ending | None:
     """Append a token and send it; what it comes to, if it is the last."""
     answer = sequence.request.answer
     if answer is None:

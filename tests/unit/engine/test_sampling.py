@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from alora_serve.engine.sampling import Choice, choose_tokens, uniform
+from alora_serve.engine.sampling import Chosen, choose_tokens, uniform
 from alora_serve.types import SamplingParams
 
 torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def test_rows_are_chosen_each_by_its_own_parameters() -> None:
     logits = torch.zeros(3, VOCABULARY)
     logits[:, 4] = 1.0
     params = [SamplingParams(), SamplingParams(logit_bias={7: 9.0}), SamplingParams(temperature=1.0, seed=1, top_k=1)]
-    assert choose_tokens(logits, params, [(0,)] * 3, [()] * 3) == [Choice(4), Choice(7), Choice(4)]
+    assert choose_tokens(logits, params, [(0,)] * 3, [()] * 3) == [Chosen(4), Chosen(7), Chosen(4)]
 
 
 def test_logprobs_are_those_of_the_model_whatever_is_done_to_choose() -> None:

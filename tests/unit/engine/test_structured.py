@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.model.loader import BaseModel
+from alora_serve.model.structure import compiler as compiling
 from alora_serve.types import (
     ChatMessage,
     Choice,
@@ -333,34 +334,17 @@ async def test_a_form_that_cannot_be_held_to_is_refused_before_any_event(
 async def test_an_answer_that_cannot_go_on_fails_alone(
     stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What cannot be foreseen: here, a form that becomes too complex in the middle."""
-    from alora_serve.model.structure.constraint import Constraint
-
-    usual = Constraint.mask
-
-    def fails_after_three(self: Constraint) -> bytes:
-        if isinstance(self._form.form, Regex) and len(self._matcher_tokens) >= 3:  # type: ignore[attr-defined]
-            raise self._form.failed("too complex")
-        return usual(self)
-
-    pushed = Constraint.push
-
-    def counted(self: Constraint, token_id: int) -> None:
-        self._matcher_tokens.append(token_id)  # type: ignore[attr-defined]
-        pushed(self, token_id)
-
-    monkeypatch.setattr(Constraint, "_matcher_tokens", [], raising=False)
-    monkeypatch.setattr(Constraint, "mask", fails_after_three)
-    monkeypatch.setattr(Constraint, "push", counted)
+    """What no check foresees: a form that becomes too complex in the middle."""
+    monkeypatch.setattr(compiling, "_LIMITS", compiling.LLParserLimits(max_lexer_states=60, verbose_errors=False))
     broken, fine = await asyncio.gather(
-        bound(stack, prefilled, Regex("[a-z]{30}")),
-        bound(stack, prefilled, None, max_tokens=20),
+        bound(stack, prefilled, Regex("[a-z]{100,500}")),
+        bound(stack, prefilled, None, max_tokens=100),
         return_exceptions=True,
     )
     assert isinstance(broken, InvalidRequestError)
-    assert "too complex" in str(broken)
+    assert [violation.field for violation in broken.violations] == ["sampling.structured_output.regex"]
     assert isinstance(fine, Answer)
-    assert len(fine.tokens) == 20
+    assert len(fine.tokens) == 100
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Final
 
 from llguidance import LLMatcher, LLParserLimits
 
-from alora_serve.errors import InvalidRequestError
+from alora_serve.errors import AloraServeError, InvalidRequestError
 from alora_serve.model.structure.forms import complaint, grammar_of
 from alora_serve.model.structure.vocabulary import TokenVocabulary
 from alora_serve.types import StructuredOutput
@@ -70,9 +70,10 @@ class FormCompiler:
         if known is None:
             try:
                 compiled.set_result(self._compile(form))
-            except Exception as error:  # noqa: BLE001  # whoever waits for it is told the same
+            except BaseException as error:  # noqa: BLE001  # whoever waits for it is told the same
                 self.forget(form)
-                compiled.set_exception(error)
+                # A panic in Rust is no Exception, and would pass by everything that keeps a request's errors its own.
+                compiled.set_exception(error if isinstance(error, Exception) else AloraServeError(repr(error)))
         return compiled.result()
 
     def forget(self, form: StructuredOutput) -> None:

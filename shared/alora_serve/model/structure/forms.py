@@ -36,7 +36,7 @@ def grammar_of(form: StructuredOutput) -> str:
     """
     match form:
         case JsonSchema(schema):
-            return _json_grammar(_checked(json.loads(schema), field_of(form)))
+            return _json_grammar(schema, field_of(form))
         case Regex(pattern):
             return LLMatcher.grammar_from_regex(pattern)
         case Grammar(grammar):
@@ -58,22 +58,26 @@ def complaint(form: StructuredOutput, message: str) -> InvalidRequestError:
     return InvalidRequestError.of(field_of(form), description[:MAX_COMPLAINT_CHARACTERS])
 
 
-def _json_grammar(schema: dict[str, Any]) -> str:
-    # Overrides win over what a schema says in "x-guidance": it may not switch off what would refuse it.
-    return LLMatcher.grammar_from_json_schema(
-        schema,
-        overrides={
-            # Left free, a small model may write white space until its tokens are used up.
-            "whitespace_flexible": True,
-            "whitespace_pattern": " ?",
-            "item_separator": ",",
-            "key_separator": ":",
-            "lenient": False,
-            "coerce_one_of": False,
-            # No \uXXXX: a key spelt with one would be a declared one in disguise.
-            "json_allowed_escapes": '"\\bfnrt',
-        },
-    )
+def _json_grammar(schema: str, field: str) -> str:
+    _check(json.loads(schema), field)
+    try:
+        # Overrides win over what a schema says in "x-guidance": it may not switch off what would refuse it.
+        return LLMatcher.grammar_from_json_schema(
+            "{}" if schema.strip() == "true" else schema,
+            overrides={
+                # Left free, a small model may write white space until its tokens are used up.
+                "whitespace_flexible": True,
+                "whitespace_pattern": " ?",
+                "item_separator": ",",
+                "key_separator": ":",
+                "lenient": False,
+                "coerce_one_of": False,
+                # No \uXXXX: a key spelt with one would be a declared one in disguise.
+                "json_allowed_escapes": '"\\bfnrt',
+            },
+        )
+    except ValueError as error:  # what Python's parser takes and others do not, such as half a character
+        raise InvalidRequestError.of(field, f"is not JSON: {error}") from error
 
 
 def _literally(text: str) -> str:
@@ -81,11 +85,10 @@ def _literally(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-def _checked(schema: Any, field: str) -> dict[str, Any]:
-    if isinstance(schema, bool):
-        if not schema:
-            raise InvalidRequestError.of(field, "false allows no answer")
-        return {}
+def _check(schema: Any, field: str) -> None:
+    """Refuse what llguidance would not, and cannot hold to."""
+    if schema is False:
+        raise InvalidRequestError.of(field, "false allows no answer")
     for path, inner in _schemas(schema, ""):
         least, required = inner.get("minProperties"), inner.get("required")
         known = len(set(required)) if isinstance(required, list) else 0
@@ -94,8 +97,6 @@ def _checked(schema: Any, field: str) -> dict[str, Any]:
             raise InvalidRequestError.of(
                 field, f"'minProperties' at {path or '/'} is not supported beyond the properties that are required"
             )
-    result: dict[str, Any] = schema
-    return result
 
 
 def _schemas(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alora_serve.errors import InvalidRequestError, UnimplementedFeatureError
@@ -95,6 +95,8 @@ def test_a_keyword_that_is_not_held_to_is_named_with_its_place(keyword: str, pla
         (schema(type="object", minProperties=2), "'minProperties' at /"),
         (schema(properties={"a": {"minProperties": 3, "required": ["b"]}}), "'minProperties' at /properties/a"),
         (JsonSchema("false"), "allows no answer"),
+        (JsonSchema(r'{"const": "\ud800"}'), "is not JSON"),
+        (JsonSchema('{"maximum": 1e999}'), "is not JSON"),
         (Regex("a{2}(?!b)"), "look-around"),
         (Regex(r"(a)\1"), "backreferences"),
         (Grammar("start: word"), "word"),
@@ -142,6 +144,7 @@ def test_a_form_takes_what_it_should_and_nothing_else(form: StructuredOutput, go
     assert [text for text in bad if holds(form, text)] == []
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=4, unique=True), st.text(max_size=6))
 def test_choices_are_taken_letter_by_letter(values: list[str], other: str) -> None:
     form = Choice(tuple(values))
