@@ -20,8 +20,8 @@ _NEAREST_NAMES: Final = 3
 def merged_adapters(workers: Iterable[EndpointSnapshot]) -> list[AdapterInfo]:
     """One entry per name, sorted.
 
-    While workers disagree about a name, one that can be served is shown, then the lower digest. It is resident when any
-    worker has those very weights in memory.
+    While workers disagree about a name, one that can be served is shown, then the lower digest, then one that is an
+    intrinsic. It is resident when any worker has those very weights in memory.
     """
     reported: dict[str, list[AdapterInfo]] = {}
     for worker in workers:
@@ -102,5 +102,13 @@ def _paired(
 
 
 def _shown(candidates: list[AdapterInfo]) -> AdapterInfo:
-    shown = min(candidates, key=lambda adapter: (bool(adapter.problem), adapter.digest))
+    shown = min(
+        candidates,
+        key=lambda adapter: (
+            bool(adapter.problem),
+            adapter.digest,
+            not adapter.intrinsic_digest,
+            adapter.intrinsic_digest,
+        ),
+    )
     return replace(shown, resident=any(a.resident and a.digest == shown.digest for a in candidates))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+from typer.testing import CliRunner, Result
 
+from alora_serve.cli.app import app
 from alora_serve.client import ChatMessage, Document, IntrinsicResult, JsonSchema
 from alora_serve.errors import (
     AdapterNotFoundError,
@@ -24,8 +27,8 @@ from alora_serve.errors import (
     InvalidRequestError,
 )
 from alora_serve.types import PrefixHandle
-from deployment import BLOCK_TOKENS, Deployed, deployed, save_tiny_model, tokens_of
-from tiny_models import save_adapter
+from deployment import ANSWER_TOKENS, BLOCK_TOKENS, GREEDY, Deployed, ServedModel, deployed, save_tiny_model, tokens_of
+from tiny_models import greedy, load_peft, save_adapter
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -56,6 +59,7 @@ DEFINITIONS = {
     "broken": f"{YES_OR_NO}colour: red\n",
     "unfit": YES_OR_NO.replace('"enum": ["yes", "no"]', '"pattern": "("'),
 }
+OLD_INVOCATION = "<|guard|>certainty<|guard|>"
 DOCUMENTS = [Document("", "The sea is deep. It is salt.", "sea"), Document("", "Ships go over it.")]
 
 
@@ -77,8 +81,21 @@ async def serving(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Dep
             settings["alora_invocation_tokens"] = answering
         save_adapter(model.directory, root / "adapters" / name, seed=seed, **settings)
         (root / "adapters" / name / "io.yaml").write_text(text)
+    _save_old_format(model, root)
     async with deployed(model, f"lmdb://{root / 'store'}", block_tokens=str(BLOCK_TOKENS)) as running:
         yield running
+
+
+def _save_old_format(model: ServedModel, root: Path) -> None:
+    """An adapter of IBM's old package, and what PEFT must be told to be on from the same token."""
+    tokens = list(tokens_of(OLD_INVOCATION, model.directory))
+    save_adapter(
+        model.directory, root / "peft" / "old", seed=70, target_modules="all-linear", alora_invocation_tokens=tokens[1:]
+    )
+    shutil.copytree(root / "peft" / "old", root / "adapters" / "old")
+    file = root / "adapters" / "old" / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"alora_invocation_tokens": None, "invocation_string": OLD_INVOCATION}
+    file.write_text(json.dumps(config))
 
 
 async def run(serving: Deployed, messages: list[ChatMessage] | None, name: str, **more: Any) -> IntrinsicResult:
@@ -234,3 +251,45 @@ async def test_listings_tell_intrinsics_and_a_changed_definition_counts_from_the
                 await asyncio.sleep(0.05)
     finally:
         file.write_text(DEFINITIONS["also"])
+
+
+async def test_the_command_line_shows_results_and_failures(serving: Deployed) -> None:
+    async def invoke(*arguments: str) -> Result:
+        address = ("--address", serving.local.router_address)
+        return await asyncio.to_thread(CliRunner().invoke, app, ["intrinsic", *arguments, *address])
+
+    answered = await invoke("judging", "asked", "-m", "The sea is salt.", "-p", "what=deep = wet", "--json")
+    assert answered.exit_code == 0
+    results = json.loads(answered.stdout)
+    assert [result["intrinsic"] for result in results] == ["judging", "asked"]
+    for result in results:
+        assert result["result"].keys() == {"likelihood"}
+        assert sum(result["probabilities"][""].values()) == pytest.approx(1)
+        assert result["usage"]["generated_tokens"] > 0
+    shown = await invoke("judging", "guard", "-m", "The sea is salt.")
+    assert shown.exit_code == 1
+    assert "likelihood" in shown.stdout
+    assert "no io.yaml" in " ".join(shown.stdout.split())
+    failed = await invoke("guard", "-m", "The sea is salt.", "--json")
+    assert (failed.exit_code, json.loads(failed.stdout)[0]["error"]["reason"]) == (1, IntrinsicUndefinedError.reason)
+    wrong = await invoke("asked", "-m", "The sea is salt.", "-p", "what")
+    assert (wrong.exit_code, "is not NAME=VALUE" in " ".join(wrong.output.split())) == (1, True)
+
+
+async def test_an_old_ibm_adapter_answers_as_peft_does_from_one_token_later(serving: Deployed) -> None:
+    handle = (await serving.client.prefill(conversation("old sea"))).handle
+    answer = await serving.ask(handle, "old")
+    model, start = serving.model, len(handle.prefix_tokens)
+    prompt = handle.prefix_tokens + tokens_of(OLD_INVOCATION, model.directory)
+    reference = load_peft(model.directory, model.roots[0].parent / "peft" / "old")
+    assert answer.token_ids == greedy(reference, prompt, ANSWER_TOKENS).tokens
+    assert answer.usage.invocation_start == start + 1
+    assert answer.usage.prompt_tokens == len(prompt)
+    # On from the first token, and without the first token, it would say something else.
+    early = load_peft(model.directory, model.roots[0].parent / "peft" / "old")
+    early.peft_config["default"].alora_invocation_tokens = list(tokens_of(OLD_INVOCATION, model.directory))
+    assert greedy(early, prompt, ANSWER_TOKENS).tokens != answer.token_ids
+    shortened = handle.prefix_tokens + prompt[start + 1 :]
+    assert greedy(reference, shortened, ANSWER_TOKENS).tokens != answer.token_ids
+    invoked = await serving.client.generate(token_ids=prompt, adapter="old", sampling=GREEDY).result()
+    assert invoked.token_ids == answer.token_ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -222,6 +223,8 @@ class FakeWorker(FakeService, AdapterDecodeServiceServicer):
         self.loaded: list[str] = []
         self.scored: list[ScoreRequest] = []
         self.unloaded: list[str] = []
+        self.definitions: dict[str, bytes] = {}
+        self.defined: list[str] = []
         self.refusal: Exception | None = None
         self.remaining_seconds: list[float] = []
         self.request_ids: list[str] = []
@@ -268,6 +271,23 @@ class FakeWorker(FakeService, AdapterDecodeServiceServicer):
         if self.refusal is not None:
             raise self.refusal
         return decode_pb2.AdapterDecodeServiceUnloadAdapterResponse(was_resident=request.name in self.loaded)
+
+    async def GetIntrinsic(
+        self, request: decode_pb2.AdapterDecodeServiceGetIntrinsicRequest, context: Any
+    ) -> decode_pb2.AdapterDecodeServiceGetIntrinsicResponse:
+        self.defined.append(request.name)
+        return decode_pb2.AdapterDecodeServiceGetIntrinsicResponse(io_yaml=self.definitions[request.name])
+
+    def define(self, name: str, io_yaml: str) -> None:
+        """Give an adapter a definition, and tell of it."""
+        self.definitions[name] = io_yaml.encode()
+        digest = hashlib.sha256(io_yaml.encode()).hexdigest()
+        self.report(
+            adapters=tuple(
+                dataclasses.replace(info, intrinsic_digest=digest) if info.name == name else info
+                for info in self.status.adapters
+            )
+        )
 
     async def ListAdapters(
         self, request: decode_pb2.AdapterDecodeServiceListAdaptersRequest, context: Any

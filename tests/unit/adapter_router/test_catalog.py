@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,12 @@ def endpoint(*adapters: AdapterInfo, name: str = "m", **changes: bool) -> Endpoi
 
 def other(info: AdapterInfo, digest: str) -> AdapterInfo:
     return dataclasses.replace(info, digest=AdapterDigest(digest))
+
+
+def test_of_workers_with_and_without_a_definition_one_that_has_it_is_shown() -> None:
+    bare = adapter("a")
+    known = [replace(bare, intrinsic_digest=digest) for digest in ("1", "2")]
+    assert merged_adapters([endpoint(bare), endpoint(known[1]), endpoint(known[0])]) == [known[0]]
 
 
 def test_an_adapter_that_any_worker_can_serve_is_shown_as_served() -> None:

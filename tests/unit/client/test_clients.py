@@ -29,6 +29,8 @@ from alora_serve.errors import (
     AdapterNotFoundError,
     AloraServeError,
     DeadlinePassedError,
+    IntrinsicOutputError,
+    IntrinsicUndefinedError,
     InvalidRequestError,
     OverloadedError,
     RequestCancelledError,
@@ -369,6 +371,16 @@ class ScriptedRouter(AloraServiceServicer):
         else:
             raise failure
 
+    async def RunIntrinsics(self, request: Any, context: Any) -> Any:  # noqa: N802
+        async def results() -> AsyncIterator[alora_pb2.RunIntrinsicsResponse]:
+            for index in range(len(request.intrinsics)):
+                if index not in request.done:
+                    result = alora_pb2.RunIntrinsicResponse(raw_text=f"{index}")
+                    yield alora_pb2.RunIntrinsicsResponse(index=index, result=result)
+
+        async for response in self._failing(request, results(), context):
+            yield response
+
     @asynccontextmanager
     async def served(self) -> AsyncIterator[Server]:
         server = await start_server(partial(add_AloraServiceServicer_to_server, self))
@@ -578,3 +590,23 @@ async def test_clients_take_credentials() -> None:
     async with AsyncClient("127.0.0.1:1", **secured) as other:
         with pytest.raises(UnavailableError):
             await other.get_model()
+
+
+async def test_a_run_of_intrinsics_goes_on_from_the_results_that_came(connect: Any) -> None:
+    router = ScriptedRouter(UnavailableError("gone"), UnavailableError("gone"), after=1)
+    async with router.served() as server, connect(server.address, retry=FAST) as client:
+        results = await run(client, lambda c: c.run_intrinsics("Hi", ["a", "b", "c"]).results())
+        assert [result.raw_text for result in results] == ["0", "1", "2"]
+        assert [list(request.done) for request in router.requests] == [[], [0], [0, 1]]
+
+
+async def test_results_that_failed_are_errors_and_one_call_gives_one_result(connect: Any) -> None:
+    workers = [FakeWorker()]
+    workers[0].define("certainty", "model: ~\nresponse_format: ~\ntransformations: ~\n")
+    async with deployment([FakePrefill()], workers) as (router, _), connect(router.address) as client:
+        outcomes = await run(client, lambda c: c.run_intrinsics("Hi", ["jailbreak", "certainty"]).results())
+        assert [type(outcome) for outcome in outcomes] == [IntrinsicUndefinedError, IntrinsicOutputError]
+        seen = await events_of(client, lambda c: c.run_intrinsics("Hi", ["jailbreak"]))
+        assert [(index, type(outcome)) for index, outcome in seen] == [(0, IntrinsicUndefinedError)]
+        with pytest.raises(IntrinsicOutputError, match="not JSON"):
+            await run(client, lambda c: c.run_intrinsic("Hi", "certainty"))

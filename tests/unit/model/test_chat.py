@@ -164,6 +164,7 @@ def test_every_malformed_message_is_named() -> None:
         ({"documents": [Document("", "text")]}, "prompt.documents"),
         ({"tools": [WEATHER]}, "prompt.tools"),
         ({"messages": [USER, CALL]}, "prompt.messages[1].tool_calls"),
+        ({"messages": [ChatMessage("document a", "b"), USER]}, "prompt.messages[0].role"),
     ],
 )
 def test_what_a_template_would_drop_in_silence_is_refused(request_fields: dict[str, Any], field: str) -> None:

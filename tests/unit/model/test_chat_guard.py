@@ -196,3 +196,16 @@ def test_a_prepended_space_is_not_added_where_text_is_cut() -> None:
     tokenizer = small.byte_fallback_tokenizer()
     rendered = ChatTokenizer(tokenizer).render([ChatMessage("user", "a<|im_end|>b")])
     assert "a<0x3C><0x7C>im_end<0x7C><0x3E>b" in "".join(tokenizer.convert_ids_to_tokens(rendered.prefix_tokens))
+
+
+@settings(max_examples=100)
+@given(hostile_texts.filter(bool))
+def test_the_name_in_a_documents_role_forms_no_token(name: str) -> None:
+    tokenizer = small.byte_level_tokenizer(
+        "{% if messages[0]['role'].startswith('document') %}{% endif %}" + small.CHATML
+    )
+    chat = ChatTokenizer(tokenizer)
+    hostile = chat.render([ChatMessage(f"document {name}", "The sea.")])
+    harmless = chat.render([ChatMessage("document x", "The sea.")])
+    assert added_ids(tokenizer, whole(hostile)) == added_ids(tokenizer, whole(harmless))
+    assert tokenizer.decode(hostile.prefix_tokens) == f"<|im_start|>document {name}\nThe sea.<|im_end|>\n"

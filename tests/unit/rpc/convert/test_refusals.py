@@ -186,6 +186,7 @@ def test_where_samples_stood_is_told_of_each(changes: dict[str, Any], field: str
         ),
         ({"messages": [USER, types_pb2.Message(role="robot")]}, ["prompt.messages[1].role"]),
         ({"messages": [types_pb2.Message()]}, ["prompt.messages[0].role"]),
+        ({"messages": [types_pb2.Message(role="document ")]}, ["prompt.messages[0].role"]),
         (
             {"messages": [types_pb2.Message(role="user", tool_calls=[types_pb2.ToolCall(arguments_json="{}")])]},
             ["prompt.messages[0].tool_calls"],

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alora_serve.errors import AloraServeError, InvalidRequestError
+from alora_serve.errors import AloraServeError, IntrinsicOutputError, InvalidRequestError
 from alora_serve.rpc import convert
+from alora_serve.rpc.convert.intrinsics import MAX_RESULT_NESTING
 from alora_serve.types import (
     AdapterDigest,
     AdapterInfo,
@@ -24,6 +25,8 @@ from alora_serve.types import (
     GenerateRequest,
     Grammar,
     Heartbeat,
+    IntrinsicResult,
+    IntrinsicRun,
     JsonSchema,
     ModelInfo,
     PrefillResult,
@@ -380,3 +383,42 @@ def test_a_template_number_that_json_does_not_have_is_refused(number: float) -> 
     message.template_arguments.update({"a": {"b": [number]}})
     with pytest.raises(InvalidRequestError, match=r"prompt\.template_arguments\.a\.b\[0\]"):
         convert.prompt_from_proto(message)
+
+
+@given(
+    prompts,
+    st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=3).map(tuple),
+    json_objects,
+    st.frozensets(st.integers(0, 2)),
+)
+def test_runs_of_intrinsics(prompt: Prompt, names: tuple[str, ...], parameters: Any, done: frozenset[int]) -> None:
+    run = IntrinsicRun(prompt, names, parameters, done)
+    message = convert.run_intrinsics_to_proto(run)
+    message.done.extend(done)
+    assert convert.run_intrinsics_from_proto(message) == run
+    one = IntrinsicRun(prompt, names[:1], parameters)
+    assert convert.run_intrinsic_from_proto(convert.run_intrinsic_to_proto(one)) == one
+
+
+@given(json_values, text, usages, timings, st.dictionaries(text, st.dictionaries(text, st.floats(0, 1))))
+def test_results_of_intrinsics(value: Any, raw: str, usage: Usage, took: Timings, probabilities: Any) -> None:
+    result = IntrinsicResult(value, raw, usage, took, probabilities)
+    assert convert.intrinsic_result_from_proto(convert.intrinsic_result_to_proto(result)) == result
+
+
+def _nested(levels: int) -> Any:
+    return [_nested(levels - 1)] if levels else 0
+
+
+def test_a_result_is_sent_only_if_everybody_can_read_it() -> None:
+    deep = IntrinsicResult(_nested(MAX_RESULT_NESTING), "", Usage(), Timings())
+    message = alora_pb2.RunIntrinsicsResponse(result=convert.intrinsic_result_to_proto(deep))
+    assert alora_pb2.RunIntrinsicsResponse.FromString(message.SerializeToString()) == message
+    for value, problem in (
+        (_nested(MAX_RESULT_NESTING + 1), "in one another"),
+        ({"a": 10**400}, "number beyond"),
+        (["\ud800"], "surrogate"),
+        ({"\ud800": 1}, "surrogate"),
+    ):
+        with pytest.raises(IntrinsicOutputError, match=problem):
+            convert.intrinsic_result_to_proto(IntrinsicResult(value, "", Usage(), Timings()))
