@@ -27,7 +27,6 @@ USED_UNIMPORTED = {
     "hiredis": "redis-py parses with it when it is installed",
     "jinja2": "transformers renders chat templates with it",
     "gguf": "transformers reads the demo model's weights with it",
-    "peft": "defines the adapters we serve; the demo and the parity tests compare with it",
 }
 
 

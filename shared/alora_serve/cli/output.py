@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -64,11 +65,13 @@ def print_top_logprobs(result: GenerationResult) -> None:
 
 
 def to_json(value: object) -> Any:
-    """Domain objects as JSON values: dataclasses as objects, bytes as lower-case hex, enums as their values."""
+    """Domain objects as JSON values: dataclasses as objects, bytes as hex, enums as their values, paths as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, PurePath):
+        return str(value)
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, Mapping):

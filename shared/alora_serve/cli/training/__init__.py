@@ -1,0 +1,1 @@
+"""What the commands `train`, `eval` and `compare` show."""

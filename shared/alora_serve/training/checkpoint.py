@@ -1,0 +1,88 @@
+"""A training's whole state on disk, so that it goes on after a stop as if there had been none. Safetensors and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from alora_serve.errors import ConfigError
+from alora_serve.training.loop import Progress, Trainer
+
+_STATE: Final = "state.json"
+_TENSORS: Final = "tensors.safetensors"
+_RANDOM: Final = "random"
+
+
+class Checkpoint:
+    """The one checkpoint of a training; each save replaces the last, whole or not at all."""
+
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        """``fingerprint`` names recipe, data and base model: what a checkpoint of another one must not continue."""
+        self._directory = directory
+        self._fingerprint = fingerprint
+
+    def save(self, trainer: Trainer) -> None:
+        """Write weights, optimiser, random numbers and progress."""
+        tensors = {_RANDOM: torch.get_rng_state()}
+        for name, parameter in _trained(trainer.model.model).items():
+            tensors[f"weight/{name}"] = parameter.detach()
+            for key, value in trainer.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = value.detach()
+        partial = self._directory.with_name(f".{self._directory.name}.{os.getpid()}")
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS)
+        state = {"fingerprint": self._fingerprint, "progress": dataclasses.asdict(trainer.progress)}
+        (partial / _STATE).write_text(json.dumps(state))
+        self.remove()
+        partial.rename(self._directory)
+
+    def load(self, trainer: Trainer) -> bool:
+        """Put a fresh trainer where the checkpoint stands; False when there is none.
+
+        Raises:
+            ConfigError: the checkpoint is of another training, or damaged.
+        """
+        if not (self._directory / _STATE).is_file():
+            return False
+        remedy = f"remove {self._directory} to begin anew"
+        try:
+            state = json.loads((self._directory / _STATE).read_text())
+            tensors = load_file(self._directory / _TENSORS)
+            if state["fingerprint"] != self._fingerprint:
+                raise ConfigError(f"the checkpoint is of another recipe, base model or data: restore them, or {remedy}")
+            self._restore(trainer, tensors)
+            trainer.progress = Progress(**state["progress"])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"the checkpoint cannot be read: {error!r}; {remedy}") from error
+        return True
+
+    def remove(self) -> None:
+        """Forget it."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    @staticmethod
+    def _restore(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(tensors.pop(_RANDOM))
+        with torch.no_grad():
+            for name, parameter in _trained(trainer.model.model).items():
+                parameter.copy_(tensors[f"weight/{name}"])
+                state = {
+                    key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}/{name}" in tensors
+                }
+                if state:
+                    trainer.optimizer.state[parameter] = state
+
+
+def _trained(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,96 @@
+"""What an intrinsic answers: the JSON it is trained to write, and the ``io.yaml`` by which it is served. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final, Literal
+
+import yaml
+
+from alora_serve.errors import ConfigError
+from alora_serve.training.recipe import Recipe
+from alora_serve.types import ChatMessage, Document
+
+DocumentsAs = Literal["template", "string"]
+"""Where documents go: to the chat template, or into a first turn of the user as text."""
+
+_SPARE_TOKENS: Final = 8
+
+
+def answer_text(recipe: Recipe, target: str) -> str:
+    """The answer as the adapter writes it: a JSON string for a label, an object with one field for free text.
+
+    Raises:
+        ConfigError: the recipe has labels, and the target is none of them.
+    """
+    if not recipe.labels:
+        return json.dumps({recipe.field: target}, ensure_ascii=False)
+    if target not in recipe.labels:
+        raise ConfigError(f"target {target!r} is none of the labels {list(recipe.labels)}")
+    return json.dumps(target, ensure_ascii=False)
+
+
+def response_format(recipe: Recipe) -> dict[str, Any]:
+    """The JSON schema of every answer."""
+    if recipe.labels:
+        return {"type": "string", "enum": list(recipe.labels)}
+    return {
+        "type": "object",
+        "properties": {recipe.field: {"type": "string"}},
+        "required": [recipe.field],
+        "additionalProperties": False,
+    }
+
+
+def documents_message(documents: tuple[Document, ...]) -> ChatMessage:
+    """The documents as a turn of the user, worded as in the Granite libraries (``docs_as_message: string``)."""
+    texts = (f"[Document {d.doc_id or number}]\n{d.text}" for number, d in enumerate(documents, start=1))
+    return ChatMessage("user", "You have access to the following documents:\n\n" + "\n\n".join(texts))
+
+
+def conversation(
+    recipe: Recipe, messages: tuple[ChatMessage, ...], documents: tuple[Document, ...], documents_as: DocumentsAs
+) -> tuple[ChatMessage, ...]:
+    """The turns that are rendered for a row: documents, conversation, instruction."""
+    head = (documents_message(documents),) if documents and documents_as == "string" else ()
+    tail = (ChatMessage("user", recipe.instruction),) if recipe.instruction else ()
+    return (*head, *messages, *tail)
+
+
+def io_yaml(recipe: Recipe, documents_as: DocumentsAs, longest_answer_tokens: int) -> str:
+    """The definition in the format of the Granite intrinsic libraries.
+
+    Args:
+        recipe: what was trained.
+        documents_as: how documents were shown in training.
+        longest_answer_tokens: of all training answers, end of turn included.
+    """
+    transformations: list[dict[str, Any]] | None = None
+    if recipe.likelihood:
+        transformations = [
+            {"type": "likelihood", "input_path": [], "categories_to_values": dict(recipe.likelihood)},
+            {"type": "nest", "input_path": [], "field_name": recipe.field},
+        ]
+    elif recipe.labels:
+        transformations = [{"type": "nest", "input_path": [], "field_name": recipe.field}]
+    fields: dict[str, Any] = {
+        "model": None,
+        "response_format": json.dumps(response_format(recipe), indent=2),
+        "transformations": transformations,
+        "instruction": recipe.instruction.replace("{", "{{").replace("}", "}}") if recipe.instruction else None,
+        "docs_as_message": "string" if documents_as == "string" else None,
+        "parameters": {"max_completion_tokens": longest_answer_tokens + _SPARE_TOKENS},
+        "sentence_boundaries": None,
+    }
+    return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes long text as a block, as people would."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)

@@ -1,0 +1,27 @@
+"""A recipe that a model of a few kilobytes can learn."""
+
+from __future__ import annotations
+
+from alora_serve.training.recipe import Recipe
+
+INVOCATION = "<|im_start|>question<|im_end|>"
+KINDS = ("alora", "lora")
+
+
+def make_recipe(kind: str = "alora", **changes: object) -> Recipe:
+    """Answers ``yes`` or ``no``; ``changes`` are fields of the recipe."""
+    fields: dict[str, object] = {
+        "name": "question",
+        "kind": kind,
+        "invocation": INVOCATION if kind == "alora" else None,
+        "labels": ("yes", "no"),
+        "likelihood": {"yes": 1.0, "no": 0.0},
+        "field": "yes_likelihood",
+        "rank": 4,
+        "learning_rate": 2e-2,
+        "weight_decay": 0.0,
+        "batch_size": 8,
+    }
+    if "labels" in changes and "likelihood" not in changes:
+        fields["likelihood"] = {}
+    return Recipe.model_validate({**fields, **changes})

@@ -1,0 +1,45 @@
+"""Recipes are read closed-world; flags override the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alora_serve.errors import ConfigError
+from alora_serve.training.recipe import load_recipe
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "checks.toml"
+    path.write_text('labels = ["yes", "no"]\nlikelihood = { yes = 1.0, no = 0.0 }\ninvocation = "<|check|>"\n')
+    return path
+
+
+def test_flags_override_the_file(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, {"rank": 4, "epochs": None, "seed": 7})
+    assert (recipe.name, recipe.rank, recipe.epochs, recipe.seed) == ("checks", 4, 2, 7)
+    assert recipe.invocation == "<|check|>"
+
+
+def test_the_twin_of_an_alora_has_no_invocation(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, {"kind": "lora"}).invocation is None
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("rnak = 4", "rnak"),
+        ("rank = 0", "rank"),
+        ('labels = ["yes"]', "at least two"),
+        ('labels = ["yes", "no"]\nlikelihood = { yes = 1.0 }', "likelihood"),
+        ('kind = "dora"', "kind"),
+        ("rank = ", "cannot read"),
+    ],
+)
+def test_what_makes_no_sense_is_named(text: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        load_recipe(path, {})

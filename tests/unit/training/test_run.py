@@ -1,0 +1,107 @@
+"""From files to files: what `train` writes is a stock PEFT directory that did what its card says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from alora_serve.cli.app import app
+from alora_serve.errors import ConfigError
+from alora_serve.training.judging import LabelTokens
+from alora_serve.training.run import RunOptions, train
+from training_recipes import KINDS, make_recipe
+
+
+class SilentView:
+    def __init__(self, stop_at: int = 0) -> None:
+        self.notes: list[str] = []
+        self.steps: list[int] = []
+        self.stop_at = stop_at
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, step: int, total_steps: int, loss: float) -> None:
+        self.steps.append(step)
+        if step == self.stop_at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_adapter_is_loaded_by_stock_peft_and_says_how_it_was_made(
+    kind: str, tiny_model_directory: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    options = RunOptions(str(tiny_model_directory), [rows_file], tmp_path / "out", dtype="float32")
+    result = train(make_recipe(kind, epochs=6, note="From nowhere."), options, SilentView())
+    assert result.trained.validation[-1]["accuracy"] > 0.7
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "io.yaml"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny-llama"
+    assert bool(config["alora_invocation_tokens"]) == (kind == "alora")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_directory), tmp_path / "out")
+    assert yaml.safe_load((tmp_path / "out" / "io.yaml").read_text())["response_format"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in (
+        "From nowhere.",
+        "| rank, alpha, targets | 4, 16,",
+        "36 to train, 4 to validate",
+        "seed 0",
+        "accuracy",
+    ):
+        assert fact in card
+    assert (r"<\|im_start\|>question<\|im_end\|>" in card) == (kind == "alora")
+
+
+def test_a_stopped_run_goes_on_and_ends_where_an_unstopped_one_does(
+    tiny_model_directory: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe()
+
+    def run(output: str, view: SilentView) -> Path:
+        data, directory = [rows_file], tmp_path / output
+        train(recipe, RunOptions(str(tiny_model_directory), data, directory, checkpoint_seconds=0.0), view)
+        return directory
+
+    whole = run("whole", SilentView())
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", SilentView(stop_at=7))
+    view = SilentView()
+    resumed = run("stopped", view)
+    assert view.steps[0] == 7  # the sixth was the last one kept
+    for name in ("adapter_model.safetensors", "adapter_config.json", "io.yaml"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_nothing_to_train_on_is_an_error(tiny_model_directory: Path, rows_file: Path, tmp_path: Path) -> None:
+    options = RunOptions(str(tiny_model_directory), [rows_file], tmp_path / "out")
+    with pytest.raises(ConfigError, match="no row to train on: 40 were read"):
+        train(make_recipe(max_tokens=8), options, SilentView())
+
+
+def test_labels_that_begin_alike_cannot_be_told_apart() -> None:
+    assert LabelTokens.of([(1, 2, 3), (1, 4)]) == LabelTokens((1,), (2, 4))
+    with pytest.raises(ConfigError, match="told apart"):
+        LabelTokens.of([(1, 2, 3), (1, 2, 4), (1, 5)])
+
+
+def test_the_command_trains_free_text(tiny_model_directory: Path, rows_file: Path, tmp_path: Path) -> None:
+    flags = ["--data", str(rows_file), "--output", str(tmp_path / "out"), "--model", str(tiny_model_directory)]
+    flags += ["--field", "verdict", "--epochs", "1", "--targets", "q_proj,v_proj", "--seed", "3", "--json"]
+    result = CliRunner().invoke(app, ["train", *flags])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["trained"]["steps"] == 3
+    assert "`verdict`" in (tmp_path / "out" / "README.md").read_text()
+    refused = CliRunner().invoke(app, ["train", *flags, "--rank", "0"])
+    assert refused.exit_code == 1
+    assert "rank" in json.loads(refused.stdout)["error"]["message"]
