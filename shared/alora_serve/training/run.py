@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +34,8 @@ from alora_serve.training.saving import new_adapter, round_adapter, save_adapter
 
 CHECKPOINT_NAME: Final = "checkpoint"
 CARD_NAME: Final = "README.md"
+RESULT_NAME: Final = "training.json"
+"""Written last: a directory that holds it is whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,8 @@ class RunResult:
     """What was trained, and how it did on the rows held out."""
 
     output: Path
+    kind: str
+    seed: int
     trained: Trained
     resumed_at_step: int
     computed_base_tokens: int
@@ -238,6 +244,9 @@ def _finish(
     save_adapter(trainer.model.model, options.output, base_name, adapter_dtype)
     (options.output / "io.yaml").write_text(io_yaml(recipe, encoder.documents_as, longest), encoding="utf-8")
     card = model_card(recipe, trained, encoder.invocation_text, majority)
-    (options.output / CARD_NAME).write_text(card, encoding="utf-8")  # last: a directory with a card is whole
+    (options.output / CARD_NAME).write_text(card, encoding="utf-8")
+    result = RunResult(options.output, recipe.kind, recipe.seed, trained, resumed, computed)
+    facts = dataclasses.asdict(result) | {"output": options.output.name, "losses": trainer.progress.losses}
+    (options.output / RESULT_NAME).write_text(json.dumps(facts) + "\n", encoding="utf-8")
     checkpoint.remove()
-    return RunResult(options.output, trained, resumed, computed)
+    return result

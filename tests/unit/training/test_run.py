@@ -42,7 +42,7 @@ def test_a_trained_adapter_is_loaded_by_stock_peft_and_says_how_it_was_made(
     options = RunOptions(str(tiny_model_directory), [rows_file], tmp_path / "out", dtype="float32")
     result = train(make_recipe(kind, epochs=6, note="From nowhere."), options, SilentView())
     assert result.trained.validation[-1]["accuracy"] > 0.7
-    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "io.yaml"}
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "io.yaml", "training.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}

@@ -1,0 +1,144 @@
+r"""Trains the intrinsics of ``examples/recipes``: each as an aLoRA and as its plain LoRA twin, with several seeds.
+
+One training runs at a time, as a process of its own; what is done is not done again, and what was stopped goes on::
+
+    python examples/train_intrinsics.py --data DIR            # all of them: hours of one core
+    python examples/train_intrinsics.py --data DIR --only jailbreak --kinds alora --seeds 0
+    python examples/train_intrinsics.py --data DIR --ship     # copies the best seeds to examples/intrinsics
+
+``DIR/TASK/train.jsonl`` is read; ``build/data/TASK`` is looked at first, where ``prepare_uncertainty.py`` writes. State
+is under ``build/intrinsics``: ``TASK-KIND-SEED`` and, while a task's aLoRAs train, its base KV. The first seed of every
+aLoRA is trained first, then the twins, then further seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parent
+RECIPES = EXAMPLES / "recipes"
+SHIPPED = EXAMPLES / "intrinsics"
+PREPARED = Path("build/data")
+TASKS = ("jailbreak", "answerability", "hallucination", "uncertainty", "query_rewrite")
+KINDS = ("alora", "lora")
+DONE = "training.json"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. What it does not know goes to `alora-serve train`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="directory that holds a folder a task")
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    parser.add_argument("--state", type=Path, default=Path("build/intrinsics"), help="where everything is kept")
+    parser.add_argument("--ship", action="store_true", help="copy the best seed of each into examples/intrinsics")
+    parser.add_argument("--train-flags", nargs=argparse.REMAINDER, default=[], help="last: for `alora-serve train`")
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training."""
+
+    task: str
+    kind: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return f"{self.task}-{self.kind}-{self.seed}"
+
+
+def runs(arguments: argparse.Namespace) -> Iterator[Run]:
+    """All trainings in their order."""
+    for seed in arguments.seeds:
+        for kind in arguments.kinds:
+            for task in arguments.only:
+                yield Run(task, kind, seed)
+
+
+def training_file(task: str, data: Path | None) -> Path:
+    """The rows of a task.
+
+    Raises:
+        SystemExit: there are none; says what to do.
+    """
+    for folder in (PREPARED / task, *([data / task] if data and task != "uncertainty" else [])):
+        if (folder / "train.jsonl").is_file():
+            return folder / "train.jsonl"
+    advice = "run examples/prepare_uncertainty.py first" if task == "uncertainty" else "give --data DIR"
+    raise SystemExit(f"error: no rows of {task}: {advice}")
+
+
+def train(run: Run, arguments: argparse.Namespace) -> None:
+    """Run one training to its end.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    command = [sys.executable, "-m", "alora_serve.cli.app", "train"]
+    command += ["--recipe", str(RECIPES / f"{run.task}.toml"), "--kind", run.kind, "--seed", str(run.seed)]
+    command += ["--data", str(training_file(run.task, arguments.data)), "--output", str(arguments.state / run.name)]
+    if run.kind == "alora":
+        command += ["--prefix-cache", str(arguments.state / "prefixes" / run.task), "--prefix-memory", "0.5"]
+    print(f"training {run.name}", flush=True)
+    status = subprocess.run([*command, *arguments.train_flags], check=False).returncode
+    if status != 0:
+        raise SystemExit(f"error: training {run.name} ended with status {status}")
+
+
+def drop_prefixes(arguments: argparse.Namespace) -> None:
+    """Remove the base KV of tasks whose aLoRAs are all trained."""
+    for task in arguments.only:
+        seeds = (arguments.state / Run(task, "alora", seed).name / DONE for seed in arguments.seeds)
+        if all(done.is_file() for done in seeds):
+            shutil.rmtree(arguments.state / "prefixes" / task, ignore_errors=True)
+
+
+def best_seed(task: str, kind: str, arguments: argparse.Namespace) -> Path | None:
+    """The directory of the seed with the lowest validation loss, None when none is trained."""
+    losses = {}
+    for seed in arguments.seeds:
+        directory = arguments.state / Run(task, kind, seed).name
+        if (directory / DONE).is_file():
+            losses[json.loads((directory / DONE).read_text())["trained"]["validation"][-1]["loss"]] = directory
+    return losses[min(losses)] if losses else None
+
+
+def ship(arguments: argparse.Namespace) -> None:
+    """Copy the best seed of each task and kind to where the repository keeps adapters."""
+    for task in arguments.only:
+        for kind in arguments.kinds:
+            source = best_seed(task, kind, arguments)
+            if source is None:
+                print(f"{task} {kind}: none is trained")
+                continue
+            target = SHIPPED / (task if kind == "alora" else f"{task}-lora")
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(DONE))
+            print(f"{target}: {source.name}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is not trained yet, or ship what is."""
+    arguments = parse_arguments(argv)
+    if arguments.ship:
+        ship(arguments)
+        return
+    for run in runs(arguments):
+        if not (arguments.state / run.name / DONE).is_file():
+            train(run, arguments)
+        drop_prefixes(arguments)
+
+
+if __name__ == "__main__":
+    main()
