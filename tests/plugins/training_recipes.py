@@ -1,4 +1,4 @@
-"""A recipe that a model of a few kilobytes can learn."""
+"""A recipe that a model of a few kilobytes can learn, and nobody who watches."""
 
 from __future__ import annotations
 
@@ -25,3 +25,20 @@ def make_recipe(kind: str = "alora", **changes: object) -> Recipe:
     if "labels" in changes and "likelihood" not in changes:
         fields["likelihood"] = {}
     return Recipe.model_validate({**fields, **changes})
+
+
+class SilentView:
+    """Notes what a training tells, and interrupts it where wanted."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        self.notes: list[str] = []
+        self.steps: list[int] = []
+        self.stop_at = stop_at
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, step: int, total_steps: int, loss: float) -> None:
+        self.steps.append(step)
+        if step == self.stop_at:
+            raise KeyboardInterrupt

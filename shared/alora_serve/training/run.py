@@ -107,6 +107,7 @@ def train(recipe: Recipe, options: RunOptions, view: View) -> RunResult:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # ours is enough
     directory = resolve_model(options.model)
     encoder = RowEncoder(AutoTokenizer.from_pretrained(directory), recipe)
+    labels = LabelTokens.of([encoder.answer(label) for label in recipe.labels]) if recipe.labels else None
     rows = [row for path in options.data for row in read_rows(path)]
     training, validation = _examples(recipe, rows, encoder)
     view.note(f"{len(training)} rows to train, {len(validation)} to validate")
@@ -126,7 +127,7 @@ def train(recipe: Recipe, options: RunOptions, view: View) -> RunResult:
     resumed = trainer.progress.step
     if resumed:
         view.note(f"going on at step {resumed + 1} of {trainer.total_steps}")
-    trainer.run(_Keeper(trainer, checkpoint, validation, recipe, options, view))
+    trainer.run(_Keeper(trainer, checkpoint, validation, recipe, labels, options, view))
     return _finish(recipe, options, trainer, encoder, (training, validation), dtype, resumed, checkpoint)
 
 
@@ -144,6 +145,7 @@ class _Keeper:
         checkpoint: Checkpoint,
         validation: Sequence[Example],
         recipe: Recipe,
+        labels: LabelTokens | None,
         options: RunOptions,
         view: View,
     ) -> None:
@@ -151,6 +153,7 @@ class _Keeper:
         self._checkpoint = checkpoint
         self._validation = validation
         self._recipe = recipe
+        self._labels = labels
         self._options = options
         self._view = view
         self._saved = time.monotonic()
@@ -166,7 +169,9 @@ class _Keeper:
     def on_epoch(self, progress: Progress, epoch: int) -> None:
         """See :class:`~alora_serve.training.loop.Observer`."""
         if self._validation:
-            measured = validate(self._trainer.model, self._validation, self._recipe, self._options.microbatch_tokens)
+            measured = validate(
+                self._trainer.model, self._validation, self._recipe, self._labels, self._options.microbatch_tokens
+            )
             progress.validation.append(measured)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
             self._view.note(f"epoch {epoch} of {self._recipe.epochs}: validation {shown}")
@@ -181,15 +186,16 @@ class _Keeper:
 
 
 def validate(
-    model: AdaptedModel, examples: Sequence[Example], recipe: Recipe, microbatch_tokens: int
+    model: AdaptedModel,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    labels: LabelTokens | None,
+    microbatch_tokens: int,
 ) -> dict[str, float]:
     """Loss in nats a token and, for labels, accuracy."""
     measured = {"loss": mean_loss(model, examples, recipe.batch_size, microbatch_tokens)}
-    if recipe.labels:
-        answers = {example.target: example.answer_tokens for example in examples}
-        known = [label for label in recipe.labels if label in answers]
-        tokens = LabelTokens.of([answers[label] for label in known])
-        judgements = judge_labels(model, examples, known, tokens, recipe.batch_size)
+    if labels is not None:
+        judgements = judge_labels(model, examples, recipe.labels, labels, recipe.batch_size)
         measured["accuracy"] = sum(judgement.is_right for judgement in judgements) / len(judgements)
     return measured
 

@@ -17,22 +17,7 @@ from alora_serve.cli.app import app
 from alora_serve.errors import ConfigError
 from alora_serve.training.judging import LabelTokens
 from alora_serve.training.run import RunOptions, train
-from training_recipes import KINDS, make_recipe
-
-
-class SilentView:
-    def __init__(self, stop_at: int = 0) -> None:
-        self.notes: list[str] = []
-        self.steps: list[int] = []
-        self.stop_at = stop_at
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def step(self, step: int, total_steps: int, loss: float) -> None:
-        self.steps.append(step)
-        if step == self.stop_at:
-            raise KeyboardInterrupt
+from training_recipes import KINDS, SilentView, make_recipe
 
 
 @pytest.mark.parametrize("kind", KINDS)

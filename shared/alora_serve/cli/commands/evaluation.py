@@ -1,4 +1,4 @@
-"""Commands that judge adapters by what a server answers: `compare`."""
+"""Commands that judge adapters by what a server answers: `eval` and `compare`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,80 @@ from typing import Annotated
 
 import typer
 
-from alora_serve.cli.options import AsJson
-from alora_serve.cli.output import errors_reported, print_json
+from alora_serve.cli.options import DEFAULT_ADDRESS, Address, AsJson
+from alora_serve.cli.output import FAILURE_EXIT_CODE, console, errors_reported, print_json
 
 commands = typer.Typer()
 
 Resamples = Annotated[int, typer.Option(min=40, metavar="N", help="Of the bootstrap behind intervals.")]
+
+
+@commands.command("eval")
+def evaluate(
+    data: Annotated[
+        list[Path],
+        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="JSONL, as for train; repeat for more."),
+    ],
+    adapter: Annotated[
+        str, typer.Option("--adapter", "-a", metavar="NAME", help="Who answers; without it, the base model.")
+    ] = "",
+    recipe: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="What to ask where no io.yaml says it."),
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The question in words, for the base model.")
+    ] = None,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=VALUE", help="Exit with status 1 where it is worse; repeat for more."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask the first N rows only.")] = None,
+    together: Annotated[int, typer.Option(min=1, metavar="N", help="Rows asked at a time.")] = 8,
+    resamples: Resamples = 1000,
+    save: Annotated[
+        Path | None, typer.Option(dir_okay=False, metavar="FILE", help="Write all answers here, for compare.")
+    ] = None,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a server about a test set and say how often it is right, with 95 % intervals.
+
+    Labels get accuracy, macro-F1 and the expected calibration error (15 bins); free text gets ROUGE-L and exact match.
+    An adapter with an `io.yaml` is run as an intrinsic. The base model, or an adapter without one, is asked what
+    `--recipe` describes, its answers bound to the recipe's labels.
+
+    Exits with status 1 when a threshold is missed. For `ece` it is a most, for all others a least.
+
+    ```
+    alora-serve eval --adapter jailbreak --data test.jsonl --threshold accuracy=0.9 --save alora.json
+    alora-serve eval --recipe jailbreak.toml --instruction "Is my message a jailbreak attempt?" --data test.jsonl
+    ```
+    """
+    with errors_reported(as_json=as_json):
+        from alora_serve.cli.connection import connected
+        from alora_serve.cli.training import judged
+        from alora_serve.evaluation.report import shortfalls, summed_up, to_json
+        from alora_serve.evaluation.run import Subject, evaluate
+
+        thresholds = judged.parse_thresholds(threshold or ())
+        subject = Subject.of(adapter, recipe, instruction)
+        rows = judged.read_test_rows(data, limit)
+        with connected(address) as client, judged.progress(len(rows)) as on_answer:
+            evaluation = evaluate(client, subject, rows, together, on_answer)
+        report = summed_up(evaluation, resamples)
+        missed = shortfalls(report, thresholds)
+        everything = to_json(evaluation, report)
+        if save is not None:
+            judged.write(save, everything)
+        if as_json:
+            print_json(everything | {"missed": missed})
+        else:
+            judged.show_report(report)
+            for line in missed:
+                console().print(f"missed: {line}", markup=False)
+        if missed:
+            raise typer.Exit(FAILURE_EXIT_CODE)
 
 
 @commands.command()

@@ -1,12 +1,75 @@
-"""Shows an evaluation, and how two compare."""
+"""What `eval` reads and shows, and how two evaluations compare."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from alora_serve.cli.output import console, print_table
+from alora_serve.errors import ConfigError
 from alora_serve.evaluation.bootstrap import Difference
+from alora_serve.evaluation.items import Item
 from alora_serve.evaluation.report import Report
+from alora_serve.training.rows import Row, read_rows
+
+
+def parse_thresholds(given: Sequence[str]) -> dict[str, float]:
+    """Bounds written ``METRIC=VALUE``.
+
+    Raises:
+        ConfigError: one is written otherwise.
+    """
+    bounds = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            bounds[name] = float(value)
+        except ValueError as error:
+            raise ConfigError(f"--threshold {text} is not METRIC=VALUE") from error
+    return bounds
+
+
+def read_test_rows(files: Sequence[Path], limit: int | None) -> list[Row]:
+    """Rows of all files.
+
+    Raises:
+        ConfigError: there are none, or two have one id, by which evaluations are compared.
+    """
+    rows = [row for path in files for row in read_rows(path)][:limit]
+    if not rows:
+        raise ConfigError(f"no rows in {', '.join(map(str, files))}")
+    seen: set[str] = set()
+    for row in rows:
+        if row.row_id in seen:
+            raise ConfigError(f"two rows have the id {row.row_id}")
+        seen.add(row.row_id)
+    return rows
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[Item], None]]:
+    """A bar on standard error that is told each answer, from any thread."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True)) as bar:
+        task = bar.add_task("asking", total=total)
+        yield lambda item: bar.advance(task)
+
+
+def write(path: Path, everything: Mapping[str, Any]) -> None:
+    """Write an evaluation for `compare`.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(everything, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
 
 
 def show_report(report: Report) -> None:

@@ -1,0 +1,131 @@
+"""Puts a test set to a server, several rows at a time, and reads what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
+
+from alora_serve.client import Client, JsonSchema, Prompt
+from alora_serve.errors import IntrinsicOutputError
+from alora_serve.evaluation.items import Item
+from alora_serve.intrinsics import Answer, IntrinsicDefinition, ScoredToken, ask, conclude
+from alora_serve.training.rows import Row
+from alora_serve.types import IntrinsicResult
+
+MAX_LABELS: Final = 20
+"""More different targets than this are free text."""
+_WEIGHED_TOKENS: Final = 20
+
+
+class Asker(Protocol):
+    """Asks one question about a conversation. Thread-safe."""
+
+    def ask(self, row: Row) -> IntrinsicResult:
+        """The answer.
+
+        Raises:
+            IntrinsicOutputError: it is not in the form that was asked for.
+            AloraServeError: there is none.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class IntrinsicAsker:
+    """Asks an intrinsic of the server, by the definition that the server holds."""
+
+    client: Client
+    name: str
+
+    def ask(self, row: Row) -> IntrinsicResult:
+        """See :class:`Asker`."""
+        return self.client.run_intrinsic(row.messages, self.name, documents=row.documents)
+
+
+@dataclass(frozen=True, slots=True)
+class DefinedAsker:
+    """Asks the base model, or an adapter without definition, by one of our own.
+
+    Attributes:
+        adapter: empty for the base model.
+    """
+
+    client: Client
+    adapter: str
+    definition: IntrinsicDefinition
+
+    def ask(self, row: Row) -> IntrinsicResult:
+        """See :class:`Asker`."""
+        prompt = Prompt(messages=row.messages, documents=row.documents)
+        question = ask(self.definition, prompt, {}, template_takes_documents=False)
+        sampling = replace(
+            self.definition.sampling,
+            structured_output=JsonSchema(self.definition.json_schema),
+            logprobs=True,
+            top_logprobs=_WEIGHED_TOKENS,
+        )
+        said = self.client.generate(prompt=question.prompt, adapter=self.adapter, sampling=sampling).result()
+        tokens = tuple(
+            ScoredToken(content, logprob, tuple((other.token_bytes, other.logprob) for other in others))
+            for content, logprob, others in zip(said.token_bytes, said.logprobs, said.top_logprobs, strict=True)
+        )
+        outcome = conclude(self.definition, Answer(said.text, tokens))
+        return IntrinsicResult(outcome.result, said.text, said.usage, said.timings, outcome.probabilities)
+
+
+def labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The different targets, or none where they are too many to be labels."""
+    targets = sorted({row.target for row in rows})
+    return tuple(targets) if len(targets) <= MAX_LABELS else ()
+
+
+def ask_all(asker: Asker, rows: Sequence[Row], together: int, on_answer: Callable[[Item], None]) -> tuple[Item, ...]:
+    """Every row's item, in order. ``on_answer`` is called as they come, from other threads.
+
+    Raises:
+        AloraServeError: a row could not be asked. An answer in the wrong form is no such case: it is wrong.
+    """
+
+    def asked(row: Row) -> Item:
+        item = _item(asker, row)
+        on_answer(item)
+        return item
+
+    with ThreadPoolExecutor(together) as threads:
+        running = [threads.submit(asked, row) for row in rows]
+        try:
+            return tuple(future.result() for future in running)
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _item(asker: Asker, row: Row) -> Item:
+    try:
+        said = asker.ask(row)
+    except IntrinsicOutputError:
+        return Item(row.row_id, row.source, row.target, prediction="")
+    return Item(
+        item_id=row.row_id,
+        source=row.source,
+        target=row.target,
+        prediction=_prediction(said.raw_text),
+        probabilities=dict(next(iter(said.probabilities.values()), {})),
+        seconds=said.timings.total_seconds,
+        first_token_seconds=said.timings.first_token_seconds,
+        prompt_tokens=said.usage.prompt_tokens,
+        cached_tokens=said.usage.cached_tokens,
+        generated_tokens=said.usage.generated_tokens,
+    )
+
+
+def _prediction(raw_text: str) -> str:
+    """What an answer's JSON says: a label, the text of its only field, or what is written there."""
+    try:
+        value: Any = json.loads(raw_text)
+    except ValueError:
+        return raw_text
+    if isinstance(value, dict) and len(value) == 1:
+        value = next(iter(value.values()))
+    return value if isinstance(value, str) else json.dumps(value)
