@@ -33,14 +33,14 @@ from alora_serve.engine.events import BaseComputed, SequenceDone
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.engine.stepper import EngineLimits
+from alora_serve.intrinsics import IntrinsicDefinition, ask
 from alora_serve.kv.keys import BlockChain
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.kv_memory import Prefix
 from alora_serve.model.loader import load_base_model
 from alora_serve.model.source import resolve_model
 from alora_serve.model.text import TextStream
-from alora_serve.training.definition import documents_message
-from alora_serve.types import ChatMessage, Document, SamplingParams, TokenChunk
+from alora_serve.types import ChatMessage, Document, Prompt, SamplingParams, TokenChunk
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -111,11 +111,13 @@ class Answerer:
 
     async def answer(self, messages: list[dict[str, str]], documents: list[dict[str, str]]) -> str:
         """The greedy answer; waits for a place."""
-        turns = [ChatMessage(message["role"], message["content"]) for message in messages]
-        if documents:
-            turns.insert(0, documents_message(tuple(Document(d["title"], d["text"]) for d in documents)))
+        conversation = Prompt(
+            messages=tuple(ChatMessage(message["role"], message["content"]) for message in messages),
+            documents=tuple(Document(document["title"], document["text"]) for document in documents),
+        )
+        asked = ask(IntrinsicDefinition(), conversation, {}, template_takes_documents=False).prompt
         tokenizer = self._model.tokenizer
-        rendered = tokenizer.render(turns)
+        rendered = tokenizer.render(asked.messages)
         prompt = rendered.prefix_tokens + rendered.generation_prompt_tokens
         request = SequenceRequest(
             prompt=prompt,

@@ -9,7 +9,6 @@ import yaml
 
 from alora_serve.errors import ConfigError
 from alora_serve.training.recipe import Recipe
-from alora_serve.types import ChatMessage, Document
 
 DocumentsAs = Literal["template", "string"]
 """Where documents go: to the chat template, or into a first turn of the user as text."""
@@ -40,21 +39,6 @@ def response_format(recipe: Recipe) -> dict[str, Any]:
         "required": [recipe.field],
         "additionalProperties": False,
     }
-
-
-def documents_message(documents: tuple[Document, ...]) -> ChatMessage:
-    """The documents as a turn of the user, worded as in the Granite libraries (``docs_as_message: string``)."""
-    texts = (f"[Document {d.doc_id or number}]\n{d.text}" for number, d in enumerate(documents, start=1))
-    return ChatMessage("user", "You have access to the following documents:\n\n" + "\n\n".join(texts))
-
-
-def conversation(
-    recipe: Recipe, messages: tuple[ChatMessage, ...], documents: tuple[Document, ...], documents_as: DocumentsAs
-) -> tuple[ChatMessage, ...]:
-    """The turns that are rendered for a row: documents, conversation, instruction."""
-    head = (documents_message(documents),) if documents and documents_as == "string" else ()
-    tail = (ChatMessage("user", recipe.instruction),) if recipe.instruction else ()
-    return (*head, *messages, *tail)
 
 
 def io_yaml(recipe: Recipe, documents_as: DocumentsAs, longest_answer_tokens: int) -> str:

@@ -9,11 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from alora_serve.adapters.activation import no_activation, place_invocation
 from alora_serve.errors import ConfigError
+from alora_serve.intrinsics import ask, parse_definition
 from alora_serve.model.chat import ChatTokenizer
-from alora_serve.training.definition import DocumentsAs, answer_text, conversation
+from alora_serve.training.definition import DocumentsAs, answer_text, io_yaml
 from alora_serve.training.recipe import Recipe
 from alora_serve.training.rows import Row
-from alora_serve.types import ChatMessage, PromptKind, TokenIds
+from alora_serve.types import ChatMessage, Prompt, PromptKind, TokenIds
 
 _ANY_TURN = (ChatMessage("user", "-"),)
 
@@ -60,6 +61,7 @@ class RowEncoder:
         template = tokenizer.chat_template
         sources = template.values() if isinstance(template, dict) else (template or "",)
         self.documents_as: DocumentsAs = "template" if any("documents" in source for source in sources) else "string"
+        self._definition = parse_definition(io_yaml(recipe, self.documents_as, longest_answer_tokens=1).encode())
         self.invocation_tokens = self._invocation() if recipe.kind == "alora" else ()
         """Empty for a plain LoRA."""
 
@@ -71,9 +73,10 @@ class RowEncoder:
     def encode(self, row: Row) -> Example:
         """Raises :class:`ConfigError` for a target that is no label; the tokenizer's own errors for a bad row."""
         recipe = self._recipe
-        turns = conversation(recipe, row.messages, row.documents, self.documents_as)
-        documents = row.documents if self.documents_as == "template" else ()
-        prompt = self._chat.render(turns, documents=documents)
+        in_template = self.documents_as == "template"
+        asked = Prompt(messages=row.messages, documents=row.documents)
+        question = ask(self._definition, asked, {}, template_takes_documents=in_template).prompt
+        prompt = self._chat.render(question.messages, documents=question.documents)
         if recipe.kind == "alora":
             activation = place_invocation(
                 kind=PromptKind.CONVERSATION,
