@@ -26,7 +26,7 @@ import torch
 from transformers import AutoTokenizer
 
 from alora_serve.adapters.activation import place_invocation
-from alora_serve.engine import decoder as decoder_module
+from alora_serve.engine import plan as plan_module
 from alora_serve.engine.lora_rows import LoraRows
 from alora_serve.kv.store import KVStore
 from alora_serve.model.loader import BaseModel, load_base_model
@@ -283,7 +283,7 @@ async def test_the_tau_rule_catches_mistakes(
             placed = place_invocation(**arguments)  # type: ignore[arg-type]
             return replace(placed, invocation_start=(placed.invocation_start or 0) - 1)
 
-        monkeypatch.setattr(decoder_module, "place_invocation", early)
+        monkeypatch.setattr(plan_module, "place_invocation", early)
     peft = load_peft(demo_model_directory, adapters / "certainty")
     gaps = []
     for question, other in zip(QUESTIONS, reversed(QUESTIONS), strict=True):

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from alora_serve.adapters import activation
 from alora_serve.adapters.activation import Activation
 from alora_serve.adapters.lora import LoadedAdapter
-from alora_serve.engine import decoder as decoder_module
+from alora_serve.engine import plan as plan_module
 from alora_serve.engine import stepper as stepper_module
 from alora_serve.engine.batch import Batch
 from alora_serve.engine.batch import adapter_rows as right_rows
@@ -202,7 +202,7 @@ async def test_a_prompt_without_the_invocation_gets_it_and_no_silent_base_answer
     assert (silent - bench.peft_logits("", TEXT)).abs().max() < ROUNDING
     assert (ours - silent).abs().max() > WRONG
     # Without the rule that appends, the adapter would be on from the first token, as no aLoRA was trained to be.
-    monkeypatch.setattr(decoder_module, "place_invocation", lambda **_: Activation((), None))
+    monkeypatch.setattr(plan_module, "place_invocation", lambda **_: Activation((), None))
     assert await bench.error(handle, "guard", TEXT + GUARD) > WRONG
 
 
