@@ -302,3 +302,15 @@ def test_the_likeliest_tokens_come_in_order_and_of_equal_ones_the_lower_id_first
     assert [token for token, _ in choice.top] == [4, 9, 6, 0, 1]
     assert choice.token_id == 0
     assert choice.logprob == choice.top[3][1]
+
+
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.999}, {"top_k": 9}])
+def test_not_even_rounding_draws_what_is_forbidden(
+    monkeypatch: pytest.MonkeyPatch, truncation: dict[str, float]
+) -> None:
+    """The largest number that can be drawn lies at or beyond the sum of rounded probabilities."""
+    monkeypatch.setattr("alora_serve.engine.sampling.uniform", lambda *key: float(np.nextafter(1.0, 0.0)))
+    params = SamplingParams(temperature=1.0, seed=1, **truncation)  # type: ignore[arg-type]
+    for seed in range(50):
+        [choice] = choose_tokens(_logits(seed), [params], [(0,)], [()], [_mask(3, 4, 7, 8, 10)])
+        assert choice.token_id in {3, 4, 7, 8, 10}

@@ -10,7 +10,7 @@ from typing import Final
 
 from llguidance import LLMatcher, LLParserLimits
 
-from alora_serve.errors import AloraServeError, InvalidRequestError
+from alora_serve.errors import AloraServeError
 from alora_serve.model.structure.forms import complaint, grammar_of
 from alora_serve.model.structure.vocabulary import TokenVocabulary
 from alora_serve.types import StructuredOutput
@@ -39,10 +39,10 @@ class CompiledForm:
         """One that stands before the first token. Takes microseconds."""
         return self._prototype.deep_copy()
 
-    def failed(self, message: str) -> InvalidRequestError:
-        """The error of an answer that cannot go on. Limits count over all answers, so the next one starts afresh."""
+    def renewed(self) -> CompiledForm:
+        """The same form, compiled anew: its limits count over all answers that share what is compiled."""
         self.compiler.forget(self.form)
-        return complaint(self.form, message)
+        return self.compiler.compile(self.form)
 
 
 class FormCompiler:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.model.structure.compiler import CompiledForm
+from alora_serve.model.structure.forms import complaint
 
 
 class Constraint:
@@ -21,6 +22,7 @@ class Constraint:
         self._size = form.vocabulary.size
         self._end_ids = np.array(sorted(token for token in end_ids if token < self._size), dtype=np.intp)
         self._no_ends = np.array(sorted({*form.vocabulary.tokens.eos_tokens} - end_ids), dtype=np.intp)
+        self._tokens: list[int] = []
         self._matcher = form.matcher()
         self._text: LLMatcher | None = None
 
@@ -30,14 +32,13 @@ class Constraint:
         Raises:
             InvalidRequestError: they are no beginning of an answer of this form.
         """
-        text_ids = token_ids[:-1] if token_ids and token_ids[-1] in self._end_ids else token_ids
-        if not self._matcher.consume_tokens(list(text_ids)):
+        self._follow(token_ids)
+        if self._matcher.is_error():
             raise InvalidRequestError.of("resume.generated_token_ids", "they do not have the form of structured_output")
 
     def push(self, token_id: int) -> None:
         """Go on after a token that :meth:`mask` allowed."""
-        if token_id not in self._end_ids:
-            self._matcher.consume_token(token_id)  # what fails shows in the next mask
+        self._follow((token_id,))  # what fails shows in the next mask
 
     @property
     def is_complete(self) -> bool:
@@ -51,9 +52,13 @@ class Constraint:
         Raises:
             InvalidRequestError: no token may, or the form has become too complex.
         """
-        packed = np.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=np.uint8)
+        computed = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise self._form.failed(self._matcher.get_error())
+            self._start_afresh()
+            computed = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise complaint(self._form.form, self._matcher.get_error())
+        packed = np.frombuffer(bytearray(computed), dtype=np.uint8)
         _clear(packed, self._no_ends)
         if self._matcher.is_accepting():
             np.bitwise_or.at(packed, self._end_ids >> 3, _bits(self._end_ids))
@@ -63,7 +68,7 @@ class Constraint:
         packed[self._size >> 3 :] &= np.array([(1 << (self._size & 7)) - 1], dtype=np.uint8)
         packed[(self._size >> 3) + 1 :] = 0
         if not packed.any():
-            raise self._form.failed("no token of this model can go on with the answer")
+            raise complaint(self._form.form, "no token of this model can go on with the answer")
         return packed.tobytes()
 
     def advance(self, text: str) -> None:
@@ -74,6 +79,18 @@ class Constraint:
         """See :class:`alora_serve.model.text.TextGate`."""
         matcher = self._with_text((self._text or self._form.matcher()).deep_copy(), text)
         return matcher.is_accepting() and not matcher.is_error()
+
+    def _follow(self, token_ids: Sequence[int]) -> None:
+        new = [token_id for token_id in token_ids if token_id not in self._end_ids]
+        self._tokens += new
+        if not self._matcher.consume_tokens(new):
+            self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        """Compile the form anew and catch up: what answers before this one needed may have used up its limits."""
+        self._form = self._form.renewed()
+        self._matcher = self._form.matcher()
+        self._matcher.consume_tokens(self._tokens)
 
     def _with_text(self, matcher: LLMatcher, text: str) -> LLMatcher:
         matcher.consume_tokens(self._form.vocabulary.tokens.greedy_tokenize(text))

@@ -175,23 +175,27 @@ def test_a_form_is_compiled_once_and_the_oldest_is_forgotten(monkeypatch: pytest
     assert compiler.compile(Regex("a")) is not first
 
 
-def test_a_form_that_became_too_complex_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its states count over all answers: without that, it would be of no use to anyone again."""
-    monkeypatch.setattr(compiling, "_LIMITS", compiling.LLParserLimits(max_lexer_states=60, verbose_errors=False))
-    compiler, form = FormCompiler(VOCABULARY), Regex("[a-z]{1,500}")
-    compiled = compiler.compile(form)
-    constraint = Constraint(compiled, frozenset([END]))
-    token = VOCABULARY.tokens.greedy_tokenize("a")[0]
+def follow(compiler: FormCompiler, form: StructuredOutput, text: str) -> Constraint:
+    constraint = Constraint(compiler.compile(form), frozenset([END]))
+    for token in VOCABULARY.tokens.greedy_tokenize(text):
+        assert allowed(constraint, token)
+        constraint.push(token)
+    return constraint
 
-    def go_on() -> None:
-        for _ in range(500):
-            constraint.mask()
-            constraint.push(token)
 
+def test_what_other_answers_used_up_of_a_forms_limits_is_no_answers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_LIMITS", compiling.LLParserLimits(max_lexer_states=70, verbose_errors=False))
+    compiler, form = FormCompiler(VOCABULARY), Regex("[a-j]{40}|[k-t]{40}|[0-9]{40}")
+    first = compiler.compile(form)
+    for text in ("aj" * 20, "kt" * 20, "09" * 20, "ja" * 20):
+        assert follow(compiler, form, text).is_complete
+    assert compiler.compile(form) is not first
+
+
+def test_an_answer_that_needs_more_than_the_limits_by_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_LIMITS", compiling.LLParserLimits(max_lexer_states=70, verbose_errors=False))
     with pytest.raises(InvalidRequestError, match=r"sampling\.structured_output\.regex: .*(?i:complex|states)"):
-        go_on()
-    assert compiler.compile(form) is not compiled
-    Constraint(compiler.compile(form), frozenset([END])).mask()
+        follow(FormCompiler(VOCABULARY), Regex("[a-z]{1,500}"), "az" * 100)
 
 
 # --- vocabularies -----------------------------------------------------------------------------------------------------
