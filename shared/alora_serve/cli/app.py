@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from alora_serve.cli.commands import chat, demo, evaluation, generation, inspection, machine, planning, tokens, training
+from alora_serve.cli.commands import (
+    chat,
+    demo,
+    evaluation,
+    generation,
+    inspection,
+    intrinsics,
+    machine,
+    planning,
+    tokens,
+    training,
+)
 
 app = typer.Typer(
     name="alora-serve",
@@ -14,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Serve stock PEFT Activated-LoRA adapters over gRPC, from one shared, exact base-model KV cache.",
 )
-for group in (demo, machine, chat, generation, inspection, planning, tokens, training, evaluation):
+for group in (demo, machine, chat, generation, intrinsics, inspection, planning, tokens, training, evaluation):
     app.add_typer(group.commands)
 
 

@@ -16,6 +16,7 @@ COMMANDS = [
     ["generate"],
     ["fanout"],
     ["prefill"],
+    ["intrinsic"],
     ["adapters", "list"],
     ["adapters", "load"],
     ["adapters", "unload"],
