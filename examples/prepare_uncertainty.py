@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from alora_serve.engine.answer import Answer
 from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.engine import Engine
 from alora_serve.engine.events import BaseComputed, SequenceDone
@@ -124,8 +125,7 @@ class Answerer:
             prefix=Prefix(),
             chain=BlockChain(bytes(32), prompt, _BLOCK_TOKENS),
             sampling=self._sampling,
-            end_ids=tokenizer.end_of_sequence_ids,
-            text=TextStream(tokenizer.decode, ()),
+            answer=Answer(TextStream(tokenizer.decode, ()), self._sampling.max_tokens, tokenizer.end_of_sequence_ids),
         )
         text = ""
         async with self._places, run_sequence(self._engine, request) as running:
