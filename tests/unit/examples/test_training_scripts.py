@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -58,23 +59,25 @@ def test_all_is_trained_once_and_the_best_seed_is_shipped(
     (tmp_path / "data" / "jailbreak" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_intrinsics, "SHIPPED", tmp_path / "shipped")
-    flags = ["--only", "jailbreak", "--seeds", "0", "1", "--kinds", "alora", "--data", str(tmp_path / "data")]
+    flags = ["--only", "jailbreak", "--seeds", "0", "--kinds", "alora", "--data", str(tmp_path / "data")]
     state = tmp_path / "build" / "intrinsics"
     train_flags = ["--train-flags", "--model", str(model), "--epochs", "1", "--rank", "2", "--threads", "1"]
     train_intrinsics.main([*flags, *train_flags])
-    assert {path.name for path in state.iterdir()} == {"jailbreak-alora-0", "jailbreak-alora-1", "prefixes"}
+    assert {path.name for path in state.iterdir()} == {"jailbreak-alora-0", "prefixes"}
     assert list((state / "prefixes").iterdir()) == []
     monkeypatch.setattr(train_intrinsics, "train", lambda run, arguments: pytest.fail("trained again"))
     train_intrinsics.main([*flags, *train_flags])
 
-    done = json.loads((state / "jailbreak-alora-1" / "training.json").read_text())
+    better = shutil.copytree(state / "jailbreak-alora-0", state / "jailbreak-alora-1")
+    done = json.loads((better / "training.json").read_text())
     done["trained"]["validation"][-1]["loss"] = -1.0
-    (state / "jailbreak-alora-1" / "training.json").write_text(json.dumps(done))
-    train_intrinsics.main([*flags, "--ship"])
+    (better / "training.json").write_text(json.dumps(done))
+    (better / "README.md").write_text("of seed 1")
+    train_intrinsics.main(["--only", "jailbreak", "--kinds", "alora", "--ship"])
     shipped = tmp_path / "shipped" / "jailbreak"
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "io.yaml"}
     assert {path.name for path in shipped.iterdir()} == names
-    assert "seed 1" in (shipped / "README.md").read_text()
+    assert (shipped / "README.md").read_text() == "of seed 1"
 
 
 def test_missing_rows_are_an_error(
