@@ -109,11 +109,14 @@ class AdaptedModel:
         start = 0 if after is None else after.shape[3]
         known = [] if after is None else [(kv[0:1], kv[1:2]) for kv in after.to(self.model.dtype)]
         device = self.model.device
+        was_training = inner.training
+        inner.train(False)  # or a model with dropout of its own would keep one draw of it for good
         cache = inner(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.arange(start, start + len(tokens), device=device)[None],
             cache=DynamicCache(known),
             use_cache=True,
         ).cache
+        inner.train(was_training)
         layers = [torch.cat([layer.keys, layer.values])[:, :, start:] for layer in cache.layers]
         return torch.stack(layers)

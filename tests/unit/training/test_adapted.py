@@ -135,3 +135,19 @@ def test_kept_bfloat16_is_close_and_half_as_large(
     assert rounded.prefixes is not None
     base = batch[0].base_tokens
     assert rounded.prefixes.rest(base).nbytes * 2 == exact.prefixes.rest(base).nbytes
+
+
+def test_dropout_of_the_base_model_does_not_reach_what_is_kept(
+    build: Callable[[str], PeftModel], examples: Callable[[str], list[Example]]
+) -> None:
+    batch = examples("alora")[:3]
+    kept = []
+    for training in (False, True):
+        model = build("alora").train(training)
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        prefixes = AdaptedModel(model, batch, PLENTY).prefixes
+        assert prefixes is not None
+        kept.append(prefixes.rest(batch[0].base_tokens))
+        assert model.training == training
+    assert torch.equal(*kept)
