@@ -116,15 +116,18 @@ def batches(examples: Sequence[Example], batch_size: int, shuffle: random.Random
 
 
 def microbatches(batch: Sequence[Example], most_tokens: int, *, reuses_prefixes: bool) -> Iterator[Sequence[Example]]:
-    """``batch`` in parts that are fed at most ``most_tokens`` tokens, padding included; at least one example each."""
+    """``batch`` in parts that weigh at most ``most_tokens``, padding included; at least one example each.
 
-    def fed(example: Example) -> int:
-        prompt = len(example.cue_tokens) if reuses_prefixes else example.prompt_tokens
-        return prompt + len(example.answer_tokens)
+    A token that runs weighs one, a token of kept KV an eighth: so much less is held of it for the way back.
+    """
+
+    def weight(example: Example) -> float:
+        kept = len(example.base_tokens) if reuses_prefixes else 0
+        return example.prompt_tokens - kept + len(example.answer_tokens) + kept / 8
 
     part: list[Example] = []
-    for example in sorted(batch, key=fed):
-        if part and (len(part) + 1) * fed(example) > most_tokens:
+    for example in sorted(batch, key=weight):
+        if part and (len(part) + 1) * weight(example) > most_tokens:
             yield part
             part = []
         part.append(example)
