@@ -136,13 +136,14 @@ fuzz: $(VENV)/.ready-dev $(STUBS) ## what a fuzzer can think of, for every parse
 UV_COMPILE_ALONE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command "make lock"
 UV_COMPILE = $(UV_COMPILE_ALONE) --overrides <(echo 'torch ; sys_platform == "never"') \
-	$(foreach package,torch mpmath networkx sympy,--no-emit-package $(package)) pyproject.toml --extra model --group build
+	$(foreach package,torch mpmath networkx sympy,--no-emit-package $(package)) pyproject.toml --extra model --extra http --group build
 
 .PHONY: lock
 lock: ## resolve the dependencies anew into requirements*.lock (with the uv of .venv)
 	@$(UV_COMPILE) --upgrade -o requirements.lock >/dev/null
 	@$(UV_COMPILE) --group dev --constraints requirements.lock -o requirements-dev.lock >/dev/null
 	@$(UV_COMPILE_ALONE) pyproject.toml --constraints requirements.lock -o requirements-router.lock >/dev/null
+	@$(UV_COMPILE_ALONE) pyproject.toml --extra http --constraints requirements.lock -o requirements-http.lock >/dev/null
 	@$(UV_COMPILE_ALONE) --group build --constraints requirements.lock -o requirements-build.lock >/dev/null
 
 .PHONY: clean
