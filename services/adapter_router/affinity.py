@@ -15,6 +15,9 @@ AFFINITY_TOKENS = 512
 """How many leading tokens name a conversation. A longer conversation keeps its key as it grows; a shorter one may move
 between turns, which costs a fetch of fewer than 512 tokens."""
 
+AFFINITY_CHARACTERS = 2048
+"""The same of a text whose tokens are not known."""
+
 
 def adapter_key(name: str) -> bytes:
     """The affinity key of an adapter: its weights stay in the memory of the worker this key prefers."""
@@ -37,6 +40,11 @@ def opening_key(messages: Sequence[ChatMessage]) -> bytes:
         if message.role == "user":
             break
     return b"opening\0" + digest.digest()
+
+
+def text_key(text: str) -> bytes:
+    """The affinity key of a complete prompt not tokenized yet: its beginning."""
+    return b"text\0" + text[:AFFINITY_CHARACTERS].encode()
 
 
 def rendezvous_weight(key: bytes) -> Callable[[str], tuple[bytes, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from adapter_router.affinity import adapter_key, conversation_key, opening_key
+from adapter_router.affinity import adapter_key, conversation_key, opening_key, text_key
 from adapter_router.policy import Demand
 from alora_serve.kv.fingerprints import PrefixFingerprints
 from alora_serve.kv.tenancy import NO_TENANT
@@ -44,7 +44,9 @@ class Demands:
         """A prefill: close to the conversation, which is known by a handle's tokens only from its second turn on."""
         if prompt.handle is not None:
             return self._on_prefix(conversation_key(prompt.handle.prefix_tokens), prompt.handle, None, tenant_salt)
-        return Demand(opening_key(prompt.messages) if prompt.messages else conversation_key(prompt.token_ids), models)
+        if prompt.messages:
+            return Demand(opening_key(prompt.messages), models)
+        return Demand(text_key(prompt.text) if prompt.text else conversation_key(prompt.token_ids), models)
 
     def _on_prefix(self, key: bytes, handle: PrefixHandle, adapter: AdapterInfo | None, tenant_salt: bytes) -> Demand:
         demand = Demand(

@@ -90,6 +90,9 @@ BAD_GENERATIONS: dict[str, tuple[alora_pb2.GenerateRequest, list[str]]] = {
     ),
     "base turn on an assistant's": (generate(prompt_of(user(), ASSISTANT)), ["prompt.messages[1].role"]),
     "messages and tokens": (generate(prompt_of(token_ids=bytes(4))), ["prompt.token_ids"]),
+    "messages and text": (generate(prompt_of(text="x")), ["prompt.text"]),
+    "tokens and text": (generate(types_pb2.Prompt(token_ids=bytes(4), text="x")), ["prompt.token_ids", "prompt.text"]),
+    "text beyond the context": (generate(types_pb2.Prompt(text=TOO_MANY_TOKENS)), ["prompt"]),
     "tokens in pieces": (generate(types_pb2.Prompt(token_ids=bytes(5))), ["prompt.token_ids"]),
     "token outside the vocabulary": (
         generate(types_pb2.Prompt(token_ids=pack_token_ids([320]))),

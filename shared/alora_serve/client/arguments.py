@@ -39,6 +39,7 @@ class PromptFields(TypedDict, total=False):
 
     handle: PrefixHandle
     token_ids: Sequence[int]
+    text: str
     documents: Sequence[Document]
     tools: Sequence[Mapping[str, Any]]
     template_arguments: Mapping[str, Any]
@@ -94,6 +95,7 @@ def build_prompt(messages: Messages | None, fields: Mapping[str, Any]) -> Prompt
         documents=tuple(given.get("documents", ())),
         template_arguments=given.get("template_arguments", {}),
         tools=tuple(given.get("tools", ())),
+        text=given.get("text", ""),
     )
 
 

@@ -133,6 +133,8 @@ class Prefiller:
         if prompt.token_ids:
             self._check_ids(prompt.token_ids)
             return self._handle(RenderedPrompt(prompt.token_ids, (), ""), PromptKind.TOKENS)
+        if prompt.text:
+            return self._handle(self._core.model.tokenizer.raw(prompt.text), PromptKind.TOKENS)
         if prompt.handle is None:
             return self._handle(self._core.model.tokenizer.render(prompt.messages, **template), PromptKind.CONVERSATION)  # type: ignore[arg-type]
         if not prompt.messages and not prompt.handle.open_turn:

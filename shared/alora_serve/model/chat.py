@@ -115,6 +115,16 @@ class ChatTokenizer:
         """Tokens of text that its author means as a template is meant: names of added tokens are those tokens."""
         return self._tokens.encode(CutText(text), at_start=False)
 
+    def raw(self, text: str) -> RenderedPrompt:
+        """Tokens of a complete prompt, with no template: text of special tokens in it stands for them.
+
+        Raises :class:`~alora_serve.errors.InvalidRequestError` for a text that comes to no token.
+        """
+        tokens = self._tokens.encode_raw(text)
+        if not tokens:
+            raise InvalidRequestError.of("prompt.text", "comes to no token in this model's vocabulary")
+        return RenderedPrompt(tokens, (), "")
+
     def render(
         self,
         messages: Sequence[ChatMessage],

@@ -73,6 +73,10 @@ class PlainTextTokenizer:
                 token_ids += self._encode_piece(piece, at_start=at_start and not token_ids)
         return tuple(token_ids)
 
+    def encode_raw(self, text: str) -> TokenIds:
+        """Ids of a whole prompt as ``tokenizer(text)`` gives them: added tokens found, special ones put around it."""
+        return tuple(self._backend.encode(text).ids)
+
     def border(self, text: str, position: int) -> int:
         """The last place at or before ``position`` where one token ends and the next may begin."""
         offsets = self._backend.encode(text, add_special_tokens=False).offsets

@@ -1,4 +1,4 @@
-"""What a request asks about: a conversation as messages, as tokens, or as a handle that the server signed."""
+"""What a request asks about: a conversation as messages, as tokens, as text, or as a handle that the server signed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PromptKind(enum.Enum):
     CONVERSATION = "conversation"
     """Rendered from messages: closed turns, then a generation prompt apart."""
     TOKENS = "tokens"
-    """Raw token ids, taken exactly as given; no generation prompt."""
+    """Raw token ids, taken exactly as given, or those of raw text; no generation prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +86,14 @@ class PrefixHandle:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What to continue: messages, raw tokens, a handle, or a handle and the messages that are new since.
+    """What to continue: messages, raw tokens, raw text, a handle, or a handle and the messages that are new since.
 
-    Exactly one of: ``messages`` (with or without ``handle``), ``token_ids``, or ``handle`` alone.
+    Exactly one of: ``messages`` (with or without ``handle``), ``token_ids``, ``text``, or ``handle`` alone.
 
     Attributes:
         template_arguments: extra variables for the chat template (``date_string``, ``enable_thinking``).
         tools: JSON-schema tool descriptions for the template.
+        text: a complete prompt without the template; text of special tokens in it stands for them.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -101,3 +102,4 @@ class Prompt:
     documents: tuple[Document, ...] = ()
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
+    text: str = ""

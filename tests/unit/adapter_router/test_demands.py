@@ -49,6 +49,8 @@ def test_a_prefill_is_close_to_its_conversation_by_what_is_known_of_it() -> None
     messages = (ChatMessage("user", "q"),)
     assert DEMANDS.prefill(Prompt(messages=messages), MODELS).key == opening_key(messages)
     assert DEMANDS.prefill(Prompt(token_ids=TOKENS), MODELS).key == conversation_key(TOKENS)
+    by_text = [DEMANDS.prefill(Prompt(text=text), MODELS).key for text in ("a" * 5000, "a" * 5001, "b")]
+    assert by_text[0] == by_text[1] != by_text[2]
     continued = DEMANDS.prefill(Prompt(messages=messages, handle=HANDLE), MODELS)
     assert (continued.key, continued.fingerprints) == (conversation_key(TOKENS), PRINTS)
     assert continued.model_digests == MODELS

@@ -132,6 +132,7 @@ def test_one_stop_string_is_not_its_characters() -> None:
 def test_tokens_handles_and_whole_prompts_stand_for_messages() -> None:
     given = handle()
     assert build_prompt(None, {"token_ids": [1, 2]}) == Prompt(token_ids=(1, 2))
+    assert build_prompt(None, {"text": "once"}) == Prompt(text="once")
     assert build_prompt("More", {"handle": given}) == Prompt((ChatMessage("user", "More"),), handle=given)
     assert build_prompt(None, {"prompt": Prompt(token_ids=(1,))}) == Prompt(token_ids=(1,))
     assert prefill_from_proto(prefill_request(None, {"token_ids": [1, 2]})).token_ids == (1, 2)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 import small_tokenizers as small
 from alora_serve.errors import InvalidRequestError, ModelUnsupportedError, UnimplementedFeatureError
-from alora_serve.model.chat import ChatTokenizer
+from alora_serve.model.chat import ChatTokenizer, RenderedPrompt
 from alora_serve.types import ChatMessage, Document, ToolCall
 
 USER = ChatMessage("user", "Is the answer in the document?")
@@ -50,6 +50,20 @@ def test_ordinary_conversations_get_the_tokens_of_apply_chat_template(name: str,
         tokenizer, messages, date="1 May 2026", add_generation_prompt=True
     )
     assert rendered.last_role == messages[-1].role
+
+
+@pytest.mark.parametrize("name", ["chatml", "tools"])
+@settings(max_examples=30)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), min_size=1), special=st.booleans())
+def test_a_raw_prompt_gets_the_tokens_of_the_tokenizer_itself(name: str, text: str, special: bool) -> None:
+    tokenizer = BYTE_LEVEL[name]
+    text += next(iter(tokenizer.get_added_vocab())) if special else ""
+    assert CHAT[name].raw(text) == RenderedPrompt(tuple(tokenizer(text)["input_ids"]), (), "")
+
+
+def test_a_raw_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="no token"):
+        next(iter(CHAT.values())).raw("")
 
 
 BYTE_LEVEL = {name: small.byte_level_tokenizer(template) for name, template in small.TEMPLATES.items()}

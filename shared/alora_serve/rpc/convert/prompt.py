@@ -51,15 +51,18 @@ def read_prompt(message: types_pb2.Prompt, violations: Violations, *, field: str
         tools=tuple(
             read_struct(tool, violations, f"{field}.tools[{index}]") for index, tool in enumerate(message.tools)
         ),
+        text=message.text,
     )
 
 
 def _check_combination(message: types_pb2.Prompt, violations: Violations, field: str) -> None:
-    has_handle, has_messages, has_tokens = message.HasField("handle"), bool(message.messages), bool(message.token_ids)
-    if not (has_handle or has_messages or has_tokens):
-        violations.add(field, "is empty: give messages, token_ids, a handle, or a handle and new messages")
-    if has_tokens and (has_handle or has_messages):
-        violations.add(f"{field}.token_ids", "is a complete prompt and goes with neither messages nor a handle")
+    has_handle, has_messages = message.HasField("handle"), bool(message.messages)
+    complete = [name for name in ("token_ids", "text") if getattr(message, name)]
+    if not (has_handle or has_messages or complete):
+        violations.add(field, "is empty: give messages, token_ids, text, a handle, or a handle and new messages")
+    if has_handle or has_messages or len(complete) > 1:
+        for name in complete:
+            violations.add(f"{field}.{name}", "is a complete prompt and goes with no other part of one")
     # What the template would never see must not be dropped in silence.
     if not has_messages:
         violations.require(not message.template_arguments.fields, f"{field}.template_arguments", "needs messages")
@@ -183,6 +186,7 @@ def prompt_to_proto(prompt: Prompt) -> types_pb2.Prompt:
         else None,
         tools=[struct_to_proto(tool, f"prompt.tools[{index}]") for index, tool in enumerate(prompt.tools)],
         token_ids=pack_token_ids(prompt.token_ids),
+        text=prompt.text,
     )
 
 

@@ -170,6 +170,8 @@ def test_where_samples_stood_is_told_of_each(changes: dict[str, Any], field: str
         ({}, ["prompt"]),
         ({"token_ids": TOKENS, "messages": [USER]}, ["prompt.token_ids"]),
         ({"token_ids": TOKENS, "handle": HANDLE}, ["prompt.token_ids"]),
+        ({"text": "x", "messages": [USER]}, ["prompt.text"]),
+        ({"text": "x", "token_ids": TOKENS}, ["prompt.token_ids", "prompt.text"]),
         ({"token_ids": b"\1\0\0"}, ["prompt.token_ids"]),
         (
             {"token_ids": TOKENS, "documents": [types_pb2.Document(text="d")], "tools": [{"a": 1}]},

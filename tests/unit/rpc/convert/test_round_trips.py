@@ -120,6 +120,7 @@ prompts = (
     )
     | st.builds(Prompt, messages=some_messages, handle=handles, template_arguments=json_objects)
     | st.builds(Prompt, token_ids=token_ids.filter(bool))
+    | st.builds(Prompt, text=st.text(st.characters(exclude_categories=("Cs",)), min_size=1))
     | st.builds(Prompt, handle=handles)
 )
 answerable = prompts.filter(lambda prompt: not prompt.messages or prompt.messages[-1].role != "assistant")
