@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -39,6 +40,7 @@ from alora_serve.rpc.convert import (
     score_result_from_proto,
     tokenized_from_proto,
 )
+from alora_serve.rpc.status import REQUEST_ID_KEY
 from alora_serve.rpc.tracing import (
     trace_metadata,
 )
@@ -94,7 +96,18 @@ class AsyncClient:
         )
         self._stub = AloraServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
-        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+        self._metadata = _metadata(api_key)
+
+    def on_behalf_of(self, *, api_key: str | None = None, request_id: str | None = None) -> Self:
+        """This client as another caller: on the same connection, so neither outlives the other's :meth:`close`.
+
+        Args:
+            api_key: that caller's, shown instead of this client's own; None shows none.
+            request_id: names its calls in every service's log; None leaves that to the router.
+        """
+        other = copy.copy(self)
+        other._metadata = _metadata(api_key, request_id)
+        return other
 
     async def __aenter__(self) -> Self:
         return self
@@ -313,7 +326,7 @@ class AsyncClient:
             raise UnavailableError(f"{self._address} is not ready after {timeout_seconds:g} s: {error}") from error
 
     def _call_metadata(self) -> tuple[tuple[str, str], ...]:
-        """The key, if there is one, and the trace that the caller is in."""
+        """What is said of the caller, and the trace that it is in."""
         return (*self._metadata, *trace_metadata())
 
     async def _call(
@@ -325,3 +338,8 @@ class AsyncClient:
                 return await method(request, timeout=retries.remaining_seconds(), metadata=self._call_metadata())
             except grpc.aio.AioRpcError as error:
                 await asyncio.sleep(retries.pause_after(failure_of(error)))
+
+
+def _metadata(api_key: str | None, request_id: str | None = None) -> tuple[tuple[str, str], ...]:
+    key = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+    return key if request_id is None else (*key, (REQUEST_ID_KEY, request_id))

@@ -41,8 +41,8 @@ class SettingsGroup(BaseSettings):
 class ServerSettings(SettingsGroup):
     """Where a service listens and how it ends."""
 
-    listen: str = Field("127.0.0.1:0", description="host:port of the gRPC server; port 0 takes a free one.")
-    tls_cert_file: str = Field("", description="PEM certificate chain of the gRPC server, read again when it changes.")
+    listen: str = Field("127.0.0.1:0", description="host:port of the server; port 0 takes a free one.")
+    tls_cert_file: str = Field("", description="PEM certificate chain of the server, read again when it changes.")
     tls_key_file: str = Field("", description="Its private key.")
     tls_client_ca_file: str = Field(
         "", description="PEM certificates that must sign clients'; empty: none is asked for."
@@ -248,6 +248,17 @@ class RouterSettings(SettingsGroup):
     admin_methods: bool = Field(True, description="Serve LoadAdapter, UnloadAdapter and PurgeTenant.")
 
 
+class FrontDoorSettings(SettingsGroup):
+    """The HTTP front door, which speaks OpenAI's API (docs/http.md)."""
+
+    router_address: str = Field("127.0.0.1:50051", description="host:port of a router, or dns:///name:port of several.")
+    router_tls_ca_file: str = Field("", description="PEM certificates that sign the router's; empty: no TLS to it.")
+    router_tls_cert_file: str = Field("", description="PEM certificate chain to show it, read again when it changes.")
+    router_tls_key_file: str = Field("", description="Its private key.")
+    http_idle_seconds: float = Field(75.0, gt=0, description="How long a connection without a request stays open.")
+    page: bool = Field(True, description="Serve the page /ui.")
+
+
 GROUPS: tuple[type[SettingsGroup], ...] = (
     ServerSettings,
     ModelSettings,
@@ -257,6 +268,7 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     SecretSettings,
     PrefillSettings,
     RouterSettings,
+    FrontDoorSettings,
 )
 """Every group; together they define which names exist."""
 

@@ -7,6 +7,7 @@ as a ``Literal`` of them, and its series are there from the start, at 0: ``incre
 
 from alora_serve.metrics.adapters import AdapterMetrics
 from alora_serve.metrics.engine import CoreMetrics, EngineMetrics
+from alora_serve.metrics.http import HttpMetrics
 from alora_serve.metrics.inference_extension import InferenceExtensionMetrics
 from alora_serve.metrics.process import CertificateMetrics, RpcMetrics, TaskMetrics, service_registry
 from alora_serve.metrics.requests import RequestMetrics
@@ -20,6 +21,7 @@ __all__ = [
     "EndpointRole",
     "EndpointState",
     "EngineMetrics",
+    "HttpMetrics",
     "InferenceExtensionMetrics",
     "RequestMetrics",
     "RouterMetrics",

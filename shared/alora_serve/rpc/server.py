@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # nor has this one
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from alora_serve.config import ServerSettings, run_with_settings
 from alora_serve.errors import AloraServeError, ConfigError
 from alora_serve.logging import configure_logging
 from alora_serve.metrics import CertificateMetrics, TaskMetrics
 from alora_serve.rpc.certificates import watch_client_certificates
-from alora_serve.rpc.channels import is_this_machine, server_options
+from alora_serve.rpc.channels import server_options
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.interceptors import Authorize, CallInterceptor, CallObserver, LoadReports
+from alora_serve.rpc.listening import (
+    host_and_port,
+    listens_with_tls,
+    serve_metrics,
+    serve_probes,
+    stop_on_signals,
+)
 from alora_serve.rpc.tls import ServerTls
 from alora_serve.telemetry import tracing
 
@@ -95,7 +100,7 @@ async def serve(
     Raises:
         ConfigError: an address cannot be bound.
     """
-    stop = _stop_on_signals()
+    stop = stop_on_signals()
     in_flight, loop = InFlightCalls(), asyncio.get_running_loop()
     TaskMetrics(registry).watch(lambda: len(asyncio.all_tasks(loop)))
     health = health or HealthServicer(service.full_name for service in services)
@@ -120,12 +125,12 @@ async def serve(
             certificates.watch("server", tls.expires_at)
         watch_client_certificates(settings, certificates)
         address = _bind(server, settings, tls)
-        metrics_server, metrics_address = _serve_metrics(settings.metrics_listen, registry)
+        metrics_server, metrics_address = serve_metrics(settings.metrics_listen, registry)
         addresses = {"address": address, "metrics_address": metrics_address}
         probed = None
         try:
             if settings.health_listen:
-                probed, health_address = await _serve_probes(settings.health_listen, health)
+                probed, health_address = await serve_probes(settings.health_listen, health)
                 addresses["health_address"] = health_address
             await server.start()
             print(json.dumps({"event": "listening", "service": name, **addresses}), flush=True)
@@ -167,22 +172,6 @@ def run_service(
     sys.exit(status)
 
 
-def _stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second has its default effect, the end."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-
-    def on_signal() -> None:
-        stop.set()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    return stop
-
-
 async def _first(stop: asyncio.Event, essential: Sequence[asyncio.Future[Any]]) -> bool:
     """Wait for a signal, or for the end of something essential: then True."""
     stopping = asyncio.ensure_future(stop.wait())
@@ -199,57 +188,17 @@ async def _first(stop: asyncio.Event, essential: Sequence[asyncio.Future[Any]]) 
 def _bind(server: grpc.aio.Server, settings: ServerSettings, tls: ServerTls | None) -> str:
     """The address with the port that was taken."""
     address = settings.listen
-    if tls is None and not settings.allow_insecure and not is_this_machine(address):
-        raise ConfigError(
-            f"listen={address}: anyone on the network could read and change what is said there; set tls_cert_file and "
-            "tls_key_file, or allow_insecure where something else protects it"
-        )
     try:
         port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.credentials())
     except RuntimeError as error:
         raise ConfigError(f"listen={address}: cannot be bound: in use, or not an address of this machine") from error
-    return f"{_host(address)[0]}:{port}"
+    return f"{host_and_port(address)[0]}:{port}"
 
 
 def _tls(settings: ServerSettings) -> ServerTls | None:
-    if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
-        raise ConfigError("tls_cert_file and tls_key_file go together")
-    if settings.tls_client_ca_file and not settings.tls_cert_file:
-        raise ConfigError("tls_client_ca_file needs tls_cert_file: clients show certificates over TLS alone")
-    if not settings.tls_cert_file:
+    if not listens_with_tls(settings):
         return None
     return ServerTls(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
-
-
-def _serve_metrics(address: str, registry: CollectorRegistry) -> tuple[WSGIServer, str]:
-    """The running server, and its address with the port that was taken."""
-    host, port = _host(address)
-    try:
-        server, _ = start_http_server(port, host.strip("[]"), registry)
-    except OSError as error:
-        raise ConfigError(f"metrics_listen={address}: cannot be bound: {error}") from error
-    return server, f"{host}:{server.server_port}"
-
-
-async def _serve_probes(address: str, health: HealthServicer) -> tuple[grpc.aio.Server, str]:
-    """A running server of health alone, and its address: what it says is no secret, and a probe has no certificate."""
-    server = grpc.aio.server(options=server_options())
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"health_listen={address}: cannot be bound: in use, or not an address of this machine"
-        ) from error
-    await server.start()
-    return server, f"{_host(address)[0]}:{port}"
-
-
-def _host(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"{address!r} is not host:port; write IPv6 as [::1]:8080")
-    return host, int(port)
 
 
 async def _clean_up(hooks: Sequence[Callable[[], Awaitable[None]]]) -> None:

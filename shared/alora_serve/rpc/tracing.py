@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.trace import INVALID_SPAN, Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -19,6 +19,9 @@ _W3C: Final = TraceContextTextMapPropagator()
 
 _SERVER_FAULTS: Final = frozenset({"DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE"})
 """Of our statuses those that say that the server failed; all others are the client's doing."""
+
+_HTTP_SERVER_FAULTS: Final = 500
+"""The least of the statuses that say so over HTTP."""
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
@@ -62,6 +65,38 @@ def end_server_span(span: Span, code: str, reason: object = None) -> None:
         span.set_attribute("alora.error.reason", str(reason))
     if code in _SERVER_FAULTS:
         fail(span, code)
+
+
+@contextmanager
+def http_server_span(route: str, headers: Mapping[str, str], request_id: str) -> Iterator[Span]:
+    """As :func:`server_span`, for an HTTP request. Untraced here, the caller's trace still reaches who is called.
+
+    Args:
+        route: method and path as declared: ``POST /v1/models``.
+        headers: the request's, names in lower case.
+        request_id: names the request in logs.
+    """
+    caller, maker = _W3C.extract(headers), tracer()
+    if maker is None:
+        token = context.attach(caller)
+        try:
+            yield INVALID_SPAN
+        finally:
+            context.detach(token)
+        return
+    method, _, path = route.partition(" ")
+    attributes = {"http.request.method": method, "http.route": path, "alora.request_id": request_id}
+    with maker.start_as_current_span(
+        route, caller, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
+    ) as span:
+        yield span
+
+
+def end_http_server_span(span: Span, status: int) -> None:
+    """Say how the request ended."""
+    span.set_attribute("http.response.status_code", status)
+    if status >= _HTTP_SERVER_FAULTS:
+        fail(span, str(status))
 
 
 @contextmanager

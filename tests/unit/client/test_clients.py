@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 import grpc
 import pytest
+from alora_serve.v1 import alora_pb2, types_pb2
+from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer, add_AloraServiceServicer_to_server
 from grpc_health.v1 import health_pb2_grpc
 
 from alora_serve.client import (
@@ -43,8 +45,6 @@ from alora_serve.rpc.convert.violations import Violations
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.status import MessageTooLargeError
 from alora_serve.types import GenerateRequest
-from alora_serve.v1 import alora_pb2, types_pb2
-from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer, add_AloraServiceServicer_to_server
 from fake_services import (
     SIGNER,
     FakePrefill,
@@ -610,3 +610,13 @@ async def test_results_that_failed_are_errors_and_one_call_gives_one_result(conn
         assert [(index, type(outcome)) for index, outcome in seen] == [(0, IntrinsicUndefinedError)]
         with pytest.raises(IntrinsicOutputError, match="not JSON"):
             await run(client, lambda c: c.run_intrinsic("Hi", "certainty"))
+
+
+async def test_one_connection_speaks_for_several_callers() -> None:
+    worker = FakeWorker()
+    async with deployment([FakePrefill()], [worker]) as (router, _), AsyncClient(router.address) as client:
+        await client.on_behalf_of(request_id="r-7").generate("Hi").result()
+        await client.generate("Hi").result()
+    named, unnamed = (request.request_id for request in worker.requests[-2:])
+    assert named == "r-7"
+    assert unnamed != "r-7"

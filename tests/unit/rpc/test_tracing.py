@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from alora_serve.client import AsyncClient
 from alora_serve.errors import InvalidRequestError, OverloadedError
-from alora_serve.rpc.tracing import trace_metadata
+from alora_serve.rpc.tracing import end_http_server_span, http_server_span, trace_metadata
 from alora_serve.telemetry import current, spans_by, tracer
 from alora_serve.types import GenerateRequest, StreamEvent, TokenChunk
 from alora_serve.v1 import alora_pb2, types_pb2
@@ -290,6 +290,30 @@ async def test_what_a_caller_writes_into_its_trace_context_is_checked(recorded: 
     roots = recorded.named("Generate", "server")
     assert [span.parent for span in roots] == [None] * 3
     assert len({span.context.trace_id for span in roots}) == 3
+
+
+def in_http_request(headers: dict[str, str], status: int = 200) -> dict[str, str]:
+    """What is told to whoever is called for a request with these headers."""
+    with http_server_span("POST /v1/models", headers, "r-1") as span:
+        end_http_server_span(span, status)
+        return dict(trace_metadata())
+
+
+def test_an_http_request_is_in_its_callers_trace_and_passes_it_on(recorded: Recorded) -> None:
+    told = in_http_request({"traceparent": CALLER}, 503)
+    span = recorded.one("POST /v1/models")
+    assert told["traceparent"].split("-")[1:3] == [f"{span.context.trace_id:032x}", f"{span.context.span_id:016x}"]
+    assert span.parent is not None
+    assert f"{span.parent.span_id:016x}" == CALLER.split("-")[2]
+    assert span.attributes is not None
+    assert span.attributes["http.response.status_code"] == 503
+    assert not span.status.is_ok
+
+
+def test_an_http_request_that_is_not_traced_here_still_passes_its_callers_trace_on() -> None:
+    assert in_http_request({"traceparent": CALLER}) == {"traceparent": CALLER}
+    assert in_http_request({}) == {}
+    assert trace_metadata() == ()
 
 
 async def test_our_client_passes_on_the_trace_that_it_is_called_in(recorded: Recorded) -> None:

@@ -1,0 +1,86 @@
+"""Where a process listens and when it ends, whatever it speaks: signals, metrics, probes, the rule on plain text."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
+from prometheus_client import CollectorRegistry, start_http_server
+
+from alora_serve.config import ServerSettings
+from alora_serve.errors import ConfigError
+from alora_serve.rpc.channels import is_this_machine, server_options
+from alora_serve.rpc.health import HealthServicer
+
+
+def stop_on_signals() -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second has its default effect, the end."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+def serve_metrics(address: str, registry: CollectorRegistry) -> tuple[WSGIServer, str]:
+    """The running server, and its address with the port that was taken."""
+    host, port = host_and_port(address)
+    try:
+        server, _ = start_http_server(port, host.strip("[]"), registry)
+    except OSError as error:
+        raise ConfigError(f"metrics_listen={address}: cannot be bound: {error}") from error
+    return server, f"{host}:{server.server_port}"
+
+
+async def serve_probes(address: str, health: HealthServicer) -> tuple[grpc.aio.Server, str]:
+    """A running server of health alone, and its address: what it says is no secret, and a probe has no certificate."""
+    server = grpc.aio.server(options=server_options())
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"health_listen={address}: cannot be bound: in use, or not an address of this machine"
+        ) from error
+    await server.start()
+    return server, f"{host_and_port(address)[0]}:{port}"
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two parts; an IPv6 host keeps its brackets.
+
+    Raises:
+        ConfigError: it has not both.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"{address!r} is not host:port; write IPv6 as [::1]:8080")
+    return host, int(port)
+
+
+def listens_with_tls(settings: ServerSettings) -> bool:
+    """Whether the server of ``settings`` shows a certificate. Plain text is for loopback, or where it is allowed.
+
+    Raises:
+        ConfigError: half of a certificate is given, or plain text would leave this machine.
+    """
+    if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
+        raise ConfigError("tls_cert_file and tls_key_file go together")
+    if settings.tls_client_ca_file and not settings.tls_cert_file:
+        raise ConfigError("tls_client_ca_file needs tls_cert_file: clients show certificates over TLS alone")
+    if not (settings.tls_cert_file or settings.allow_insecure or is_this_machine(settings.listen)):
+        raise ConfigError(
+            f"listen={settings.listen}: anyone on the network could read and change what is said there; set "
+            "tls_cert_file and tls_key_file, or allow_insecure where something else protects it"
+        )
+    return bool(settings.tls_cert_file)
