@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 NAMESPACES = {
     "google.protobuf": "protobuf",
     "google.rpc": "googleapis-common-protos",
+    "opentelemetry.context": "opentelemetry-api",
     "opentelemetry.sdk": "opentelemetry-sdk",
     "opentelemetry.trace": "opentelemetry-api",
 }
@@ -62,7 +63,7 @@ def imported_modules(file: Path) -> set[str]:
 def distributions_imported_by(directory: Path) -> set[str]:
     """Third-party distributions that the Python files under ``directory`` import, by canonical name."""
     installed = packages_distributions()
-    own = {"alora_serve", "base_prefill", "adapter_decode", "adapter_router"}
+    own = {"alora_serve", "base_prefill", "adapter_decode", "adapter_router", "openai_front"}
     found: set[str] = set()
     for file in directory.rglob("*.py"):
         if file.parent.name == "v1":  # generated, and its servicers' users import all that it does
@@ -82,6 +83,7 @@ def test_what_the_code_imports_is_declared_and_what_is_declared_is_used(root: Pa
     declared = {
         *parse(pyproject["project"]["dependencies"]),
         *parse(pyproject["project"]["optional-dependencies"]["model"]),
+        *parse(pyproject["project"]["optional-dependencies"]["http"]),
     }
     imported = distributions_imported_by(root / "shared") | distributions_imported_by(root / "services")
     assert imported - declared == set(), "imported but not declared in pyproject.toml"
@@ -93,9 +95,16 @@ def test_torch_free_parts_import_core_dependencies_only(root: Path, pyproject: d
     assert distributions_imported_by(root / place) <= set(parse(pyproject["project"]["dependencies"]))
 
 
+def test_the_front_door_imports_its_extra_and_core_dependencies_only(root: Path, pyproject: dict[str, Any]) -> None:
+    project = pyproject["project"]
+    declared = parse(project["dependencies"] + project["optional-dependencies"]["http"])
+    assert distributions_imported_by(root / "services" / "openai_front") <= set(declared)
+
+
 def test_locks_are_fresh_hold_hashes_and_name_no_index(root: Path, pyproject: dict[str, Any]) -> None:
     groups = pyproject["dependency-groups"]
-    needed = pyproject["project"]["dependencies"] + pyproject["project"]["optional-dependencies"]["model"]
+    extras = pyproject["project"]["optional-dependencies"]
+    needed = pyproject["project"]["dependencies"] + extras["model"] + extras["http"]
     needed += groups["build"]
     for name, requirements in {"requirements.lock": needed, "requirements-dev.lock": needed + groups["dev"]}.items():
         text, versions = (root / name).read_text(), read_lock(root / name)
@@ -112,6 +121,14 @@ def test_locks_are_fresh_hold_hashes_and_name_no_index(root: Path, pyproject: di
 def test_the_development_lock_extends_the_running_one(root: Path) -> None:
     running, development = read_lock(root / "requirements.lock"), read_lock(root / "requirements-dev.lock")
     assert running.items() <= development.items()
+
+
+def test_the_locks_of_images_pin_as_the_running_one(root: Path, pyproject: dict[str, Any]) -> None:
+    running, router, http = (
+        read_lock(root / name) for name in ("requirements.lock", "requirements-router.lock", "requirements-http.lock")
+    )
+    assert router.items() <= http.items() <= running.items()
+    assert set(parse(pyproject["project"]["optional-dependencies"]["http"])) <= set(http)
 
 
 def test_the_build_group_is_what_an_isolated_build_requires(pyproject: dict[str, Any]) -> None:
@@ -137,4 +154,5 @@ def test_the_decision_record_gives_a_reason_for_each_dependency(root: Path, pypr
     )
     explained = set(re.findall(r"[a-z0-9-]+", " ".join(re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE))))
     project = pyproject["project"]
-    assert set(parse(project["dependencies"] + project["optional-dependencies"]["model"])) <= explained
+    extras = project["optional-dependencies"]
+    assert set(parse(project["dependencies"] + extras["model"] + extras["http"])) <= explained

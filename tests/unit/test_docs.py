@@ -109,7 +109,7 @@ class Metric(NamedTuple):
     values: frozenset[str]
 
 
-OPEN_LABELS = {"method", "code", "adapter", "digest", "model_name"}
+OPEN_LABELS = {"method", "code", "route", "status", "adapter", "digest", "model_name"}
 OPEN_LABELS |= {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}
 """Their values come with what happens."""
 NOT_FROM_THE_START = {

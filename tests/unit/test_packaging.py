@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = {"alora_serve", "base_prefill", "adapter_decode", "adapter_router"}
+PACKAGES = {"alora_serve", "base_prefill", "adapter_decode", "adapter_router", "openai_front"}
 STUB_SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 SOURCES = ("pyproject.toml", "hatch_build.py", ".gitignore", "LICENSE", "NOTICE", "README.md", "CHANGELOG.md", "proto")
 
@@ -75,13 +75,13 @@ def test_an_installed_wheel_imports_by_our_names(wheel: Path, tmp_path: Path) ->
         archive.extractall(tmp_path)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import alora_serve.v1.alora_pb2_grpc, base_prefill, adapter_decode, adapter_router\n"
+        "import alora_serve.v1.alora_pb2_grpc, base_prefill, adapter_decode, adapter_router, openai_front\n"
         "print(alora_serve.v1.alora_pb2_grpc.__file__, *(m.__path__[0] for m in "
-        "(base_prefill, adapter_decode, adapter_router)), sep='\\n')"
+        "(base_prefill, adapter_decode, adapter_router, openai_front)), sep='\\n')"
     )
     output = subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True)
     places = output.stdout.splitlines()
-    assert len(places) == 4
+    assert len(places) == 5
     assert all(Path(place).is_relative_to(tmp_path) for place in places)
 
 
@@ -110,8 +110,10 @@ OWN_PROCESSES = ("__main__", ".model_check", ".peft_check")
 """Modules that are only ever run with ``python -m``; the last two exist so that the command line needs no torch."""
 
 
-@pytest.mark.parametrize("package", ["adapter_router", "alora_serve.rpc", "alora_serve.client", "alora_serve.cli"])
-def test_router_rpc_client_and_command_line_import_without_the_model_extra(package: str) -> None:
+@pytest.mark.parametrize(
+    "package", ["adapter_router", "openai_front", "alora_serve.rpc", "alora_serve.client", "alora_serve.cli"]
+)
+def test_router_front_door_rpc_client_and_command_line_import_without_the_model_extra(package: str) -> None:
     code = (
         "import importlib, pkgutil, sys\n"
         "for name in ('torch', 'transformers', 'peft', 'safetensors', 'numpy', 'gguf'): sys.modules[name] = None\n"

@@ -13,6 +13,7 @@ from alora_serve.config import known_names
 COMMANDS = [
     ["up"],
     ["chat"],
+    ["http"],
     ["generate"],
     ["fanout"],
     ["prefill"],

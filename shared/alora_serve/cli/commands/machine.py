@@ -1,4 +1,4 @@
-"""Commands about this machine: `up`, `doctor`, `probe` and `config`."""
+"""Commands about this machine: `up`, `http`, `doctor`, `probe` and `config`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import typer
 
 from alora_serve.cli.options import (
     ADDRESS_VARIABLE,
+    DEFAULT_ADDRESS,
     DEFAULT_PORT,
     AdapterRoots,
+    Address,
     AsJson,
     Dtype,
     Model,
@@ -65,6 +67,31 @@ def up(
             log_format="json" if as_json else "console",
         )
         up.run(options, as_json=as_json)
+
+
+@commands.command()
+def http(
+    address: Address = DEFAULT_ADDRESS,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
+    ] = "127.0.0.1:8000",
+    as_json: AsJson = False,
+) -> None:
+    """Serve OpenAI's API over HTTP, and the page /ui, before a router. Until Ctrl-C, which drains.
+
+    Anything else is set by `ALORA_*` variables or `ALORA_CONFIG=file.yaml`; `alora-serve config` lists them. It needs
+    the extra `http`: `pip install 'alora-serve[http]'`.
+
+    ```
+    alora-serve http
+    alora-serve http --address router.example:50051 --listen 127.0.0.1:8080
+    ALORA_TLS_CERT_FILE=cert.pem ALORA_TLS_KEY_FILE=key.pem alora-serve http --listen 0.0.0.0:8443
+    ```
+    """
+    with errors_reported(as_json=as_json):
+        from alora_serve.cli.front_door import become_front_door
+
+        become_front_door(address, listen, log_format="json" if as_json else "console")
 
 
 @commands.command()

@@ -1,0 +1,155 @@
+"""The form an answer must have: by ``response_format``, by vLLM's fields, or by a tool that must be called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StrictStr
+
+from alora_serve.errors import InvalidRequestError
+from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
+from openai_front.request_fields import Body, CompletionFields, Ignored
+
+
+class TextFormat(Body):
+    """No form at all."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    """A JSON schema under a name for people."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    name: Ignored = None
+    description: Ignored = None
+    strict: Ignored = None
+    content: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class JsonSchemaFormat(Body):
+    """JSON of a schema: always held to it, whatever ``strict`` says."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class NamedFunction(Body):
+    """Whose call is meant."""
+
+    name: StrictStr
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+def chosen_form(
+    fields: CompletionFields,
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None,
+    functions: Sequence[Mapping[str, Any]],
+) -> StructuredOutput | None:
+    """The one form that a request asks for; None leaves the answer free.
+
+    Raises:
+        InvalidRequestError: it asks for two, or for a tool that it does not bring.
+    """
+    asked = {
+        "response_format": _of_format(response_format),
+        "tool_choice": _of_tools(tool_choice, functions),
+        **_of_vllm(fields),
+    }
+    given = {name: form for name, form in asked.items() if form is not None}
+    if len(given) > 1:
+        raise InvalidRequestError.of(list(given)[1], f"asks for a form, and so does {next(iter(given))}; give one")
+    return next(iter(given.values()), None)
+
+
+def _of_format(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> StructuredOutput | None:
+    match wanted:
+        case JsonObjectFormat():
+            return _json_schema({"type": "object"})
+        case JsonSchemaFormat():
+            return _json_schema(wanted.json_schema.content or {})
+        case _:
+            return None
+
+
+def _of_vllm(fields: CompletionFields) -> dict[str, StructuredOutput | None]:
+    """By the path of each field."""
+    outputs = fields.structured_outputs
+    if outputs is None:
+        return _forms("guided_", fields.guided_json, fields.guided_regex, fields.guided_choice, fields.guided_grammar)
+    path = "structured_outputs."
+    legacy = (fields.guided_json, fields.guided_regex, fields.guided_choice, fields.guided_grammar)
+    return {
+        **_forms(path, outputs.json_schema, outputs.regex, outputs.choice, outputs.grammar),
+        **_forms("guided_", *legacy),
+    }
+
+
+def _forms(
+    path: str,
+    schema: Mapping[str, Any] | str | None,
+    regex: str | None,
+    choice: Sequence[str] | None,
+    grammar: str | None,
+) -> dict[str, StructuredOutput | None]:
+    return {
+        f"{path}json": None if schema is None else _json_schema(schema),
+        f"{path}regex": None if regex is None else Regex(regex),
+        f"{path}choice": None if choice is None else Choice(tuple(choice)),
+        f"{path}grammar": None if grammar is None else Grammar(grammar),
+    }
+
+
+def _of_tools(
+    choice: Literal["none", "auto", "required"] | NamedTool | None, functions: Sequence[Mapping[str, Any]]
+) -> StructuredOutput | None:
+    """A call as its parameters alone where the tool is named, else as ``{"name", "arguments"}``."""
+    if (choice == "required" or isinstance(choice, NamedTool)) and not functions:
+        raise InvalidRequestError.of("tool_choice", "needs tools to choose from")
+    if choice == "required":
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, "arguments": _parameters(function)},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for function in functions
+        ]
+        return _json_schema(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    if isinstance(choice, NamedTool):
+        named = next((each for each in functions if each["name"] == choice.function.name), None)
+        if named is None:
+            raise InvalidRequestError.of("tool_choice.function.name", "is the name of none of the tools")
+        return _json_schema(_parameters(named))
+    return None
+
+
+def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    return function.get("parameters") or {"type": "object"}
+
+
+def _json_schema(schema: Mapping[str, Any] | str) -> JsonSchema:
+    return JsonSchema(schema if isinstance(schema, str) else json.dumps(schema))

@@ -1,0 +1,137 @@
+"""What happens around every HTTP request: its id, the drain, metrics, its span, one log line, and bugs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Final
+
+import structlog
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from alora_serve.errors import AloraServeError, UnavailableError
+from alora_serve.metrics import HttpMetrics
+from alora_serve.rpc.channels import MAX_MESSAGE_BYTES
+from alora_serve.rpc.in_flight import InFlightCalls
+from alora_serve.rpc.status import REQUEST_ID_KEY, internal_error
+from alora_serve.rpc.tracing import end_http_server_span, http_server_span
+from openai_front.caller import Caller
+from openai_front.event_stream import LEFT
+from openai_front.failures import failure_of
+
+UNCOUNTED: Final = frozenset({"/health", "/metrics"})
+"""Neither waited for by a drain nor turned away: they ask about the process."""
+CLIENT_LEFT: Final = 499
+INTERNAL: Final = 500
+# FastAPI lets this one pass where it reads a body, and calls anything else an error of parsing.
+_TOO_LONG: Final = HTTPException(
+    413, f"the body is longer than {MAX_MESSAGE_BYTES} bytes, more than any model here can need"
+)
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class RequestMiddleware:
+    """Outermost; see the module."""
+
+    def __init__(self, app: ASGIApp, *, in_flight: InFlightCalls, metrics: HttpMetrics) -> None:
+        self._app = app
+        self._in_flight = in_flight
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        caller = Caller.read(headers)
+        caller.attach(scope)
+        method, status, started = str(scope["method"]), INTERNAL, time.perf_counter()
+        has_begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal status, has_begun
+            if message["type"] == "http.response.start":
+                status, has_begun = message["status"], True
+                MutableHeaders(scope=message)[REQUEST_ID_KEY] = caller.request_id
+            await send(message)
+
+        counted = scope["path"] not in UNCOUNTED
+        self._metrics.started()
+        with (
+            structlog.contextvars.bound_contextvars(request_id=caller.request_id),
+            http_server_span(f"{method} {scope['path']}", _traced(headers), caller.request_id) as span,
+        ):
+            try:
+                refuse_long(headers)
+                with self._in_flight.call() if counted else nullcontext():
+                    await self._app(scope, Bounded(receive), send_on)
+            except HTTPException as error:
+                await answer_unrouted(error)(scope, receive, send_on)
+            except UnavailableError as error:
+                await answer_with(error)(scope, receive, send_on)
+            except Exception:
+                log.exception("http_bug", route=route_of(scope))
+                if not has_begun:
+                    await answer_with(internal_error(caller.request_id))(scope, receive, send_on)
+            finally:
+                status = CLIENT_LEFT if scope.get(LEFT) else status
+                route, seconds = f"{method} {route_of(scope)}", time.perf_counter() - started
+                level = log.info if counted else log.debug
+                level("http", route=route, status=status, seconds=round(seconds, 6))
+                self._metrics.handled(route, status, seconds)
+                end_http_server_span(span, status)
+
+
+def answer_with(error: AloraServeError) -> JSONResponse:
+    """The response that an error comes to."""
+    failure = failure_of(error)
+    return JSONResponse(failure.body, failure.status, dict(failure.headers))
+
+
+def answer_unrouted(error: HTTPException) -> JSONResponse:
+    """The response to what reaches no endpoint, in the same form."""
+    body = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, error.status_code, {"x-should-retry": "false", **(error.headers or {})})
+
+
+def route_of(scope: Scope) -> str:
+    """The path as declared, so that names in it make no series of their own."""
+    route = scope.get("route")
+    return str(getattr(route, "path", "other"))
+
+
+def refuse_long(headers: Mapping[str, str]) -> None:
+    """Return if a body may be read.
+
+    Raises:
+        HTTPException: it is longer than any request of the gRPC API.
+    """
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > MAX_MESSAGE_BYTES:
+        raise _TOO_LONG
+
+
+class Bounded:
+    """A body that was not announced, cut off where it gets too long."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = MAX_MESSAGE_BYTES
+
+    async def __call__(self) -> Message:
+        """The next part."""
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise _TOO_LONG
+        return message
+
+
+def _traced(headers: Headers) -> dict[str, str]:
+    return {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}

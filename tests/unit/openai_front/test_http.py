@@ -1,0 +1,313 @@
+"""The front door over real sockets, before a router whose services follow a script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+
+from alora_serve.errors import AloraServeError, DeadlinePassedError, OverloadedError
+from alora_serve.rpc.channels import MAX_MESSAGE_BYTES
+from alora_serve.types import (
+    AdapterDigest,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Started,
+    StreamEvent,
+    Timings,
+    TokenChunk,
+    TokenLogprob,
+    Usage,
+)
+from fake_services import FakePrefill, FakeWorker, Script, answer, deployment, until
+from front_door import OpenDoor, open_door
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+CHAT: dict[str, Any] = {"model": "m", "messages": HELLO}
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather"}}]
+CALL = '<tool_call>{"name": "weather", "arguments": {"place": "Rome"}}</tool_call>'
+
+
+@asynccontextmanager
+async def behind(script: Script = answer, **settings: Any) -> AsyncIterator[tuple[OpenDoor, FakeWorker]]:
+    """A front door whose one worker follows the script."""
+    worker = FakeWorker(script)
+    async with (
+        deployment([FakePrefill()], [worker]) as (router, _),
+        open_door(router.address, **settings) as door,
+    ):
+        yield door, worker
+
+
+def says(*chunks: TokenChunk, reason: FinishReason = FinishReason.STOP) -> Script:
+    """A worker that says just this."""
+
+    async def script(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        yield Started(AdapterDigest(""), None, request.sampling.seed or 0, 3)
+        for chunk in chunks:
+            yield chunk
+        yield Finished(reason, Usage(3, generated_tokens=len(chunks)), Timings())
+
+    return script
+
+
+def fails(error: AloraServeError, *, after: int = 0) -> Script:
+    """A worker that fails after so many tokens."""
+
+    async def script(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        if after:
+            yield Started(AdapterDigest(""), None, 0, 3)
+        for number in range(after):
+            yield TokenChunk((number,), "a")
+        raise error
+
+    return script
+
+
+async def never_ends(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+    """A worker that says one token, and waits for ever."""
+    yield Started(AdapterDigest(""), None, 0, 3)
+    yield TokenChunk((1,), "a")
+    await asyncio.Event().wait()
+
+
+async def never_begins(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+    """A worker that waits for ever."""
+    await asyncio.Event().wait()
+    yield Started(AdapterDigest(""), None, 0, 3)
+
+
+async def floods(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+    """A worker that says more than any socket holds."""
+    yield Started(AdapterDigest(""), None, 0, 3)
+    while True:
+        yield TokenChunk((1,), "a" * 100_000)
+
+
+async def test_a_request_id_goes_both_ways_and_into_the_router() -> None:
+    async with behind() as (door, worker):
+        given = await door.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "r-1"})
+        assert given.headers["x-request-id"] == worker.requests[-1].request_id == "r-1"
+        made = await door.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "not fit\tfor logs"})
+        assert made.headers["x-request-id"] == worker.requests[-1].request_id
+        assert len(made.headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_client_that_leaves_cancels_its_request(stream: bool) -> None:
+    async with behind(never_ends) as (door, worker):
+        body = json.dumps({**CHAT, "stream": stream}).encode()
+        _, writer = await asyncio.open_connection(*door.address.split(":"))
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        await until(lambda: len(worker.requests) == 1)
+        writer.close()
+        await until(lambda: worker.cancelled == 1)
+        await until(lambda: served(door, "POST /v1/chat/completions", 499) == 1)
+
+
+async def test_a_client_that_leaves_before_the_first_event_cancels_its_request() -> None:
+    async with behind(never_begins) as (door, worker):
+        asking = asyncio.ensure_future(door.openai.chat.completions.create(**CHAT, stream=True))
+        await until(lambda: len(worker.requests) == 1)
+        asking.cancel()
+        await until(lambda: worker.cancelled == 1)
+
+
+async def test_a_client_that_stops_reading_is_cut_off() -> None:
+    async with behind(floods, write_timeout_seconds=0.2) as (door, worker):
+        stream = await door.openai.chat.completions.create(**CHAT, stream=True)
+        await until(lambda: worker.cancelled == 1)
+        await stream.close()
+
+
+async def test_a_failure_before_the_first_event_has_a_status_of_its_own() -> None:
+    async with behind(fails(OverloadedError("full", retry_after_seconds=3))) as (door, _):
+        with pytest.raises(openai.RateLimitError) as refused:
+            await door.openai.chat.completions.create(**CHAT, stream=True)
+        assert refused.value.response.headers["retry-after"] == "3"
+
+
+async def test_a_failure_in_the_middle_of_a_stream_is_its_last_event() -> None:
+    async with behind(fails(DeadlinePassedError("too late"), after=2)) as (door, _):
+        stream = await door.openai.chat.completions.create(**CHAT, stream=True)
+        with pytest.raises(openai.APIError, match="too late"):
+            async for _ in stream:
+                pass
+        text = (await door.http.post("/v1/chat/completions", json={**CHAT, "stream": True})).text
+        assert "[DONE]" not in text
+
+
+async def test_a_call_of_a_tool_is_an_object_whole_and_streamed() -> None:
+    pieces = [TokenChunk((1,), "Let me see. "), TokenChunk((2,), CALL[:20]), TokenChunk((3,), CALL[20:])]
+    async with behind(says(*pieces)) as (door, worker):
+        worker.requests.clear()
+        whole = (await door.openai.chat.completions.create(**CHAT, tools=TOOLS)).choices[0]
+        stream = await door.openai.chat.completions.create(**CHAT, tools=TOOLS, stream=True)
+        chunks = [chunk.choices[0] async for chunk in stream]
+        assert whole.message.content == "Let me see. "
+        assert whole.message.tool_calls is not None
+        (call,) = whole.message.tool_calls
+        assert (call.type, call.function.name, call.function.arguments) == ("function", "weather", '{"place": "Rome"}')
+        (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        assert (streamed.index, streamed.function.arguments) == (0, '{"place": "Rome"}')
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == "Let me see. "
+        assert whole.finish_reason == chunks[-1].finish_reason == "tool_calls"
+        unread = (await door.openai.chat.completions.create(**CHAT, tools=TOOLS, tool_choice="none")).choices[0]
+        assert unread.message.content == f"Let me see. {CALL}"
+        assert unread.finish_reason == "stop"
+
+
+def likely(token_id: int, logprob: float, token: bytes) -> TokenLogprob:
+    return TokenLogprob(token_id, logprob, token)
+
+
+EURO = (likely(1, -0.5, b"\xe2\x82"), likely(3, -1.5, b"x")), (likely(2, float("-inf"), b"\xac"),)
+EURO_CHUNKS = (
+    TokenChunk((1,), "", (-0.5,), (b"\xe2\x82",), EURO[:1]),
+    TokenChunk((2,), "€", (float("-inf"),), (b"\xac",), EURO[1:]),
+)
+
+
+async def test_logprobs_tell_bytes_and_what_else_was_likely() -> None:
+    async with behind(says(*EURO_CHUNKS)) as (door, _):
+        asked: dict[str, Any] = {**CHAT, "logprobs": True, "top_logprobs": 2}
+        whole = (await door.openai.chat.completions.create(**asked)).choices[0].logprobs
+        assert whole is not None
+        assert whole.content is not None
+        assert [token.bytes for token in whole.content] == [[0xE2, 0x82], [0xAC]]
+        assert [token.logprob for token in whole.content] == [-0.5, -9999.0]
+        assert [[each.token for each in token.top_logprobs] for token in whole.content] == [["\ufffd", "x"], ["\ufffd"]]
+        chunks = [chunk async for chunk in await door.openai.chat.completions.create(**asked, stream=True)]
+        streamed = [part for chunk in chunks if (given := chunk.choices[0].logprobs) for part in given.content or ()]
+        assert streamed == whole.content
+
+
+async def test_text_completions_tell_logprobs_in_lists() -> None:
+    chunks = (
+        TokenChunk((1,), "ab", (-0.5,), (b"ab",), ((likely(1, -0.5, b"ab"), likely(2, -1.0, b"c")),)),
+        TokenChunk((2,), "c", (-0.25,), (b"c",), ((likely(2, -0.25, b"c"),),)),
+    )
+    async with behind(says(*chunks)) as (door, _):
+        asked: dict[str, Any] = {"model": "m", "prompt": "once", "logprobs": 2}
+        whole = (await door.openai.completions.create(**asked)).choices[0].logprobs
+        assert whole is not None
+        assert whole.tokens == ["ab", "c"]
+        assert whole.token_logprobs == [-0.5, -0.25]
+        assert whole.top_logprobs == [{"ab": -0.5, "c": -1.0}, {"c": -0.25}]
+        assert whole.text_offset == [0, 2]
+        parts = [chunk.choices[0] async for chunk in await door.openai.completions.create(**asked, stream=True)]
+        told = [part.logprobs for part in parts if part.logprobs]
+        assert [offset for part in told for offset in part.text_offset or ()] == [0, 2]
+        assert "".join(part.text for part in parts) == "abc"
+
+
+async def test_a_heartbeat_is_a_comment() -> None:
+    async with behind() as (door, _):
+        text = (await door.http.post("/v1/chat/completions", json={**CHAT, "stream": True})).text
+        assert text.count("\n\n: ") == 1
+        assert text.endswith("data: [DONE]\n\n")
+
+
+async def test_two_adapters_in_one_request_are_refused() -> None:
+    async with behind() as (door, _):
+        with pytest.raises(openai.BadRequestError) as refused:
+            await door.openai.chat.completions.create(
+                model="certainty", messages=HELLO, extra_body={"adapter": "jailbreak"}
+            )
+        assert refused.value.body["param"] == "adapter"  # type: ignore[index]
+
+
+async def test_refused_adapters_are_not_listed() -> None:
+    async with behind() as (door, _):
+        listed = {model.id async for model in await door.openai.models.list()}
+        assert listed == {"m", "jailbreak", "certainty", "plain"}
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "in pieces"])
+async def test_a_body_without_end_is_not_read(announced: bool) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(MAX_MESSAGE_BYTES // 2**20 + 1):
+            yield b" " * 2**20
+
+    async with behind() as (door, worker):
+        content = b" " * (MAX_MESSAGE_BYTES + 1) if announced else pieces()
+        refused = await door.http.post(
+            "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+        )
+        assert refused.status_code == 413
+        assert "longer" in refused.json()["error"]["message"]
+        assert not worker.requests
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"{", "application/json"), (b"[]", "application/json"), (json.dumps(CHAT).encode(), "text/plain")],
+    ids=["half", "no object", "what a page of another site could send"],
+)
+async def test_what_is_no_json_object_is_refused(content: bytes, kind: str) -> None:
+    async with behind() as (door, worker):
+        refused = await door.http.post("/v1/chat/completions", content=content, headers={"content-type": kind})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["type"] == "invalid_request_error"
+        assert not worker.requests
+
+
+async def test_other_paths_and_methods_fail_in_the_same_form() -> None:
+    async with behind() as (door, _):
+        assert (await door.http.post("/v1/embeddings", json={})).json()["error"]["message"] == "Not Found"
+        assert (await door.http.get("/v1/chat/completions")).status_code == 405
+        assert served(door, "POST other", 404) == 1
+
+
+async def test_only_a_bearers_key_is_passed_on() -> None:
+    async with behind() as (door, _):
+        refused = await door.http.get("/v1/models", headers={"authorization": "Basic YTpi"})
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "UNAUTHENTICATED"
+
+
+async def test_a_drain_waits_for_what_runs_and_turns_the_rest_away() -> None:
+    async with behind(never_ends) as (door, worker):
+        stream = await door.openai.chat.completions.create(**CHAT, stream=True)
+        draining = asyncio.ensure_future(door.in_flight.drain(30))
+        await asyncio.sleep(0)
+        with pytest.raises(openai.InternalServerError) as refused:
+            await door.openai.chat.completions.create(**CHAT)
+        assert refused.value.status_code == 503
+        assert refused.value.response.headers["retry-after"] == "1"
+        assert (await door.http.get("/metrics")).status_code == 200
+        assert not draining.done()
+        await stream.close()
+        assert await draining == 0
+        await until(lambda: worker.cancelled == 1)
+
+
+async def test_health_follows_the_router() -> None:
+    async with open_door("127.0.0.1:1") as door:
+        unwell = await door.http.get("/health")
+        assert unwell.status_code == 503
+        assert unwell.json()["status"] == "unavailable"
+
+
+async def test_metrics_count_by_route() -> None:
+    async with behind() as (door, _):
+        await door.openai.chat.completions.create(**CHAT)
+        await door.openai.models.retrieve("jailbreak")
+        page = (await door.http.get("/metrics")).text
+        assert 'alora_http_requests_total{route="POST /v1/chat/completions",status="200"} 1.0' in page
+        assert 'alora_http_requests_total{route="GET /v1/models/{name:path}",status="200"} 1.0' in page
+        assert "jailbreak" not in page
+
+
+def served(door: OpenDoor, route: str, status: int) -> float:
+    value = door.registry.get_sample_value("alora_http_requests_total", {"route": route, "status": str(status)})
+    return value or 0.0
