@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import ssl
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import openai
 import pytest
 import pytest_asyncio
+import trustme
 
 from alora_serve.client import ChatMessage
-from deployment import Deployed
+from deployment import WORKER, Deployed, another_router
 from front_door import FrontDoor, front_door
+from tenants import key_of, write_access
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -126,3 +134,119 @@ async def test_errors_are_openais(door: FrontDoor) -> None:
         await door.openai.chat.completions.create(model=MODEL, messages=ASK, extra_body={"temprature": 1})
     assert misspelt.value.body["param"] == "temprature"
     assert misspelt.value.request_id
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"certainty": {"enum": ["high", "low"]}, "sure": {"type": "boolean"}},
+    "required": ["certainty", "sure"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("model", [MODEL, "guard"])
+async def test_an_answer_is_held_to_a_json_schema(door: FrontDoor, model: str) -> None:
+    answer = await door.openai.chat.completions.create(
+        model=model,
+        messages=ASK,
+        max_tokens=64,
+        response_format={"type": "json_schema", "json_schema": {"name": "verdict", "schema": SCHEMA}},
+    )
+    (choice,) = answer.choices
+    assert choice.finish_reason == "stop"
+    verdict = json.loads(choice.message.content or "")
+    assert set(verdict) == {"certainty", "sure"}
+    with pytest.raises(openai.BadRequestError) as refused:
+        await door.openai.chat.completions.create(
+            model=model,
+            messages=ASK,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
+        )
+    assert refused.value.body["param"].startswith("response_format")
+
+
+async def test_likely_tokens_are_told_with_the_one_that_was_chosen_first(tiny: Deployed, door: FrontDoor) -> None:
+    expected = await tiny.client.generate(TURNS, max_tokens=8, ignore_eos=True, logprobs=True).result()
+    answer = await door.openai.chat.completions.create(**BRIEF, logprobs=True, top_logprobs=20)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [token.logprob for token in logprobs.content] == pytest.approx(expected.logprobs, abs=1e-5)
+    for token in logprobs.content:
+        assert len(token.top_logprobs) == 20
+        assert (token.top_logprobs[0].token, token.top_logprobs[0].bytes) == (token.token, token.bytes)
+
+
+async def test_keys_are_judged_by_the_router(tiny: Deployed, tmp_path: Path) -> None:
+    access = write_access(tmp_path / "access.yaml", {"one": {}})
+    processes = tiny.local.processes
+    async with (
+        another_router([processes["prefill"].address], [processes[WORKER].address], access_file=str(access)) as router,
+        front_door(router.address, api_key=key_of("one")) as guarded,
+    ):
+        assert (await guarded.openai.chat.completions.create(**BRIEF)).choices
+        with pytest.raises(openai.AuthenticationError):
+            await guarded.openai.with_options(api_key="guessed").chat.completions.create(**BRIEF)
+        async with httpx.AsyncClient(base_url=guarded.url) as http:
+            assert (await http.get("/v1/models")).status_code == 401
+            assert (await http.get("/health")).status_code == 200
+
+
+async def test_sigterm_lets_a_stream_end(tiny: Deployed) -> None:
+    async with front_door(tiny.local.router_address, drain_seconds="30") as leaving:
+        stream = await leaving.openai.chat.completions.create(**{**BRIEF, "max_tokens": 200}, stream=True)
+        chunks = [await anext(stream)]
+        stopping = asyncio.ensure_future(leaving.process.stop(60))
+        chunks += [chunk async for chunk in stream]
+        assert chunks[-1].choices[0].finish_reason == "length"
+        await stopping
+
+
+async def test_it_speaks_tls_to_both_sides_and_takes_up_new_certificates(tiny: Deployed, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+
+    def issue() -> None:
+        certificate = authority.issue_cert("127.0.0.1")
+        certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+        certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+
+    issue()
+    own = {"tls_cert_file": str(tmp_path / "cert.pem"), "tls_key_file": str(tmp_path / "key.pem")}
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    processes = tiny.local.processes
+    async with (
+        another_router([processes["prefill"].address], [processes[WORKER].address], **own) as router,
+        front_door(router.address, router_tls_ca_file=str(tmp_path / "ca.pem"), **own) as door,
+    ):
+
+        async def serial() -> int:
+            _, writer = await asyncio.open_connection(*door.listening.address.split(":"), ssl=trusted)
+            seen: str = writer.get_extra_info("peercert")["serialNumber"]
+            writer.close()
+            return int(seen, 16)
+
+        async with httpx.AsyncClient(base_url=f"https://{door.listening.address}", verify=trusted) as http:
+            answer = await http.post("/v1/chat/completions", json={"model": MODEL, "messages": ASK, "max_tokens": 2})
+            assert answer.status_code == 200, answer.text
+        before = await serial()
+        issue()
+        assert await serial() != before
+
+
+async def test_the_command_line_starts_one(tiny: Deployed) -> None:
+    command = [sys.executable, "-P", "-m", "alora_serve.cli.app", "http", "--listen", "127.0.0.1:0", "--json"]
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        env={**os.environ, "ALORA_ADDRESS": tiny.local.router_address},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        assert process.stdout is not None
+        listening = json.loads(await asyncio.wait_for(process.stdout.readline(), 60))
+        async with httpx.AsyncClient(base_url=f"http://{listening['address']}") as http:
+            assert (await http.get("/health")).json() == {"status": "ok"}
+    finally:
+        process.terminate()
+        assert await process.wait() == 0

@@ -166,6 +166,17 @@ async def test_a_call_of_a_tool_is_an_object_whole_and_streamed() -> None:
         assert unread.finish_reason == "stop"
 
 
+async def test_a_tool_that_must_be_called_binds_the_answer() -> None:
+    async with behind(says(TokenChunk((1,), '{"place":'), TokenChunk((2,), '"Rome"}'))) as (door, worker):
+        chosen: Any = {"type": "function", "function": {"name": "weather"}}
+        answer = (await door.openai.chat.completions.create(**CHAT, tools=TOOLS, tool_choice=chosen)).choices[0]
+        assert worker.requests[-1].sampling.structured_output.json_schema == '{"type": "object"}'
+        assert answer.message.content is None
+        assert answer.message.tool_calls is not None
+        assert answer.message.tool_calls[0].function.arguments == '{"place":"Rome"}'
+        assert answer.finish_reason == "tool_calls"
+
+
 def likely(token_id: int, logprob: float, token: bytes) -> TokenLogprob:
     return TokenLogprob(token_id, logprob, token)
 
