@@ -17,7 +17,6 @@ from alora_serve.client import (
     StreamEvent,
     TokenChunk,
 )
-from alora_serve.errors import AloraServeError
 from alora_serve.types import TokenLogprob
 
 
@@ -103,12 +102,10 @@ async def _of_prompt(client: AsyncClient, question: Question, at: int) -> AsyncG
             async for event in stream:
                 yield first, event
         return
-    targets = [question.adapter] * question.samples
-    async with client.fanout(None, targets, prompt=prompt, sampling=sampling) as stream:
-        async for index, outcome in stream:
-            if isinstance(outcome, AloraServeError):
-                raise outcome
-            yield first + index, outcome
+    several = client.sample(None, question.samples, adapter=question.adapter, prompt=prompt, sampling=sampling)
+    async with several as samples:
+        async for index, event in samples:
+            yield first + index, event
 
 
 async def _merged(
