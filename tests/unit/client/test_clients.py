@@ -11,8 +11,6 @@ from typing import Any, TypeAlias
 
 import grpc
 import pytest
-from alora_serve.v1 import alora_pb2, types_pb2
-from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer, add_AloraServiceServicer_to_server
 from grpc_health.v1 import health_pb2_grpc
 
 from alora_serve.client import (
@@ -45,6 +43,8 @@ from alora_serve.rpc.convert.violations import Violations
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.status import MessageTooLargeError
 from alora_serve.types import GenerateRequest
+from alora_serve.v1 import alora_pb2, types_pb2
+from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer, add_AloraServiceServicer_to_server
 from fake_services import (
     SIGNER,
     FakePrefill,

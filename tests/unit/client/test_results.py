@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from alora_serve.v1 import alora_pb2
 
 from alora_serve.client.results import FanOutTranscript, Transcript
 from alora_serve.errors import OverloadedError, UnavailableError
@@ -22,6 +21,7 @@ from alora_serve.types import (
     TokenLogprob,
     Usage,
 )
+from alora_serve.v1 import alora_pb2
 
 LIKELY = (TokenLogprob(1, -0.5, b"H"), TokenLogprob(9, -2.0, b"\xc3"))
 EVENTS: list[StreamEvent] = [
