@@ -144,6 +144,7 @@ lock: ## resolve the dependencies anew into requirements*.lock (with the uv of .
 	@$(UV_COMPILE) --group dev --constraints requirements.lock -o requirements-dev.lock >/dev/null
 	@$(UV_COMPILE_ALONE) pyproject.toml --constraints requirements.lock -o requirements-router.lock >/dev/null
 	@$(UV_COMPILE_ALONE) pyproject.toml --extra http --constraints requirements.lock -o requirements-http.lock >/dev/null
+	@$(UV_COMPILE_ALONE) tests/interop/mellea/requirements.in -o tests/interop/mellea/requirements.lock >/dev/null
 	@$(UV_COMPILE_ALONE) --group build --constraints requirements.lock -o requirements-build.lock >/dev/null
 
 .PHONY: clean

@@ -9,6 +9,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Iterator
+from typing import Final
 
 import structlog
 import uvicorn
@@ -24,7 +25,10 @@ from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.listening import host_and_port, listens_with_tls, serve_metrics, serve_probes, stop_on_signals
 from openai_front.config import Settings
 
-NAME = "openai-front"
+NAME: Final = "openai-front"
+SERVICE: Final = "openai_front"
+"""What probes ask for: it serves until the drain begins, whatever becomes of the router."""
+
 log = structlog.stdlib.get_logger(__name__)
 
 
@@ -38,7 +42,7 @@ async def serve(app: FastAPI, settings: Settings, registry: CollectorRegistry, i
     """
     stop, loop = stop_on_signals(), asyncio.get_running_loop()
     TaskMetrics(registry).watch(lambda: len(asyncio.all_tasks(loop)))
-    health = HealthServicer([])
+    health = HealthServicer([SERVICE])
     tls = _tls(settings, CertificateMetrics(registry)) if listens_with_tls(settings) else None
     with _bound(settings.listen) as bound:
         metrics_server, metrics_address = serve_metrics(settings.metrics_listen, registry)

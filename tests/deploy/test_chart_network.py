@@ -68,7 +68,7 @@ def test_ports_are_those_the_processes_are_told(values: str, render: Any) -> Non
         told = {entry["name"]: entry.get("value", "") for entry in container.get("env", [])}
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         for variable, port in (
-            ("ALORA_LISTEN", "grpc"),
+            ("ALORA_LISTEN", "http" if name.endswith("openai-front") else "grpc"),
             ("ALORA_HEALTH_LISTEN", "health"),
             ("ALORA_METRICS_LISTEN", "metrics"),
         ):
@@ -198,6 +198,16 @@ def test_clients_may_be_named_and_the_releases_own_test_is_one(render: Any) -> N
     assert _reaches(manifests, test, "router", 50051)
     assert not _reaches(manifests, CLIENT, "router", 50051)
     assert not _reaches(manifests, {"alora-serve-client": "true"}, "base-prefill", 50051)
+
+
+def test_http_clients_reach_the_front_door_alone_and_this_one_the_router(render: Any) -> None:
+    manifests = render("openai-front")
+    client = {"app": "client"}
+    front = dict(_components(manifests))["openai-front"]
+    assert _reaches(manifests, front, "router", 50051)
+    assert not _reaches(manifests, front, "base-prefill", 50051)
+    assert not _reaches(manifests, front, "store", 6379)
+    assert not _reaches(manifests, client, "openai-front", 8000)
 
 
 def test_names_traces_and_metrics_get_through(values: str, render: Any) -> None:

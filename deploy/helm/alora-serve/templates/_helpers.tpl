@@ -102,6 +102,16 @@ and name them: --set secrets.existingSecret=%s
 {{- if has .component (list "base-prefill" "adapter-decode") }}true{{ end -}}
 {{- end }}
 
+{{/* The HTTP front door needs none of the services' secrets: it calls the router alone. */}}
+{{- define "alora-serve.isFront" -}}
+{{- if eq .component "openai-front" }}true{{ end -}}
+{{- end }}
+
+{{/* Where it listens for callers. */}}
+{{- define "alora-serve.port" -}}
+{{ include "alora-serve.isFront" . | empty | ternary 50051 8000 }}
+{{- end }}
+
 {{/* "true" where callers show keys or tokens, and tenants are kept apart. */}}
 {{- define "alora-serve.hasTenants" -}}
 {{- if or .Values.access.fileSecret .Values.access.jwt.jwksConfigMap }}true{{ end -}}

@@ -62,8 +62,12 @@ readinessProbe:
 {{- end }}
 
 {{- define "alora-serve.grpcService" -}}
+{{- if include "alora-serve.isFront" . -}}
+openai_front
+{{- else -}}
 {{- $services := dict "router" "Alora" "base-prefill" "BasePrefill" "adapter-decode" "AdapterDecode" -}}
 alora_serve.v1.{{ index $services .component }}Service
+{{- end -}}
 {{- end }}
 
 {{/* The container of a service. */}}
@@ -72,7 +76,11 @@ name: {{ .component }}
 image: {{ include "alora-serve.image" (dict "ctx" .ctx "image" .values.image) }}
 imagePullPolicy: {{ .values.image.pullPolicy }}
 ports:
+  {{- if include "alora-serve.isFront" . }}
+  - {name: http, containerPort: 8000}
+  {{- else }}
   - {name: grpc, containerPort: 50051}
+  {{- end }}
   - {name: health, containerPort: 50052}
   - {name: metrics, containerPort: 9090}
 env:

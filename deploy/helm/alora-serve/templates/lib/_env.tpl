@@ -5,8 +5,9 @@ a test compares them. A setting that changes changes the pod template, and so re
 {{- define "alora-serve.env" -}}
 {{- $values := .ctx.Values -}}
 {{- $isModelService := include "alora-serve.isModelService" . -}}
+{{- $isFront := include "alora-serve.isFront" . -}}
 {{- $settings := include "alora-serve.settings" . | fromJson -}}
-- {name: ALORA_LISTEN, value: "{{ $values.listenHost }}:50051"}
+- {name: ALORA_LISTEN, value: "{{ $values.listenHost }}:{{ include "alora-serve.port" . }}"}
 - {name: ALORA_HEALTH_LISTEN, value: "{{ $values.listenHost }}:50052"}
 - {name: ALORA_METRICS_LISTEN, value: "{{ $values.listenHost }}:9090"}
 - {name: ALORA_DRAIN_SECONDS, value: {{ .values.drainSeconds | toString | quote }}}
@@ -15,12 +16,15 @@ a test compares them. A setting that changes changes the pod template, and so re
 - {name: ALORA_TLS_KEY_FILE, value: /etc/alora-serve/tls/tls.key}
 {{- if and $isModelService $values.tls.mutual }}
 - {name: ALORA_TLS_CLIENT_CA_FILE, value: /etc/alora-serve/tls/ca.crt}
-{{- else if and (not $isModelService) $values.tls.clientCaSecret }}
+{{- else if and (not (or $isModelService $isFront)) $values.tls.clientCaSecret }}
 - {name: ALORA_TLS_CLIENT_CA_FILE, value: /etc/alora-serve/client-ca/ca.crt}
 {{- end }}
 {{- else }}
 - {name: ALORA_ALLOW_INSECURE, value: "true"}
 {{- end }}
+{{- if $isFront }}
+{{- include "alora-serve.frontEnv" . | nindent 0 }}
+{{- else }}
 {{- $handle := dict "ctx" .ctx "name" "ALORA_HANDLE_SECRETS" "key" "handle-secrets" }}
 {{- include "alora-serve.secretEnv" $handle | nindent 0 }}
 {{- $optional := not (include "alora-serve.hasTenants" .ctx) }}
@@ -29,6 +33,7 @@ a test compares them. A setting that changes changes the pod template, and so re
 {{- if $values.publicPrompts }}
 - {name: ALORA_PUBLIC_PROMPTS_FILE, value: /etc/alora-serve/public-prompts/public-prompts.yaml}
 {{- end }}
+{{- end }}
 {{- if $isModelService }}
 {{- include "alora-serve.modelEnv" . | nindent 0 }}
 {{- include "alora-serve.storeEnv" .ctx | nindent 0 }}
@@ -36,7 +41,7 @@ a test compares them. A setting that changes changes the pod template, and so re
 - name: ALORA_THREADS
   valueFrom: {resourceFieldRef: {resource: requests.cpu, divisor: "1"}}
 {{- end }}
-{{- else }}
+{{- else if not $isFront }}
 {{- include "alora-serve.routerEnv" .ctx | nindent 0 }}
 {{- end }}
 {{- range $name, $value := $settings }}
@@ -136,6 +141,18 @@ a test compares them. A setting that changes changes the pod template, and so re
 - {name: ALORA_STORE_PROTECTION, value: {{ $store.protection }}}
 {{- if ne $store.protection "none" }}
 {{- include "alora-serve.secretEnv" (dict "ctx" . "name" "ALORA_STORE_SECRETS" "key" "store-secrets") | nindent 0 }}
+{{- end }}
+{{- end }}
+
+{{- define "alora-serve.frontEnv" -}}
+{{- $router := include "alora-serve.name" (dict "ctx" .ctx "component" "router") -}}
+- {name: ALORA_ROUTER_ADDRESS, value: "{{ $router }}:{{ .ctx.Values.router.service.port }}"}
+{{- if .ctx.Values.tls.enabled }}
+- {name: ALORA_ROUTER_TLS_CA_FILE, value: /etc/alora-serve/router-ca/ca.crt}
+{{- if .values.routerClientSecret }}
+- {name: ALORA_ROUTER_TLS_CERT_FILE, value: /etc/alora-serve/router-client/tls.crt}
+- {name: ALORA_ROUTER_TLS_KEY_FILE, value: /etc/alora-serve/router-client/tls.key}
+{{- end }}
 {{- end }}
 {{- end }}
 

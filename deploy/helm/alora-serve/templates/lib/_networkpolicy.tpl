@@ -1,5 +1,5 @@
 {{/*
-Who may speak to whom: clients to the router, the router to the model services, these to the store, Prometheus to all;
+Who may speak to whom: clients to the router and the HTTP front door, this one to the router, the router to the model services, these to the store, Prometheus to all;
 all to name servers and to where traces go. Probes come from the node, which network policies let through.
 */}}
 {{- define "alora-serve.networkPolicy" -}}
@@ -15,12 +15,18 @@ spec:
       {{- include "alora-serve.selectorLabels" . | nindent 6 }}
   policyTypes: [Ingress, Egress]
   ingress:
-    - ports: [{port: 50051, protocol: TCP}]
-      {{- if eq .component "router" }}
+    - ports: [{port: {{ include "alora-serve.port" . }}, protocol: TCP}]
+      {{- if include "alora-serve.isFront" . }}
+      {{- with $policy.httpClients }}
+      from:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- else if eq .component "router" }}
       {{- with $policy.clients }}
       from:
         {{- toYaml . | nindent 8 }}
-        {{- include "alora-serve.podPeers" (dict "ctx" $.ctx "components" (list "test")) | nindent 8 }}
+        {{- $own := $.ctx.Values.openaiFront.enabled | ternary (list "test" "openai-front") (list "test") }}
+        {{- include "alora-serve.podPeers" (dict "ctx" $.ctx "components" $own) | nindent 8 }}
       {{- end }}
       {{- else }}
       from:
@@ -44,7 +50,11 @@ spec:
         {{- toYaml . | nindent 8 }}
       {{- end }}
     {{- end }}
-    {{- if eq .component "router" }}
+    {{- if include "alora-serve.isFront" . }}
+    - ports: [{port: 50051, protocol: TCP}]
+      to:
+        {{- include "alora-serve.podPeers" (dict "ctx" .ctx "components" (list "router")) | nindent 8 }}
+    {{- else if eq .component "router" }}
     - ports: [{port: 50051, protocol: TCP}]
       to:
         {{- include "alora-serve.podPeers" (dict "ctx" .ctx "components" (list "base-prefill" "adapter-decode")) | nindent 8 }}

@@ -18,7 +18,7 @@
 {{- $secret := include "alora-serve.tlsSecret" (dict "ctx" .ctx "certificate" .component) }}
 {{- include "alora-serve.secretVolume" (dict "volume" "tls" "secret" $secret) | nindent 0 }}
 {{- end }}
-{{- if $values.publicPrompts }}
+{{- if and $values.publicPrompts (not (include "alora-serve.isFront" .)) }}
 - {name: public-prompts, configMap: {name: {{ include "alora-serve.fullname" .ctx }}-public-prompts}}
 {{- end }}
 {{- if include "alora-serve.isModelService" . }}
@@ -34,6 +34,14 @@
 {{- end }}
 {{- with $values.store.tls.clientSecret }}
 {{- include "alora-serve.secretVolume" (dict "volume" "store-client" "secret" .) | nindent 0 }}
+{{- end }}
+{{- end }}
+{{- else if include "alora-serve.isFront" . }}
+{{- if $values.tls.enabled }}
+{{- $secret := .values.routerCaSecret | default (include "alora-serve.tlsSecret" (dict "ctx" .ctx "certificate" "router")) }}
+{{- include "alora-serve.secretVolume" (dict "volume" "router-ca" "secret" $secret "only" "ca.crt") | nindent 0 }}
+{{- with .values.routerClientSecret }}
+{{- include "alora-serve.secretVolume" (dict "volume" "router-client" "secret" .) | nindent 0 }}
 {{- end }}
 {{- end }}
 {{- else }}
@@ -62,7 +70,7 @@
 {{- if $values.tls.enabled }}
 - {name: tls, mountPath: /etc/alora-serve/tls, readOnly: true}
 {{- end }}
-{{- if $values.publicPrompts }}
+{{- if and $values.publicPrompts (not (include "alora-serve.isFront" .)) }}
 - {name: public-prompts, mountPath: /etc/alora-serve/public-prompts, readOnly: true}
 {{- end }}
 {{- if include "alora-serve.isModelService" . }}
@@ -76,6 +84,13 @@
 {{- end }}
 {{- if $values.store.tls.clientSecret }}
 - {name: store-client, mountPath: /etc/alora-serve/store-client, readOnly: true}
+{{- end }}
+{{- end }}
+{{- else if include "alora-serve.isFront" . }}
+{{- if $values.tls.enabled }}
+- {name: router-ca, mountPath: /etc/alora-serve/router-ca, readOnly: true}
+{{- if .values.routerClientSecret }}
+- {name: router-client, mountPath: /etc/alora-serve/router-client, readOnly: true}
 {{- end }}
 {{- end }}
 {{- else }}

@@ -53,8 +53,10 @@ spec:
         {{- end }}
       annotations:
         kubectl.kubernetes.io/default-container: {{ .component }}
+        {{- if not (include "alora-serve.isFront" .) }}
         {{- include "alora-serve.checksums" .ctx | nindent 8 }}
         checksum/public-prompts: {{ .ctx.Values.publicPrompts | toJson | sha256sum }}
+        {{- end }}
         {{- with .values.podAnnotations }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
