@@ -21,8 +21,13 @@ INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--
 TIMEOUT_SECONDS = 600
 
 
-def run_mellea(program: str, given: object) -> Any:
+def run_mellea(program: str, given: object = None) -> Any:
     """Run a program on some input; both ways JSON. Skips the test where pip cannot fetch what it needs."""
+    return json.loads(mellea_lines(program, given)[-1])  # mellea says things, too
+
+
+def mellea_lines(program: str, given: object = None) -> list[str]:
+    """All lines that a program prints; its input and skipping are those of :func:`run_mellea`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COVERAGE"))}
     result = subprocess.run(
         [_python(), PROGRAMS / program],
@@ -34,7 +39,7 @@ def run_mellea(program: str, given: object) -> Any:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])  # mellea says things, too
+    return result.stdout.splitlines()
 
 
 def _python() -> Path:
