@@ -36,19 +36,27 @@ LABELS = {
 }
 
 
+READER = "reader"
+"""An intrinsic that reads the last turn, which a handle hides."""
+
+
 def io_yaml(name: str, labels: dict[str, float] | None) -> str:
     """A definition in the format of the Granite intrinsic libraries; YAML takes JSON."""
     form: dict[str, Any] = {"type": "object", "properties": {"rewritten_question": {"type": "string", "maxLength": 8}}}
     form |= {"required": ["rewritten_question"], "additionalProperties": False}
     transformations = None
-    if labels is not None:
+    instruction = "Is this so: {last_message}" if name == READER else None
+    if name == READER:
+        form = {"type": "string", "enum": ["yes", "no"]}
+        transformations = [{"type": "nest", "input_path": [], "field_name": "said"}]
+    elif labels is not None:
         form = {"type": "string", "enum": list(labels)}
         transformations = [
             {"type": "likelihood", "input_path": [], "categories_to_values": labels},
             {"type": "nest", "input_path": [], "field_name": f"{name}_likelihood"},
         ]
     definition = {"model": None, "response_format": json.dumps(form), "transformations": transformations}
-    return json.dumps({**definition, "instruction": None, "parameters": {"max_completion_tokens": 64}})
+    return json.dumps({**definition, "instruction": instruction, "parameters": {"max_completion_tokens": 64}})
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -56,7 +64,7 @@ async def guarded(tiny_model: ServedModel, tmp_path_factory: pytest.TempPathFact
     """The tiny model with an adapter for each check."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("guarded")
-    for number, name in enumerate(INTRINSICS):
+    for number, name in enumerate((*INTRINSICS, READER)):
         invocation = tokens_of(f"<|guard|>{name}<|guard|>", tiny_model.directory)
         for twin, more in (("", {"alora_invocation_tokens": list(invocation)}), ("-lora", {})):
             if twin and name not in TWINS:
@@ -73,15 +81,21 @@ async def run_example(address: str, *arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the script."""
     script = load_rag_guard().__file__
     assert script is not None
+    return await run_python(address, script, *arguments)
+
+
+async def run_python(address: str, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of Python with the router's address."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ALORA_")}
     environment |= {"ALORA_ADDRESS": address, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, script, *arguments),
+        *(sys.executable, *arguments),
         env=environment,
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await process.communicate()
+    out, err = await process.communicate(stdin.encode())
     return process.returncode or 0, out.decode(), err.decode()
 
 
@@ -126,6 +140,19 @@ async def test_people_see_a_table(guarded: Deployed, case: str) -> None:
     status, out, _ = await run_example(guarded.local.router_address, "--case", case, "--no-lora", "--question", "Why?")
     assert status == 0
     assert "Asked of plain LoRAs" not in out
+
+
+async def test_in_a_chat_they_find_typed_results_whatever_a_handle_hides(guarded: Deployed) -> None:
+    lines = ["What do tides follow?", f"/adapter {READER}"]
+    chat = ("-m", "alora_serve.cli.app", "chat", "--json", "--max-tokens", "3")
+    chat += ("--intrinsic", "answerability", "--intrinsic", "uncertainty")
+    status, out, err = await run_python(guarded.local.router_address, *chat, stdin="\n".join(lines))
+    assert status == 0, out + err
+    told = [json.loads(line) for line in out.splitlines()]
+    found = {event["intrinsic"]: event["value"] for event in told if event["event"] == "verdict"}
+    assert 0.8 <= found["answerability"]["answerability_likelihood"] <= 1.0
+    assert 0.8 <= found["uncertainty"]["uncertainty_likelihood"] <= 1.0
+    assert found[READER] in ({"said": "yes"}, {"said": "no"})
 
 
 async def test_checks_that_are_not_served_are_named_and_left_out(tiny: Deployed, case: str) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from alora_serve.client import Client, GenerationResult, Prompt, SamplingParams
+from alora_serve.client import Client, Prompt
 from alora_serve.client.results import Transcript
-from alora_serve.errors import AloraServeError
-from alora_serve.types import Finished, Timings, Usage
+from alora_serve.errors import AloraServeError, InvalidRequestError
+from alora_serve.types import AdapterInfo, Finished, Timings, Usage
 
-INTRINSIC_TOKENS: Final = 64
-"""Most tokens of an intrinsic's answer."""
+PLAIN_TOKENS: Final = 64
+"""Most tokens of an answer whose adapter has no ``io.yaml`` to say so."""
 _YES_OR_NO: Final = {"yes": 1.0, "no": 0.0}
 
 
@@ -34,7 +34,7 @@ class Verdict:
         name: of the intrinsic.
         value: its result as JSON values; the answer's text where nothing more is known of it.
         text: what its adapter said.
-        cost: None when it failed.
+        cost: None exactly when it failed.
         error: why it has no result.
     """
 
@@ -59,15 +59,64 @@ class Verdict:
         return numbers[0] if len(numbers) == 1 else None
 
 
-def run_intrinsics(client: Client, prompt: Prompt, names: Sequence[str], timeout_seconds: float) -> Iterator[Verdict]:
-    """Ask adapters about one conversation, all at once; a verdict comes as soon as its adapter has answered.
+def untyped(adapters: Iterable[AdapterInfo]) -> frozenset[str]:
+    """Names of those that no ``io.yaml`` defines as intrinsics."""
+    return frozenset(adapter.name for adapter in adapters if not adapter.intrinsic_digest)
+
+
+def run_intrinsics(
+    client: Client,
+    prompt: Prompt,
+    names: Sequence[str],
+    *,
+    timeout_seconds: float,
+    plain: Container[str] = (),
+    whole: Prompt | None = None,
+) -> Iterator[Verdict]:
+    """Ask adapters about one conversation, together; a verdict comes as soon as its adapter has answered.
+
+    Args:
+        client: of the router.
+        prompt: the conversation.
+        names: of the adapters.
+        timeout_seconds: of each call.
+        plain: those of them that are asked without an ``io.yaml``: their text is their result.
+        whole: the same conversation as messages, for intrinsics that must see what a handle hides.
 
     Raises:
-        AloraServeError: the call as a whole failed.
+        AloraServeError: a call as a whole failed.
     """
+    typed = [name for name in names if name not in plain]
+    again: list[str] = []
+    for verdict in _run_typed(client, prompt, typed, timeout_seconds):
+        # The error of one intrinsic of several names no field; that it reads turns which the handle hides is likely.
+        if whole is not None and prompt.handle is not None and isinstance(verdict.error, InvalidRequestError):
+            again.append(verdict.name)
+        else:
+            yield verdict
+    if whole is not None:
+        yield from _run_typed(client, whole, again, timeout_seconds)
+    yield from _run_plain(client, prompt, [name for name in names if name in plain], timeout_seconds)
+
+
+def _run_typed(client: Client, prompt: Prompt, names: Sequence[str], timeout_seconds: float) -> Iterator[Verdict]:
+    if not names:
+        return
+    with client.run_intrinsics(None, names, prompt=prompt, timeout_seconds=timeout_seconds) as stream:
+        for index, outcome in stream:
+            name = names[index]
+            if isinstance(outcome, AloraServeError):
+                yield Verdict(name, error=outcome)
+            else:
+                cost = Cost(name, outcome.usage, outcome.timings)
+                yield Verdict(name, outcome.result, outcome.raw_text, cost)
+
+
+def _run_plain(client: Client, prompt: Prompt, names: Sequence[str], timeout_seconds: float) -> Iterator[Verdict]:
+    if not names:
+        return
     transcripts = [Transcript() for _ in names]
-    sampling = SamplingParams(max_tokens=INTRINSIC_TOKENS)
-    with client.fanout(None, names, prompt=prompt, sampling=sampling, timeout_seconds=timeout_seconds) as stream:
+    with client.fanout(None, names, prompt=prompt, max_tokens=PLAIN_TOKENS, timeout_seconds=timeout_seconds) as stream:
         for index, event in stream:
             name = names[index]
             if isinstance(event, AloraServeError):
@@ -75,8 +124,5 @@ def run_intrinsics(client: Client, prompt: Prompt, names: Sequence[str], timeout
                 continue
             transcripts[index].add(event)
             if isinstance(event, Finished):
-                yield _verdict(name, transcripts[index].result())
-
-
-def _verdict(name: str, result: GenerationResult) -> Verdict:
-    return Verdict(name, result.text.strip(), result.text, Cost(name, result.usage, result.timings))
+                result = transcripts[index].result()
+                yield Verdict(name, result.text.strip(), result.text, Cost(name, result.usage, result.timings))

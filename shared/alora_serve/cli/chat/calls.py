@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from alora_serve.cli.verdicts import Verdict, run_intrinsics
+from alora_serve.cli.verdicts import Verdict, run_intrinsics, untyped
 from alora_serve.client import Client, GenerationStream, Prompt, SamplingParams
-from alora_serve.types import AdapterInfo, Finished, TokenChunk
+from alora_serve.types import AdapterInfo, Finished, ModelInfo, TokenChunk
 
 
-@dataclass(frozen=True, slots=True)
 class Calls:
-    """A router, and how it is asked.
+    """A router, and how it is asked."""
 
-    Attributes:
-        sampling: of the base model. Adapters answer greedily, in as many tokens.
-        timeout_seconds: of each call.
-    """
+    def __init__(self, client: Client, sampling: SamplingParams, timeout_seconds: float) -> None:
+        """Prepare.
 
-    client: Client
-    sampling: SamplingParams
-    timeout_seconds: float
+        Args:
+            client: of the router.
+            sampling: of the base model. Adapters answer greedily, in as many tokens.
+            timeout_seconds: of each call.
+        """
+        self._client = client
+        self._sampling = sampling
+        self._timeout_seconds = timeout_seconds
+        self._untyped: frozenset[str] = frozenset()
+
+    def model(self) -> ModelInfo:
+        """The base model."""
+        return self._client.get_model(timeout_seconds=self._timeout_seconds)
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
-        """Every adapter that is served, or says why not."""
-        return tuple(self.client.list_adapters(timeout_seconds=self.timeout_seconds))
+        """Every adapter that is served, or says why not; :meth:`judge` goes by what was listed last."""
+        listed = tuple(self._client.list_adapters(timeout_seconds=self._timeout_seconds))
+        self._untyped = untyped(listed)
+        return listed
 
     def answer(self, prompt: Prompt, adapter: str) -> GenerationStream:
         """The base model's answer, or an adapter's, as it comes."""
-        sampling = SamplingParams(max_tokens=self.sampling.max_tokens) if adapter else self.sampling
-        return self.client.generate(
-            prompt=prompt, adapter=adapter, sampling=sampling, timeout_seconds=self.timeout_seconds
+        sampling = SamplingParams(max_tokens=self._sampling.max_tokens) if adapter else self._sampling
+        return self._client.generate(
+            prompt=prompt, adapter=adapter, sampling=sampling, timeout_seconds=self._timeout_seconds
         )
 
-    def judge(self, prompt: Prompt, names: Sequence[str]) -> Iterator[Verdict]:
-        """A verdict for each name, as it comes.
+    def judge(self, prompt: Prompt, whole: Prompt, names: Sequence[str]) -> Iterator[Verdict]:
+        """A verdict for each name, as it comes; ``whole`` is the prompt's conversation as messages.
 
         Raises:
-            AloraServeError: the call as a whole failed.
+            AloraServeError: a call as a whole failed.
         """
-        return run_intrinsics(self.client, prompt, names, self.timeout_seconds)
+        return run_intrinsics(
+            self._client,
+            prompt,
+            names,
+            timeout_seconds=self._timeout_seconds,
+            plain=self._untyped,
+            whole=whole,
+        )
 
 
 def text_of(event: object) -> str:

@@ -65,6 +65,10 @@ class Conversation:
             template_arguments=self.template_arguments,
         )
 
+    def whole(self) -> Prompt:
+        """All of it as messages."""
+        return self.without_handles().prompt()
+
     def said(self, role: str, content: str, handle: PrefixHandle | None = None) -> Conversation:
         """With one turn more, and the handle that covers all turns, where there is one."""
         messages = (*self.messages, ChatMessage(role, content))

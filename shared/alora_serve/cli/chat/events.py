@@ -29,9 +29,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Run these intrinsics and show each verdict as it comes. Ends in Judged."""
+    """Run these intrinsics and show each verdict as it comes. Ends in Judged.
+
+    Attributes:
+        whole: the prompt's conversation as messages: some intrinsics read what a handle hides.
+    """
 
     prompt: Prompt
+    whole: Prompt
     names: tuple[str, ...]
 
 

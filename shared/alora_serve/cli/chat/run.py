@@ -110,7 +110,7 @@ class Shell:
 
     def _judge(self, task: events.Judge) -> Event:
         verdicts = []
-        for verdict in self._calls.judge(task.prompt, task.names):
+        for verdict in self._calls.judge(task.prompt, task.whole, task.names):
             verdicts.append(verdict)
             self.had_errors |= verdict.error is not None
             self._view.verdict(verdict)

@@ -48,12 +48,12 @@ def run_chat(
     with connected(address) as client:
         calls = Calls(client, sampling, timeout_seconds)
         listed = calls.adapters()
-        names = tuple(adapter.name for adapter in listed)
-        if problem := unknown(intrinsics, names):
+        chat = Chat(conversation=conversation, intrinsics=tuple(intrinsics)).knowing(listed)
+        if problem := unknown(intrinsics, chat.adapters):
             raise InvalidRequestError.of("intrinsics", problem)
         view: View = JsonView() if as_json else PeopleView(console(), console(stderr=True))
-        view.ready(client.get_model(timeout_seconds=timeout_seconds), listed)
-        shell = Shell(Chat(conversation=conversation, intrinsics=tuple(intrinsics), adapters=names), calls, view)
+        view.ready(calls.model(), listed)
+        shell = Shell(chat, calls, view)
         interactive = not as_json and sys.stdin.isatty() and sys.stdout.isatty()
         keyboard: Keyboard
         if interactive:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -12,9 +12,10 @@ from alora_serve.cli.chat.commands import OFF, Command, Misunderstood, Say, near
 from alora_serve.cli.chat.conversation import Conversation
 from alora_serve.cli.chat.events import Action, Event, Note, Refuse, Task
 from alora_serve.cli.conversation import conversation_to_json
-from alora_serve.cli.verdicts import Cost
+from alora_serve.cli.verdicts import Cost, Verdict, untyped
 from alora_serve.client import GenerationResult
 from alora_serve.errors import AloraServeError, HandleExpiredError, HandleInvalidError, ModelMismatchError
+from alora_serve.types import AdapterInfo
 
 _SHOWN_CHARACTERS: Final = 60
 _HANDLE_REFUSED: Final = (HandleExpiredError, HandleInvalidError, ModelMismatchError)
@@ -28,6 +29,7 @@ class Chat:
         conversation: with the user's turn that is being answered.
         intrinsics: asked after every turn.
         adapters: names of those that the router listed last.
+        typed: those of them that are intrinsics by an ``io.yaml``, which says how to ask them.
         aside: adapter and text of the last answer that stays outside of the conversation.
         costs: of the last turn.
         task: what is being done.
@@ -38,11 +40,17 @@ class Chat:
     conversation: Conversation = field(default_factory=Conversation)
     intrinsics: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
+    typed: frozenset[str] = frozenset()
     aside: tuple[str, str] | None = None
     costs: tuple[Cost, ...] = ()
     task: Task | None = None
     before: Conversation = field(default_factory=Conversation)
     stopping: bool = False
+
+    def knowing(self, adapters: Sequence[AdapterInfo]) -> Chat:
+        """With these for the adapters that there are."""
+        names = tuple(adapter.name for adapter in adapters)
+        return replace(self, adapters=names, typed=frozenset(names) - untyped(adapters))
 
     def on(self, event: Event) -> tuple[Chat, tuple[Action, ...]]:
         """What an event leads to. At most one of the actions is a :data:`Task`, and it is the last."""
@@ -53,9 +61,9 @@ class Chat:
             case events.Answered(result):
                 return idle._answered(result, self.task)
             case events.Judged(verdicts):
-                return idle._charged(*(verdict.cost for verdict in verdicts if verdict.cost)), ()
+                return idle._judged(verdicts), ()
             case events.Listed(adapters):
-                return replace(idle, adapters=tuple(adapter.name for adapter in adapters)), ()
+                return idle.knowing(adapters), ()
             case events.Loaded(conversation):
                 rest = "; the last one has no answer yet: /retry has it answered" if conversation.awaits_answer else ""
                 count = len(conversation.messages)
@@ -113,7 +121,7 @@ class Chat:
     def _ask_adapter(self, name: str) -> tuple[Chat, tuple[Action, ...]]:
         if self.conversation.is_empty:
             return self, (Refuse("there is nothing to ask an adapter about yet: say something first"),)
-        return self._do(events.Answer(self.conversation.prompt(), name))
+        return self._do(self._judging(name) if name in self.typed else events.Answer(self.conversation.prompt(), name))
 
     def _keep(self) -> tuple[Chat, tuple[Action, ...]]:
         if self.aside is None:
@@ -158,8 +166,7 @@ class Chat:
     def _save(self, file: Path) -> tuple[Chat, tuple[Action, ...]]:
         if self.conversation.is_empty:
             return self, (Refuse("there is nothing to save yet"),)
-        kept = self.conversation
-        return self._do(events.Save(file, conversation_to_json(kept.without_handles().prompt())))
+        return self._do(events.Save(file, conversation_to_json(self.conversation.whole())))
 
     # --- what comes of tasks ------------------------------------------------------------------------------------------
 
@@ -178,7 +185,15 @@ class Chat:
         answered = replace(charged, conversation=self.conversation.said("assistant", result.text, result.handle))
         if not answered.intrinsics:
             return answered, ()
-        return answered._do(events.Judge(answered.conversation.prompt(), answered.intrinsics))
+        return answered._do(answered._judging(*answered.intrinsics))
+
+    def _judging(self, *names: str) -> events.Judge:
+        return events.Judge(self.conversation.prompt(), self.conversation.whole(), names)
+
+    def _judged(self, verdicts: Sequence[Verdict]) -> Chat:
+        answered = [verdict for verdict in verdicts if verdict.cost is not None]
+        charged = self._charged(*(verdict.cost for verdict in answered if verdict.cost is not None))
+        return replace(charged, aside=(answered[-1].name, answered[-1].text) if answered else None)
 
     def _charged(self, *costs: Cost) -> Chat:
         return replace(self, costs=(*self.costs, *costs))

@@ -102,7 +102,10 @@ class PeopleView:
     def adapters(self, adapters: Sequence[AdapterInfo]) -> None:
         """See :class:`View`."""
         for adapter in adapters:
-            what = adapter.problem or f"{adapter.kind}, rank {adapter.rank}"
+            what = (
+                adapter.problem
+                or f"{adapter.kind}, rank {adapter.rank}{', intrinsic' * bool(adapter.intrinsic_digest)}"
+            )
             self._out.print(Text.assemble((adapter.name, "bold"), f"  {what}"), soft_wrap=True)
         if not adapters:
             self.note("there are no adapters")

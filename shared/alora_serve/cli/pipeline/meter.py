@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Final
 
 from alora_serve.cli.pipeline.result import Report, Spent, Step
-from alora_serve.cli.verdicts import Verdict, run_intrinsics
+from alora_serve.cli.verdicts import Verdict, run_intrinsics, untyped
 from alora_serve.client import ChatMessage, Client, PrefixHandle, Prompt
 from alora_serve.errors import UnavailableError
 
@@ -47,9 +47,9 @@ class Meter:
         self._client = client
         self._on_step = on_step
         self._timeout_seconds = timeout_seconds
-        self._served = {
-            adapter.name for adapter in client.list_adapters(timeout_seconds=timeout_seconds) if not adapter.problem
-        }
+        listed = client.list_adapters(timeout_seconds=timeout_seconds)
+        self._served = {adapter.name for adapter in listed if not adapter.problem}
+        self._untyped = untyped(listed)
         self._steps: list[tuple[Step, Prompt]] = []
 
     def prepare(self, intrinsics: Sequence[str]) -> tuple[str, ...]:
@@ -109,7 +109,9 @@ class Meter:
     def _run(self, prompt: Prompt, names: tuple[str, ...]) -> tuple[dict[str, Verdict], Spent]:
         began = monotonic()
         verdicts = {}
-        for verdict in run_intrinsics(self._client, prompt, names, self._timeout_seconds):
+        for verdict in run_intrinsics(
+            self._client, prompt, names, timeout_seconds=self._timeout_seconds, plain=self._untyped
+        ):
             if verdict.error is not None:
                 raise verdict.error
             verdicts[verdict.name] = verdict

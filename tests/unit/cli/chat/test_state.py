@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from alora_serve.cli.chat import events
 from alora_serve.cli.chat.conversation import Conversation
 from alora_serve.cli.chat.events import Answer, Answered, Failed, Judge, Judged, Leave, Line, Note, Refuse, Stopped
 from alora_serve.cli.chat.state import Chat, unknown
-from alora_serve.cli.verdicts import Verdict
+from alora_serve.cli.verdicts import Cost, Verdict
 from alora_serve.client import GenerationResult
 from alora_serve.errors import HandleExpiredError, UnavailableError
 from alora_serve.types import (
     AdapterDigest,
+    AdapterInfo,
     ChatMessage,
     FinishReason,
     PrefixHandle,
@@ -27,6 +29,7 @@ from alora_serve.types import (
     Usage,
 )
 
+PLAIN = AdapterInfo("a", AdapterDigest("ab"), "alora", 8, ("q_proj",), (1,), "", 64, True)
 GOOD, EXPIRED, GONE = "good", HandleExpiredError("expired"), UnavailableError("gone")
 
 
@@ -83,8 +86,9 @@ class Talk:
             match action:
                 case Answer(prompt, adapter):
                     due += self.on(self.server.answers(prompt, f"{adapter or 'base'} says {len(done)}", adapter))
-                case Judge(_, names):
-                    due += self.on(Judged(tuple(Verdict(name, "yes") for name in names)))
+                case Judge(_, _, names):
+                    cost = Cost("", Usage(), Timings())
+                    due += self.on(Judged(tuple(Verdict(name, {"is": True}, "yes", cost) for name in names)))
                 case events.ListAdapters() | events.Load() | events.Save():
                     raise AssertionError(f"{action} ends in an event that a test has to give")
         return done
@@ -123,6 +127,17 @@ def test_an_adapter_answers_from_the_handle_and_stays_outside_unless_kept(talk: 
     assert [message.content for message in after.prompt.messages] == ["guard says 1", "two"]
 
 
+def test_an_adapter_with_an_io_yaml_is_asked_as_that_says(talk: Talk) -> None:
+    talk.on(events.Listed(tuple(replace(PLAIN, name=name, intrinsic_digest=d) for name, d in (("a", ""), ("b", "12")))))
+    talk.say("one")
+    assert isinstance(talk.say("/adapter a")[0], Answer)
+    (judge,) = talk.say("/adapter b")
+    assert isinstance(judge, Judge)
+    assert judge.names == ("b",)
+    talk.say("/keep")
+    assert talk.turns[2:] == ["assistant: yes"]
+
+
 def test_an_answer_from_before_the_last_turn_cannot_be_kept(talk: Talk) -> None:
     talk.say("one")
     talk.say("/adapter guard")
@@ -135,7 +150,8 @@ def test_intrinsics_run_after_every_turn_until_they_are_off(talk: Talk) -> None:
     _, judge = talk.say("one")
     assert isinstance(judge, Judge)
     assert judge.names == ("guard", "certain")
-    assert talk.server.means(judge.prompt) == talk.chat.conversation.messages
+    assert judge.prompt.handle is not None
+    assert talk.server.means(judge.prompt) == judge.whole.messages == talk.chat.conversation.messages
     assert talk.say("/intrinsics") == [Note("after every turn: guard, certain")]
     assert talk.say("/intrinsics off") == [Note("no intrinsics from now on")]
     assert len(talk.say("two")) == 1
@@ -283,7 +299,8 @@ def test_intrinsics_too_are_asked_again_without_the_handle(talk: Talk) -> None:
     (judge,) = talk.on(talk.server.answers(answer.prompt, "yes"))
     assert isinstance(judge, Judge)
     _, again = talk.on(Failed(EXPIRED))
-    assert again == Judge(Prompt(messages=talk.chat.conversation.messages), ("guard",))
+    whole = Prompt(messages=talk.chat.conversation.messages)
+    assert again == Judge(whole, whole, ("guard",))
 
 
 def test_a_failed_turn_is_taken_back(talk: Talk) -> None:
