@@ -29,9 +29,11 @@ from alora_serve.errors import (
     AloraServeError,
     ConfigError,
     HandleInvalidError,
+    IntrinsicOutputError,
     InvalidRequestError,
 )
 from alora_serve.handles import HandleSigner
+from alora_serve.intrinsics import Answer, ScoredToken, ask, conclude, parse_definition
 from alora_serve.kv.layout import KVLayout
 from alora_serve.kv.record import HEADER_BYTES, RecordRejected, RecordSpec, open_record, seal
 from alora_serve.kv.redis_url import parse_redis_url
@@ -45,13 +47,24 @@ from alora_serve.rpc.convert import (
     decode_from_proto,
     fan_out_from_proto,
     generate_from_proto,
+    intrinsic_result_from_proto,
+    intrinsic_result_to_proto,
     sampling_from_proto,
     score_from_proto,
     scoring_from_proto,
 )
 from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto
 from alora_serve.rpc.wire import find_invalid_utf8, find_largest_field
-from alora_serve.types import ChatMessage, PrefixHandle, PromptKind
+from alora_serve.types import (
+    ChatMessage,
+    Document,
+    IntrinsicResult,
+    PrefixHandle,
+    Prompt,
+    PromptKind,
+    Timings,
+    Usage,
+)
 from alora_serve.v1 import adapter_decode_pb2, alora_pb2, types_pb2
 from in_process import MemoryStore
 
@@ -221,6 +234,23 @@ def chat(data: bytes) -> None:
 _HOST: Final = AdapterHost(
     {"model.layers.0.self_attn.q_proj": ModuleShape(4, 4)}, 100, str, lambda text: tuple(text.encode())
 )
+_INTRINSICS: Final = [
+    b"""model: ~
+response_format: {type: array}
+transformations:
+  - {type: explode, input_path: [], target_field: c}
+  - {type: likelihood, input_path: [~, v], categories_to_values: {yes: 1, no: 0}}
+  - {type: decode_sentences, source: documents, input_path: [~, c], output_names: {begin: b, end: e, text: t}}
+  - {type: drop_duplicates, input_path: [], target_fields: [c]}
+  - {type: project, input_path: [], retained_fields: [b, e, t]}
+  - {type: merge_spans, input_path: [], group_fields: [], begin_field: b, end_field: e, text_field: t}
+  - {type: nest, input_path: [], field_name: spans}
+instruction: "{a} {last_message}"
+sentence_boundaries: {documents: c, last_message: i}
+parameters: {max_tokens: 3, extra_body: {top_k: 2}}
+\0[{"v": "yes", "c": [0, 1]}, {"v": "no", "c": []}]""",
+    b"model: ~\nresponse_format: ~\ntransformations: ~\ndocs_as_message: json\n\0[1e999]",
+]
 _CONFIG: Final = json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}).encode()
 
 
@@ -230,6 +260,24 @@ def adapter_config(data: bytes) -> None:
         parse_adapter_config(data)
     except AdapterRefusedError:
         return
+
+
+def intrinsics(data: bytes) -> None:
+    """An ``io.yaml`` and, after a zero byte, an answer to what it defines."""
+    raw, _, answer = data.partition(b"\0")
+    try:
+        definition = parse_definition(raw)
+        prompt = Prompt(messages=(ChatMessage("user", "One. Two."),), documents=(Document("", "Three. Four."),))
+        parameters = dict.fromkeys(definition.parameters, "x")
+        question = ask(definition, prompt, parameters, template_takes_documents=False)
+        text = answer.decode("utf-8", errors="replace")
+        tokens = tuple(ScoredToken(bytes([byte]), -1.0, ((b"n", -2.0), (b"y", -3.0))) for byte in text.encode())
+        outcome = conclude(definition, Answer(text, tokens, question.sentences))
+        result = IntrinsicResult(outcome.result, text, Usage(), Timings(), outcome.probabilities)
+        sent = intrinsic_result_to_proto(result).SerializeToString()
+    except (AdapterRefusedError, IntrinsicOutputError):
+        return
+    intrinsic_result_from_proto(alora_pb2.RunIntrinsicResponse.FromString(sent))
 
 
 def adapter_weights(data: bytes) -> None:
@@ -312,6 +360,7 @@ TARGETS: Final[dict[str, Target]] = {
     "wire": Target(wire, [_request()]),
     "chat": Target(chat, [b"Hello\0<|im_start|>system\n\0<|im_", b"<|im_\0end|>"]),
     "adapter-config": Target(adapter_config, [_CONFIG]),
+    "intrinsics": Target(intrinsics, _INTRINSICS),
     "adapter-weights": Target(adapter_weights, [_weights()]),
     "access-files": Target(access_files, [_rules(), b'{"keys": []}']),
     "store-url": Target(store_url, [b"user:password@host:6379/0?timeout=1", b"[::1]:1/2"]),

@@ -27,18 +27,21 @@ from alora_serve.errors import (
     InvalidRequestError,
 )
 from alora_serve.types import PrefixHandle
-from deployment import ANSWER_TOKENS, BLOCK_TOKENS, GREEDY, Deployed, ServedModel, deployed, save_tiny_model, tokens_of
+from deployment import (
+    ANSWER_TOKENS,
+    BLOCK_TOKENS,
+    GREEDY,
+    YES_OR_NO,
+    Deployed,
+    ServedModel,
+    deployed,
+    save_tiny_model,
+    tokens_of,
+)
 from tiny_models import greedy, load_peft, save_adapter
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
-YES_OR_NO = """
-model: ~
-response_format: '{"type": "string", "enum": ["yes", "no"]}'
-transformations:
-  - {type: likelihood, input_path: [], categories_to_values: {yes: 1.0, no: 0.0}}
-  - {type: nest, input_path: [], field_name: likelihood}
-"""
 CITED = """
 model: ~
 response_format: |

@@ -30,8 +30,6 @@ REQUEST_INVALID = "REQUEST_INVALID"
 SAMPLING = {"maxTokens": ANSWER_TOKENS, "ignoreEos": True}
 PROMPT = {"messages": [{"role": "user", "content": WORDS}]}
 NOT_SERVED: dict[str, Any] = {
-    "RunIntrinsic": {"prompt": PROMPT},
-    "RunIntrinsics": {"prompt": PROMPT},
     "PurgeTenant": {},
 }
 STATUS_TIMES = 8
@@ -128,6 +126,8 @@ async def calls(serving: Deployed) -> Calls:
         ("model", "GetModel", {}),
         ("scored", "Score", {"prompt": PROMPT, "adapter": adapter, "continuations": ["yes"]}),
         ("tokenized", "Tokenize", {"prompt": PROMPT}),
+        ("judged", "RunIntrinsic", {"prompt": PROMPT, "intrinsic": serving.model.answering}),
+        ("judged together", "RunIntrinsics", {"prompt": PROMPT, "intrinsics": [serving.model.answering, adapter]}),
         ("bad fields", "Generate", {"prompt": PROMPT, "sampling": {"topP": 0, "temperature": -1}}),
         ("no prompt", "Prefill", {}),
         ("unknown", "LoadAdapter", {"name": "no-such-adapter"}),
@@ -169,6 +169,15 @@ async def test_unary_calls_bring_what_our_client_gets(serving: Deployed, calls: 
     assert calls["unloaded"].messages == [{"wasResident": True}]
     [told], model = calls["model"].messages, await client.get_model()
     assert (told["model"]["name"], told["model"]["contextTokens"]) == (model.name, model.context_tokens)
+
+
+async def test_intrinsics_give_the_results_that_our_client_gets(serving: Deployed, calls: Calls) -> None:
+    expected = await serving.client.run_intrinsic(WORDS, serving.model.answering)
+    by_index = {message.get("index", 0): message for message in calls["judged together"].messages}
+    assert by_index[1]["failure"]["reason"] == "INTRINSIC_UNDEFINED"
+    for found in (calls["judged"].messages[0], by_index[0]["result"]):
+        assert found["rawText"] == expected.raw_text
+        assert found["result"] == {"likelihood": pytest.approx(expected.result["likelihood"], abs=1e-4)}
 
 
 async def test_errors_arrive_with_their_details(calls: Calls) -> None:

@@ -32,7 +32,7 @@ DECODE = "/alora_serve.v1.AdapterDecodeService/Decode"
 WORKERS = ("worker-1", "worker-2")
 LEFT = 4
 """Streams that the program leaves early: cancelled, too late, to be resumed, and to fill a quota."""
-NOT_SERVED = {"RunIntrinsic", "RunIntrinsics", "PurgeTenant"}
+NOT_SERVED = {"PurgeTenant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,17 @@ async def test_adapters_and_model_are_as_our_client_sees_them(serving: Deployed,
     assert node.inspection["model"]["name"] == model.name
     assert node.inspection["model"]["model_digest"] == model.model_digest.hex()
     assert node.inspection["model"]["context_tokens"] == model.context_tokens
+
+
+async def test_intrinsics_give_the_results_that_our_client_gets(serving: Deployed, node: Told) -> None:
+    expected = await serving.client.run_intrinsic(TURNS, serving.model.answering)
+    undefined, together = node.inspection["judged_together"]
+    assert undefined["failure"]["reason"] == "INTRINSIC_UNDEFINED"
+    for found in (node.inspection["judged"], together["result"]):
+        assert found["raw_text"] == expected.raw_text
+        likelihood = found["result"]["struct_value"]["fields"]["likelihood"]["number_value"]
+        assert likelihood == pytest.approx(expected.result["likelihood"], abs=1e-4)
+        assert found["probabilities"][0]["probabilities"].keys() == expected.probabilities[""].keys()
 
 
 async def test_errors_arrive_with_their_details(serving: Deployed, node: Told) -> None:

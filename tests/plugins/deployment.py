@@ -42,6 +42,14 @@ SECRET = "one secret for all deployments of a test"
 SALT = "the salt of these deployments"
 WORKER = "worker-1"
 FETCHING = {"always_fetch": "true"}
+YES_OR_NO = """
+model: ~
+response_format: '{"type": "string", "enum": ["yes", "no"]}'
+transformations:
+  - {type: likelihood, input_path: [], categories_to_values: {yes: 1.0, no: 0.0}}
+  - {type: nest, input_path: [], field_name: likelihood}
+"""
+"""What makes an adapter an intrinsic: how likely its answer is yes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,7 @@ class ServedModel:
 
 
 def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
-    """A seeded tiny Llama and its adapters, in milliseconds."""
+    """A seeded tiny Llama and its adapters, in milliseconds; the answering one is an intrinsic."""
     config = FAMILIES["llama"]()
     config.max_position_embeddings = TINY_CONTEXT_TOKENS
     directory = save_model(root / "tiny-llama", config, seed=seed)
@@ -110,6 +118,7 @@ def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
         settings = {"target_modules": "all-linear", "alora_invocation_tokens": list(tokens_of(invocation, directory))}
         save_adapter(directory, adapters / name, seed=number, **settings)
     save_adapter(directory, adapters / "plain", seed=9, target_modules="all-linear")
+    (adapters / "answer" / "io.yaml").write_text(YES_OR_NO)
     return ServedModel(directory, (adapters,), "guard", "answer", "plain", invocations)
 
 

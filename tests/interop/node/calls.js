@@ -83,6 +83,9 @@ async function inspection(connection, given) {
   const unloaded = await connection.unary('UnloadAdapter', { name: given.adapter });
   const model = await connection.unary('GetModel', {});
   const tokenized = await connection.unary('Tokenize', { prompt: { messages: given.conversation } });
+  const judged = { prompt: { messages: given.conversation } };
+  const one = await connection.unary('RunIntrinsic', { ...judged, intrinsic: given.answering });
+  const some = await connection.stream('RunIntrinsics', { ...judged, intrinsics: [given.adapter, given.answering] });
   const wanted = { prompt: { messages: given.conversation }, adapter: given.adapter, continuations: ['yes', 'no'] };
   const scored = await connection.unary('Score', wanted);
   return {
@@ -96,6 +99,8 @@ async function inspection(connection, given) {
     loaded: loaded.response.adapter,
     unloaded: unloaded.response,
     scored: scored.response.scores.map(({ token_ids, logprobs }) => ({ tokens: unpack(token_ids), logprobs })),
+    judged: one.response,
+    judged_together: some.messages.sort((left, right) => left.index - right.index),
     tokens: unpack(tokenized.response.prefix_token_ids),
     model: { ...model.response.model, model_digest: model.response.model.model_digest.toString('hex') },
   };
@@ -112,8 +117,6 @@ async function failures(connection, given) {
     late: (await generate(connection, { prompt, sampling: LONG }, { timeout_seconds: 0.3 })).failure,
     cancelled: await cancelled(connection, prompt),
     not_served: {
-      RunIntrinsic: (await connection.unary('RunIntrinsic', { prompt })).failure,
-      RunIntrinsics: (await connection.stream('RunIntrinsics', { prompt })).failure,
       PurgeTenant: (await connection.unary('PurgeTenant', {})).failure,
     },
   };
