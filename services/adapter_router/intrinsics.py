@@ -238,7 +238,7 @@ def _concluded(asked: Asked, generation: GenerationResult) -> IntrinsicResult:
     if generation.finish_reason is FinishReason.LENGTH:
         raise IntrinsicOutputError(
             f"intrinsic {asked.adapter.name!r}: the answer was cut off after {len(generation.token_ids)} tokens; raise "
-            f"parameters.max_completion_tokens in its io.yaml: {generation.text!r}"
+            f"parameters.max_completion_tokens in its io.yaml"
         )
     tokens = tuple(
         ScoredToken(content, logprob, tuple((other.token_bytes, other.logprob) for other in others))

@@ -168,7 +168,7 @@ async def test_intrinsics_give_the_results_that_our_client_gets(serving: Deploye
     assert undefined["failure"]["reason"] == "INTRINSIC_UNDEFINED"
     for found in (node.inspection["judged"], together["result"]):
         assert found["raw_text"] == expected.raw_text
-        likelihood = found["result"]["struct_value"]["fields"]["likelihood"]["number_value"]
+        likelihood = found["result"]["structValue"]["fields"]["likelihood"]["numberValue"]
         assert likelihood == pytest.approx(expected.result["likelihood"], abs=1e-4)
         assert found["probabilities"][0]["probabilities"].keys() == expected.probabilities[""].keys()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from alora_serve.errors import IntrinsicOutputError
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.intrinsics.json_paths import Json
 from alora_serve.intrinsics.sentences import TaggedSentence
 
@@ -50,7 +51,7 @@ class Answer:
         try:
             return json.loads(self.text, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
-            raise IntrinsicOutputError(f"the answer is not JSON ({error}): {self.text!r}") from error
+            raise IntrinsicOutputError(f"the answer is not JSON ({error}): {excerpt(self.text)}") from error
 
     def token_at(self, position: int) -> tuple[ScoredToken, int]:
         """The token that holds the character at ``position``, and how many of its bytes stand before it.
@@ -63,7 +64,9 @@ class Answer:
         for token, end in zip(self.tokens, ends, strict=True):
             if wanted < end:
                 return token, wanted - (end - len(token.content))
-        raise IntrinsicOutputError(f"no log-probabilities were reported for character {position} of {self.text!r}")
+        raise IntrinsicOutputError(
+            f"no log-probabilities were reported for character {position} of {excerpt(self.text)}"
+        )
 
 
 def _refuse(constant: str) -> Json:

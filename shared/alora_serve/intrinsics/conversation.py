@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from alora_serve.errors import FieldViolation, InvalidRequestError
 from alora_serve.intrinsics.definition import LAST_MESSAGE, IntrinsicDefinition
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.intrinsics.sentences import TaggedSentence, Tagger
 from alora_serve.types import DOCUMENT_ROLE, ChatMessage, Document, Prompt
 
@@ -72,8 +73,9 @@ def ask(
 
 
 def _check_visible(definition: IntrinsicDefinition, prompt: Prompt) -> None:
-    if prompt.token_ids:
-        raise InvalidRequestError.of("prompt.token_ids", "an intrinsic is asked about messages or a handle of messages")
+    for whole in ("token_ids", "text"):
+        if getattr(prompt, whole):
+            raise InvalidRequestError.of(f"prompt.{whole}", "an intrinsic is asked about messages or a handle of them")
     if prompt.handle is None:
         if not prompt.messages:
             raise InvalidRequestError.of("prompt.messages", "is empty; send at least one message")
@@ -98,7 +100,7 @@ def _values(definition: IntrinsicDefinition, parameters: Mapping[str, Any]) -> d
     for name in sorted(definition.parameters):
         value = parameters.get(name)
         if type(value) not in (str, int, float, bool):
-            known = "is missing" if value is None else f"is {value!r}, neither text nor number nor boolean"
+            known = "is missing" if value is None else f"is {excerpt(value)}, neither text nor number nor boolean"
             violations.append(FieldViolation(f"parameters.{name}", f"{known}; the instruction names it"))
         values[name] = str(value)
     if violations:

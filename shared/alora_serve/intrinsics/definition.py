@@ -142,7 +142,7 @@ def _arguments(instruction: str) -> Iterator[str]:
             if name is None:
                 continue
             if not name.isidentifier() or form or conversion:
-                raise ValueError(f"{{{name}}} is not a plain name; write {{{{ and }}}} for braces")
+                raise ValueError(f"{{{name[:40]}}} is not a plain name; write {{{{ and }}}} for braces")
             yield name
     except ValueError as error:
         raise AdapterRefusedError(f"io.yaml has an instruction that cannot be filled in: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any, Final, NoReturn
 import yaml
 
 from alora_serve.errors import AdapterRefusedError
+from alora_serve.intrinsics.excerpts import MAX_CHARACTERS, excerpt
 
 MAX_DEFINITION_BYTES: Final = 1 << 16
 """64 KiB: the published ones have about two."""
@@ -41,7 +42,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable) or (type(key), key) in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"key {key!r} is no key or stands twice", problem_mark=key_node.start_mark
+                    problem=f"key {excerpt(key)} is no key or stands twice", problem_mark=key_node.start_mark
                 )
             seen.add((type(key), key))
         return super().construct_mapping(node, deep)
@@ -76,7 +77,7 @@ class Fields:
         self._path = path
         self._taken: set[str] = set()
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise AdapterRefusedError(f"io.yaml: {path or 'the file'} is not a mapping of names but {value!r}")
+            raise AdapterRefusedError(f"io.yaml: {path or 'the file'} is not a mapping of names but {excerpt(value)}")
         self._values: Mapping[str, Any] = value
 
     def refuse(self, field: str, why: str) -> NoReturn:
@@ -85,7 +86,7 @@ class Fields:
         Raises:
             AdapterRefusedError: always.
         """
-        raise AdapterRefusedError(f"io.yaml has {self.path(field)} = {self._values.get(field)!r}: {why}")
+        raise AdapterRefusedError(f"io.yaml has {self.path(field)} = {excerpt(self._values.get(field))}: {why}")
 
     def path(self, field: str) -> str:
         """Where a field stands, for people."""
@@ -103,7 +104,7 @@ class Fields:
         if unknown:
             known = ", ".join(sorted(self._taken))
             raise AdapterRefusedError(
-                f"io.yaml has {self.path(unknown[0])}, which is not known here; known are {known}"
+                f"io.yaml has {self.path(unknown[0][:MAX_CHARACTERS])}, which is not known here; known are {known}"
             )
 
     def take(self, field: str) -> Any:

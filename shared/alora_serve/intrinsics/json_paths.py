@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
 from alora_serve.errors import IntrinsicOutputError
+from alora_serve.intrinsics.excerpts import excerpt
 
 Json: TypeAlias = Any
 """A parsed JSON value."""
@@ -70,7 +71,7 @@ def literal_start(text: str, path: Path) -> int:
     for step in path:
         found = [place for key, place in _places(text, start) if key == step]
         if not found:
-            raise IntrinsicOutputError(f"the answer has nothing at {pointer(path)!r}: {text!r}")
+            raise IntrinsicOutputError(f"the answer has nothing at {excerpt(pointer(path))}: {excerpt(text)}")
         start = found[-1]  # of a field given twice, the last counts, as it does to JSON parsers
     return start
 
@@ -113,11 +114,12 @@ def as_records(value: Json, path: Path, rule: str, needed: Sequence[str] = ()) -
         IntrinsicOutputError: it is something else.
     """
     if not isinstance(value, list):
-        raise IntrinsicOutputError(f"{rule} needs a list at {pointer(path)!r}, not {value!r}")
+        raise IntrinsicOutputError(f"{rule} needs a list at {excerpt(pointer(path))}, not {excerpt(value)}")
     for index, record in enumerate(value):
-        if not isinstance(record, dict):
-            raise IntrinsicOutputError(f"{rule} needs records at {pointer((*path, index))!r}, not {record!r}")
-        for field in needed:
-            if field not in record:
-                raise IntrinsicOutputError(f"{rule} needs {field!r} at {pointer((*path, index))!r}, not {record!r}")
+        missing = None if isinstance(record, dict) else "a record"
+        missing = missing or next((repr(field) for field in needed if field not in record), None)
+        if missing:
+            raise IntrinsicOutputError(
+                f"{rule} needs {missing} at {excerpt(pointer((*path, index)))}: {excerpt(record)}"
+            )
     return value

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from alora_serve.errors import IntrinsicOutputError
 from alora_serve.intrinsics.answer import Answer
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.intrinsics.json_paths import Json, Path, Pattern, literal_start, pointer, replaced, value_at
 
 
@@ -46,8 +47,8 @@ class Likelihood:
         literal = value_at(answer.parsed(), path)
         if isinstance(literal, dict | list) or literal != expected or type(literal) is not type(expected):
             raise IntrinsicOutputError(
-                f"likelihood at {pointer(path)!r} weighs the model's own words, but finds {expected!r} where it said "
-                f"{literal!r}; put it before transformations that change this value"
+                f"likelihood at {excerpt(pointer(path))} weighs the model's own words, but finds {excerpt(expected)} "
+                f"where it said {excerpt(literal)}; put it before transformations that change this value"
             )
         spelling = literal if isinstance(literal, str) else json.dumps(literal)
         token, before = answer.token_at(start + isinstance(literal, str))

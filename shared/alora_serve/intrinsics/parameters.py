@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -36,13 +37,22 @@ def read_parameters(given: Fields | None) -> tuple[SamplingParams, Mapping[str, 
         found |= _numbers(extra, [name for name in _BESIDE if name in _NUMBERS])
         found |= _given(extra.integer, "top_k", 0)
         if extra.take("chat_template_kwargs") is not None:
-            template_arguments = extra.mapping("chat_template_kwargs")
+            template_arguments = _json_object(extra, "chat_template_kwargs")
         extra.end()
     stop = given.take("stop")
     if stop is not None:
         found["stop"] = (stop,) if isinstance(stop, str) else given.names("stop")
     given.end()
     return SamplingParams(**found), template_arguments
+
+
+def _json_object(fields: Fields, field: str) -> Mapping[str, Any]:
+    value = fields.mapping(field)
+    try:
+        plain: Mapping[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        fields.refuse(field, f"it is not JSON ({error})")
+    return plain
 
 
 def _numbers(fields: Fields, names: Any) -> dict[str, Any]:

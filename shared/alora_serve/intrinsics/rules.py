@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.intrinsics.fields import Fields
 from alora_serve.intrinsics.json_paths import Pattern
 from alora_serve.intrinsics.likelihood import Likelihood
@@ -53,7 +54,7 @@ def _likelihood(fields: Fields, pattern: Pattern) -> Likelihood:
             fields.refuse("categories_to_values", "it must map texts, numbers or booleans to numbers")
         spelling = category if isinstance(category, str) else json.dumps(category)
         if not spelling or spelling in categories:
-            fields.refuse("categories_to_values", f"the category {spelling!r} is empty or stands twice")
+            fields.refuse("categories_to_values", f"the category {excerpt(spelling)} is empty or stands twice")
         categories[spelling] = float(value)
     return Likelihood(pattern, categories)
 

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 from alora_serve.errors import IntrinsicOutputError
 from alora_serve.intrinsics.answer import Answer
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.intrinsics.json_paths import Json, Path, Pattern, as_records, pointer, replaced, value_at
 
 
@@ -56,13 +57,13 @@ class DecodeSentences:
         """The record around ``path`` with new fields."""
         number, record = value_at(document, path), value_at(document, path[:-1]) if path else None
         if not isinstance(record, dict):
-            raise IntrinsicOutputError(f"decode_sentences needs a field of a record, not {pointer(path)!r}")
+            raise IntrinsicOutputError(f"decode_sentences needs a field of a record, not {excerpt(pointer(path))}")
         known = {
             number: tagged for source in self.source for number, tagged in answer.sentences.get(source, {}).items()
         }
         if type(number) is not int or number not in known:
             raise IntrinsicOutputError(
-                f"the answer cites sentence {number!r} at {pointer(path)!r}; {len(known)} sentences were tagged"
+                f"the answer cites sentence {excerpt(number)} at {excerpt(pointer(path))}; {len(known)} were tagged"
             )
         added = {name: getattr(known[number], fact) for fact, name in self.names.items()}
         return replaced(document, path[:-1], lambda record: record | added)
@@ -83,7 +84,7 @@ class Explode:
         for record in as_records(value_at(document, path), path, self.yaml_name, [self.target_field]):
             elements = record[self.target_field]
             if not isinstance(elements, list):
-                raise IntrinsicOutputError(f"explode needs a list in {self.target_field!r} of {record!r}")
+                raise IntrinsicOutputError(f"explode needs a list in {self.target_field!r} of {excerpt(record)}")
             exploded += [{**record, self.target_field: element} for element in elements]
         return _put(document, path, exploded)
 
@@ -160,14 +161,14 @@ class MergeSpans:
             if foreign or any(record[field] is None for field in needed):
                 raise IntrinsicOutputError(
                     f"merge_spans needs {', '.join(needed)} and otherwise only group_fields in each record; project "
-                    f"to those fields first: {record!r}"
+                    f"to those fields first: {excerpt(record)}"
                 )
         try:
             ordered = sorted(records, key=lambda record: (*self._group(record), record[self.begin_field]))
             return _put(document, path, self._merged(ordered))
         except TypeError as error:
             raise IntrinsicOutputError(
-                f"merge_spans cannot order or join these records ({error}): {records!r}"
+                f"merge_spans cannot order or join these records ({error}): {excerpt(records)}"
             ) from error
 
     def _merged(self, ordered: list[dict[str, Json]]) -> list[dict[str, Json]]:
@@ -176,7 +177,9 @@ class MergeSpans:
         for record in ordered:
             last = merged[-1] if merged and self._group(merged[-1]) == self._group(record) else None
             if last is not None and previous_begin == record[self.begin_field]:
-                raise IntrinsicOutputError(f"merge_spans found two spans that begin alike: {record!r}; drop_duplicates")
+                raise IntrinsicOutputError(
+                    f"merge_spans found two spans that begin alike: {excerpt(record)}; drop_duplicates"
+                )
             if last is not None and last[self.end_field] == record[self.begin_field]:
                 last[self.end_field] = record[self.end_field]
                 if self.text_field is not None:

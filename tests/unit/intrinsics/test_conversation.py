@@ -69,6 +69,7 @@ def test_a_parameter_that_cannot_be_filled_in_is_named(parameters: dict[str, Any
     [
         ("", Prompt(), "prompt.messages"),
         ("", Prompt(token_ids=(1, 2)), "prompt.token_ids"),
+        ("", Prompt(text="x"), "prompt.text"),
         ("instruction: '{last_message}'", Prompt(handle=HANDLE), "prompt.handle"),
         ("sentence_boundaries: {last_message: i}", Prompt(handle=HANDLE), "prompt.handle"),
         ("sentence_boundaries: {all_but_last_message: i}", Prompt(handle=HANDLE, messages=TURNS), "prompt.handle"),

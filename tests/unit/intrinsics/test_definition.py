@@ -72,6 +72,7 @@ def test_an_unquoted_yes_is_a_word_and_true_is_a_boolean() -> None:
         (f"{MINIMAL}parameters: {{max_tokens: true}}\n", "parameters.max_tokens = True"),
         (f"{MINIMAL}parameters: {{extra_body: {{guided_json: 1}}}}\n", "parameters.extra_body.guided_json"),
         (f"{MINIMAL}sentence_boundaries: {{first_message: c}}\n", "sentence_boundaries.first_message"),
+        (f"{MINIMAL}parameters: {{extra_body: {{chat_template_kwargs: {{a: 2024-01-01}}}}}}\n", "kwargs"),
         (f"{MINIMAL}sentence_boundaries: c\n", "sentence_boundaries"),
         (f"{MINIMAL}model: ~\n", "'model' is no key or stands twice"),
         ("model: ~\nresponse_format: '{'\ntransformations: ~\n", "response_format"),
@@ -95,6 +96,16 @@ def test_what_is_not_understood_is_refused_by_name(raw: str, named: str) -> None
         parse_definition(raw.encode())
     assert named in str(refused.value)
     assert "io.yaml" in str(refused.value)
+
+
+LONG = "x" * 50_000
+
+
+@pytest.mark.parametrize("raw", [LONG, f"{MINIMAL}? {LONG}\n: 1", f"{MINIMAL}instruction: [{LONG}]"])
+def test_a_refusal_is_short_however_long_the_file(raw: str) -> None:
+    with pytest.raises(AdapterRefusedError) as refused:
+        parse_definition(raw.encode())
+    assert len(str(refused.value)) < 1000
 
 
 def test_bytes_that_are_no_text_are_refused() -> None:

@@ -82,7 +82,7 @@ def test_characters_of_many_bytes_before_a_category_do_not_shift_it() -> None:
         ("", '{"a": ', "not JSON"),
         ("", "[" * 100_000, "not JSON"),
         ("{type: explode, input_path: [], target_field: a}", "{}", "needs a list"),
-        ("{type: explode, input_path: [], target_field: a}", "[1]", "needs records"),
+        ("{type: explode, input_path: [], target_field: a}", "[1]", "needs a record"),
         ("{type: explode, input_path: [], target_field: a}", "[{}]", "needs 'a'"),
         ("{type: explode, input_path: [], target_field: a}", '[{"a": 1}]', "needs a list"),
         ("{type: drop_duplicates, input_path: [], target_fields: [a]}", "[{}]", "needs 'a'"),
@@ -115,6 +115,13 @@ def test_characters_of_many_bytes_before_a_category_do_not_shift_it() -> None:
 def test_an_answer_that_a_transformation_cannot_take_is_an_error(transformations: str, text: str, problem: str) -> None:
     with pytest.raises(IntrinsicOutputError, match=problem):
         concluded(transformations, text)
+
+
+def test_an_error_is_short_however_long_the_answer() -> None:
+    for text in ("x" * 50_000, json.dumps(["x" * 50_000]), json.dumps({"x" * 50_000: 1})):
+        with pytest.raises(IntrinsicOutputError) as failed:
+            concluded("{type: explode, input_path: [], target_field: a}", text)
+        assert len(str(failed.value)) < 1000
 
 
 @pytest.mark.parametrize("number", [-1, 2, True, "0", 1.0])
