@@ -15,7 +15,7 @@ from torch import Tensor
 from alora_serve.types import SamplingParams
 
 SHORTLIST: Final = 256
-"""Likeliest tokens sorted first; all are only where the draw or the truncation lies beyond them."""
+"""Likeliest tokens that are sorted for a truncation; all are only where it keeps more."""
 
 
 def uniform(seed: int, sample_index: int, position: int) -> float:
@@ -119,60 +119,66 @@ def _penalize(row: Tensor, param: SamplingParams, prompt: Sequence[int], generat
 
 
 def _draw(rows: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-    """Inverse-transform sampling over the sorted, truncated distributions, in float64: one random number a token."""
+    """Inverse-transform sampling in float64: one random number a token.
+
+    Probabilities are summed in the order of token ids. In the order of likelihood two tokens that are nearly equally
+    likely change places by rounding, and a stream taken up elsewhere would draw the other one.
+    """
     temperatures = torch.tensor([[param.temperature] for param in params], dtype=torch.float64, device=rows.device)
     # Largest first set to 0: however small the temperature, nothing but -inf can come of the division.
     scaled = (rows.double() - rows.max(dim=-1, keepdim=True).values.double()) / temperatures
     probabilities = torch.softmax(scaled, dim=-1)
-    draws = [_uniform_of(param, position) for param, position in zip(params, positions, strict=True)]
+    truncated = [row for row, param in enumerate(params) if param.top_k or param.min_p > 0.0 or param.top_p < 1.0]
+    if truncated:
+        probabilities[truncated] = _truncate(probabilities[truncated], [params[row] for row in truncated])
+    mass = probabilities.cumsum(dim=-1)
+    total = mass[:, -1:]
+    draws = [[_uniform_of(param, position)] for param, position in zip(params, positions, strict=True)]
+    drawn = torch.tensor(draws, dtype=torch.float64, device=rows.device) * total
+    # Below the sum, whatever rounding made of the product: so the token found has a part in it.
+    drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))
+    return [int(token) for token in torch.searchsorted(mass, drawn, right=True).flatten().tolist()]
+
+
+def _truncate(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """``[rows, vocabulary]`` probabilities, 0 where a token is not among the likeliest that each row's rules keep."""
+    vocabulary = probabilities.shape[-1]
+    count = min(SHORTLIST, vocabulary)
     # By id, so that equally likely tokens come in the same order however many candidates there are.
-    ids = rows.topk(min(SHORTLIST, rows.shape[-1]), dim=-1).indices.sort(dim=-1).values
-    tokens = _pick(probabilities.gather(1, ids), ids, params, draws, complete=ids.shape == rows.shape)
-    for row, token in enumerate(tokens):
-        if token is None:
-            part, everything = slice(row, row + 1), torch.arange(rows.shape[-1], device=rows.device).unsqueeze(0)
-            tokens[row] = _pick(probabilities[part], everything, params[part], draws[part], complete=True)[0]
-    return [token for token in tokens if token is not None]
+    ids = probabilities.topk(count, dim=-1).indices.sort(dim=-1).values
+    kept, is_known = _kept(probabilities.gather(1, ids), params)
+    result = torch.zeros_like(probabilities).scatter_(1, ids, kept)
+    if count < vocabulary and not bool(is_known.all()):
+        more = (~is_known).nonzero().flatten().tolist()
+        result[more], _ = _kept(probabilities[more], [params[row] for row in more])
+    return result
 
 
-def _pick(
-    candidates: Tensor, ids: Tensor, params: Sequence[SamplingParams], draws: Sequence[float], *, complete: bool
-) -> list[int | None]:
-    """The drawn token of each row of candidates, the likeliest there are; None where more of them are needed.
+def _kept(candidates: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Which of a row's likeliest tokens its rules keep.
 
     Args:
         candidates: ``[rows, count]`` float64 probabilities, in the order of their ids.
-        draws: random number of each row, in [0, 1).
-        complete: there are no other candidates.
+        params: of each row.
+
+    Returns:
+        The candidates with 0 for those not kept; and ``[rows]`` bool, whether the last kept is likelier than the last
+        candidate, so that nothing else can be kept as well.
     """
     device, count = candidates.device, candidates.shape[-1]
     limits = torch.tensor(
-        [[param.top_k or math.inf, param.min_p, param.top_p, draw] for param, draw in zip(params, draws, strict=True)],
-        dtype=torch.float64,
-        device=device,
+        [[param.top_k or math.inf, param.min_p, param.top_p] for param in params], dtype=torch.float64, device=device
     )
-    top_k, min_p, top_p, drawn = limits.unsqueeze(-1).unbind(1)
+    top_k, min_p, top_p = limits.unsqueeze(-1).unbind(1)
     ranked, order = candidates.sort(dim=-1, descending=True, stable=True)
     mass = ranked.cumsum(-1)
     keep = (torch.arange(count, device=device) < top_k) & (ranked >= min_p * ranked[:, :1])
     # All of it is kept where top_p is 1, whatever rounding made of the sum.
     keep &= (mass - ranked < top_p) | (top_p >= 1.0)
-    # What may not be chosen comes last and has no part in the draw, not even by rounding.
-    keep &= ranked > 0.0
-    keep[:, 0] = True
-    kept = keep.sum(dim=-1, keepdim=True)  # each rule keeps the likeliest so many
-    cut = kept < count
-    target = drawn * torch.where(cut, mass.gather(1, kept - 1), 1.0)
-    places = torch.minimum(torch.searchsorted(mass, target, right=True), kept - 1)
-    untruncated = top_k.isinf() & (min_p == 0.0) & (top_p >= 1.0)
-    # Others may be as likely as the last candidate, and have lower ids.
-    above_others = ranked.gather(1, places) > ranked[:, -1:]
-    known = ((cut | (untruncated & (target < mass[:, -1:]))) & above_others) | complete
-    tokens = ids.expand_as(order).gather(1, order.gather(1, places))
-    return [
-        token if is_known else None
-        for token, is_known in zip(tokens.flatten().tolist(), known.flatten().tolist(), strict=True)
-    ]
+    keep[:, 0] = True  # each rule keeps the likeliest so many, and one at least
+    last = keep.sum(dim=-1, keepdim=True) - 1
+    is_known = (ranked.gather(1, last) > ranked[:, -1:]).squeeze(-1)
+    return torch.zeros_like(candidates).scatter_(1, order, ranked * keep), is_known
 
 
 def _uniform_of(param: SamplingParams, position: int) -> float:

@@ -192,6 +192,18 @@ def test_a_shortlist_of_candidates_changes_no_token(
     assert drawn(16) == drawn(300)
 
 
+def test_tokens_that_rounding_puts_in_another_order_are_drawn_alike() -> None:
+    """In the order of likelihood, which is noise among equals, nearly every draw would fall on another token."""
+    rows = torch.zeros(1000, 300)
+    noisy = rows + torch.randn(1000, 300, generator=torch.Generator().manual_seed(1)) * 1e-6
+    params = [SamplingParams(temperature=1.0, seed=row) for row in range(1000)]
+
+    def drawn(logits: Tensor) -> list[int]:
+        return [choice.token_id for choice in choose_tokens(logits.clone(), params, [(0,)] * 1000, [()] * 1000)]
+
+    assert drawn(rows) == drawn(noisy)
+
+
 def test_drawing_without_a_seed_is_a_defect() -> None:
     with pytest.raises(ValueError, match="must carry a seed"):
         _choose(_logits(0), temperature=1.0)
