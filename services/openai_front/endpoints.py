@@ -13,7 +13,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from alora_serve.client import AdapterInfo, AsyncClient, ModelInfo, StreamEvent
+from alora_serve.client import AdapterInfo, AsyncClient, AsyncIntrinsicsStream, ModelInfo, StreamEvent
 from alora_serve.errors import AdapterNotFoundError, AloraServeError, InvalidRequestError, UnavailableError
 from openai_front import failures
 from openai_front.answers import AnswerWriter, Head
@@ -24,6 +24,7 @@ from openai_front.completion_answers import CompletionWriter
 from openai_front.completion_request import CompletionRequest
 from openai_front.event_stream import DONE, SIGN_OF_LIFE, EventStream, event, unless_left
 from openai_front.generations import Answer, Question, run
+from openai_front.intrinsics import IntrinsicsRequest, Outcome, outcome_events
 from openai_front.router import Router
 
 HEALTH_SECONDS: Final = 2.0
@@ -49,6 +50,7 @@ class Endpoints:
         for method, path, endpoint in (
             ("POST", "/v1/chat/completions", self.chat),
             ("POST", "/v1/completions", self.complete),
+            ("POST", "/v1/intrinsics", self.judge),
             ("GET", "/v1/models", self.models),
             ("GET", "/v1/models/{name:path}", self.model),
             ("GET", "/health", self.health),
@@ -72,6 +74,23 @@ class Endpoints:
         question = Question(body.prompts(), adapter, body.sampling_params(), body.num_samples)
         writer = CompletionWriter(_head(body.model, base), body, question)
         return await self._answer(request, body, client, question, writer)
+
+    async def judge(self, body: IntrinsicsRequest, request: Request) -> Response:
+        """Run intrinsics on a conversation."""
+        prompt, parameters = body.prompt(), body.parameters
+        running = self._client(request).run_intrinsics(None, body.intrinsics, prompt=prompt, parameters=parameters)
+        if not body.stream:
+            async with running:
+                outcomes = await unless_left(request, running.results())
+            data = [body.outcome(index, outcome) for index, outcome in enumerate(outcomes)]
+            return JSONResponse({"object": "list", "data": data})
+        try:
+            first = await unless_left(request, _next(running))
+        except BaseException:
+            await running.close()
+            raise
+        events = outcome_events(body, first, running)
+        return EventStream(events, write_timeout_seconds=self.write_timeout_seconds)
 
     async def models(self, request: Request) -> Response:
         """The base model, and every adapter that can be served."""
@@ -157,8 +176,18 @@ def _listed(adapter: AdapterInfo, base: ModelInfo) -> Mapping[str, Any]:
         **_base(base),
         "id": adapter.name,
         "parent": base.name,
-        "adapter": {"kind": adapter.kind, "rank": adapter.rank, "digest": adapter.digest, "resident": adapter.resident},
+        "adapter": {
+            "kind": adapter.kind,
+            "rank": adapter.rank,
+            "digest": adapter.digest,
+            "resident": adapter.resident,
+            "intrinsic": bool(adapter.intrinsic_digest),
+        },
     }
+
+
+async def _next(running: AsyncIntrinsicsStream) -> tuple[int, Outcome]:
+    return await anext(running)
 
 
 async def _read_all(events: AsyncGenerator[tuple[int, StreamEvent]], answers: list[Answer]) -> None:

@@ -221,6 +221,35 @@ async def test_text_completions_tell_logprobs_in_lists() -> None:
         assert "".join(part.text for part in parts) == "abc"
 
 
+IO_YAML = "model: ~\nresponse_format: ~\ntransformations: ~\n"
+
+
+async def test_intrinsics_run_in_one_call_and_fail_each_for_itself() -> None:
+    async with behind(says(TokenChunk((1,), '{"certainty": "high"}'))) as (door, worker):
+        worker.define("certainty", IO_YAML)
+        await intrinsic_known(door, "certainty")
+        body = {"messages": HELLO, "intrinsics": ["certainty", "jailbreak"]}
+        whole = (await door.http.post("/v1/intrinsics", json=body)).json()["data"]
+        assert [(each["index"], each["intrinsic"]) for each in whole] == [(0, "certainty"), (1, "jailbreak")]
+        assert whole[0]["result"] == {"certainty": "high"}
+        assert whole[0]["raw_text"] == '{"certainty": "high"}'
+        assert whole[0]["alora"]["usage"]["generated_tokens"] == 1
+        assert whole[1]["error"]["code"] == "INTRINSIC_UNDEFINED"
+        lines = (await door.http.post("/v1/intrinsics", json={**body, "stream": True})).text.split("\n\n")
+        assert lines[2:] == ["data: [DONE]", ""]
+        streamed = sorted((json.loads(line[6:]) for line in lines[:2]), key=lambda each: each["index"])
+        assert [each.get("result") for each in streamed] == [{"certainty": "high"}, None]
+        refused = await door.http.post("/v1/intrinsics", json={"messages": HELLO, "intrinsics": []})
+        assert refused.json()["error"]["param"] == "intrinsics"
+
+
+async def intrinsic_known(door: OpenDoor, name: str) -> None:
+    """Wait until the router has heard of it."""
+    async with asyncio.timeout(20):
+        while not (await door.http.get(f"/v1/models/{name}")).json()["adapter"]["intrinsic"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_a_heartbeat_is_a_comment() -> None:
     async with behind() as (door, _):
         text = (await door.http.post("/v1/chat/completions", json={**CHAT, "stream": True})).text

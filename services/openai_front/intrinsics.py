@@ -1,0 +1,51 @@
+"""``POST /v1/intrinsics``: several intrinsics on one conversation, an endpoint of our own beside OpenAI's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncGenerator, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, StrictBool, StrictStr
+
+from alora_serve.client import AsyncIntrinsicsStream, IntrinsicResult
+from alora_serve.errors import AloraServeError
+from openai_front.conversation import ConversationFields
+from openai_front.event_stream import DONE, event
+from openai_front.failures import failure_of
+
+MAX_INTRINSICS = 256
+
+Outcome = IntrinsicResult | AloraServeError
+
+
+class IntrinsicsRequest(ConversationFields):
+    """The body: a conversation as in chat completions, and who judges it."""
+
+    intrinsics: Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_INTRINSICS)]
+    parameters: dict[str, Any] | None = None
+    stream: StrictBool | None = None
+
+    def outcome(self, index: int, outcome: Outcome) -> Mapping[str, Any]:
+        """What one of them found, or why it found nothing."""
+        named = {"index": index, "intrinsic": self.intrinsics[index]}
+        if isinstance(outcome, AloraServeError):
+            return {**named, **failure_of(outcome).body}
+        found = dataclasses.asdict(outcome)
+        costs = {name: found.pop(name) for name in ("usage", "timings")}
+        return {**named, **found, "alora": costs}
+
+
+async def outcome_events(
+    request: IntrinsicsRequest, first: tuple[int, Outcome], stream: AsyncIntrinsicsStream
+) -> AsyncGenerator[bytes]:
+    """An event for each outcome as it comes, and one for what ends the call before all have."""
+    async with stream:
+        yield event(request.outcome(*first))
+        try:
+            async for index, outcome in stream:
+                yield event(request.outcome(index, outcome))
+        except AloraServeError as error:
+            yield event(failure_of(error).body)
+            return
+    yield DONE
