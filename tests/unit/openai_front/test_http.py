@@ -77,12 +77,6 @@ async def never_ends(request: GenerateRequest, attempt: int) -> AsyncGenerator[S
     await asyncio.Event().wait()
 
 
-async def never_begins(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
-    """A worker that waits for ever."""
-    await asyncio.Event().wait()
-    yield Started(AdapterDigest(""), None, 0, 3)
-
-
 async def floods(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
     """A worker that says more than any socket holds."""
     yield Started(AdapterDigest(""), None, 0, 3)
@@ -112,14 +106,6 @@ async def test_a_client_that_leaves_cancels_its_request(stream: bool) -> None:
         writer.close()
         await until(lambda: worker.cancelled == 1)
         await until(lambda: served(door, "POST /v1/chat/completions", 499) == 1)
-
-
-async def test_a_client_that_leaves_before_the_first_event_cancels_its_request() -> None:
-    async with behind(never_begins) as (door, worker):
-        asking = asyncio.ensure_future(door.openai.chat.completions.create(**CHAT, stream=True))
-        await until(lambda: len(worker.requests) == 1)
-        asking.cancel()
-        await until(lambda: worker.cancelled == 1)
 
 
 async def test_a_client_that_stops_reading_is_cut_off() -> None:
