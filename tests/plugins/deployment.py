@@ -189,6 +189,15 @@ class Deployed:
                     return
 
 
+async def until_reused(client: AsyncClient, handle: PrefixHandle, adapter: str) -> None:
+    """Ask until KV is not computed again: on a busy machine, a store may be taken for slow or away at first."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not (  # noqa: ASYNC110  # asked over the network
+            await client.generate(handle=handle, adapter=adapter, sampling=GREEDY).result()
+        ).usage.cached_tokens:
+            await asyncio.sleep(1)
+
+
 def host_and_port(address: str) -> tuple[str, int]:
     """The two parts."""
     host, _, port = address.rpartition(":")
