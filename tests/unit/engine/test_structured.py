@@ -183,7 +183,7 @@ async def test_white_space_between_parts_is_at_most_one_space(stack: Stack, pref
 # --- other forms ------------------------------------------------------------------------------------------------------
 
 FORMS: dict[str, tuple[StructuredOutput, str]] = {
-    "regex": (Regex(r"[a-f]{2,4}-\d\d"), r"[a-f]{2,4}-\d\d"),
+    "regex": (Regex(r"[a-f]{2,4}-[0-9]{2}"), r"[a-f]{2,4}-[0-9]{2}"),
     "choice": (Choice(("yes", "no", "n/a: [éé] 😀")), r"yes|no|n/a: \[éé\] 😀"),
     "prefixes": (Choice(("a", "ab", "abc")), "a|ab|abc"),
     "grammar": (Grammar('start: "(" start ")" | WORD\nWORD: /[xy]{1,2}/'), r"\(*[xy]{1,2}\)*"),
