@@ -144,8 +144,12 @@ async def test_intrinsics_share_one_prefill_and_compute_only_what_follows_the_co
         own = len((await serving.client.prefill(instructions[name])).handle.prefix_tokens)
         follows = own - shared + len(handle.generation_prompt_tokens)
         assert usage.prompt_tokens == shared + follows
-        # Only the first is charged with the prefill.
-        assert usage.computed_tokens == follows if name != "asked" else usage.computed_tokens > follows, name
+        # Only the first is charged with the prefill. What a busy machine's store was too late for is computed, and told.
+        told = f"{name}: {usage.computed_tokens} computed, {follows} follow what is shared; {usage.store_misses}"
+        if name == "asked" or "timeout" in usage.store_misses:
+            assert usage.computed_tokens > follows, told
+        else:
+            assert usage.computed_tokens == follows, told
     alone = [await run(serving, instructions[name], "judging") for name in names]
     by_itself = await run(serving, messages, "asked", parameters={"what": "deep"})
     assert by_itself.result == results[0].result  # type: ignore[union-attr]

@@ -36,6 +36,9 @@ WRITE_TIMEOUT_SECONDS: Final = 30.0
 STATUS_SECONDS: Final = 1.0
 """Longest wait for a status to leave. It does not overtake messages that a client does not take; gRPC keeps it."""
 
+LATE_SECONDS: Final = 0.1
+"""A call that is cancelled so shortly before its deadline has met it: the client's clock began earlier than ours."""
+
 STATUS_STREAMS: Final = "Watch"
 """Methods of this prefix stream until the client leaves: a drain neither waits for them nor turns them away."""
 
@@ -260,7 +263,7 @@ def _facts(error: AloraServeError) -> dict[str, object]:
 def _is_late(context: Context) -> bool:
     # None without a deadline, which the stubs do not know.
     remaining_seconds = cast("float | None", context.time_remaining())
-    return remaining_seconds is not None and remaining_seconds <= 0
+    return remaining_seconds is not None and remaining_seconds <= LATE_SECONDS
 
 
 def _request_id(metadata: Iterable[tuple[str, str | bytes]]) -> str:

@@ -295,7 +295,7 @@ async def test_a_bug_is_internal_tells_nothing_and_is_logged_with_its_traceback(
 
 async def test_a_deadline_that_passes_ends_the_work_and_is_counted_as_such(server: Server) -> None:
     server.servicer.wait = True
-    call = server.prefill(timeout=0.2)
+    call = server.prefill(timeout=1.0)
     error = await server.failure(call)
     assert type(error) is DeadlinePassedError
     await server.servicer.left.wait()
