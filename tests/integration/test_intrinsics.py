@@ -144,7 +144,7 @@ async def test_intrinsics_share_one_prefill_and_compute_only_what_follows_the_co
         own = len((await serving.client.prefill(instructions[name])).handle.prefix_tokens)
         follows = own - shared + len(handle.generation_prompt_tokens)
         assert usage.prompt_tokens == shared + follows
-        # Only the first is charged with the prefill. What a busy machine's store was too late for is computed, and told.
+        # Only the first is charged with the prefill. What a busy store was too late for is computed, and told.
         told = f"{name}: {usage.computed_tokens} computed, {follows} follow what is shared; {usage.store_misses}"
         if name == "asked" or "timeout" in usage.store_misses:
             assert usage.computed_tokens > follows, told
