@@ -27,6 +27,7 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PRODUCT, STAND_INS = "deploy/docker/Dockerfile", "tests/containers/stand-ins/Dockerfile"
 IMAGES = {
     "adapter-router": PRODUCT,
+    "openai-front": PRODUCT,
     "base-prefill": PRODUCT,
     "adapter-decode": PRODUCT,
     "demo-model": PRODUCT,

@@ -18,7 +18,7 @@ FOLDER = ROOT / "build" / "containers"
 
 IMAGES = [
     f"docker.io/alora-serve/{target}:local"
-    for target in ("adapter-router", "base-prefill", "adapter-decode", "demo-model")
+    for target in ("adapter-router", "openai-front", "base-prefill", "adapter-decode", "demo-model")
 ]
 PACKAGES = {
     "aardvark-dns": "aardvark-dns",
@@ -60,13 +60,12 @@ def skipped(why: str) -> None:
 
 
 def main() -> int:
-    """The exit status of the tests, or of the builds before them."""
+    """The exit status of the tests, or of the builds before them; arguments that are not listed are pytest's."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--missing", action="store_true", help="only list the packages that are missing, one a line")
     parser.add_argument("--torch", default="torch")
     parser.add_argument("--torch-pip-args", default="")
-    parser.add_argument("tests", nargs="*", help="pytest's arguments")
-    arguments = parser.parse_args()
+    arguments, of_pytest = parser.parse_known_args()
     if arguments.missing:
         print(*missing_programs(), sep="\n")
         return 0
@@ -81,7 +80,7 @@ def main() -> int:
         done = subprocess.run([sys.executable, ROOT / "scripts" / script, *options], check=False)
         if done.returncode:
             return done.returncode
-    pytest = (sys.executable, "-m", "pytest", *(arguments.tests or ["tests/containers"]))
+    pytest = (sys.executable, "-m", "pytest", "--durations=8", "tests/containers", *of_pytest)
     inside = ("/usr/bin/catatonit", "--", "bash", ROOT / "tests" / "containers" / "inside.sh", FOLDER)
     command = [*NAMESPACES, *inside, *pytest]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "ALORA_TEST_CONTAINERS": "1"}, check=False).returncode

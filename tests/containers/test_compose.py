@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import pytest_asyncio
@@ -18,13 +20,15 @@ import pytest_asyncio
 from alora_serve.client import AsyncClient, ChatMessage, SamplingParams, TokenChunk
 from deployment import GREEDY, ServedModel, metric_at, until_reused
 from every_request import everything_once
-from podman import Container, confinement, podman
+from podman import Container, confinement, podman, until_serving
 from prometheus_pages import Scraper, empty_queries
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVICES = ("store", "prefill", "worker-1", "worker-2", "router", "prometheus")
+SERVICES = ("store", "prefill", "worker-1", "worker-2", "router", "http")
+"""Those that tell their health."""
 WORKERS = ("worker-1", "worker-2")
-ROUTER, PROMETHEUS_PORT = "127.0.0.1:50051", 9091
+NETWORK = "alora-serve_default"
+ROUTER, HTTP, PROMETHEUS_PORT = "127.0.0.1:50051", "http://127.0.0.1:8000", 9091
 
 SCRAPE_SECONDS, ROUNDS, WINDOW = 2, 8, "20s"
 OF_CERTIFICATES = "alora_certificate_expiry_timestamp_seconds"
@@ -45,7 +49,7 @@ class Compose:
 
     def __call__(self, *arguments: str) -> str:
         """What a command prints."""
-        files = ("--file", ROOT / "docker-compose.yml", "--file", self.override)
+        files = ("--profile", "http", "--file", ROOT / "docker-compose.yml", "--file", self.override)
         command = [ROOT / "build" / "tools" / "images" / "bin" / "docker-compose", *files, *arguments]
         stand_ins = {f"{name}_IMAGE": f"docker.io/alora-serve/{image}:local" for name, image in STAND_INS.items()}
         environment = {**os.environ, **stand_ins, "OMP_NUM_THREADS": "1"}
@@ -56,10 +60,8 @@ class Compose:
     def container(self, service: str) -> Container:
         return Container(self("ps", "--quiet", service).strip())
 
-    def address(self, service: str, port: int) -> str:
-        """Inside its network."""
-        networks = self.container(service).inspect()["NetworkSettings"]["Networks"]
-        return f"{networks['alora-serve_default']['IPAddress']}:{port}"
+    async def metric(self, service: str, name: str) -> float:
+        return await metric_at(f"{self.container(service).address(NETWORK)}:9090", name)
 
 
 STAND_INS = {"VALKEY": "store", "PROMETHEUS": "prometheus"}
@@ -99,12 +101,12 @@ async def client(compose: Compose) -> AsyncIterator[AsyncClient]:
 
 def test_all_services_are_up_and_well(compose: Compose) -> None:
     running = compose("ps", "--services", "--status", "running").split()
-    assert sorted(running) == sorted(SERVICES)
-    for service in ("store", "prefill", *WORKERS, "router"):
+    assert sorted(running) == sorted([*SERVICES, "prometheus"])
+    for service in SERVICES:
         assert compose.container(service).inspect()["State"]["Health"]["Status"] == "healthy"
 
 
-@pytest.mark.parametrize("service", ["prefill", "worker-1", "router", "store", "prometheus"])
+@pytest.mark.parametrize("service", [*SERVICES, "prometheus"])
 def test_a_container_can_do_little(compose: Compose, service: str) -> None:
     found = confinement(compose.container(service))
     assert found.user != 0
@@ -130,6 +132,15 @@ async def test_the_command_line_reaches_the_router(compose: Compose) -> None:
     printed, _ = await process.communicate()
     assert process.returncode == 0
     assert printed.strip()
+
+
+def test_the_front_door_answers_over_http(compose: Compose) -> None:
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = json.dumps({"model": "jailbreak", "messages": turns, "max_tokens": 4}).encode()
+    request = Request(f"{HTTP}/v1/chat/completions", asked, {"content-type": "application/json"})
+    with urlopen(request, timeout=PATIENCE_SECONDS) as response:
+        answer = json.load(response)
+    assert answer["choices"][0]["message"]["content"]
 
 
 @shared_loop
@@ -178,14 +189,12 @@ async def test_a_stream_goes_on_when_its_worker_is_killed_and_the_worker_comes_b
             os.kill(killed.host_pid, signal.SIGKILL)
     assert killed is not None
     assert tuple(tokens) == expected.token_ids
-    assert await metric_at(compose.address("router", 9090), "alora_router_resumed_streams_total") >= 1
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while not killed.is_running:  # noqa: ASYNC110  # asked on a command line
-            await asyncio.sleep(1)
+    assert await compose.metric("router", "alora_router_resumed_streams_total") >= 1
+    await until_serving(killed, NETWORK, "alora_serve.v1.AdapterDecodeService")
 
 
 async def _busy_worker(compose: Compose) -> Container:
     for service in WORKERS:
-        if await metric_at(compose.address(service, 9090), "alora_engine_running_sequences"):
+        if await compose.metric(service, "alora_engine_running_sequences"):
             return compose.container(service)
     raise AssertionError("no worker is busy")

@@ -6,8 +6,8 @@ here, and the rest is checked by ``make deploy-check`` alone.
 
 from __future__ import annotations
 
-import asyncio
 import base64
+import copy
 import json
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -19,27 +19,24 @@ import pytest
 import pytest_asyncio
 import yaml
 
-from alora_serve.cli.probe import health_of
 from alora_serve.client import AsyncClient, ChatMessage
-from alora_serve.errors import UnavailableError
 from deployment import GREEDY, ServedModel, until_reused
-from podman import Container, confinement, podman
+from podman import Container, confinement, podman, until_serving
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "alora-serve"
 NETWORK = "cluster"
-COMPONENTS = {
-    "adapter-decode": "alora_serve.v1.AdapterDecodeService",
-    "base-prefill": "alora_serve.v1.BasePrefillService",
-    "router": "alora_serve.v1.AloraService",
-}
+COMPONENTS = ("adapter-decode", "base-prefill", "router", "openai-front")
 OVERRIDES = (
-    *(f"{image}.tag=local" for image in ("router.image", "basePrefill.image", "adapterDecode.image", "demoImage")),
+    *(
+        f"{image}.tag=local"
+        for image in ("router.image", "basePrefill.image", "adapterDecode.image", "openaiFront.image", "demoImage")
+    ),
     "store.valkey.image.repository=alora-serve/store",
     "store.valkey.image.tag=local",
     "adapterDecode.replicas=2",
+    "openaiFront.enabled=true",
 )
-PATIENCE_SECONDS = 240
 
 pytestmark = pytest.mark.timeout(1200)
 shared_loop = pytest.mark.asyncio(loop_scope="module")
@@ -83,6 +80,7 @@ def as_podman_takes_it(deployment: Manifest) -> Manifest:
 
     Where all is restarted always, podman starts init containers again as soon as they end.
     """
+    deployment = copy.deepcopy(deployment)
     pod = deployment["spec"]["template"]["spec"]
     pod["restartPolicy"] = "OnFailure"
     for container in pod["containers"]:
@@ -95,25 +93,6 @@ def play_secret(secret: Manifest) -> None:
     """As kube play reads it, which makes none itself: JSON, with values in base64."""
     values = {key: base64.b64encode(value.encode()).decode() for key, value in secret["stringData"].items()}
     podman("secret", "create", secret["metadata"]["name"], "-", given=json.dumps(values))
-
-
-def address(container: Container) -> str:
-    """Of its pod."""
-    pod = json.loads(podman("pod", "inspect", container.inspect()["Pod"]).stdout)
-    infra = Container(pod["InfraContainerID"]).inspect()
-    return str(infra["NetworkSettings"]["Networks"][NETWORK]["IPAddress"])
-
-
-async def wait_until_ready(container: Container, service: str) -> None:
-    at = f"{address(container)}:50052"
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while True:
-            try:
-                if await asyncio.to_thread(health_of, at, service, 5.0) == "SERVING":
-                    return
-            except UnavailableError:
-                assert container.is_running, container.logs()
-            await asyncio.sleep(1)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +108,7 @@ def pods() -> Iterator[Pods]:
     }
     assert deployments.keys() == {*COMPONENTS, "store"}
     try:
-        for component in ("store", "base-prefill", "adapter-decode", "router"):
+        for component in ("store", *COMPONENTS):
             deployment = as_podman_takes_it(deployments[component])
             network = f"{NETWORK}:alias={deployment['metadata']['name']}"
             podman("kube", "play", "--network", network, "-", given=yaml.safe_dump(deployment))
@@ -138,16 +117,17 @@ def pods() -> Iterator[Pods]:
     finally:
         for container in podman("ps", "--all", "--format", "{{.Names}}", check=False).stdout.split():
             print(container, Container(container).logs()[-2000:])
-        podman("pod", "rm", "--all", "--force", "--time", "5", check=False)
+        podman("pod", "rm", "--all", "--force", "--time", "0", check=False)
         podman("network", "rm", NETWORK, check=False)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(pods: Pods) -> AsyncIterator[AsyncClient]:
-    for component, service in COMPONENTS.items():
+    for component in COMPONENTS:
+        [container] = pods.manifests[component]["spec"]["template"]["spec"]["containers"]
         for name in pods.containers[component]:
-            await wait_until_ready(Container(name), service)
-    async with AsyncClient(f"{address(pods.container('router'))}:50051") as connected:
+            await until_serving(Container(name), NETWORK, **container["readinessProbe"]["grpc"])
+    async with AsyncClient(f"{pods.container('router').address(NETWORK)}:50051") as connected:
         yield connected
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from alora_serve.cli.probe import health_of
+from alora_serve.errors import UnavailableError
 
 LIMIT_SECONDS = 300
 
@@ -34,9 +39,13 @@ class Container:
         """Its first process, as this namespace sees it; 0 while it does not run."""
         return int(self.inspect()["State"]["Pid"])
 
-    @property
-    def is_running(self) -> bool:
-        return bool(self.inspect()["State"]["Running"])
+    def address(self, network: str) -> str:
+        """Where it, or the pod that it is in, is in a network; empty while it does not run."""
+        found = self.inspect()
+        if found["Pod"]:
+            pod = json.loads(podman("pod", "inspect", found["Pod"]).stdout)
+            found = Container(pod["InfraContainerID"]).inspect()
+        return str(found["NetworkSettings"]["Networks"][network]["IPAddress"])
 
     def run(self, *command: str, check: bool = True) -> str:
         """What a command prints in it, errors too."""
@@ -47,6 +56,17 @@ class Container:
         """What it has printed."""
         done = podman("logs", self.name, check=False)
         return done.stdout + done.stderr
+
+
+async def until_serving(container: Container, network: str, service: str, port: int = 50052) -> None:
+    """Ask for the health of a service in a container until it serves."""
+    async with asyncio.timeout(LIMIT_SECONDS):
+        while True:
+            with suppress(UnavailableError):
+                at = f"{container.address(network)}:{port}"
+                if await asyncio.to_thread(health_of, at, service, 5.0) == "SERVING":
+                    return
+            await asyncio.sleep(1)
 
 
 @dataclass(frozen=True, slots=True)
