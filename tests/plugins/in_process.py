@@ -20,6 +20,7 @@ from alora_serve.model.loader import BaseModel
 from alora_serve.types import (
     Finished,
     GenerateRequest,
+    Heartbeat,
     PrefillResult,
     PrefixHandle,
     Prompt,
@@ -140,7 +141,9 @@ class Stack:
             )
         ]
         chunks = [event for event in events if isinstance(event, TokenChunk)]
-        started, finished = events[0], events[-1]
+        # A busy machine may take a second before it starts: the first heartbeat is then ahead.
+        started = next(event for event in events if not isinstance(event, Heartbeat))
+        finished = events[-1]
         assert isinstance(started, Started)
         assert isinstance(finished, Finished)
         return Answer(
