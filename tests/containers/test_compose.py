@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ LONG = SamplingParams(max_tokens=120, ignore_eos=True)
 KILLED_AFTER = 20
 PATIENCE_SECONDS = 120
 
+ALORA_SERVE = Path(sys.executable).with_name("alora-serve")
 pytestmark = pytest.mark.timeout(1200)
 shared_loop = pytest.mark.asyncio(loop_scope="module")
 
@@ -128,7 +130,7 @@ async def test_a_conversation_is_answered_as_peft_answers_it(client: AsyncClient
 @shared_loop
 async def test_the_command_line_reaches_the_router(compose: Compose) -> None:
     arguments = ("generate", "--address", ROUTER, "--message", "What is the capital of France?", "--max-tokens", "4")
-    process = await asyncio.create_subprocess_exec("alora-serve", *arguments, stdout=subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(ALORA_SERVE, *arguments, stdout=subprocess.PIPE)
     printed, _ = await process.communicate()
     assert process.returncode == 0
     assert printed.strip()
