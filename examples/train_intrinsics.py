@@ -6,8 +6,9 @@ One training runs at a time, as a process of its own; what is done is not done a
     python examples/train_intrinsics.py --data DIR --only jailbreak --kinds alora --seeds 0
     python examples/train_intrinsics.py --data DIR --ship     # copies the best seeds to examples/intrinsics
 
-``DIR/TASK/train.jsonl`` is read; ``build/data/TASK`` is looked at first, where ``prepare_uncertainty.py`` writes. State
-is under ``build/intrinsics``: ``TASK-KIND-SEED`` and, while a task's aLoRAs train, its base KV: up to 17 GB, which all
+``DIR/TASK/train.jsonl`` is read; ``build/data/TASK`` is looked at first, where ``prepare_uncertainty.py`` writes.
+``examples/data/TASK/train_context.jsonl`` is added, where there is one: rows inside longer conversations. State is
+under ``build/intrinsics``: ``TASK-KIND-SEED`` and, while a task's aLoRAs train, its base KV: up to 17 GB, which all
 their seeds read. The aLoRAs are trained first, then the twins.
 """
 
@@ -67,15 +68,16 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
                 yield Run(task, kind, seed)
 
 
-def training_file(task: str, data: Path | None) -> Path:
-    """The rows of a task.
+def training_files(task: str, data: Path | None) -> list[Path]:
+    """What holds the rows of a task.
 
     Raises:
         SystemExit: there are none; says what to do.
     """
     for folder in (PREPARED / task, *([data / task] if data and task != "uncertainty" else [])):
         if (folder / "train.jsonl").is_file():
-            return folder / "train.jsonl"
+            context = EXAMPLES / "data" / task / "train_context.jsonl"
+            return [folder / "train.jsonl", *([context] if context.is_file() else [])]
     advice = "run examples/prepare_uncertainty.py first" if task == "uncertainty" else "give --data DIR"
     raise SystemExit(f"error: no rows of {task}: {advice}")
 
@@ -88,7 +90,9 @@ def train(run: Run, arguments: argparse.Namespace) -> None:
     """
     command = [sys.executable, "-m", "alora_serve.cli.app", "train"]
     command += ["--recipe", str(RECIPES / f"{run.task}.toml"), "--kind", run.kind, "--seed", str(run.seed)]
-    command += ["--data", str(training_file(run.task, arguments.data)), "--output", str(arguments.state / run.name)]
+    command += ["--output", str(arguments.state / run.name)]
+    for file in training_files(run.task, arguments.data):
+        command += ["--data", str(file)]
     if run.kind == "alora":
         command += ["--prefix-cache", str(arguments.state / "prefixes" / run.task), "--prefix-memory", "0.5"]
     print(f"training {run.name}", flush=True)
