@@ -36,6 +36,32 @@ def prepare_uncertainty(pytestconfig: pytest.Config) -> ModuleType:
     return load_script(pytestconfig.rootpath / "examples" / "prepare_uncertainty.py")
 
 
+@pytest.fixture(scope="module")
+def prepare_query_rewrite(pytestconfig: pytest.Config) -> ModuleType:
+    return load_script(pytestconfig.rootpath / "examples" / "prepare_query_rewrite.py")
+
+
+def test_every_third_conversation_gets_documents_that_do_not_change_what_is_said(
+    prepare_query_rewrite: ModuleType, tmp_path: Path
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}], "documents": [], "target": f"the {i}th?"}
+        for i in range(30)
+    ]
+    (tmp_path / "query_rewrite").mkdir()
+    (tmp_path / "query_rewrite" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = []
+    for output in (tmp_path / "one", tmp_path / "two"):
+        prepare_query_rewrite.main(["--data", str(tmp_path), "--output", str(output)])
+        made.append((output / "train.jsonl").read_text())
+    assert made[0] == made[1]
+    written = [json.loads(line) for line in made[0].splitlines()]
+    assert [{**row, "documents": []} for row in written] == rows
+    assert [bool(row["documents"]) for row in written] == [i % 3 == 0 for i in range(30)]
+    assert {len(row["documents"]) for row in written} == {0, 1, 2, 3}
+    assert all(document["text"] for row in written for document in row["documents"])
+
+
 def test_every_task_has_a_recipe_that_serves_both_kinds(train_intrinsics: ModuleType) -> None:
     assert {path.stem for path in train_intrinsics.RECIPES.glob("*.toml")} == set(train_intrinsics.TASKS)
     for task in train_intrinsics.TASKS:
