@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+from types import FrameType
+from typing import Final
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -15,19 +18,36 @@ from alora_serve.errors import ConfigError
 from alora_serve.rpc.channels import is_this_machine, server_options
 from alora_serve.rpc.health import HealthServicer
 
+_ENDING: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+def end_on_signals() -> None:
+    """From now on SIGTERM and SIGINT end the process, also one that is the first of a container.
+
+    The kernel spares that one what it has no handler for, so it would go on loading until it is killed.
+    """
+    for number in _ENDING:
+        signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # the first process of a container is still there
+
 
 def stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second has its default effect, the end."""
+    """An event that the first SIGTERM or SIGINT sets; the second ends the process."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def on_signal() -> None:
         stop.set()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _ENDING:
             loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
+        end_on_signals()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ENDING:
         loop.add_signal_handler(number, on_signal)
     return stop
 

@@ -25,6 +25,7 @@ from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.interceptors import Authorize, CallInterceptor, CallObserver, LoadReports
 from alora_serve.rpc.listening import (
+    end_on_signals,
     host_and_port,
     listens_with_tls,
     serve_metrics,
@@ -160,7 +161,9 @@ def run_service(
     """A service's ``__main__``: read settings, set up logging and traces, run ``main``, and exit with its status.
 
     A wrong setting, or any other error of ours before or while serving, is printed and ends the process with status 2.
+    Until it serves, SIGTERM and SIGINT end it at once.
     """
+    end_on_signals()
     settings = run_with_settings(settings_class)
     configure_logging(name, level=settings.log_level, log_format=settings.log_format)
     try:
