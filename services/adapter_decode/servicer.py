@@ -14,7 +14,7 @@ import grpc.aio
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.engine.decoder import Decoder
 from alora_serve.engine.scorer import Scorer
-from alora_serve.metrics import RequestMetrics
+from alora_serve.metrics import RequestMetrics, TokenTimes
 from alora_serve.rpc.convert import (
     adapter_name_from_proto,
     adapter_to_proto,
@@ -53,16 +53,15 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
 
     async def Decode(self, request: pb.DecodeRequest, context: _Context) -> AsyncIterator[pb.DecodeResponse]:
         """See the proto."""
-        arrived, is_waiting = monotonic(), True
+        times = TokenTimes(self._metrics, monotonic())
         wanted = decode_from_proto(request)
         first_index = len(wanted.resume.generated_tokens) if wanted.resume else 0
         note(lambda: {**request_attributes(wanted, self._model_name), "alora.attempt": request.attempt})
         # Closed at once when the call ends early, so that the sequence leaves the batch at the next step.
         async with aclosing(self._decoder.decode(wanted)) as events:
             async for event in events:
-                if is_waiting and isinstance(event, TokenChunk):
-                    is_waiting = False
-                    self._metrics.first_token(monotonic() - arrived)
+                if isinstance(event, TokenChunk):
+                    times.passed(len(event.token_ids))
                 if isinstance(event, Started):
                     note(partial(started_attributes, event, first_index))
                 if isinstance(event, Finished):

@@ -16,7 +16,7 @@ from adapter_router.endpoints.pool import Lease
 from adapter_router.policy import Demand
 from adapter_router.usage import merged_timings, merged_usage
 from alora_serve.errors import AdapterRefusedError, AloraServeError, UnavailableError
-from alora_serve.metrics import RequestMetrics
+from alora_serve.metrics import RequestMetrics, TokenTimes
 from alora_serve.rpc.convert import (
     decode_to_proto,
     finish_reason_name,
@@ -91,7 +91,7 @@ class DecodeStream:
         self._metrics = metrics
         self._charge = charge
         self._is_charged = False
-        self._first_token_seconds: float | None = None
+        self._times = TokenTimes(metrics, call.arrived_seconds)
         self._span: Span = INVALID_SPAN
 
     async def events(self) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
@@ -201,10 +201,8 @@ class DecodeStream:
                 self.started = event.started
                 return not repeated
             case "chunk":
-                if self._first_token_seconds is None:
-                    self._first_token_seconds = self._call.elapsed_seconds()
-                    self._metrics.first_token(self._first_token_seconds)
                 self.delivered += event.chunk.token_ids
+                self._times.passed(len(unpack_token_ids(event.chunk.token_ids, "chunk")))
             case "finished":
                 self._complete(event.finished)
         return True
@@ -216,7 +214,7 @@ class DecodeStream:
         timings = merged_timings(
             self._prefill,
             timings_from_proto(finished.timings),
-            first_token_seconds=total_seconds if self._first_token_seconds is None else self._first_token_seconds,
+            first_token_seconds=total_seconds if self._times.first_seconds is None else self._times.first_seconds,
             total_seconds=total_seconds,
         )
         self._metrics.record(usage, timings)

@@ -10,7 +10,7 @@ from alora_serve.metrics.engine import CoreMetrics, EngineMetrics
 from alora_serve.metrics.http import HttpMetrics
 from alora_serve.metrics.inference_extension import InferenceExtensionMetrics
 from alora_serve.metrics.process import CertificateMetrics, RpcMetrics, TaskMetrics, service_registry
-from alora_serve.metrics.requests import RequestMetrics
+from alora_serve.metrics.requests import RequestMetrics, TokenTimes
 from alora_serve.metrics.router import EndpointRole, EndpointState, RouterMetrics
 from alora_serve.metrics.store import StoreMetrics
 
@@ -28,5 +28,6 @@ __all__ = [
     "RpcMetrics",
     "StoreMetrics",
     "TaskMetrics",
+    "TokenTimes",
     "service_registry",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -26,7 +27,7 @@ class RequestMetrics:
             "alora_time_to_first_token_seconds", "Arrival to first token.", buckets=REQUEST_SECONDS, registry=registry
         )
         self._inter_token = Histogram(
-            "alora_inter_token_seconds", "Mean time between tokens.", buckets=TOKEN_SECONDS, registry=registry
+            "alora_inter_token_seconds", "From one token to the next.", buckets=TOKEN_SECONDS, registry=registry
         )
         self._fetched = Counter("alora_fetched_bytes_total", "KV read for requests.", registry=registry)
         self._stored = Counter("alora_stored_bytes_total", "KV written for requests.", registry=registry)
@@ -37,6 +38,11 @@ class RequestMetrics:
         """A first token passes, so long after the request came: told at once, whatever becomes of the request."""
         self._first_token.observe(seconds)
 
+    def more_tokens(self, count: int, seconds: float) -> None:
+        """So many tokens pass together, so long after the one before them, which each is a part of the way from."""
+        for _ in range(count):
+            self._inter_token.observe(seconds / count)
+
     def record(self, usage: Usage, timings: Timings) -> None:
         """Count a finished request's tokens, bytes and seconds. ``fetched`` tokens are part of the ``cached`` ones."""
         for source in TOKEN_SOURCES:
@@ -45,5 +51,29 @@ class RequestMetrics:
         self._stored.inc(usage.stored_bytes)
         for phase in REQUEST_PHASES:
             self._phases.labels(phase).observe(getattr(timings, f"{phase}_seconds"))
-        if usage.generated_tokens > 1:
-            self._inter_token.observe(timings.decode_seconds / (usage.generated_tokens - 1))
+
+
+class TokenTimes:
+    """When the tokens of one stream pass, cancelled or not: a stall in its middle is seen as one.
+
+    Attributes:
+        first_seconds: from the request's arrival to its first token; None before it.
+    """
+
+    def __init__(self, metrics: RequestMetrics, arrived: float) -> None:
+        """``arrived`` is when the request came, by :func:`time.monotonic`."""
+        self.first_seconds: float | None = None
+        self._metrics = metrics
+        self._last = arrived
+
+    def passed(self, count: int) -> None:
+        """So many tokens pass now, together."""
+        if not count:
+            return
+        since, self._last = self._last, monotonic()
+        seconds = self._last - since
+        if self.first_seconds is None:
+            self.first_seconds = seconds
+            self._metrics.first_token(seconds)
+        else:
+            self._metrics.more_tokens(count, seconds)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from prometheus_client import CollectorRegistry
 
-from alora_serve.metrics import RequestMetrics
+from alora_serve.metrics import RequestMetrics, TokenTimes
 from alora_serve.types import Timings, Usage
 
 
@@ -28,12 +28,22 @@ def test_requests(registry: CollectorRegistry, value: Callable[..., float | None
     phases = [value("request_phase_seconds_sum", phase=phase) for phase in ("queue", "fetch", "prefill", "decode")]
     assert phases == [1, 2, 3, 8]
     assert value("time_to_first_token_seconds_sum") == 6
-    assert value("inter_token_seconds_sum") == 2, "five tokens have four gaps"
 
 
-@pytest.mark.parametrize(("generated", "between"), [(0, 0), (1, 0), (2, 1)])
-def test_times_between_tokens_that_were_not_generated_are_not_recorded(
-    registry: CollectorRegistry, value: Callable[..., float | None], generated: int, between: int
+def test_every_gap_between_tokens_is_told_as_it_passes(
+    registry: CollectorRegistry, value: Callable[..., float | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RequestMetrics(registry).record(Usage(generated_tokens=generated), Timings())
-    assert value("inter_token_seconds_count") == between
+    clock = iter((103.0, 104.0, 112.0))
+    monkeypatch.setattr("alora_serve.metrics.requests.monotonic", lambda: next(clock))
+    times = TokenTimes(RequestMetrics(registry), arrived=100.0)
+    assert times.first_seconds is None
+    times.passed(2)
+    assert times.first_seconds == 3
+    assert value("time_to_first_token_seconds_sum") == 3
+    assert value("inter_token_seconds_count") == 0, "the first two came together"
+    times.passed(1)
+    times.passed(0)
+    times.passed(4)
+    assert (value("inter_token_seconds_count"), value("inter_token_seconds_sum")) == (5, 9)
+    assert value("inter_token_seconds_bucket", le="1.0") == 1, "the stall is seen"
+    assert value("time_to_first_token_seconds_count") == 1
