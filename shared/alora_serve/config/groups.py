@@ -101,6 +101,13 @@ class ModelSettings(SettingsGroup):
             "checkpoint, with other tokens. Services that differ share no KV."
         ),
     )
+    digest_cache_dir: str = Field(
+        "",
+        description=(
+            "Where the digest of the weight files is kept, so that the next start need not read them to name them; "
+            "empty: in the cache directory."
+        ),
+    )
 
 
 class StoreSettings(SettingsGroup):

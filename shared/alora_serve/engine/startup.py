@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 import torch
 
 from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, StoreSettings
+from alora_serve.config.cache_directory import default_cache_directory
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.public_prompts import read_public_prompts
 from alora_serve.engine.stepper import EngineLimits
@@ -118,6 +120,7 @@ def open_model(settings: ModelSettings) -> BaseModel:
         pack=settings.pack_weights,
         quantization=settings.weight_quantization,
         name=model_name(settings.model),
+        digests=Path(settings.digest_cache_dir or default_cache_directory() / "digests"),
     )
     if model.tokenizer.prints_date:
         _log.warning(

@@ -26,6 +26,7 @@ from alora_serve.kv.layout import KVLayout
 from alora_serve.model.attention import PackedAttention
 from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.device import CPU, native_dtype
+from alora_serve.model.digest_cache import kept_weights_digest
 from alora_serve.model.digests import forward_config_digest, weights_digest
 from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.lean import LeanForward
@@ -94,6 +95,7 @@ def load_base_model(
     pack: bool = True,
     quantization: WeightQuantization = "none",
     name: str | None = None,
+    digests: Path | None = None,
 ) -> BaseModel:
     """Load a Hugging Face directory for serving.
 
@@ -104,6 +106,8 @@ def load_base_model(
         context_tokens: lower the context below what the model allows, or give it where the config names none.
         pack: lay weights out for this processor's kernels (see :func:`alora_serve.model.weights.best_layout`).
         quantization: ``int8`` rounds the linear modules' weights.
+        name: what to call it; None: the directory's name.
+        digests: where the digest of its weights is kept for the next start; None: nowhere.
 
     Raises:
         ModelUnsupportedError: a part of the model cannot be served exactly; names it.
@@ -146,7 +150,7 @@ def load_base_model(
         device=device,
         context_tokens=_context_limit(config, context_tokens),
         vocabulary_size=int(config.vocab_size),
-        weights_digest=weights_digest(directory),
+        weights_digest=kept_weights_digest(directory, digests) if digests else weights_digest(directory),
         forward_config_digest=forward_config_digest(config),
     )
 

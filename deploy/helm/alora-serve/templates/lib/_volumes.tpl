@@ -75,8 +75,7 @@
 {{- end }}
 {{- if include "alora-serve.isModelService" . }}
 - {name: shm, mountPath: /dev/shm}
-{{- $writes := and (eq $values.store.type "lmdb") (eq $values.store.lmdb.medium "Cache") }}
-- {name: cache, mountPath: /var/cache/alora-serve{{ if not $writes }}, readOnly: true{{ end }}}
+- {name: cache, mountPath: /var/cache/alora-serve{{ if not (include "alora-serve.cacheIsWritten" .ctx) }}, readOnly: true{{ end }}}
 {{- include "alora-serve.sourceMounts" . }}
 {{- if eq $values.store.type "external" }}
 {{- if $values.store.tls.caSecret }}
@@ -122,4 +121,9 @@
 {{- fail (printf "the memory limit of %s, %s, must hold /dev/shm, %s, and the process besides" .component $limit $size) -}}
 {{- end -}}
 {{- $size -}}
+{{- end }}
+
+{{/* Whether model services write into their cache volume: where the store lies there. */}}
+{{- define "alora-serve.cacheIsWritten" -}}
+{{- if and (eq .Values.store.type "lmdb") (eq .Values.store.lmdb.medium "Cache") }}true{{ end }}
 {{- end }}
