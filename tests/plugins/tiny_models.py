@@ -179,6 +179,15 @@ def largest_gap(
     invocation_start: int | None,
 ) -> float:
     """How far, at worst, a delivered token's logit lies below the largest in a cold, teacher-forced fp32 PEFT run."""
-    logits = forced_logits(reference, prompt, answer, invocation_start)
-    chosen = logits[range(len(answer)), list(answer)]
-    return float((logits.max(-1).values - chosen).max())
+    return float(forced_gaps(reference, prompt, answer, invocation_start).max())
+
+
+def forced_gaps(
+    reference: PreTrainedModel | PeftModel,
+    prompt: tuple[int, ...],
+    answer: tuple[int, ...],
+    invocation_start: int | None,
+) -> torch.Tensor:
+    """How far each delivered token's logit lies below the largest in a cold, teacher-forced PEFT run: ``[tokens]``."""
+    logits = forced_logits(reference, prompt, answer, invocation_start).float()
+    return logits.max(-1).values - logits[range(len(answer)), list(answer)]
