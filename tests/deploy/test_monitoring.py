@@ -43,6 +43,12 @@ ABSENT_WHILE_WELL = {
 }
 """What alerts ask for and a deployment that is well does not have."""
 
+COUNTED = [
+    f"/alora_serve.v1.AloraService/{method}"
+    for method in ("Generate", "FanOut", "Prefill", "Score", "RunIntrinsic", "RunIntrinsics")
+]
+"""Calls whose failures count against the objective."""
+
 OF_THE_MACHINE = {"AloraFirstTokenBudgetBurnsFast", "AloraFirstTokenBudgetBurnsSlowly"}
 """Alerts that a slow enough machine makes fire."""
 
@@ -302,6 +308,8 @@ async def test_every_panel_and_every_rule_has_data_while_traffic_flows_and_no_al
 
 def _check_all(prometheus: Scraper) -> None:
     empty = empty_queries(prometheus)
+    series = [f'alora_rpc_handled_total{{method="{method}"}}' for method in COUNTED]
+    empty += [one for one in series if not prometheus.has_values(one)]
     empty += [rule["record"] for rule in rules("record") if not prometheus.has_values(rule["record"])]
     # An alert's expression is empty while all is well; what it asks for is not, but for what only happens otherwise.
     asked_for = {selector for rule in ALERTS.values() for selector in _selectors(rule["expr"])}

@@ -16,6 +16,11 @@ async def everything_once(client: AsyncClient, model: ServedModel, number: int) 
     for adapter in (model.appended, model.answering, model.plain, ""):
         await client.generate(handle=handle, adapter=adapter, sampling=GREEDY).result()
     await client.fanout(turns, [Target(name, GREEDY) for name in (model.appended, model.answering, "")]).results()
+    await client.score(None, ["Yes.", "No."], adapter=model.appended, handle=handle)
+    intrinsics = [one.name for one in await client.list_adapters() if one.intrinsic_digest]
+    if model.answering in intrinsics:
+        await client.run_intrinsic(None, model.answering, handle=handle)
+        await client.run_intrinsics(None, [model.answering], handle=handle).results()
     with pytest.raises(AdapterNotFoundError):
         await client.generate(turns, adapter="nobody's").result()
     await client.unload_adapter(model.plain)
