@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -48,6 +50,30 @@ def test_compose_builds_each_image_that_is_ours(compose: dict[str, Any]) -> None
     }
     assert built.keys() <= targets
     assert all(image == f"alora-serve/{target}:${{ALORA_TAG:-local}}" for target, image in built.items())
+
+
+def stages_below(target: str) -> set[str]:
+    """A stage of the Dockerfile, and those that it is made from."""
+    stages = re.split(r"^FROM ", DOCKERFILE.read_text(), flags=re.MULTILINE)[1:]
+    made_from: dict[str, set[str]] = {}
+    for parent, _, name, *body in map(str.split, stages):
+        copied = {word.removeprefix("--from=") for word in body if word.startswith("--from=")}
+        made_from[name] = {parent, *copied}
+    found = {target}
+    while more := {below for stage in found for below in made_from.get(stage, ())} - found:
+        found |= more
+    return found
+
+
+def test_the_environment_of_compose_chooses_the_torch_of_each_image_that_has_one(tools: Callable[[str], Path]) -> None:
+    command = [tools("images/bin/docker-compose"), "--profile", "http", "config", "--format", "json"]
+    chosen = {"TORCH_PIP_ARGS": "--index-url https://example.com/cpu", "TORCH_SHA256": "0" * 64}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **chosen}, capture_output=True, check=True, timeout=60)
+    builds = [service["build"] for service in json.loads(done.stdout)["services"].values() if "build" in service]
+    with_torch = {build["target"] for build in builds if "model-venv" in stages_below(build["target"])}
+    assert with_torch == {"demo-model", "base-prefill", "adapter-decode"}
+    for build in builds:
+        assert build.get("args", {}) == (chosen if build["target"] in with_torch else {}), build["target"]
 
 
 def test_no_service_of_compose_may_do_more_than_it_must(compose: dict[str, Any]) -> None:
