@@ -102,6 +102,7 @@ def test_no_object_of_values_takes_unknown_keys(schema: dict[str, Any]) -> None:
         "store.type=memcached",
         "store.external.url=http://x",
         "secrets.handleSecrets[0]=short",
+        "monitoring.prometheusRule.runbookBase=docs/operations.md",
     ],
 )
 def test_a_wrong_value_is_refused(helm: str, wrong: str, chart_helm: Callable[..., str]) -> None:

@@ -24,6 +24,9 @@ CUSTOM = {
 """Groups whose definitions are checked; that of Envoy Gateway is in no package."""
 UNCHECKED = {"gateway.envoyproxy.io/v1alpha1"}
 
+RUNBOOK = "https://docs.example.com/alora-serve/operations/"
+"""Where hpa-values.yaml says that the runbook is published."""
+
 VALIDATE_KUBERNETES = """
 import json, sys
 import kubernetes_validate
@@ -92,16 +95,36 @@ def test_the_check_would_find_a_monitor_without_endpoints(render: Any, node: Cal
     assert "endpoints" in node(VALIDATE_CUSTOM, _custom(manifests))
 
 
+def _rules(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [m["spec"] for m in manifests if m["kind"] == "PrometheusRule"]
+
+
 def test_rules_and_dashboards_are_those_of_the_files(render: Any) -> None:
     manifests = render("hpa")
-    rules = [m["spec"] for m in manifests if m["kind"] == "PrometheusRule"]
-    files = [yaml.safe_load(path.read_text()) for path in sorted((CHART / "files" / "rules").glob("*.yaml"))]
-    assert sorted(rules, key=str) == sorted(files, key=str)
+    texts = [path.read_text() for path in (CHART / "files" / "rules").glob("*.yaml")]
+    files = [
+        yaml.safe_load(text.replace("runbook_url: docs/operations.md", f"runbook_url: {RUNBOOK}")) for text in texts
+    ]
+    assert sorted(_rules(manifests), key=str) == sorted(files, key=str)
     boards = [m for m in manifests if m["metadata"]["labels"].get("grafana_dashboard") == "1"]
     shown = {name: json.loads(text) for board in boards for name, text in board["data"].items()}
     assert shown == {
         path.name: json.loads(path.read_text()) for path in (CHART / "files" / "dashboards").glob("*.json")
     }
+
+
+@pytest.mark.parametrize("base", [RUNBOOK, ""])
+def test_an_alert_links_to_its_section_of_the_runbook_or_has_no_link(base: str, render: Any) -> None:
+    """A path of the repository would be a link to nothing in Alertmanager."""
+    manifests = render("hpa", "--set", f"monitoring.prometheusRule.runbookBase={base}")
+    alerts = [
+        rule for spec in _rules(manifests) for group in spec["groups"] for rule in group["rules"] if "alert" in rule
+    ]
+    assert len(alerts) > 20
+    for alert in alerts:
+        section = f"{base or 'docs/operations.md'}#{alert['alert'].lower()}"
+        told = {key: value for key, value in alert["annotations"].items() if key.startswith("runbook")}
+        assert told == {"runbook_url" if base else "runbook": section}
 
 
 @pytest.mark.parametrize("values", ["tls-cert-manager", "statefulset", "keda"])
