@@ -8,6 +8,7 @@ whose inputs are the same are not repeated. Where there is an engine, ``docker b
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -97,13 +98,22 @@ def fetch_wheels(folder: Path, torch: str, torch_pip_args: str) -> Path:
     return wheels
 
 
-def build(name: str, wheels: Path) -> None:
-    """One image, by its name in ``IMAGES``."""
+def torch_digest(wheels: Path) -> str:
+    """SHA-256 of torch's wheel in the folder."""
+    [wheel] = wheels.glob("torch-*.whl")
+    with wheel.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def build(name: str, wheels: Path, digest: str) -> None:
+    """One image, by its name in ``IMAGES``, in which no torch may come but that of the digest."""
     file = ROOT / IMAGES[name]
-    context = ROOT if IMAGES[name] == PRODUCT else file.parent
+    ours = IMAGES[name] == PRODUCT
+    context = ROOT if ours else file.parent
+    torch = ("--build-arg", f"TORCH_SHA256={digest}") if ours else ()
     options = ("--pull-never", "--isolation", "chroot", "--layers", "--format", "docker")
     places = ("--build-context", f"wheels={wheels}", "--file", str(file), "--target", name, "--tag", image(name))
-    _run("buildah", "build", "--quiet", *options, *places, str(context))
+    _run("buildah", "build", "--quiet", *options, *torch, *places, str(context))
 
 
 def sizes() -> dict[str, int]:
@@ -138,8 +148,9 @@ def main() -> None:
     configure_storage(folder)
     build_base(folder)
     wheels = fetch_wheels(folder, arguments.torch, arguments.torch_pip_args)
+    digest = torch_digest(wheels)
     for name in IMAGES:
-        build(name, wheels)
+        build(name, wheels, digest)
     for name, size_bytes in sizes().items():
         print(f"{image(name):48} {size_bytes / 1e6:8.0f} MB")
 

@@ -5,15 +5,16 @@
 #   install_torch.sh VENV WHEELS      TORCH_VERSION, TORCH_PIP_ARGS, TORCH_SHA256 from the environment
 set -eu
 venv=$1 wheels=$2
+fetched=$(mktemp -d)
 
 set -- "torch==${TORCH_VERSION:?}"
 if ls "$wheels"/torch-*.whl >/dev/null 2>&1; then
   set -- "$@" --no-index --find-links "$wheels"
 fi
 # shellcheck disable=SC2086  # several arguments in one variable, as the README says
-"$venv/bin/pip" download --dest /tmp/torch "$@" ${TORCH_PIP_ARGS:-}
+"$venv/bin/pip" download --dest "$fetched" "$@" ${TORCH_PIP_ARGS:-}
 if [ -n "${TORCH_SHA256:-}" ]; then
-  echo "$TORCH_SHA256  $(ls /tmp/torch/torch-*.whl)" | sha256sum --check -
+  echo "$TORCH_SHA256  $(ls "$fetched"/torch-*.whl)" | sha256sum --check -
 fi
-"$venv/bin/pip" install --no-index --find-links /tmp/torch "torch==$TORCH_VERSION"
-rm -r /tmp/torch
+"$venv/bin/pip" install --no-index --find-links "$fetched" "torch==$TORCH_VERSION"
+rm -r "$fetched"
