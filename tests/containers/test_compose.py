@@ -19,6 +19,7 @@ import pytest
 import pytest_asyncio
 
 from alora_serve.client import AsyncClient, ChatMessage, SamplingParams, TokenChunk
+from continued_conversation import continued
 from deployment import GREEDY, ServedModel, metric_at, until_reused
 from every_request import everything_once
 from podman import Container, confinement, podman, until_serving
@@ -125,6 +126,13 @@ async def test_a_conversation_is_answered_as_peft_answers_it(client: AsyncClient
     expected = served.cold_answers([(name, served.prompt(handle, name)) for name in names])
     assert [answer.token_ids for answer in answers] == expected
     await until_reused(client, handle, served.appended)
+
+
+@shared_loop
+async def test_a_long_conversation_goes_on_from_the_kv_of_its_last_turn(
+    client: AsyncClient, served: ServedModel
+) -> None:
+    await continued(client, served)
 
 
 @shared_loop

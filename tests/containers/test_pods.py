@@ -1,4 +1,4 @@
-"""The chart's Deployments, rendered and run by ``podman kube play`` as a cluster would, with all that confines them.
+"""The chart's Deployments and its test, run by ``podman kube play`` as a cluster would, with all that confines them.
 
 Podman has no Services, no probes over gRPC, no stateful sets: a network alias stands for a Service, readiness is asked
 here, and the rest is checked by ``make deploy-check`` alone.
@@ -6,6 +6,7 @@ here, and the rest is checked by ``make deploy-check`` alone.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import copy
 import json
@@ -20,6 +21,7 @@ import pytest_asyncio
 import yaml
 
 from alora_serve.client import AsyncClient, ChatMessage
+from continued_conversation import continued
 from deployment import GREEDY, ServedModel, until_reused
 from podman import Container, confinement, podman, until_serving
 
@@ -51,10 +53,12 @@ class Pods:
     Attributes:
         manifests: Deployments by component.
         containers: names of the containers that serve, by component.
+        of_helm_test: the pod of ``helm test``, which was not played yet.
     """
 
     manifests: dict[str, Manifest]
     containers: dict[str, list[str]]
+    of_helm_test: Manifest
 
     def container(self, component: str) -> Container:
         """The first one."""
@@ -113,7 +117,9 @@ def pods() -> Iterator[Pods]:
             network = f"{NETWORK}:alias={deployment['metadata']['name']}"
             podman("kube", "play", "--network", network, "-", given=yaml.safe_dump(deployment))
         names = podman("ps", "--format", "{{.Names}}").stdout.split()
-        yield Pods(deployments, {one: [name for name in names if name.endswith(f"-{one}")] for one in deployments})
+        containers = {one: [name for name in names if name.endswith(f"-{one}")] for one in deployments}
+        [of_helm_test] = [m for m in manifests if m["kind"] == "Pod"]
+        yield Pods(deployments, containers, of_helm_test)
     finally:
         for container in podman("ps", "--all", "--format", "{{.Names}}", check=False).stdout.split():
             print(container, Container(container).logs()[-2000:])
@@ -146,6 +152,25 @@ async def test_a_conversation_is_answered_as_peft_answers_it(client: AsyncClient
     expected = served.cold_answers([(name, served.prompt(handle, name)) for name in names])
     assert [answer.token_ids for answer in answers] == expected
     await until_reused(client, handle, served.appended)
+
+
+@shared_loop
+async def test_a_long_conversation_goes_on_from_the_kv_of_its_last_turn(
+    client: AsyncClient, served: ServedModel
+) -> None:
+    await continued(client, served)
+
+
+@shared_loop
+async def test_the_pod_of_helm_test_is_answered(pods: Pods, client: AsyncClient) -> None:
+    [container] = pods.of_helm_test["spec"]["containers"]
+    assert "/adapter-router:" in container["image"]
+    name = f"{pods.of_helm_test['metadata']['name']}-{container['name']}"
+    podman("kube", "play", "--network", NETWORK, "-", given=yaml.safe_dump(pods.of_helm_test))
+    ended = await asyncio.to_thread(podman, "wait", name)
+    printed = Container(name).logs()
+    assert ended.stdout.strip() == "0", printed
+    assert printed.strip()
 
 
 @pytest.mark.parametrize("component", [*COMPONENTS, "store"])
