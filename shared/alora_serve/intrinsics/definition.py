@@ -127,6 +127,8 @@ def _json_schema(fields: Fields) -> str:
 
 
 def _boundaries(fields: Fields) -> dict[str, str]:
+    if fields.take("sentence_boundaries") is False:  # as mellea takes it: none
+        return {}
     given = fields.inner("sentence_boundaries")
     if given is None:
         return {}

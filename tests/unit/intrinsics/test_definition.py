@@ -20,6 +20,13 @@ def test_a_minimal_file_asks_the_conversation_as_it_is() -> None:
     assert not definition.needs_last_message
 
 
+def test_sentences_are_tagged_nowhere_by_null_and_false_alike() -> None:
+    for nowhere in ("~", "false"):
+        definition = parse_definition(f"{MINIMAL}sentence_boundaries: {nowhere}\n".encode())
+        assert definition.sentence_boundaries == {}
+        assert not definition.needs_last_message
+
+
 def test_the_schema_keeps_its_order_whether_it_is_text_or_yaml() -> None:
     schema = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"enum": ["x"]}}}
     for written in (json.dumps(json.dumps(schema)), json.dumps(schema)):
@@ -74,6 +81,7 @@ def test_an_unquoted_yes_is_a_word_and_true_is_a_boolean() -> None:
         (f"{MINIMAL}sentence_boundaries: {{first_message: c}}\n", "sentence_boundaries.first_message"),
         (f"{MINIMAL}parameters: {{extra_body: {{chat_template_kwargs: {{a: 2024-01-01}}}}}}\n", "kwargs"),
         (f"{MINIMAL}sentence_boundaries: c\n", "sentence_boundaries"),
+        (f"{MINIMAL}sentence_boundaries: true\n", "sentence_boundaries"),
         (f"{MINIMAL}model: ~\n", "'model' is no key or stands twice"),
         ("model: ~\nresponse_format: '{'\ntransformations: ~\n", "response_format"),
         ("model: ~\nresponse_format: [1]\ntransformations: ~\n", "response_format"),
