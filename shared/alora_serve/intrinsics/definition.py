@@ -86,11 +86,13 @@ def parse_definition(raw: bytes) -> IntrinsicDefinition:
     if fields.take("logprobs_workaround"):
         fields.refuse("logprobs_workaround", "answers in several channels are not served")
     instruction = fields.text("instruction")
-    sampling, template_arguments = read_parameters(fields.inner("parameters"))
+    parameters = fields.inner("parameters")
+    schema = _json_schema(fields) or _schema_of_parameters(parameters)
+    sampling, template_arguments = read_parameters(parameters)
     boundaries = _boundaries(fields)
     definition = IntrinsicDefinition(
         transformations=tuple(map(read_transformation, fields.items("transformations"))),
-        json_schema=_json_schema(fields),
+        json_schema=schema,
         instruction=instruction,
         arguments=frozenset(_arguments(instruction or "")),
         sampling=sampling,
@@ -109,21 +111,38 @@ def parse_definition(raw: bytes) -> IntrinsicDefinition:
     return definition
 
 
-def _json_schema(fields: Fields) -> str:
-    schema = fields.take("response_format")
+def _json_schema(fields: Fields, field: str = "response_format") -> str:
+    schema = fields.take(field)
     if isinstance(schema, str) and schema.strip():
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            fields.refuse("response_format", f"it is not JSON ({error})")
+            fields.refuse(field, f"it is not JSON ({error})")
     if not schema:
         return ""
     if not isinstance(schema, dict):
-        fields.refuse("response_format", "it must be a JSON schema, as JSON text or as YAML")
+        fields.refuse(field, "it must be a JSON schema, as JSON text or as YAML")
     try:
         return json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError) as error:
-        fields.refuse("response_format", f"it is not JSON ({error})")
+        fields.refuse(field, f"it is not JSON ({error})")
+
+
+def _schema_of_parameters(parameters: Fields | None) -> str:
+    """The schema as files for Ollama have it: ``parameters.response_format``, as in a chat completion."""
+    given = parameters.inner("response_format") if parameters else None
+    if given is None:
+        return ""
+    given.one_of("type", ("json_schema",))
+    form = given.inner("json_schema")
+    given.end()
+    if form is None:
+        given.refuse("json_schema", "it must hold the schema")
+    form.text("name")
+    form.take("strict")  # an answer is always held to it
+    schema = _json_schema(form, "schema")
+    form.end()
+    return schema
 
 
 def _boundaries(fields: Fields) -> dict[str, str]:

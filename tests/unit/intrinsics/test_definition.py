@@ -82,6 +82,8 @@ def test_an_unquoted_yes_is_a_word_and_true_is_a_boolean() -> None:
         (f"{MINIMAL}parameters: {{extra_body: {{chat_template_kwargs: {{a: 2024-01-01}}}}}}\n", "kwargs"),
         (f"{MINIMAL}sentence_boundaries: c\n", "sentence_boundaries"),
         (f"{MINIMAL}sentence_boundaries: true\n", "sentence_boundaries"),
+        (f"{MINIMAL}parameters: {{response_format: {{type: json_object}}}}\n", "parameters.response_format.type"),
+        (f"{MINIMAL}parameters: {{response_format: {{type: json_schema}}}}\n", "response_format.json_schema"),
         (f"{MINIMAL}model: ~\n", "'model' is no key or stands twice"),
         ("model: ~\nresponse_format: '{'\ntransformations: ~\n", "response_format"),
         ("model: ~\nresponse_format: [1]\ntransformations: ~\n", "response_format"),
