@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from alora_serve.client import AdapterInfo, AsyncClient, AsyncIntrinsicsStream, ModelInfo, StreamEvent
 from alora_serve.errors import AdapterNotFoundError, AloraServeError, InvalidRequestError, UnavailableError
+from alora_serve.intrinsics import with_documents_placed
 from openai_front import failures
 from openai_front.answers import AnswerWriter, Head
 from openai_front.caller import Caller
@@ -63,7 +64,8 @@ class Endpoints:
         client = self._client(request)
         base = await self.router.model(client)
         adapter = _adapter(body.model, base.name, body.adapter_names)
-        question = Question([body.prompt()], adapter, body.sampling_params(), body.num_samples)
+        prompt = with_documents_placed(body.prompt(), template_takes_documents=base.takes_documents)
+        question = Question([prompt], adapter, body.sampling_params(), body.num_samples)
         return await self._answer(request, body, client, question, ChatWriter(_head(body.model, base), body, question))
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:

@@ -18,7 +18,7 @@ import pytest_asyncio
 import trustme
 
 from alora_serve.client import ChatMessage
-from deployment import WORKER, Deployed, another_router
+from deployment import BLOCK_TOKENS, WORKER, Deployed, another_router
 from front_door import FrontDoor, front_door
 from tenants import key_of, write_access
 
@@ -86,6 +86,29 @@ async def test_an_adapter_is_chosen_in_three_ways(tiny: Deployed, door: FrontDoo
     answer = await door.openai.chat.completions.create(model=way["model"], messages=ASK, max_tokens=8, extra_body=extra)
     assert answer.choices[0].message.content == expected.text
     assert answer.model_extra["alora"][0]["adapter_digest"] == expected.adapter_digest
+
+
+async def test_documents_become_a_turn_that_base_model_and_intrinsics_share(tiny: Deployed, door: FrontDoor) -> None:
+    """This model's template has no place for them."""
+    told = "You have access to the following documents:\n\n[Document moon]\n" + "The moon pulls at the sea. " * 8
+    turns = [TURNS[0], ChatMessage("user", told), TURNS[1]]
+    expected = await tiny.client.generate(turns, max_tokens=8, ignore_eos=True).result()
+    document = {"text": told.split("\n")[-1], "doc_id": "moon"}
+    asked = {**BRIEF, "extra_body": {"ignore_eos": True, "documents": [document]}}
+    answer = await door.openai.chat.completions.create(**asked)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+    in_arguments = {"ignore_eos": True, "chat_template_kwargs": {"documents": [document], "adapter_name": "guard"}}
+    verdict = await door.openai.chat.completions.create(**{**BRIEF, "extra_body": in_arguments})
+    expected = await tiny.client.generate(turns, adapter="guard", max_tokens=8, ignore_eos=True).result()
+    assert verdict.choices[0].message.content == expected.text
+    body = {"messages": ASK, "documents": [document], "intrinsics": ["answer"]}
+    async with httpx.AsyncClient(base_url=door.url) as http:
+        (found,) = (await http.post("/v1/intrinsics", json=body)).json()["data"]
+    usage = found["alora"]["usage"]
+    assert usage["prompt_tokens"] == answer.usage.prompt_tokens
+    assert usage["computed_tokens"] <= BLOCK_TOKENS, "all but the invocation was there"
 
 
 async def test_samples_differ_and_are_the_same_by_seed(door: FrontDoor) -> None:

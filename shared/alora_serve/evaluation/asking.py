@@ -50,16 +50,18 @@ class DefinedAsker:
 
     Attributes:
         adapter: empty for the base model.
+        template_takes_documents: the model's chat template has a place for documents.
     """
 
     client: Client
     adapter: str
     definition: IntrinsicDefinition
+    template_takes_documents: bool
 
     def ask(self, row: Row) -> IntrinsicResult:
         """See :class:`Asker`."""
         prompt = Prompt(messages=row.messages, documents=row.documents)
-        question = ask(self.definition, prompt, {}, template_takes_documents=False)
+        question = ask(self.definition, prompt, {}, template_takes_documents=self.template_takes_documents)
         sampling = replace(
             self.definition.sampling,
             structured_output=JsonSchema(self.definition.json_schema),

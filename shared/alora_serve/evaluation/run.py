@@ -55,8 +55,9 @@ class Subject:
         """What asks it."""
         if self.recipe is None:
             return IntrinsicAsker(client, self.adapter)
-        definition = parse_definition(io_yaml(self.recipe, "string", _TEXT_TOKENS).encode())
-        return DefinedAsker(client, self.adapter, definition)
+        definition = parse_definition(io_yaml(self.recipe, _TEXT_TOKENS).encode())
+        takes_documents = client.get_model().takes_documents
+        return DefinedAsker(client, self.adapter, definition, template_takes_documents=takes_documents)
 
 
 def evaluate(

@@ -6,6 +6,7 @@ Pure but for the sentence splitter, which is imported when a definition first ne
 from alora_serve.intrinsics.answer import Answer, ScoredToken
 from alora_serve.intrinsics.conversation import Question, ask
 from alora_serve.intrinsics.definition import FILE_NAME, IntrinsicDefinition, parse_definition
+from alora_serve.intrinsics.documents import with_documents_placed
 from alora_serve.intrinsics.fields import MAX_DEFINITION_BYTES
 from alora_serve.intrinsics.results import Outcome, conclude
 
@@ -20,4 +21,5 @@ __all__ = [
     "ask",
     "conclude",
     "parse_definition",
+    "with_documents_placed",
 ]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any
 
 from alora_serve.errors import FieldViolation, InvalidRequestError
 from alora_serve.intrinsics.definition import LAST_MESSAGE, IntrinsicDefinition
+from alora_serve.intrinsics.documents import with_documents_placed
 from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.intrinsics.sentences import TaggedSentence, Tagger
-from alora_serve.types import DOCUMENT_ROLE, ChatMessage, Document, Prompt
-
-DOCUMENTS_HEAD: Final = "You have access to the following documents:\n\n"
+from alora_serve.types import ChatMessage, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +49,7 @@ def ask(
         definition: of the intrinsic.
         prompt: the conversation.
         parameters: values for the instruction's names; others are not looked at.
-        template_takes_documents: documents may be left to the chat template. Otherwise, and unless the definition says
-            how, they become one turn of the user before the conversation, after turns of the system.
+        template_takes_documents: documents may be left to the chat template; see :func:`with_documents_placed`.
 
     Raises:
         InvalidRequestError: a parameter is missing or no plain value, or the definition needs to see turns that lie
@@ -60,7 +57,9 @@ def ask(
     """
     _check_visible(definition, prompt)
     rewritten, sentences = _tagged(definition.sentence_boundaries, prompt)
-    rewritten = _with_documents_placed(rewritten, definition.docs_as_message, template_takes_documents)
+    rewritten = with_documents_placed(
+        rewritten, form=definition.docs_as_message, template_takes_documents=template_takes_documents
+    )
     instruction = None
     if definition.instruction is not None:
         last = rewritten.messages[-1].content if rewritten.messages else ""
@@ -135,30 +134,3 @@ def _tagged(boundaries: Mapping[str, str], prompt: Prompt) -> tuple[Prompt, Mapp
             for index, message in enumerate(messages[:-1])
         ]
     return replace(prompt, messages=tuple(messages), documents=tuple(documents)), sentences
-
-
-def _with_documents_placed(prompt: Prompt, form: str, template_takes_documents: bool) -> Prompt:
-    if not prompt.documents or (not form and template_takes_documents):
-        return prompt
-    turns = _document_turns(prompt.documents, form or "string")
-    # A definition's form is what its adapter was trained on: in front of everything.
-    at = 0 if form else next((i for i, turn in enumerate(prompt.messages) if turn.role != "system"), 0)
-    messages = (*prompt.messages[:at], *turns, *prompt.messages[at:])
-    return replace(prompt, messages=messages, documents=())
-
-
-def _document_turns(documents: Sequence[Document], form: str) -> list[ChatMessage]:
-    names = [document.doc_id or str(number) for number, document in enumerate(documents, start=1)]
-    match form:
-        case "roles":
-            return [
-                ChatMessage(DOCUMENT_ROLE + name, document.text)
-                for name, document in zip(names, documents, strict=True)
-            ]
-        case "json":
-            facts = ({"text": d.text, "title": d.title, "doc_id": d.doc_id} for d in documents)
-            records = [{name: value for name, value in fact.items() if value or name == "text"} for fact in facts]
-            return [ChatMessage("user", json.dumps(records))]
-        case _:
-            texts = [f"[Document {name}]\n{document.text}" for name, document in zip(names, documents, strict=True)]
-            return [ChatMessage("user", DOCUMENTS_HEAD + "\n\n".join(texts))]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import yaml
 
 from alora_serve.errors import ConfigError
 from alora_serve.training.recipe import Recipe
-
-DocumentsAs = Literal["template", "string"]
-"""Where documents go: to the chat template, or into a first turn of the user as text."""
 
 _SPARE_TOKENS: Final = 8
 
@@ -41,12 +38,14 @@ def response_format(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def io_yaml(recipe: Recipe, documents_as: DocumentsAs, longest_answer_tokens: int) -> str:
+def io_yaml(recipe: Recipe, longest_answer_tokens: int) -> str:
     """The definition in the format of the Granite intrinsic libraries.
+
+    Documents are left to the chat template or, where it has no place for them, to the server: it puts them where it
+    puts those of a question to the base model, whose KV the adapter is to use.
 
     Args:
         recipe: what was trained.
-        documents_as: how documents were shown in training.
         longest_answer_tokens: of all training answers, end of turn included.
     """
     transformations: list[dict[str, Any]] | None = None
@@ -62,7 +61,7 @@ def io_yaml(recipe: Recipe, documents_as: DocumentsAs, longest_answer_tokens: in
         "response_format": json.dumps(response_format(recipe), indent=2),
         "transformations": transformations,
         "instruction": recipe.instruction.replace("{", "{{").replace("}", "}}") if recipe.instruction else None,
-        "docs_as_message": "string" if documents_as == "string" else None,
+        "docs_as_message": None,
         "parameters": {"max_completion_tokens": longest_answer_tokens + _SPARE_TOKENS},
         "sentence_boundaries": None,
     }

@@ -11,7 +11,7 @@ from alora_serve.adapters.activation import no_activation, place_invocation
 from alora_serve.errors import ConfigError
 from alora_serve.intrinsics import ask, parse_definition
 from alora_serve.model.chat import ChatTokenizer
-from alora_serve.training.definition import DocumentsAs, answer_text, io_yaml
+from alora_serve.training.definition import answer_text, io_yaml
 from alora_serve.training.recipe import Recipe
 from alora_serve.training.rows import Row
 from alora_serve.types import ChatMessage, Prompt, PromptKind, TokenIds
@@ -58,10 +58,7 @@ class RowEncoder:
         self._recipe = recipe
         self._chat = ChatTokenizer(tokenizer)
         self._turn_end = self._find_turn_end()
-        template = tokenizer.chat_template
-        sources = template.values() if isinstance(template, dict) else (template or "",)
-        self.documents_as: DocumentsAs = "template" if any("documents" in source for source in sources) else "string"
-        self._definition = parse_definition(io_yaml(recipe, self.documents_as, longest_answer_tokens=1).encode())
+        self._definition = parse_definition(io_yaml(recipe, longest_answer_tokens=1).encode())
         self.invocation_tokens = self._invocation() if recipe.kind == "alora" else ()
         """Empty for a plain LoRA."""
 
@@ -73,9 +70,8 @@ class RowEncoder:
     def encode(self, row: Row) -> Example:
         """Raises :class:`ConfigError` for a target that is no label; the tokenizer's own errors for a bad row."""
         recipe = self._recipe
-        in_template = self.documents_as == "template"
         asked = Prompt(messages=row.messages, documents=row.documents)
-        question = ask(self._definition, asked, {}, template_takes_documents=in_template).prompt
+        question = ask(self._definition, asked, {}, template_takes_documents=self._chat.takes_documents).prompt
         prompt = self._chat.render(question.messages, documents=question.documents)
         if recipe.kind == "alora":
             activation = place_invocation(

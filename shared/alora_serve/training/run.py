@@ -249,7 +249,7 @@ def _finish(
     longest = max(len(example.answer_tokens) for example in training)
     computed = trainer.model.prefixes.computed_tokens if trainer.model.prefixes else 0
     save_adapter(trainer.model.model, options.output, base_name, adapter_dtype)
-    (options.output / FILE_NAME).write_text(io_yaml(recipe, encoder.documents_as, longest), encoding="utf-8")
+    (options.output / FILE_NAME).write_text(io_yaml(recipe, longest), encoding="utf-8")
     card = model_card(recipe, trained, encoder.invocation_text, majority)
     (options.output / CARD_NAME).write_text(card, encoding="utf-8")
     result = RunResult(options.output, recipe.kind, recipe.seed, trained, resumed, computed)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alora_serve.errors import InvalidRequestError
-from alora_serve.intrinsics import IntrinsicDefinition, Question, ask, parse_definition
+from alora_serve.intrinsics import IntrinsicDefinition, Question, ask, parse_definition, with_documents_placed
 from alora_serve.intrinsics.sentences import Tagger
 from alora_serve.types import ChatMessage, Document, PrefixHandle, Prompt, PromptKind
 
@@ -37,6 +37,12 @@ def test_where_the_template_has_no_place_documents_become_a_turn_after_the_syste
     text = "You have access to the following documents:\n\n[Document 1]\nOne. Two.\n\n[Document c]\nThree."
     assert question.prompt.messages == (TURNS[0], ChatMessage("user", text), TURNS[1])
     assert question.prompt.documents == ()
+    of_the_base_model = with_documents_placed(
+        Prompt(messages=TURNS, documents=DOCUMENTS), template_takes_documents=False
+    )
+    assert question.conversation == of_the_base_model, "so they share its KV"
+    alone = with_documents_placed(Prompt(messages=TURNS[:1], documents=DOCUMENTS), template_takes_documents=False)
+    assert alone.messages == question.prompt.messages[:2]
 
 
 def test_the_form_that_a_definition_asks_for_stands_before_everything() -> None:

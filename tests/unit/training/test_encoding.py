@@ -52,14 +52,13 @@ def test_special_tokens_in_texts_stay_text(tokenizer: PreTrainedTokenizerBase) -
 
 def test_instruction_and_documents_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
     documents = (Document("T", "First."), Document("", "Second.", "x"))
-    row = Row((ChatMessage("user", "Why?"),), documents, "no", "a")
+    row = Row((ChatMessage("system", "Be brief."), ChatMessage("user", "Why?")), documents, "no", "a")
     encoder = RowEncoder(tokenizer, make_recipe(instruction="Yes or no?"))
-    assert encoder.documents_as == "string"
     text = spelt(tokenizer, encoder.encode(row).base_tokens)
-    assert "following documents:\n\n[Document 1]\nFirst.\n\n[Document x]\nSecond.<|im_end|>" in text
+    documents_turn = "You have access to the following documents:\n\n[Document 1]\nFirst.\n\n[Document x]\nSecond."
+    assert f"Be brief.<|im_end|>\n<|im_start|>user\n{documents_turn}<|im_end|>" in text
     assert text.endswith("user\nWhy?<|im_end|>\n<|im_start|>user\nYes or no?<|im_end|>\n")
     knows_documents = RowEncoder(byte_level_tokenizer(TOOLS), make_recipe())
-    assert knows_documents.documents_as == "template"
     assert "T: First.\n" in spelt(tokenizer, knows_documents.encode(row).base_tokens)
 
 
@@ -77,17 +76,16 @@ def test_a_template_without_generation_prompt_needs_an_invocation() -> None:
 
 def test_the_definition_says_what_was_trained() -> None:
     recipe = make_recipe(instruction="Is it {good}?")
-    written = yaml.safe_load(io_yaml(recipe, "string", 5))
+    written = yaml.safe_load(io_yaml(recipe, 5))
     assert json.loads(written["response_format"]) == {"type": "string", "enum": ["yes", "no"]}
     assert written["instruction"].format() == "Is it {good}?"
-    assert written["docs_as_message"] == "string"
+    assert written["docs_as_message"] is None, "the server places documents where it places the base model's"
     assert [step["type"] for step in written["transformations"]] == ["likelihood", "nest"]
     assert written["transformations"][0]["categories_to_values"] == {"yes": 1.0, "no": 0.0}
     assert written["parameters"]["max_completion_tokens"] > 5
     free = make_recipe(labels=(), likelihood={}, field="question")
     assert json.loads(answer_text(free, 'What "is" it?')) == {"question": 'What "is" it?'}
     assert response_format(free)["required"] == ["question"]
-    assert yaml.safe_load(io_yaml(free, "template", 5))["docs_as_message"] is None
 
 
 def test_the_common_beginning_is_all_that_is_shared() -> None:
