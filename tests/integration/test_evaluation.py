@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300
 CHECK = {"learning_rate": 5e-3, "batch_size": 4, "epochs": 4, "invocation": "<|guard|>", "rank": 8}
 ROWS = 24
 LIKELIEST = 20
+TEXTS = ("It is good.", "It is bad.")
 """Tokens that a likelihood looks at."""
 
 
@@ -57,6 +59,14 @@ def write_rows(path: Path) -> Path:
     return path
 
 
+def text_definition(longest_answer_tokens: int) -> str:
+    """Of an answer with one field of text; few texts, that a model without training ends what it says."""
+    said = {"properties": {"said": {"enum": TEXTS}}, "required": ["said"], "additionalProperties": False}
+    parameters = {"max_completion_tokens": longest_answer_tokens}
+    form = {"type": "object", **said}
+    return json.dumps({"model": None, "response_format": form, "transformations": None, "parameters": parameters})
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     torch.set_num_threads(1)
@@ -66,6 +76,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     recipe = make_recipe(**CHECK)
     options = RunOptions(str(model.directory), [rows], root / "adapters" / "check", dtype="float32")
     train(recipe, options, SilentView())
+    for name, longest_answer_tokens in (("text", 64), ("cut-off", 1)):
+        shutil.copytree(root / "adapters" / "check", root / "adapters" / name)
+        (root / "adapters" / name / "io.yaml").write_text(text_definition(longest_answer_tokens))
     return Trained(model, recipe, rows)
 
 
@@ -130,6 +143,29 @@ async def test_the_base_model_is_asked_by_a_recipe(serving: Deployed, trained: T
     code, printed = await run(serving, *flags)
     assert code == 1
     assert "--instruction" in printed["error"]["message"]
+
+
+async def test_free_text_is_compared_by_its_words_however_few_texts_there_are(
+    serving: Deployed, trained: Trained, tmp_path: Path
+) -> None:
+    rows = [{**json.loads(line), "target": TEXTS[0]} for line in trained.test_file.read_text().splitlines()[:4]]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, printed = await run(serving, "--adapter", "text", "--data", str(data))
+    assert (code, printed["labels"], printed["failed"], printed["majority"]) == (0, [], 0, None)
+    assert {answer["form"] for answer in printed["answers"]} == {"text"}
+    right = [answer["prediction"] == TEXTS[0] for answer in printed["answers"]]
+    assert {answer["prediction"] for answer in printed["answers"]} <= set(TEXTS)
+    assert set(printed["metrics"]) == {"rouge_l", "exact_match"}
+    assert printed["metrics"]["exact_match"]["value"] == pytest.approx(sum(right) / len(rows))
+    assert printed["mean_seconds"] > 0
+
+
+async def test_answers_that_cannot_be_read_are_counted_and_wrong(serving: Deployed, trained: Trained) -> None:
+    code, printed = await run(serving, "--adapter", "cut-off", "--data", str(trained.test_file), "--limit", "4")
+    assert (code, printed["failed"], printed["mean_seconds"]) == (0, 4, 0.0)
+    assert printed["metrics"]["accuracy"]["value"] == 0.0
+    assert "ece" not in printed["metrics"]
 
 
 async def test_a_missed_threshold_is_an_exit_status(serving: Deployed, trained: Trained) -> None:

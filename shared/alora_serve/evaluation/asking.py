@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from alora_serve.client import Client, JsonSchema, Prompt
 from alora_serve.errors import IntrinsicOutputError
-from alora_serve.evaluation.items import Item
+from alora_serve.evaluation.items import Form, Item
 from alora_serve.intrinsics import Answer, IntrinsicDefinition, ScoredToken, ask, conclude
 from alora_serve.training.rows import Row
 from alora_serve.types import IntrinsicResult
@@ -77,10 +77,11 @@ class DefinedAsker:
         return IntrinsicResult(outcome.result, said.text, said.usage, said.timings, outcome.probabilities)
 
 
-def labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The different targets, or none where they are too many to be labels."""
-    targets = sorted({row.target for row in rows})
-    return tuple(targets) if len(targets) <= MAX_LABELS else ()
+def labels_of(items: Sequence[Item]) -> tuple[str, ...]:
+    """The different targets, or none where answers are texts or targets too many to be labels."""
+    targets = sorted({item.target for item in items})
+    is_text = any(item.form == "text" for item in items)
+    return () if is_text or len(targets) > MAX_LABELS else tuple(targets)
 
 
 def ask_all(asker: Asker, rows: Sequence[Row], together: int, on_answer: Callable[[Item], None]) -> tuple[Item, ...]:
@@ -107,27 +108,27 @@ def _item(asker: Asker, row: Row) -> Item:
     try:
         said = asker.ask(row)
     except IntrinsicOutputError:
-        return Item(row.row_id, row.source, row.target, prediction="")
+        return Item(row.row_id, row.source, row.target, prediction="", form="none")
+    prediction, form = _read(said)
     return Item(
         item_id=row.row_id,
         source=row.source,
         target=row.target,
-        prediction=_prediction(said.raw_text),
+        prediction=prediction,
         probabilities=dict(next(iter(said.probabilities.values()), {})),
         seconds=said.timings.total_seconds,
         first_token_seconds=said.timings.first_token_seconds,
         prompt_tokens=said.usage.prompt_tokens,
         cached_tokens=said.usage.cached_tokens,
         generated_tokens=said.usage.generated_tokens,
+        form=form,
     )
 
 
-def _prediction(raw_text: str) -> str:
-    """What an answer's JSON says: a label, the text of its only field, or what is written there."""
-    try:
-        value: Any = json.loads(raw_text)
-    except ValueError:
-        return raw_text
+def _read(said: IntrinsicResult) -> tuple[str, Form]:
+    """What an answer's JSON says, and whether it is a label: a plain value, or one weighed against others."""
+    value: Any = json.loads(said.raw_text)
+    is_label = bool(said.probabilities) or not isinstance(value, dict | list)
     if isinstance(value, dict) and len(value) == 1:
         value = next(iter(value.values()))
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value), "label" if is_label else "text"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+Form = Literal["label", "text", "none"]
+"""What an answer is; none where it could not be read as what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,7 @@ class Item:
         seconds: the call took, as the router measured.
         first_token_seconds: until the first token.
         prompt_tokens, cached_tokens, generated_tokens: of the call.
+        form: of the answer. Of one that has none, time and tokens are not known, and it is wrong.
     """
 
     item_id: str
@@ -31,6 +36,7 @@ class Item:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    form: Form = "label"
 
     @property
     def is_right(self) -> bool:

@@ -64,6 +64,7 @@ class Report:
         majority: accuracy of the most frequent label; None for free text.
         by_source: accuracy or ROUGE-L of each source, and its number of items.
         reliability: items, mean confidence and accuracy of each bin of confidence.
+        failed: items whose answer could not be read: wrong, and not part of calibration nor of the means below.
         mean_seconds: of a call, as the router measured; ``mean_first_token_seconds`` until its first token.
         mean_prompt_tokens: of a call; ``mean_cached_tokens`` of them came from kept KV.
     """
@@ -74,6 +75,7 @@ class Report:
     majority: float | None
     by_source: Mapping[str, tuple[float, int]]
     reliability: Sequence[tuple[int, float, float]]
+    failed: int
     mean_seconds: float
     mean_first_token_seconds: float
     mean_prompt_tokens: float
@@ -87,8 +89,10 @@ def summed_up(evaluation: Evaluation, resamples: int = RESAMPLES) -> Report:
     sources = sorted({item.source for item in items})
     parts = {source: [item for item in items if item.source == source] for source in sources}
 
+    read = [item for item in items if item.form != "none"]
+
     def mean(field: str) -> float:
-        return sum(float(getattr(item, field)) for item in items) / len(items)
+        return sum(float(getattr(item, field)) for item in read) / max(1, len(read))
 
     return Report(
         adapter=evaluation.adapter,
@@ -97,6 +101,7 @@ def summed_up(evaluation: Evaluation, resamples: int = RESAMPLES) -> Report:
         majority=majority(items) if evaluation.labels else None,
         by_source={source: (main(part), len(part)) for source, part in parts.items()},
         reliability=[(n, c / n, r / n) for n, c, r in reliability(items)] if "ece" in scores else [],
+        failed=len(items) - len(read),
         mean_seconds=mean("seconds"),
         mean_first_token_seconds=mean("first_token_seconds"),
         mean_prompt_tokens=mean("prompt_tokens"),

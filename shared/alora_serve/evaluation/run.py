@@ -68,5 +68,5 @@ def evaluate(
     Raises:
         AloraServeError: a row could not be asked.
     """
-    labels = subject.recipe.labels if subject.recipe else labels_of(rows)
-    return Evaluation(subject.adapter, labels, ask_all(subject.asker(client), rows, together, on_answer))
+    items = ask_all(subject.asker(client), rows, together, on_answer)
+    return Evaluation(subject.adapter, subject.recipe.labels if subject.recipe else labels_of(items), items)

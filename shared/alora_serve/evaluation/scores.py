@@ -28,17 +28,19 @@ def macro_f1(items: Sequence[Item]) -> float:
 
 
 def expected_calibration_error(items: Sequence[Item]) -> float:
-    """Mean distance between confidence and accuracy over 15 bins of equal width, weighed by their items."""
-    total = 0.0
-    for _, confidences, right in reliability(items):
-        total += abs(confidences - right)
-    return total / len(items)
+    """Mean distance between confidence and accuracy over 15 bins of equal width, weighed by their items; 0 of none."""
+    bins = reliability(items)
+    weighed = sum(count for count, _, _ in bins)
+    return sum(abs(confidences - right) for _, confidences, right in bins) / weighed if weighed else 0.0
 
 
 def reliability(items: Sequence[Item]) -> list[tuple[int, float, float]]:
-    """For each bin that is not empty: items, summed confidence, right predictions; in order of confidence."""
+    """For each bin that is not empty: items, summed confidence, right predictions; in order of confidence.
+
+    Items without probabilities are in none: how sure an answer was that could not be read, nobody knows.
+    """
     counts, confidences, right = [0] * ECE_BINS, [0.0] * ECE_BINS, [0] * ECE_BINS
-    for item in items:
+    for item in (item for item in items if item.probabilities):
         # A bin holds its upper edge, as is usual for this measure.
         index = max(0, min(ECE_BINS - 1, -int(-item.confidence * ECE_BINS // 1) - 1))
         counts[index] += 1

@@ -92,6 +92,13 @@ def test_a_report_sums_up() -> None:
     assert report.by_source == {"even": (0.5, 2), "odd": (1.0, 2)}
     assert (report.majority, report.mean_seconds, report.mean_cached_tokens) == (1.0, 0.5, 4)
     assert len(report.reliability) == 2
+    unread = Item("x", "even", "yes", "", form="none")
+    partly = summed_up(Evaluation("check", ("yes", "no"), (*answers([True, True]), unread)), 50)
+    assert partly.metrics["accuracy"].value == pytest.approx(2 / 3)
+    assert partly.metrics["ece"].value == pytest.approx(0.2)
+    assert (partly.failed, partly.mean_seconds, partly.mean_cached_tokens) == (1, 0.5, 4)
+    nothing = summed_up(Evaluation("check", ("yes", "no"), (unread,)), 50)
+    assert (nothing.failed, nothing.mean_seconds, set(nothing.metrics)) == (1, 0.0, {"accuracy", "macro_f1"})
     assert set(summed_up(evaluation([True, False], probabilities=False), 50).metrics) == {"accuracy", "macro_f1"}
     assert set(summed_up(Evaluation("r", (), answers([True])), 50).metrics) == {"rouge_l", "exact_match"}
 

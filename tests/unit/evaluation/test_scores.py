@@ -76,6 +76,13 @@ def test_a_bin_holds_its_upper_edge(probability: float, bin_edge: int) -> None:
     assert len(reliability(edge)) == 1
 
 
+def test_an_item_without_probabilities_is_in_no_bin() -> None:
+    sure = [item("yes", "yes", 0.9), item("yes", "no", 0.9)]
+    assert reliability([*sure, item("yes", "")]) == reliability(sure)
+    assert expected_calibration_error([*sure, item("yes", "")]) == pytest.approx(0.4)
+    assert expected_calibration_error([item("yes", "")]) == 0.0
+
+
 def test_small_figures() -> None:
     items = [item("What is it?", "what is it"), item("a b", "b a"), item("a b", "a b")]
     assert exact_match(items) == pytest.approx(2 / 3)

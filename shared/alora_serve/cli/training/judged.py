@@ -86,6 +86,8 @@ def show_report(report: Report) -> None:
         main = next(iter(report.metrics))
         sources = [{"source": s, main: f"{value:.4f}", "items": n} for s, (value, n) in report.by_source.items()]
         print_table("", sources)
+    if report.failed:
+        out.print(f"{report.failed} answers could not be read: wrong, and left out of what follows", markup=False)
     out.print(
         f"a call: {report.mean_seconds:.3f} s, first token after {report.mean_first_token_seconds:.3f} s, "
         f"{report.mean_prompt_tokens:.0f} prompt tokens, {report.mean_cached_tokens:.0f} of them cached",
