@@ -29,6 +29,9 @@ COMMANDS = [
     ["plan"],
     ["tokenize"],
     ["score"],
+    ["train"],
+    ["eval"],
+    ["compare"],
 ]
 
 
@@ -100,6 +103,18 @@ def test_up_says_which_flag_is_wrong(invoke) -> None:
     told = invoke("up", "--dtype", "float8", "--json")
     assert told.exit_code == 1
     assert "dtype='float8'" in json.loads(told.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_without_the_model_extra_a_command_says_what_to_install(invoke, monkeypatch, tmp_path, command) -> None:
+    from alora_serve.cli.local import machine
+
+    monkeypatch.setattr(machine, "MODEL_PACKAGES", ("json", "torch_of_tomorrow"))
+    flags = ["--data", str(tmp_path), "--output", str(tmp_path / "out")] if command == "train" else []
+    told = invoke(command, *flags)
+    assert told.exit_code == 1
+    assert "not installed: torch_of_tomorrow" in told.output
+    assert "pip install 'alora-serve[model]'" in told.output
 
 
 def test_a_port_that_is_taken_stops_up_before_anything_is_loaded(invoke, tmp_path) -> None:

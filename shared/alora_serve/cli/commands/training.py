@@ -84,6 +84,9 @@ def train(
     ```
     """
     with errors_reported(as_json=as_json):
+        from alora_serve.cli.local import machine
+
+        machine.check_model_packages()
         from alora_serve.cli.training import view
         from alora_serve.training.recipe import load_recipe
         from alora_serve.training.run import RunOptions

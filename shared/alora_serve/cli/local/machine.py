@@ -13,7 +13,7 @@ from alora_serve.errors import ConfigError
 
 MINIMUM_PYTHON: Final = (3, 11)
 MODEL_PACKAGES: Final = ("torch", "transformers", "peft", "safetensors", "tokenizers", "gguf")
-"""Of the extra ``[model]``: what base prefill and decode workers import."""
+"""Of the extra ``[model]``: what base prefill, decode workers and training import."""
 
 
 def check_python() -> None:
@@ -27,7 +27,7 @@ def check_model_packages() -> None:
     missing = [name for name in MODEL_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"not installed: {', '.join(missing)}. Base prefill and decode workers need them: "
+            f"not installed: {', '.join(missing)}. Training, base prefill and decode workers need them: "
             "pip install 'alora-serve[model]'"
         )
 
