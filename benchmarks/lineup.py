@@ -18,7 +18,15 @@ from rich.console import Console
 from rich.progress import Progress
 from systems.base import System
 from systems.engine import EngineInProcess
-from systems.llama import BEST_CASE, EIGHT_CLIENTS, FIVE_CLIENTS, FIVE_CLIENTS_BEST, LlamaServer, LlamaSettings
+from systems.llama import LlamaServer
+from systems.llama_settings import (
+    BEST_CASE,
+    EIGHT_CLIENTS,
+    FIVE_CLIENTS,
+    FIVE_CLIENTS_BEST,
+    HALF_KV,
+    LlamaSettings,
+)
 from systems.peft import PeftAlora, PeftLora
 from systems.served import Deployed, Served, ServedResident, ServedTwins
 
@@ -29,6 +37,7 @@ from alora_serve.model.device import CPU, native_dtype
 ADAPTER_ROOT: Final = REPOSITORY / "build" / "bench" / "adapters"
 LLAMA: Final[Mapping[str, LlamaSettings]] = {
     "llama": BEST_CASE,
+    "llama-f16": HALF_KV,
     "llama-5": FIVE_CLIENTS,
     "llama-5-best": FIVE_CLIENTS_BEST,
     "llama-8": EIGHT_CLIENTS,
@@ -89,14 +98,15 @@ class Bench:
         build = ensure_llama(self.console)
         model = ensure_model_file(build, self.model, self.dtype, self.console)
         files = ensure_adapter_files(build, self.model, self.adapters, self.console)
-        server = LlamaServer(build.server, model, list(zip(self.adapters, files, strict=True)), settings)
+        server = LlamaServer(build.server, model, self.dtype, list(zip(self.adapters, files, strict=True)), settings)
         self._note_llama(build, settings)
         return server
 
     def _note_llama(self, build: LlamaBuild, settings: LlamaSettings) -> None:
         noted = self.facts.setdefault("llama_server", dict(build.facts))
         if isinstance(noted, dict):
-            asked = {"slots": settings.slots, "pinned_to_one_slot": settings.pin_slot, "flags": list(settings.flags)}
+            flags = list(settings.all_flags(self.dtype))
+            asked = {"slots": settings.slots, "pinned_to_one_slot": settings.pin_slot, "flags": flags}
             noted.setdefault("settings", {})[settings.name] = asked
 
     def _peer(self, name: str) -> System:

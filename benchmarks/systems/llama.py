@@ -10,7 +10,6 @@ import socket
 from asyncio.subprocess import Process
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
 from types import TracebackType
@@ -19,44 +18,12 @@ from typing import Any, Self
 from adapters import Adapter
 from harness import OUTPUT
 from systems.base import Answer, FanOutAnswers, Warmed
+from systems.llama_settings import LlamaSettings
 
 from alora_serve.types import TokenIds
 
 _READY_SECONDS = 120.0
 _CALL_SECONDS = 900.0
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaSettings:
-    """One way to run and to ask llama-server.
-
-    Attributes:
-        name: as in tables.
-        slots: ``-np``.
-        concurrent: a fan-out's questions are asked at once, one after another otherwise.
-        pin_slot: every question names slot 0, so that concurrent ones queue for the cache in it.
-        flags: further flags, recorded.
-        context_tokens: of each slot.
-    """
-
-    name: str
-    slots: int = 1
-    concurrent: bool = False
-    pin_slot: bool = False
-    flags: tuple[str, ...] = ()
-    context_tokens: int = 8192
-
-
-BEST_CASE = LlamaSettings("llama-server, best case (one slot, serial)", flags=("--cache-ram", "0"))
-FIVE_CLIENTS = LlamaSettings("llama-server, five clients (-np 5, defaults)", slots=5, concurrent=True)
-FIVE_CLIENTS_BEST = LlamaSettings(
-    "llama-server, five clients, best found (all pinned to one slot)",
-    slots=5,
-    concurrent=True,
-    pin_slot=True,
-    flags=("--cache-ram", "0"),
-)
-EIGHT_CLIENTS = LlamaSettings("llama-server, eight clients (-np 8, defaults)", slots=8, concurrent=True)
 
 
 class LlamaServer:
@@ -65,9 +32,9 @@ class LlamaServer:
     plain = False
 
     def __init__(
-        self, server: Path, model: Path, adapters: Sequence[tuple[Adapter, Path]], settings: LlamaSettings
+        self, server: Path, model: Path, dtype: str, adapters: Sequence[tuple[Adapter, Path]], settings: LlamaSettings
     ) -> None:
-        """``adapters`` come with their GGUF files."""
+        """``model`` is of that dtype; ``adapters`` come with their GGUF files."""
         self.name = settings.name
         self._settings = settings
         self._ids = {adapter.name: index for index, (adapter, _) in enumerate(adapters)}
@@ -76,7 +43,7 @@ class LlamaServer:
             *(str(server), "--model", str(model), "--host", "127.0.0.1", "--port", str(self._port)),
             *("--parallel", str(settings.slots), "--ctx-size", str(settings.slots * settings.context_tokens)),
             *("--threads", str(_cores()), "--lora-init-without-apply", "--no-webui"),
-            *settings.flags,
+            *settings.all_flags(dtype),
         ]
         self.command += ["--lora", ",".join(str(path) for _, path in adapters)]
         self._threads = ThreadPoolExecutor(64, thread_name_prefix="llama-client")

@@ -1,0 +1,57 @@
+"""Ways to run and to ask llama-server, and what makes its arithmetic that of the other systems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+SAME_DTYPE: Final[dict[str, tuple[str, ...]]] = {
+    # Its flash attention would copy a float32 cache to half precision at every layer of every step.
+    "float32": ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"),
+    "bfloat16": ("--cache-type-k", "bf16", "--cache-type-v", "bf16"),
+}
+"""Flags that keep KV and attention in the dtype of the weights; llama-server's own choice is half precision."""
+
+HALF_PRECISION_KV: Final = ("--cache-type-k", "f16", "--cache-type-v", "f16", "--flash-attn", "on")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSettings:
+    """One way to run and to ask llama-server.
+
+    Attributes:
+        name: as in tables.
+        slots: ``-np``.
+        concurrent: a fan-out's questions are asked at once, one after another otherwise.
+        pin_slot: every question names slot 0, so that concurrent ones queue for the cache in it.
+        kv_flags: how KV is kept; None for that of :data:`SAME_DTYPE`.
+        flags: further flags.
+        context_tokens: of each slot.
+    """
+
+    name: str
+    slots: int = 1
+    concurrent: bool = False
+    pin_slot: bool = False
+    kv_flags: tuple[str, ...] | None = None
+    flags: tuple[str, ...] = ()
+    context_tokens: int = 8192
+
+    def all_flags(self, dtype: str) -> tuple[str, ...]:
+        """What is given to it besides model, adapters, slots and threads."""
+        return (*(SAME_DTYPE[dtype] if self.kv_flags is None else self.kv_flags), *self.flags)
+
+
+BEST_CASE: Final = LlamaSettings("llama-server, best case (one slot, serial)", flags=("--cache-ram", "0"))
+HALF_KV: Final = LlamaSettings(
+    "llama-server, best case, KV in half precision", kv_flags=HALF_PRECISION_KV, flags=("--cache-ram", "0")
+)
+FIVE_CLIENTS: Final = LlamaSettings("llama-server, five clients (-np 5, defaults)", slots=5, concurrent=True)
+FIVE_CLIENTS_BEST: Final = LlamaSettings(
+    "llama-server, five clients, best found (all pinned to one slot)",
+    slots=5,
+    concurrent=True,
+    pin_slot=True,
+    flags=("--cache-ram", "0"),
+)
+EIGHT_CLIENTS: Final = LlamaSettings("llama-server, eight clients (-np 8, defaults)", slots=8, concurrent=True)

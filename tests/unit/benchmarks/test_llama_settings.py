@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import dataclasses
+
+import lineup
+import pytest
+from systems.llama_settings import SAME_DTYPE
+
+
+@pytest.mark.parametrize(("dtype", "cache"), [("float32", "f32"), ("bfloat16", "bf16")])
+@pytest.mark.parametrize("name", [name for name in lineup.LLAMA if name != "llama-f16"])
+def test_llama_server_keeps_kv_in_the_dtype_that_all_systems_compute_in(name: str, dtype: str, cache: str) -> None:
+    flags = lineup.LLAMA[name].all_flags(dtype)
+
+    assert flags[flags.index("--cache-type-k") + 1] == cache
+    assert flags[flags.index("--cache-type-v") + 1] == cache
+
+
+def test_in_float32_its_flash_attention_is_off_as_that_computes_in_half_precision() -> None:
+    assert SAME_DTYPE["float32"][-2:] == ("--flash-attn", "off")
+    assert "--flash-attn" not in SAME_DTYPE["bfloat16"]
+
+
+def test_half_precision_is_the_best_case_in_all_else() -> None:
+    half, best = lineup.LLAMA["llama-f16"], lineup.LLAMA["llama"]
+
+    assert dataclasses.replace(half, name=best.name, kv_flags=None) == best
+    assert half.all_flags("float32").count("f16") == 2
