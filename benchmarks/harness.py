@@ -21,7 +21,7 @@ _PACKAGES = ("alora-serve", "torch", "transformers", "peft", "grpcio")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One timed call, in seconds: to the first token (of a fan-out: mean over its answers), and to the last."""
+    """One timed call, in seconds from its start: to the first token (of a fan-out: mean over its answers), and the last."""
 
     first_token_seconds: float
     total_seconds: float

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -49,10 +49,24 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class FanOutAnswers:
-    """All answers of one fan-out, in the adapters' order, and the seconds from its start to its last token."""
+    """All answers of one fan-out, in the adapters' order, and the seconds from its start to its last token.
+
+    The answers' own seconds are since the fan-out's start, too, whether its questions were sent at once or in turn.
+    """
 
     answers: tuple[Answer, ...]
     total_seconds: float
+
+
+def in_turn(answers: Sequence[Answer]) -> FanOutAnswers:
+    """A fan-out of questions that were sent one after another, each timed since it was sent."""
+    timed: list[Answer] = []
+    began = 0.0
+    for answer in answers:
+        first, total = began + answer.first_token_seconds, began + answer.total_seconds
+        timed.append(replace(answer, first_token_seconds=first, total_seconds=total))
+        began = total
+    return FanOutAnswers(tuple(timed), began)
 
 
 class System(Protocol):

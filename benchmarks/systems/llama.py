@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from adapters import Adapter
 from harness import OUTPUT
-from systems.base import Answer, FanOutAnswers, Warmed
+from systems.base import Answer, FanOutAnswers, Warmed, in_turn
 from systems.llama_settings import LlamaSettings
 
 from alora_serve.types import TokenIds
@@ -92,11 +92,10 @@ class LlamaServer:
 
     async def fan_out(self, prefix: TokenIds, adapters: Sequence[Adapter], max_tokens: int) -> FanOutAnswers:
         """One after another, or all at once."""
+        if not self._settings.concurrent:
+            return in_turn([await self.ask(prefix, adapter, max_tokens) for adapter in adapters])
         began = perf_counter()
-        if self._settings.concurrent:
-            answers = list(await asyncio.gather(*(self.ask(prefix, adapter, max_tokens) for adapter in adapters)))
-        else:
-            answers = [await self.ask(prefix, adapter, max_tokens) for adapter in adapters]
+        answers = await asyncio.gather(*(self.ask(prefix, adapter, max_tokens) for adapter in adapters))
         return FanOutAnswers(tuple(answers), perf_counter() - began)
 
     async def _call(self, prompt: TokenIds, adapter: Adapter | None, max_tokens: int) -> dict[str, Any]:

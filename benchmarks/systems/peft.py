@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from adapters import Adapter
-from systems.base import Answer, FanOutAnswers, Warmed
+from systems.base import Answer, FanOutAnswers, Warmed, in_turn
 from systems.child import ChildSystem
 
 from alora_serve.types import TokenIds
@@ -49,8 +49,7 @@ class PeftLora(ChildSystem):
 
     async def fan_out(self, prefix: TokenIds, adapters: Sequence[Adapter], max_tokens: int) -> FanOutAnswers:
         """One after the other."""
-        answers = [await self.ask(prefix, adapter, max_tokens) for adapter in adapters]
-        return FanOutAnswers(tuple(answers), sum(answer.total_seconds for answer in answers))
+        return in_turn([await self.ask(prefix, adapter, max_tokens) for adapter in adapters])
 
     def _question(self, prefix: TokenIds, adapter: Adapter, max_tokens: int) -> dict[str, Any]:
         prompt = prefix + adapter.invocation

@@ -8,6 +8,7 @@ import pytest
 from correctness import Question, Verdict, computed_together, key_of, summary, verdict, with_verdicts
 from harness import Correct, Row, Sample, rounds_after, show
 from rich.console import Console
+from systems.base import Answer, in_turn
 from systems.engine import shared_step_seconds
 
 
@@ -104,3 +105,15 @@ def test_a_step_is_timed_only_while_all_streams_run() -> None:
 def test_streams_that_never_ran_together_have_no_step() -> None:
     with pytest.raises(ValueError, match="ask for more tokens"):
         shared_step_seconds([[0.0, 1.0], [2.0, 3.0]])
+
+
+def test_answers_to_questions_in_turn_are_timed_from_the_first_question() -> None:
+    asked = in_turn([Answer((1, 2), 0.25, 1.0), Answer((3, 4), 0.5, 2.0), Answer((5, 6), 0.25, 1.5)])
+
+    assert [(answer.first_token_seconds, answer.total_seconds) for answer in asked.answers] == [
+        (0.25, 1.0),
+        (1.5, 3.0),
+        (3.25, 4.5),
+    ]
+    assert asked.total_seconds == 4.5
+    assert [answer.token_seconds for answer in asked.answers] == [0.75, 1.5, 1.25]
