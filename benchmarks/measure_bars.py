@@ -55,7 +55,7 @@ async def measure(bench: Bench, plan: Plan) -> tuple[Samples, list[Row]]:
         _take_rows(rows, {name: system.name for name, system in systems.items()}, samples)
         await _first_tokens(bench, systems["ours"], plan, samples)
         await _steps(bench, systems["engine"], systems["llama"], plan, samples)
-    # A fresh process, so that no earlier conversation makes room for these.
+    # A fresh process, whose budget these conversations fit: none is let go of while the next is counted.
     async with bench.systems(["engine"]) as systems:
         await _memory(bench, systems["engine"], plan, samples)
     return samples, rows
@@ -126,7 +126,6 @@ async def _steps(bench: Bench, engine: Any, llama: Any, plan: Plan, samples: Sam
 
 async def _memory(bench: Bench, engine: Any, plan: Plan, samples: Samples) -> None:
     task = bench.progress.add_task("memory", total=plan.memory_rounds)
-    await engine.fan_out(bench.renderer.of_length(plan.short, seed=51), bench.adapters, 8)
     for number in range(plan.memory_rounds):
         for name, count in (("bytes_1", 1), ("bytes_16", 16)):
             prefix = bench.renderer.of_length(plan.long, seed=5_000 + 16 * number + count)

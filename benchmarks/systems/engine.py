@@ -19,7 +19,7 @@ _PROGRAM = "systems.engine_process"
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that a conversation with its running answers adds, and bytes of one token's KV."""
+    """Bytes of KV that a conversation with its running answers has in use, and those of one token."""
 
     size_bytes: int
     kv_bytes_per_token: int

@@ -1,24 +1,21 @@
 """The services' insides without sockets, in a process of its own: the child of ``systems/engine.py``.
 
 Prefiller, decoder and engine on a store in memory, called as the servicers call them, and watched from outside: when
-tokens came, and how many bytes of tensors are alive.
+tokens came, and how many bytes of KV are in use.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from systems.answering import answer_lines
 
 from alora_serve.adapters.loading import AdapterHost
-from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.registry import AdapterRegistry
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.decoder import Decoder
@@ -31,7 +28,7 @@ from alora_serve.types import GenerateRequest, PrefixHandle, Prompt, SamplingPar
 
 
 class MemoryStore(KVStore):
-    """Keeps nothing: what this process measures is resident, and stored values would count as its memory."""
+    """Keeps nothing: what this process measures is resident."""
 
     def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
         """Find nothing."""
@@ -58,10 +55,9 @@ class InProcess:
         self._core = ServingCore(
             base, MemoryStore(), CoreOptions(prefix_cache_bytes=4 << 30), CoreMetrics(service_registry())
         )
-        host = AdapterHost(
-            module_shapes=module_shapes(base.module), vocabulary_size=base.vocabulary_size, decode=base.tokenizer.spell
+        registry = AdapterRegistry(
+            [Path(root) for root in roots], base=AdapterHost.of(base), max_resident_bytes=1 << 30
         )
-        registry = AdapterRegistry([Path(root) for root in roots], base=host, max_resident_bytes=1 << 30)
         for adapter in adapters:
             registry.load(adapter)
         signer = HandleSigner([os.urandom(32)], b"", 3600)
@@ -81,33 +77,30 @@ class InProcess:
         answers = await asyncio.gather(*(self._decode(handle, name, max_tokens, began) for name in adapters))
         return {"answers": answers, "total_seconds": perf_counter() - began}
 
-    async def memory(self, prefix: Sequence[int], adapters: Sequence[str], max_tokens: int) -> dict[str, float]:
-        """Bytes of tensors that a conversation and its adapters' answers add, looked at while all of them decode.
+    async def memory(self, prefix: Sequence[int], adapters: Sequence[str], max_tokens: int) -> dict[str, int]:
+        """The most bytes of KV that a conversation and its adapters' answers have in use while they decode.
 
-        Weights and resident adapters are there before, so they do not count; transient activations that are alive at
-        that moment do.
+        That is the conversation's resident KV and the running sequences' own, as far as it is given out: what an arena
+        holds beyond is room for others. Weights, adapters and activations are no KV.
         """
-        gc.collect()
-        before = self._bytes()
+        before, most = self._core.cache.size_bytes, 0
+
+        def look() -> None:
+            nonlocal most
+            most = max(most, self._core.cache.size_bytes - before + self._core.engine.load.tail_bytes)
+
         handle = (await self._prefiller.prefill(Prompt(token_ids=tuple(prefix)))).handle
         began = perf_counter()
-        started = [asyncio.Event() for _ in adapters]
-        running = [
-            asyncio.create_task(self._decode(handle, name, max_tokens, began, event))
-            for name, event in zip(adapters, started, strict=True)
-        ]
-        for event in started:
-            await event.wait()
-        alive = self._bytes() - before
-        await asyncio.gather(*running)
-        return {"bytes": alive, "kv_bytes_per_token": self._core.model_info().kv_bytes_per_token}
-
-    def _bytes(self) -> int:
-        """Of all tensors and, as their memory comes from one tensor that is there from the start, of resident KV."""
-        return _tensor_bytes() + self._core.cache.size_bytes
+        await asyncio.gather(*(self._decode(handle, name, max_tokens, began, look) for name in adapters))
+        return {"bytes": most, "kv_bytes_per_token": self._core.model_info().kv_bytes_per_token}
 
     async def _decode(
-        self, handle: PrefixHandle, adapter: str, max_tokens: int, began: float, started: asyncio.Event | None = None
+        self,
+        handle: PrefixHandle,
+        adapter: str,
+        max_tokens: int,
+        began: float,
+        at_each_token: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         tokens: list[int] = []
         times: list[float] = []
@@ -116,19 +109,8 @@ class InProcess:
             if isinstance(event, TokenChunk):
                 tokens += event.token_ids
                 times += [perf_counter() - began] * len(event.token_ids)
-                if started:
-                    started.set()
+                at_each_token()
         return {"tokens": tokens, "times": times}
-
-
-def _tensor_bytes() -> int:
-    """Bytes of all tensor memory that Python can reach, each storage once, whoever allocated it."""
-    storages: dict[int, int] = {}
-    for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and found.layout is torch.strided:
-            storage = found.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Systems that need no server, on a tiny model: real processes, asked as the benchmarks ask them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from io import StringIO
+
+import pytest
+import pytest_asyncio
+from adapters import ensure_adapters
+from conversations import Renderer
+from correctness import with_verdicts
+from lineup import Bench
+from rich.console import Console
+from rich.progress import Progress
+from scenarios import fan_out
+from systems.base import System
+from systems.engine import EngineInProcess
+
+from alora_serve.model.tails import FIRST_TAIL_TOKENS
+from tiny_models import FAMILIES, save_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+TOKENS = 800
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 2
+    config.max_position_embeddings = 1024  # its tokens are bytes
+    model = save_model(tmp_path_factory.mktemp("bench") / "tiny-llama", config)
+    adapters = ensure_adapters(model, tmp_path_factory.mktemp("adapters"), count=2)
+    console = Console(file=StringIO())
+    return Bench(console, Progress(console=console), model, "float32", adapters, Renderer(model))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def systems(bench: Bench) -> AsyncIterator[dict[str, System]]:
+    async with bench.systems(["engine", "peft-alora", "peft-lora"]) as running:
+        yield running
+
+
+async def test_a_fan_out_is_measured_and_its_answers_are_those_of_cold_peft(
+    bench: Bench, systems: dict[str, System]
+) -> None:
+    plan = fan_out.Plan(tokens=(TOKENS,), adapters=(2,), rounds=1, answer_tokens=4)
+
+    rows = await fan_out.run(bench, systems, plan)
+    rows = with_verdicts(rows, await bench.answers.judge(bench.model, bench.dtype, bench.progress))
+
+    assert [row.system for row in rows] == [system.name for system in systems.values()]
+    for row in rows:
+        assert row.correct is not None
+        assert (row.correct.equal, row.correct.of) == (2, 2)
+        [sample] = row.samples
+        assert 0 < sample.first_token_seconds < sample.total_seconds
+    measured = {row.system for row in rows if "prefill_tokens_per_second" in row.details}
+    assert measured == {systems["engine"].name, systems["peft-alora"].name}
+
+
+async def test_the_memory_of_sixteen_sequences_is_one_conversation_and_sixteen_tails(
+    bench: Bench, systems: dict[str, System]
+) -> None:
+    engine = systems["engine"]
+    assert isinstance(engine, EngineInProcess)
+
+    one, sixteen = [
+        await engine.memory(bench.renderer.of_length(TOKENS, seed=count), bench.adapters[:1] * count, 48)
+        for count in (1, 16)
+    ]
+
+    tail_bytes = FIRST_TAIL_TOKENS * one.kv_bytes_per_token
+    assert one.size_bytes >= (TOKENS * 0.9) * one.kv_bytes_per_token + tail_bytes
+    assert sixteen.size_bytes - one.size_bytes > 8 * tail_bytes
+    assert sixteen.size_bytes < 16 * one.size_bytes
+
+
+async def test_a_step_is_timed_with_and_without_adapters(bench: Bench, systems: dict[str, System]) -> None:
+    engine = systems["engine"]
+    assert isinstance(engine, EngineInProcess)
+
+    assert await engine.step_seconds(bench.renderer.of_length(TOKENS, seed=1), [*bench.adapters, None], 16) > 0
