@@ -126,7 +126,7 @@ class ServingCore:
                     **counts("alora.misses", loaded.misses),
                 }
             )
-        self.rates.fetch_bytes.observe(loaded.fetched_bytes, loaded.seconds)
+        self.rates.fetch_bytes.observe(loaded.fetched_bytes, loaded.own_seconds)
         self.resident.note(chain)
         return loaded
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NewType
@@ -178,6 +179,18 @@ class BlockChain:
         """Name of the block, full or tail, whose last token is ``end - 1``."""
         block, count = divmod(end, self.block_tokens)
         return self.tail(block, count) if count else self.full[block - 1]
+
+    def common_tokens(self, other: BlockChain) -> int:
+        """Positions, from 0 on, whose KV both may read: equal tokens under equal names."""
+        blocks = bisect_left(
+            range(min(len(self.full), len(other.full))), True, key=lambda block: self.full[block] != other.full[block]
+        )
+        start = blocks * self.block_tokens
+        end = min(start + self.block_tokens - 1, len(self), len(other))
+        count = 0
+        while start + count < end and self.tokens[start + count] == other.tokens[start + count]:
+            count += 1
+        return start + (count if count and self.tail(blocks, count) == other.tail(blocks, count) else 0)
 
     def extended(self, tokens: Sequence[int]) -> BlockChain:
         """The chain of this sequence followed by ``tokens``; hashes only what is new."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import permutations
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from alora_serve.engine.block_writer import BlockWriter
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.prefix_loader import PrefixLoader
-from alora_serve.errors import StoreUnavailableError
+from alora_serve.errors import StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockHash, part_key
 from alora_serve.kv.layout import KVLayout
@@ -37,10 +39,17 @@ class GatedStore(FaultyStore):
     """Reads wait until the gate is open."""
 
     gate: threading.Event = field(default_factory=threading.Event)
+    handed_bytes: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all it holds."""
+        return sum(len(value) for value in self.values.values())
 
     def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
         assert self.gate.wait(30)
         super().get_many(keys, sink, timeout_seconds=timeout_seconds)
+        self.handed_bytes += sum(len(self.values.get(key, b"")) for key in keys)
 
 
 class Process:
@@ -66,11 +75,11 @@ class Process:
         self.asked.append(tokens)
         return self.fetching
 
-    def compute(self, count: int = len(TOKENS)) -> Prefix:
-        """Stand in for the engine: KV of the first tokens, each position's value its number, pinned."""
-        chain = self.names.chain(TOKENS[:count])
+    def compute(self, count: int = len(TOKENS), tokens: tuple[int, ...] = TOKENS) -> Prefix:
+        """Stand in for the engine: KV of the first tokens, each position's value its token, pinned."""
+        chain = self.names.chain(tokens[:count])
         promised = self.cache.reserve(Prefix(), count)
-        promised.segment.data[:, :, :, :count] = torch.arange(count).view(1, 1, 1, count, 1)
+        promised.segment.data[:, :, :, :count] = torch.tensor(tokens[:count]).view(1, 1, 1, count, 1)
         prefix = Prefix((promised,))
         self.cache.publish(chain, prefix, 0, count)
         self.cache.pin(prefix)
@@ -81,11 +90,11 @@ class Process:
     def pins(self) -> int:
         return sum(segment.pins for segment in self.cache._names)
 
-    def check(self, prefix: Prefix, tokens: int) -> None:
+    def check(self, prefix: Prefix, tokens: int, of: tuple[int, ...] = TOKENS) -> None:
         """The prefix has so many right positions; gives it back and sees that nobody else holds anything."""
         assert prefix.tokens == tokens
         values = [value for part in prefix.slices for value in part.layer(1)[1][0, :, 0].tolist()]
-        assert values == list(range(tokens))
+        assert values == list(of[:tokens])
         self.cache.release(prefix)
         self.cache.check_integrity()
 
@@ -260,6 +269,220 @@ async def test_a_defect_while_fetching_reaches_everyone_and_leaves_no_pin(
     assert process.pins == 0
     monkeypatch.undo()
     process.check((await process.loader.load(process.names.chain(TOKENS), 30)).prefix, 30)
+
+
+# --- loads of different ends ------------------------------------------------------------------------------------------
+
+OPENED = (*TOKENS, 90, 91, 92, 93, 94)
+"""The conversation with a generation prompt, as the base model's turn has it; the last token is always run."""
+OTHER = (*TOKENS[:18], *range(60, 72))
+"""Another conversation, that begins with the same four blocks and a half."""
+WANTED = {"adapter": (TOKENS, 30), "base": (OPENED, 34), "across the edge": (TOKENS, 27)}
+
+
+async def _start(process: Process, *wanted: tuple[tuple[int, ...], int]) -> list[asyncio.Task]:
+    """Loads that begin one after the other, up to where they wait."""
+    tasks = []
+    for tokens, limit in wanted:
+        tasks.append(asyncio.create_task(process.loader.load(process.names.chain(tokens), limit)))
+        await asyncio.sleep(0)
+    return tasks
+
+
+@pytest.mark.parametrize("order", list(permutations(WANTED)))
+async def test_a_fan_out_of_adapters_and_the_base_model_fetches_its_prefix_once(
+    store: GatedStore, executor: ThreadPoolExecutor, order: tuple[str, ...]
+) -> None:
+    process = Process(store, executor)
+    store.gate.clear()
+    tasks = await _start(process, *(WANTED[name] for name in order))
+    store.gate.set()
+    loaded = dict(zip(order, await asyncio.gather(*tasks), strict=True))
+    # Of a block in which the first one's positions end, the rest is fetched as a block again.
+    again_bytes = sum(each.fetched_bytes for each in loaded.values()) - SIZE_BYTES
+    assert again_bytes == (BLOCK_TOKENS * LAYOUT.bytes_per_token if order[0] == "across the edge" else 0)
+    assert sum(each.fetched_tokens for each in loaded.values()) == 30
+    assert len({part.segment for each in loaded.values() for part in each.prefix.slices}) == 1
+    for name, tokens in (("adapter", 30), ("base", 30), ("across the edge", 27)):
+        process.check(loaded[name].prefix, tokens)
+    assert process.pins == 0
+
+
+async def test_conversations_that_have_blocks_in_common_fetch_these_once(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    writer = Process(store, executor)
+    await writer.writer.write(writer.names.chain(OTHER), writer.compute(30, OTHER), 0)
+    process = Process(store, executor)
+    store.gate.clear()
+    tasks = await _start(process, (TOKENS, 30), (OTHER, 30), (OTHER, 29))
+    assert len(process.loader._flights) == 1
+    store.gate.set()
+    loaded = await asyncio.gather(*tasks)
+    # Four blocks and a half come with the first one's; the second one's brings the rest for itself and the third.
+    assert [each.fetched_tokens for each in loaded] == [30, 12, 0]
+    assert loaded[2].prefix.slices[0].segment is loaded[0].prefix.slices[0].segment
+    process.check(loaded[0].prefix, 30)
+    process.check(loaded[1].prefix, 30, OTHER)
+    process.check(loaded[2].prefix, 29, OTHER)
+    assert process.pins == 0
+
+
+async def test_conversations_that_begin_with_a_few_equal_tokens_do_not_wait_for_each_other(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    process = Process(store, executor)
+    store.gate.clear()
+    tasks = await _start(process, (TOKENS, 30), ((*TOKENS[:3], 70, 71, 72), 6))
+    assert len(process.loader._flights) == 2
+    store.gate.set()
+    process.check((await tasks[0]).prefix, 30)
+    process.check((await tasks[1]).prefix, 0)
+    assert process.pins == 0
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, asyncio.CancelledError])
+@pytest.mark.parametrize("order", [("adapter", "base"), ("base", "adapter")])
+async def test_what_the_first_fetch_fails_with_does_not_reach_one_that_waited_for_it(
+    store: GatedStore, executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, order: tuple[str, str],
+    error: type[BaseException],
+) -> None:  # fmt: skip
+    process = Process(store, executor)
+    fetch, calls = process.blocks.fetch, []
+
+    def fail_first(*arguments: object) -> object:
+        calls.append(arguments)
+        assert store.gate.wait(30)
+        if len(calls) == 1:
+            raise error
+        return fetch(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(process.blocks, "fetch", fail_first)
+    store.gate.clear()
+    tasks = await _start(process, *(WANTED[name] for name in order))
+    assert len(process.loader._flights) == 1
+    store.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[0], error)
+    assert results[1].fetched_bytes == SIZE_BYTES
+    process.check(results[1].prefix, 30)
+    assert process.pins == 0
+
+
+@pytest.mark.parametrize("leaving", [0, 1])
+@pytest.mark.parametrize("order", [("adapter", "base"), ("base", "adapter")])
+async def test_one_of_two_with_different_ends_leaves_and_the_other_gets_all(
+    store: GatedStore, executor: ThreadPoolExecutor, order: tuple[str, str], leaving: int
+) -> None:
+    process = Process(store, executor)
+    store.gate.clear()
+    tasks = await _start(process, *(WANTED[name] for name in order))
+    tasks[leaving].cancel()
+    await asyncio.sleep(0)
+    store.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[leaving], asyncio.CancelledError)
+    process.check(results[1 - leaving].prefix, 30)
+    assert process.pins == 0
+    assert store.handed_bytes == store.size_bytes
+
+
+@pytest.mark.parametrize("fault", ["absent", "unavailable", "timeout"])
+async def test_a_store_that_did_not_give_a_block_to_the_first_is_not_asked_for_it_by_the_second(
+    store: GatedStore, executor: ThreadPoolExecutor, fault: str
+) -> None:
+    """Where it takes all of its time, one after the other would take twice as long as both at once."""
+    process = Process(store, executor)
+    if fault == "absent":
+        del store.values[part_key(process.names.chain(TOKENS).full[2], 0)]
+    else:
+        store.faults["get", -1] = {"unavailable": StoreUnavailableError, "timeout": StoreTimeoutError}[fault]("gone")
+        store.values_before_fault = 2
+    store.gate.clear()
+    tasks = await _start(process, WANTED["adapter"], WANTED["base"])
+    store.gate.set()
+    loaded = await asyncio.gather(*tasks)
+    assert store.calls["get"] == 1
+    assert [each.misses for each in loaded] == [{fault: 1 if fault == "absent" else 6}] * 2
+    for each in loaded:
+        process.check(each.prefix, 8)
+    assert process.pins == 0
+
+
+async def test_a_longer_conversation_asks_for_a_block_of_which_the_first_wanted_a_part(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    """A store lets partial tails go first, and may have the full block of a turn that went on."""
+    writer = Process(store, executor)
+    await writer.writer.write(writer.names.chain(OPENED), writer.compute(35, OPENED), 0)
+    tail = writer.names.chain(TOKENS).tail(7, 2)
+    del store.values[part_key(tail, 0)]
+    process = Process(store, executor)
+    store.gate.clear()
+    tasks = await _start(process, WANTED["adapter"], WANTED["base"])
+    store.gate.set()
+    adapter, base = await asyncio.gather(*tasks)
+    process.check(adapter.prefix, 28)
+    process.check(base.prefix, 34, OPENED)
+    assert process.pins == 0
+
+
+async def test_one_who_may_read_of_a_full_block_does_not_share_a_search_for_tails(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    process = Process(store, executor)
+    store.gate.clear()
+    tasks = await _start(process, (TOKENS[:23], 21), (TOKENS, 21))
+    store.gate.set()
+    shorter, longer = await asyncio.gather(*tasks)
+    process.check(shorter.prefix, 20)
+    process.check(longer.prefix, 21)
+    assert process.pins == 0
+
+
+async def test_what_a_wait_for_another_took_is_no_slowness_of_the_store(
+    store: GatedStore, executor: ThreadPoolExecutor
+) -> None:
+    process = Process(store, executor)
+    store.gate.clear()
+    tasks = await _start(process, WANTED["base"], WANTED["adapter"])
+    store.gate.set()
+    first, second = await asyncio.gather(*tasks)
+    assert 0 < first.own_seconds <= first.seconds
+    assert second.own_seconds == 0 < second.seconds
+    for each in (first, second):
+        process.check(each.prefix, 30)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_is_wanted_at_once_is_right_and_fetched_about_once(
+    store: GatedStore, executor: ThreadPoolExecutor, seed: int
+) -> None:
+    chance = random.Random(seed)
+    writer = Process(store, executor)
+    await writer.writer.write(writer.names.chain(OTHER), writer.compute(30, OTHER), 0)
+    process = Process(store, executor)
+    store.gate.clear()
+    wanted = []
+    for _ in range(8):
+        tokens = chance.choice([TOKENS, OTHER, OPENED])
+        tokens = tokens[: chance.randint(20, len(tokens))]
+        wanted.append((tokens, len(tokens) - chance.randint(0, 3)))
+    tasks = await _start(process, *wanted)
+    leaving = chance.sample(range(8), 2)
+    for index in leaving:
+        tasks[index].cancel()
+    store.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    for index, ((tokens, limit), result) in enumerate(zip(wanted, results, strict=True)):
+        if index not in leaving:
+            assert min(limit, len(tokens) - len(tokens) % BLOCK_TOKENS, 28) <= result.prefix.tokens <= limit
+            process.check(result.prefix, result.prefix.tokens, tokens)
+    await asyncio.gather(*(flight.task for flight in process.loader._flights.values()))
+    await asyncio.sleep(0)
+    assert process.pins == 0
+    # All that is stored once; and where ends lie inside a block, that block again.
+    assert store.handed_bytes <= store.size_bytes + 8 * BLOCK_TOKENS * LAYOUT.bytes_per_token
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

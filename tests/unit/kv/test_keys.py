@@ -214,6 +214,19 @@ def test_names_are_those_that_earlier_releases_stored_under() -> None:
     assert _golden() == (GOLDEN_ROOT, GOLDEN_STORAGE, GOLDEN_SECOND_BLOCK, GOLDEN_TAIL, GOLDEN_PART)
 
 
+@given(small_tokens, small_tokens, st.sampled_from([b"", b"one"]), st.sampled_from([b"", b"one", b"two"]), st.data())
+def test_chains_have_in_common_what_has_one_name_in_both(
+    one: list[int], other: list[int], salt: bytes, other_salt: bytes, data: st.DataObject
+) -> None:
+    public = data.draw(st.integers(0, min(len(one), len(other)))) if one == other else 0
+    first = BlockChain(BlockHash(b"r" * 32), one, 4, tenant_salt=salt, public_tokens=public)
+    second = BlockChain(BlockHash(b"r" * 32), other, 4, tenant_salt=other_salt, public_tokens=public)
+    ends = range(1, min(len(one), len(other)) + 1)
+    same = [end for end in ends if first.name_of(end) == second.name_of(end)]
+    assert first.common_tokens(second) == second.common_tokens(first) == len(same)
+    assert same == list(range(1, len(same) + 1))
+
+
 @pytest.mark.parametrize("seed", ["0", "1"])
 def test_names_do_not_depend_on_the_process(seed: str) -> None:
     """Python's own ``hash`` does, which is why no store was ever hit by keys made of it."""
