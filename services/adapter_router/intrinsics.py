@@ -37,7 +37,7 @@ TOP_LOGPROBS: Final = 20
 """Alternatives that a likelihood weighs: as many as a worker tells."""
 
 OpenStream = Callable[[Prepared, Target, Demand, Call, PrefillResult | None], DecodeStream]
-"""Begins a generation, and charges it with the prefill if one is given."""
+"""Begins a generation, whose usage tells the prefill's too if one is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +164,9 @@ class Intrinsics:
                 yield asked.index, shared
             return
         demands = self._demands.fan_out(shared.handle, [asked.adapter for asked in group], call.tenant_salt)
-        charged = next((asked for asked in group if asked.shares), group[0])
+        told = next((asked for asked in group if asked.shares), group[0])
         streams = [
-            self._result(asked, shared, demand, call, alone=len(group) == 1, is_charged=asked is charged)
+            self._result(asked, shared, demand, call, alone=len(group) == 1, tells_prefill=asked is told)
             for asked, demand in zip(group, demands, strict=True)
         ]
         async with aclosing(merge_streams(streams)) as merged:
@@ -180,7 +180,7 @@ class Intrinsics:
         return await self._prepare(prompt, first, call, tokenize_only=not any(asked.shares for asked in group))
 
     async def _result(
-        self, asked: Asked, shared: Prepared, demand: Demand, call: Call, *, alone: bool, is_charged: bool
+        self, asked: Asked, shared: Prepared, demand: Demand, call: Call, *, alone: bool, tells_prefill: bool
     ) -> AsyncGenerator[IntrinsicResult, None]:
         """The one result of an intrinsic, on what it shares."""
         prepared = shared
@@ -189,7 +189,7 @@ class Intrinsics:
             prepared = await self._prepare(asked.question.prompt, asked, call, tokenize_only=True)
         target = Target(asked.adapter.name, _sampling(asked.definition))
         transcript = Transcript()
-        stream = self._open_stream(prepared, target, demand, call, shared.prefill if is_charged else None)
+        stream = self._open_stream(prepared, target, demand, call, shared.prefill if tells_prefill else None)
         try:
             async with aclosing(stream.events()) as events:
                 async for event in events:

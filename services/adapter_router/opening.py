@@ -62,7 +62,7 @@ class StreamOpener:
             target: who answers, and how.
             demand: what it needs of a worker.
             call: on whose behalf.
-            prefill: what the conversation cost, if that is charged to this stream.
+            prefill: what the conversation cost, if that is told as this stream's usage.
             seed: for a target without one; None draws it.
         """
         if target.sampling.seed is None:
@@ -95,13 +95,13 @@ class StreamOpener:
     ) -> list[DecodeStream]:
         """A stream a target, in order, all drawn to the same workers.
 
-        What the one prefill cost is charged to the first target that uses it, so that sums over targets are right.
+        What the one prefill cost is told with the first target that uses it, so that sums over targets are right.
         """
         seed = _new_seed()
-        charged = next((i for i, adapter in adapters.items() if not is_plain_lora(adapter)), min(adapters))
+        told = next((i for i, adapter in adapters.items() if not is_plain_lora(adapter)), min(adapters))
         demands = self._demands.fan_out(prepared.handle, list(adapters.values()), call.tenant_salt)
         return [
-            self.one(prepared, targets[index], demand, call, prepared.prefill if index == charged else None, seed)
+            self.one(prepared, targets[index], demand, call, prepared.prefill if index == told else None, seed)
             for index, demand in zip(adapters, demands, strict=True)
         ]
 

@@ -49,7 +49,8 @@ class Preparer:
             workers: decode workers, with whose models a prefill is paired.
             signer: verifies handles before anyone works on them.
             demands: says what a prefill needs of an endpoint.
-            quotas: says whether more may be stored for a tenant.
+            quotas: says whether more may be stored for a tenant; charged with each prefill when it is done, since who
+                asked may be gone before an answer ends, or begins.
         """
         self._prefilling = prefilling
         self._workers = workers
@@ -106,7 +107,9 @@ class Preparer:
             skip_store=not self._quotas.may_store(call.tenant),
         )
         demand = self._prefill_demand(prompt, adapter, call)
-        return prefill_result_from_proto(await self._prefilling.prefill(demand, request, call))
+        result = prefill_result_from_proto(await self._prefilling.prefill(demand, request, call))
+        self._quotas.charge(call.tenant, result.usage)
+        return result
 
     def _prefill_demand(self, prompt: Prompt, adapter: str, call: Call) -> Demand:
         if prompt.handle is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from adapter_router.access.quotas import Quotas
 from adapter_router.adapters import AdapterDirectory
 from adapter_router.demands import Demands, is_plain_lora
 from adapter_router.dispatch import Call, call_endpoint
@@ -26,16 +27,24 @@ class ScoringWorkers:
     """Scores at the workers."""
 
     def __init__(
-        self, workers: Workers, adapters: AdapterDirectory, preparer: Preparer, demands: Demands, *, max_attempts: int
+        self,
+        workers: Workers,
+        adapters: AdapterDirectory,
+        preparer: Preparer,
+        demands: Demands,
+        quotas: Quotas,
+        *,
+        max_attempts: int,
     ) -> None:
-        """``max_attempts`` bounds the workers tried for one call."""
+        """``max_attempts`` bounds the workers tried for one call; ``quotas`` are charged with what workers ran."""
         self._workers = workers
         self._adapters = adapters
         self._preparer = preparer
         self._demands = demands
+        self._quotas = quotas
         self._max_attempts = max_attempts
 
-    async def score(self, scoring: Scoring, message: types_pb2.Prompt, *, call: Call, skip_store: bool) -> ScoreResult:
+    async def score(self, scoring: Scoring, message: types_pb2.Prompt, *, call: Call) -> ScoreResult:
         """Scores of the continuations, in order; usage and timings are of the whole call, the prefill's part included.
 
         A worker that is lost is replaced by another, which begins anew: nothing has been answered yet.
@@ -44,7 +53,6 @@ class ScoringWorkers:
             scoring: what to score.
             message: its prompt as received; what base prefill gets.
             call: the public call.
-            skip_store: store nothing new.
 
         Raises:
             UnavailableError: nobody could take it.
@@ -55,7 +63,12 @@ class ScoringWorkers:
             scoring.prompt, message, call=call, adapter=scoring.adapter, tokenize_only=is_plain_lora(adapter)
         )
         wanted = ScoreRequest(
-            prepared.handle, scoring.adapter, scoring.continuations, call.request_id, call.tenant, skip_store
+            prepared.handle,
+            scoring.adapter,
+            scoring.continuations,
+            call.request_id,
+            call.tenant,
+            skip_store=not self._quotas.may_store(call.tenant),
         )
         request = score_to_proto(wanted)
 
@@ -65,6 +78,9 @@ class ScoringWorkers:
         demand = self._demands.generation(prepared.handle, adapter, call.tenant_salt)
         response = await call_endpoint(self._workers, demand, invoke, method=SCORE, max_attempts=self._max_attempts)
         result, prefill = score_result_from_proto(response), prepared.prefill
+        # What is scored has run as well, though nobody generated it.
+        run = sum(len(score.token_ids) for score in result.scores)
+        self._quotas.charge(call.tenant, replace(result.usage, generated_tokens=run))
         return replace(
             result,
             usage=merged_usage(prefill, result.usage),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from adapter_router.access.quotas import Quotas
@@ -90,7 +89,6 @@ class AloraServicer(AloraServiceServicer):
         self._prefilling = prefilling
         self._workers = workers
         self._demands = demands
-        self._quotas = quotas
         self._admission = Admission(limits, salts, quotas, router_metrics)
         self._streams = StreamOpener(
             workers, demands, limits, quotas, router_metrics=router_metrics, request_metrics=request_metrics
@@ -98,7 +96,7 @@ class AloraServicer(AloraServiceServicer):
         self._preparer = Preparer(prefilling, workers, signer, demands, quotas)
         self._adapters = AdapterDirectory(workers, max_attempts=limits.max_attempts)
         self._scoring = ScoringWorkers(
-            workers, self._adapters, self._preparer, demands, max_attempts=limits.max_attempts
+            workers, self._adapters, self._preparer, demands, quotas, max_attempts=limits.max_attempts
         )
         self._intrinsics = Intrinsics(
             self._adapters,
@@ -163,19 +161,15 @@ class AloraServicer(AloraServiceServicer):
         with self._admission.admitted(context, request, sequences=1) as call:
             prompt = prefill_from_proto(request)
             result = await self._preparer.prefill(prompt, request.prompt, call=call)
-            self._quotas.charge(call.tenant, result.usage)
             return prefill_result_to_proto(result)
 
     async def Score(self, request: alora_pb2.ScoreRequest, context: Context) -> alora_pb2.ScoreResponse:
         """One conversation, one adapter or the base model, many texts to score."""
         with self._admission.admitted(context, request, sequences=len(request.continuations)) as call:
-            scoring, may_store = scoring_from_proto(request), self._quotas.may_store(call.tenant)
-            result = await self._scoring.score(scoring, request.prompt, call=call, skip_store=not may_store)
+            scoring = scoring_from_proto(request)
+            result = await self._scoring.score(scoring, request.prompt, call=call)
             self._router_metrics.requested(scoring.adapter)
             self._request_metrics.record(result.usage, result.timings)
-            # What is scored has run as well, though nobody generated it.
-            run = sum(len(score.token_ids) for score in result.scores)
-            self._quotas.charge(call.tenant, replace(result.usage, generated_tokens=run))
             return score_result_to_proto(result)
 
     async def Tokenize(self, request: alora_pb2.TokenizeRequest, context: Context) -> alora_pb2.TokenizeResponse:

@@ -71,12 +71,12 @@ class DecodeStream:
             request: what to run, with its seed; where it resumes a stream, that stream's tokens count as delivered.
             demand: what it needs of a worker.
             call: the public call.
-            prefill: what preparing the conversation cost, charged to this stream; None charges nothing.
+            prefill: what preparing the conversation cost, if this stream's usage and timings say so.
             max_attempts: workers to try in a row that deliver nothing.
             silence_seconds: after so long without an event a worker is lost.
             resume_wait_seconds: longest wait for a worker that can go on with what was begun.
             metrics: told of the first token, and what the finished stream cost.
-            charge: told what the stream cost, finished or not.
+            charge: told what the stream cost beside the prefill, finished or not.
         """
         self.delivered = bytearray(pack_token_ids(request.resume.generated_tokens) if request.resume else b"")
         self.started: types_pb2.Started | None = None
@@ -210,7 +210,10 @@ class DecodeStream:
     def _complete(self, finished: types_pb2.Finished) -> None:
         """Replace the worker's figures by those of the whole request."""
         total_seconds = self._call.elapsed_seconds()
-        usage = merged_usage(self._prefill, usage_from_proto(finished.usage))
+        used = usage_from_proto(finished.usage)
+        self._charge(used)
+        self._is_charged = True
+        usage = merged_usage(self._prefill, used)
         timings = merged_timings(
             self._prefill,
             timings_from_proto(finished.timings),
@@ -220,7 +223,5 @@ class DecodeStream:
         self._metrics.record(usage, timings)
         if self._span.is_recording():
             self._span.set_attributes(answer_attributes(usage, finish_reason_name(finished.finish_reason)))
-        self._charge(usage)
-        self._is_charged = True
         finished.usage.CopyFrom(usage_to_proto(usage))
         finished.timings.CopyFrom(timings_to_proto(timings))

@@ -93,7 +93,7 @@ class Quotas:
         return limit is None or not self._bucket(tenant, "stored", limit, DAY_SECONDS).seconds_until_open()
 
     def charge(self, tenant: str, usage: Usage) -> None:
-        """Take what a finished request cost out of its tenant's buckets."""
+        """Take what a prefill or an answer cost out of its tenant's buckets."""
         quota = self._quota(tenant)
         if quota.tokens_per_minute is not None:
             used = usage.computed_tokens + usage.generated_tokens

@@ -1,0 +1,157 @@
+"""What a request takes out of its tenant's quotas, however it ends, and what becomes of those that are used up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+import pytest
+
+from adapter_router.access.quotas import Quotas
+from adapter_router.access.rules import AccessRules, Quota
+from alora_serve.errors import InvalidRequestError
+from alora_serve.types import GenerateRequest, StreamEvent, TokenChunk, Usage
+from alora_serve.v1 import alora_pb2, types_pb2
+from fake_services import FakePrefill, FakeWorker, answer, deployment, until
+
+HELLO = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hi")])
+GENERATE = alora_pb2.GenerateRequest(prompt=HELLO, adapter="jailbreak")
+SCORE = alora_pb2.ScoreRequest(prompt=HELLO, adapter="jailbreak", continuations=["abc", "d"])
+FAN_OUT = alora_pb2.FanOutRequest(
+    prompt=HELLO, targets=[alora_pb2.FanOutTarget(adapter=name) for name in ("jailbreak", "certainty")]
+)
+
+PREFILL_TOKENS, PREFILL_BYTES = 1, 1000
+"""What the scripted prefill of one message computes and stores."""
+
+
+class Ledger(Quotas):
+    """Quotas that remember what was charged, and to which nothing comes back with time."""
+
+    def __init__(self, **limits: int) -> None:
+        rules = AccessRules.model_construct(tenants={"": Quota(**limits)})  # no tenants: all callers are one
+        super().__init__(lambda: rules, clock=lambda: 0.0)
+        self.charged: list[Usage] = []
+
+    def charge(self, tenant: str, usage: Usage) -> None:
+        self.charged.append(usage)
+        super().charge(tenant, usage)
+
+    @property
+    def tokens(self) -> int:
+        return sum(usage.computed_tokens + usage.generated_tokens for usage in self.charged)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(usage.stored_bytes for usage in self.charged)
+
+
+async def one_token(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+    """Says one token and falls silent."""
+    async for event in answer(request, attempt):
+        yield event
+        if isinstance(event, TokenChunk):
+            await asyncio.Event().wait()
+
+
+async def refuse(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+    raise InvalidRequestError.of("sampling.max_tokens", "beyond the context")
+    yield
+
+
+async def read_all(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+async def test_an_abandoned_stream_is_charged_its_prefill_and_what_was_delivered() -> None:
+    quotas = Ledger()
+    async with deployment([FakePrefill()], [FakeWorker(one_token)], quotas=quotas) as (router, _):
+        call = router.stub.Generate(GENERATE)
+        async for response in call:
+            if response.event.HasField("chunk"):
+                break
+        call.cancel()
+        await until(lambda: router.metric("alora_router_in_flight") == 0)
+    assert quotas.tokens == PREFILL_TOKENS + 1
+    assert quotas.stored_bytes == PREFILL_BYTES
+
+
+async def test_an_abandoned_fan_out_is_charged_its_one_prefill_and_what_was_delivered_of_each() -> None:
+    quotas = Ledger()
+    async with deployment([FakePrefill()], [FakeWorker(one_token)], quotas=quotas) as (router, _):
+        call = router.stub.FanOut(FAN_OUT)
+        chunks = 0
+        async for response in call:
+            chunks += response.event.HasField("chunk")
+            if chunks == 2:
+                break
+        call.cancel()
+        await until(lambda: router.metric("alora_router_in_flight") == 0)
+    assert quotas.tokens == PREFILL_TOKENS + 2
+    assert quotas.stored_bytes == PREFILL_BYTES
+
+
+async def test_a_stream_that_no_worker_takes_is_charged_its_prefill() -> None:
+    quotas = Ledger()
+    async with deployment([FakePrefill()], [FakeWorker(refuse)], quotas=quotas) as (router, _):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await read_all(router.stub.Generate(GENERATE))
+    assert (quotas.tokens, quotas.stored_bytes) == (PREFILL_TOKENS, PREFILL_BYTES)
+
+
+async def test_a_score_that_is_given_up_is_charged_its_prefill() -> None:
+    asked = asyncio.Event()
+
+    class Hanging(FakeWorker):
+        async def Score(self, request: Any, context: Any) -> Any:  # noqa: N802
+            asked.set()
+            await asyncio.Event().wait()
+
+    quotas = Ledger()
+    async with deployment([FakePrefill()], [Hanging()], quotas=quotas) as (router, _):
+        call = router.stub.Score(SCORE)
+        await asyncio.wait((asyncio.ensure_future(asked.wait()),), timeout=20)
+        call.cancel()
+        await until(lambda: router.metric("alora_router_in_flight") == 0)
+    assert (quotas.tokens, quotas.stored_bytes) == (PREFILL_TOKENS, PREFILL_BYTES)
+
+
+async def test_what_is_answered_is_charged_once() -> None:
+    quotas = Ledger()
+    async with deployment([FakePrefill()], [FakeWorker()], quotas=quotas) as (router, _):
+        await read_all(router.stub.Generate(GENERATE))
+        answered = 1 + 2  # the worker's invocation token, and two of an answer
+        assert (quotas.tokens, quotas.stored_bytes) == (PREFILL_TOKENS + answered, PREFILL_BYTES)
+        quotas.charged.clear()
+        await read_all(router.stub.FanOut(FAN_OUT))
+        assert (quotas.tokens, quotas.stored_bytes) == (PREFILL_TOKENS + 2 * answered, PREFILL_BYTES)
+        quotas.charged.clear()
+        await router.stub.Score(SCORE)
+        assert (quotas.tokens, quotas.stored_bytes) == (PREFILL_TOKENS + len("abcd"), PREFILL_BYTES)
+        quotas.charged.clear()
+        await router.stub.Prefill(alora_pb2.PrefillRequest(prompt=HELLO))
+        assert (quotas.tokens, quotas.stored_bytes) == (PREFILL_TOKENS, PREFILL_BYTES)
+
+
+async def test_a_tenant_over_its_stored_bytes_is_answered_and_stores_nothing_more() -> None:
+    prefill, worker = FakePrefill(), FakeWorker()
+    async with deployment([prefill], [worker], quotas=Ledger(stored_bytes_per_day=PREFILL_BYTES)) as (router, _):
+        await read_all(router.stub.Generate(GENERATE))
+        assert not prefill.requests[0].skip_store
+        assert worker.requests[0].skip_store, "its prefill has used up the quota"
+        await read_all(router.stub.Generate(GENERATE))
+        await router.stub.Score(SCORE)
+        assert [request.skip_store for request in prefill.requests[1:]] == [True, True]
+        assert worker.requests[1].skip_store
+        assert worker.scored[0].skip_store
+
+
+async def test_a_tenant_within_its_stored_bytes_stores() -> None:
+    prefill, worker = FakePrefill(), FakeWorker()
+    async with deployment([prefill], [worker], quotas=Ledger(stored_bytes_per_day=10 * PREFILL_BYTES)) as (router, _):
+        await read_all(router.stub.Generate(GENERATE))
+        await router.stub.Score(SCORE)
+        assert not any(request.skip_store for request in (*prefill.requests, *worker.requests, *worker.scored))
