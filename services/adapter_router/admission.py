@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class RouterLimits:
     Attributes:
         max_attempts: endpoints tried in a row that get a request no further.
         max_in_flight: requests at once before RESOURCE_EXHAUSTED; a fan-out is one.
+        tenant_share: how much of them one tenant may hold; those of no tenant may hold all.
         default_deadline_seconds: of calls whose client set none.
         silence_seconds: after so long without an event a stream's worker is lost.
         resume_wait_seconds: longest wait of a stream that has begun for a worker that can go on with it.
@@ -38,9 +40,15 @@ class RouterLimits:
 
     max_attempts: int = 3
     max_in_flight: int = 1000
+    tenant_share: float = 0.75
     default_deadline_seconds: float = 600.0
     silence_seconds: float = 3.0
     resume_wait_seconds: float = 30.0
+
+    @property
+    def tenant_in_flight(self) -> int:
+        """Requests of one tenant at once."""
+        return max(1, int(self.max_in_flight * self.tenant_share))
 
 
 class Admission:
@@ -52,7 +60,7 @@ class Admission:
         self._salts = salts
         self._quotas = quotas
         self._metrics = metrics
-        self._in_flight = 0
+        self._in_flight: Counter[str] = Counter()  # by tenant
 
     @contextmanager
     def admitted(self, context: Context, request: Message, *, sequences: int) -> Iterator[Call]:
@@ -64,23 +72,18 @@ class Admission:
             sequences: how many it wants to run at once.
 
         Raises:
-            OverloadedError: the router is full, or the tenant's quota is used up.
+            OverloadedError: the router is full, or holds as much of the tenant as it may, or its quota is used up.
         """
-        if self._in_flight >= self._limits.max_in_flight:
-            raise OverloadedError(
-                f"the router holds {self._in_flight} requests, as many as it takes; retry later",
-                # Spread, so that those refused together do not come back together.
-                retry_after_seconds=random.uniform(0.5, 1.5),
-            )
         call = self.call(context)
+        self._check_room(call.tenant)
         # Not tokenized yet: four bytes a token, as text has on average and packed ids have exactly.
         prompt_tokens = request.ByteSize() // BYTES_PER_TOKEN
         with self._quotas.hold(call.tenant, sequences=sequences, prompt_tokens=prompt_tokens):
-            self._count(+1)
+            self._count(call.tenant, +1)
             try:
                 yield call
             finally:
-                self._count(-1)
+                self._count(call.tenant, -1)
 
     def call(self, context: Context) -> Call:
         """What the RPC may use: its time, its caller's tenant and that tenant's salt. Not counted."""
@@ -92,6 +95,19 @@ class Admission:
             structlog.contextvars.get_contextvars()["request_id"], within_seconds, tenant, self._salts.of(tenant)
         )
 
-    def _count(self, change: int) -> None:
-        self._in_flight += change
-        self._metrics.in_flight(self._in_flight)
+    def _check_room(self, tenant: str) -> None:
+        total, own = self._in_flight.total(), self._in_flight[tenant]
+        if total >= self._limits.max_in_flight:
+            reason = f"the router holds {total} requests, as many as it takes"
+        elif tenant and own >= self._limits.tenant_in_flight:
+            reason = f"the router holds {own} requests of this tenant, as many as it takes of one"
+        else:
+            return
+        # Spread, so that those refused together do not come back together.
+        raise OverloadedError(f"{reason}; retry later", retry_after_seconds=random.uniform(0.5, 1.5))
+
+    def _count(self, tenant: str, change: int) -> None:
+        self._in_flight[tenant] += change
+        if not self._in_flight[tenant]:
+            del self._in_flight[tenant]
+        self._metrics.in_flight(self._in_flight.total())

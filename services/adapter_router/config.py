@@ -11,7 +11,7 @@ from adapter_router.access.rules import read_rules
 from adapter_router.admission import RouterLimits
 from adapter_router.demands import Demands
 from adapter_router.endpoints.endpoint import EndpointOptions
-from alora_serve.config import PrefillSettings, RouterSettings, SecretSettings, ServerSettings
+from alora_serve.config import PrefillSettings, RouterSettings, SecretSettings, ServerSettings, ShareSettings
 from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import ConfigError
 from alora_serve.kv.fingerprints import PrefixFingerprints
@@ -21,7 +21,7 @@ LOOK_SECONDS: Final = 1.0
 """How often the files of keys are looked at, at most: every call asks for what they say."""
 
 
-class Settings(ServerSettings, SecretSettings, PrefillSettings, RouterSettings):
+class Settings(ServerSettings, SecretSettings, PrefillSettings, ShareSettings, RouterSettings):
     """The public API: picks endpoints by adapter and forwards their streams."""
 
     def endpoint_options(self) -> EndpointOptions:
@@ -37,6 +37,7 @@ class Settings(ServerSettings, SecretSettings, PrefillSettings, RouterSettings):
         return RouterLimits(
             max_attempts=self.max_attempts,
             max_in_flight=self.max_in_flight,
+            tenant_share=self.tenant_share,
             silence_seconds=self.silence_seconds,
             resume_wait_seconds=self.resume_wait_seconds,
             default_deadline_seconds=self.default_deadline_seconds,

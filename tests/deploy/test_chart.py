@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from alora_serve.config.groups import GROUPS, env_name, known_names
+from alora_serve.config import GROUPS, env_name, known_names
 from alora_serve.config.loading import OTHER_VARIABLES, load_settings
 from alora_serve.kv.redis_url import REDIS_SCHEMES, parse_redis_url
 

@@ -1,4 +1,4 @@
-"""What a request takes out of its tenant's quotas, however it ends, and what becomes of those that are used up."""
+"""What a request takes of its tenant's quotas and share, however it ends, and what becomes of who has used them up."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 import grpc
 import pytest
 
+from adapter_router.access.authentication import Access
 from adapter_router.access.quotas import Quotas
 from adapter_router.access.rules import AccessRules, Quota
-from alora_serve.errors import InvalidRequestError
-from alora_serve.types import GenerateRequest, StreamEvent, TokenChunk, Usage
+from adapter_router.admission import RouterLimits
+from alora_serve.errors import InvalidRequestError, OverloadedError
+from alora_serve.rpc.status import error_from_rpc
+from alora_serve.types import GenerateRequest, Identity, StreamEvent, TokenChunk, Usage
 from alora_serve.v1 import alora_pb2, types_pb2
 from fake_services import FakePrefill, FakeWorker, answer, deployment, until
 
@@ -155,3 +158,39 @@ async def test_a_tenant_within_its_stored_bytes_stores() -> None:
         await read_all(router.stub.Generate(GENERATE))
         await router.stub.Score(SCORE)
         assert not any(request.skip_store for request in (*prefill.requests, *worker.requests, *worker.scored))
+
+
+class ByName:
+    """Takes every token for the name of its tenant."""
+
+    def identify(self, token: str) -> Identity | None:
+        return Identity(token, frozenset({"generate"}))
+
+
+async def test_one_tenant_leaves_room_in_the_router_for_the_others() -> None:
+    limits = RouterLimits(max_in_flight=4, tenant_share=0.5)
+    held: list[Any] = []
+    async with deployment([FakePrefill()], [FakeWorker(one_token)], limits=limits, access=Access(ByName())) as (
+        router,
+        _,
+    ):
+
+        async def ask(tenant: str) -> None:
+            held.append(router.stub.Generate(GENERATE, metadata=(("authorization", f"Bearer {tenant}"),)))
+            await held[-1].read()
+
+        for _ in range(2):
+            await ask("noisy")
+        with pytest.raises(grpc.aio.AioRpcError, match="2 requests of this tenant") as refused:
+            await ask("noisy")
+        error = error_from_rpc(refused.value)
+        assert isinstance(error, OverloadedError)
+        assert error.retry_after_seconds
+        for tenant in ("quiet", "other"):
+            await ask(tenant)
+        with pytest.raises(grpc.aio.AioRpcError, match="holds 4 requests"):
+            await ask("late")
+        for call in held:
+            call.cancel()
+        await until(lambda: router.metric("alora_router_in_flight") == 0)
+        await ask("noisy")

@@ -4,7 +4,6 @@ from alora_serve.config.cache_directory import CACHE_DIRECTORY_VARIABLE, default
 from alora_serve.config.groups import (
     ENV_PREFIX,
     GROUPS,
-    SECRET_NAMES,
     AdapterSettings,
     EngineSettings,
     FrontDoorSettings,
@@ -14,12 +13,11 @@ from alora_serve.config.groups import (
     SecretSettings,
     ServerSettings,
     SettingsGroup,
+    ShareSettings,
     StoreSettings,
-    env_name,
-    flag_name,
-    known_names,
 )
 from alora_serve.config.loading import load_settings, run_with_settings
+from alora_serve.config.names import SECRET_NAMES, env_name, flag_name, known_names
 from alora_serve.config.reference import configuration_table
 
 __all__ = [
@@ -36,6 +34,7 @@ __all__ = [
     "SecretSettings",
     "ServerSettings",
     "SettingsGroup",
+    "ShareSettings",
     "StoreSettings",
     "configuration_table",
     "default_cache_directory",

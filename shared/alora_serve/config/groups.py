@@ -157,15 +157,20 @@ class EngineSettings(SettingsGroup):
         64, ge=1, description="Prompt tokens of a step that others decode in: the longer, the longer they wait for it."
     )
     max_queue: int = Field(100, ge=0, description="Requests that may wait for a place before RESOURCE_EXHAUSTED.")
-    tenant_share: float = Field(
-        0.75, gt=0, le=1, description="How much of batch and queue one tenant may hold, so that others find room."
-    )
     prefix_cache_bytes: ByteSize = Field(ByteSize(1 << 30), description="Memory for resident base KV.")
     orca_load_reports: bool = Field(
         True,
         description=(
             "Tell callers in trailing metadata how busy the process is (ORCA): Envoy and gRPC clients can weigh by it."
         ),
+    )
+
+
+class ShareSettings(SettingsGroup):
+    """What one tenant leaves to the others."""
+
+    tenant_share: float = Field(
+        0.75, gt=0, le=1, description="How much of batch and queue, or of max_in_flight, one tenant may hold."
     )
 
 
@@ -273,26 +278,9 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     EngineSettings,
     AdapterSettings,
     SecretSettings,
+    ShareSettings,
     PrefillSettings,
     RouterSettings,
     FrontDoorSettings,
 )
 """Every group; together they define which names exist."""
-
-SECRET_NAMES: Final = frozenset({"handle_secrets", "store_secrets", "tenant_salt"})
-"""Settings whose values are never shown, and which are never flags: every user of a machine can read those."""
-
-
-def known_names() -> frozenset[str]:
-    """Names of all settings of all groups."""
-    return frozenset(name for group in GROUPS for name in group.model_fields)
-
-
-def env_name(name: str) -> str:
-    """The environment variable of a setting."""
-    return ENV_PREFIX + name.upper()
-
-
-def flag_name(name: str) -> str:
-    """The command-line flag of a setting."""
-    return "--" + name.replace("_", "-")

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsError
 
 from alora_serve.config.cache_directory import CACHE_DIRECTORY_VARIABLE
-from alora_serve.config.groups import ENV_PREFIX, SECRET_NAMES, SettingsGroup, env_name, flag_name, known_names
+from alora_serve.config.groups import ENV_PREFIX, SettingsGroup
+from alora_serve.config.names import SECRET_NAMES, env_name, flag_name, known_names
 from alora_serve.errors import ConfigError
 
 TEST_PREFIX: Final = "ALORA_TEST_"

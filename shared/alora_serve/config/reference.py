@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pydantic import ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
-from alora_serve.config.groups import GROUPS, SECRET_NAMES, SettingsGroup, env_name, flag_name
+from alora_serve.config.groups import GROUPS, SettingsGroup
+from alora_serve.config.names import SECRET_NAMES, env_name, flag_name
 
 
 def configuration_rows(group: type[SettingsGroup]) -> Iterator[tuple[str, str, str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, StoreSettings
+from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, ShareSettings, StoreSettings
 from alora_serve.config.cache_directory import default_cache_directory
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.public_prompts import read_public_prompts
@@ -27,7 +27,7 @@ from alora_serve.model.source import model_name, resolve_model
 _log = structlog.get_logger(__name__)
 
 
-class CoreSettings(ModelSettings, StoreSettings, EngineSettings, SecretSettings):
+class CoreSettings(ModelSettings, StoreSettings, EngineSettings, ShareSettings, SecretSettings):
     """What a model service needs besides a place to listen."""
 
 

@@ -29,11 +29,14 @@ def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_reach_the_parts_they_are_for() -> None:
     more = ("--bounded-load-factor=2", "--resolve-seconds=7", "--max-attempts=4", "--max-in-flight=5")
-    settings = load_settings(Settings, [*FLAGS, *more, "--default-deadline-seconds=6"])
+    shares = ("--tenant-share=0.5", "--default-deadline-seconds=6")
+    settings = load_settings(Settings, [*FLAGS, *more, *shares])
     settings.check_endpoints()
     assert settings.decode_endpoints == ("h:1", "[::1]:2")
     assert settings.endpoint_options() == EndpointOptions(load_factor=2, resolve_seconds=7)
-    assert settings.limits() == RouterLimits(max_attempts=4, max_in_flight=5, default_deadline_seconds=6)
+    assert settings.limits() == RouterLimits(
+        max_attempts=4, max_in_flight=5, tenant_share=0.5, default_deadline_seconds=6
+    )
     settings.signer().verify(handle())
 
 
