@@ -50,12 +50,13 @@ async def main(settings: AdapterDecodeSettings) -> int:
     metrics = RequestMetrics(registry)
     decoder, scorer = Decoder(core, adapters, started.signer), Scorer(core, adapters, started.signer)
     await asyncio.to_thread(decoder.warm)
-    servicer = AdapterDecodeServicer(decoder, scorer, adapters, status, metrics)
+    servicer = AdapterDecodeServicer(decoder, scorer, adapters, status, core.is_alive, metrics)
     services = [
         Service("alora_serve.v1.AdapterDecodeService", partial(add_AdapterDecodeServiceServicer_to_server, servicer))
     ]
     if settings.workers_prefill:
-        services.append(BasePrefillServicer(Prefiller(core, started.signer), status, metrics).service())
+        standing_in = BasePrefillServicer(Prefiller(core, started.signer), status, core.is_alive, metrics)
+        services.append(standing_in.service())
     scanning = asyncio.create_task(scan_forever(adapters, settings.adapter_scan_seconds))
     return await serve(
         "adapter-decode",

@@ -34,7 +34,10 @@ _Context = grpc.aio.ServicerContext[object, object]
 
 
 class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer):
-    """Serves one decoder and its adapters. ``status`` says how busy the process is."""
+    """Serves one decoder and its adapters.
+
+    ``status`` says how busy the process is, ``is_alive`` whether its engine does anything at all.
+    """
 
     def __init__(
         self,
@@ -42,12 +45,14 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
         scorer: Scorer,
         adapters: AdapterRegistry,
         status: Callable[[], EndpointStatus],
+        is_alive: Callable[[], bool],
         metrics: RequestMetrics,
     ) -> None:
         self._decoder = decoder
         self._scorer = scorer
         self._adapters = adapters
         self._status = status
+        self._is_alive = is_alive
         self._metrics = metrics
         self._model_name = status().model.name
 
@@ -115,7 +120,7 @@ class AdapterDecodeServicer(adapter_decode_pb2_grpc.AdapterDecodeServiceServicer
     ) -> AsyncIterator[pb.AdapterDecodeServiceWatchStatusResponse]:
         """See the proto."""
         told: tuple[AdapterInfo, ...] | None = None
-        async for status in watch_status(self._status):
+        async for status in watch_status(self._status, self._is_alive):
             changed = changed_adapters(told, status.adapters)
             if request.accept_partial_adapters:
                 told = status.adapters

@@ -25,7 +25,8 @@ async def main(settings: BasePrefillSettings) -> int:
     def status() -> EndpointStatus:
         return core.status(draining=draining.is_set())
 
-    servicer = BasePrefillServicer(Prefiller(core, started.signer), status, RequestMetrics(registry))
+    prefiller = Prefiller(core, started.signer)
+    servicer = BasePrefillServicer(prefiller, status, core.is_alive, RequestMetrics(registry))
     return await serve(
         "base-prefill",
         settings,

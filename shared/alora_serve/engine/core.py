@@ -103,7 +103,7 @@ class ServingCore:
         fetching = FetchDecision(
             model.layout.bytes_per_token,
             lambda: self.rates.fetch_bytes.per_second,
-            lambda: self.engine.prefill_tokens_per_second,
+            lambda: self.engine.rates.prefill_tokens_per_second,
             metrics,
             always=options.always_fetch,
         )
@@ -163,6 +163,10 @@ class ServingCore:
             sequence_seconds=self.rates.sequence_seconds.value,
             resident_prefixes=self.resident.digest(),
         )
+
+    def is_alive(self) -> bool:
+        """Its engine does not hang: see :class:`~alora_serve.engine.pulse.Pulse`."""
+        return not self.engine.pulse.is_lost
 
     def serving_load(self) -> ServingLoad:
         """The same for those who know nothing of our status stream; cheap, and from any thread."""

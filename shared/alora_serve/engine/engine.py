@@ -22,6 +22,7 @@ from alora_serve.engine.events import SequenceDone, SequenceFailed, SequenceStat
 from alora_serve.engine.load import EngineLoad, adapters_of, prefill_tokens
 from alora_serve.engine.places import Places
 from alora_serve.engine.prefix_cache import PrefixCache
+from alora_serve.engine.pulse import Pulse
 from alora_serve.engine.rates import StepRates
 from alora_serve.engine.scheduler import next_to_run
 from alora_serve.engine.sequence import Sequence, SequenceId, SequenceRequest
@@ -89,7 +90,8 @@ class Engine:
         self._running: list[Sequence] = []
         self._ids = itertools.count()
         self._places = Places(limits.max_sequences, limits.max_queue, limits.tenant_share)
-        self._rates = StepRates()
+        self.rates = StepRates()
+        self.pulse = Pulse(self.rates, limits.max_step_tokens)
         self._tail_bytes = 0
         self._state_lock = threading.Lock()
         self._closed = False
@@ -116,13 +118,8 @@ class Engine:
             tail_bytes=self._tail_bytes,
             running_adapters=adapters_of(running),
             waiting_adapters=adapters_of(waiting),
-            rates=replace(self._rates),
+            rates=replace(self.rates),
         )
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Recent speed of steps that are mostly prompt, 0 before the first."""
-        return self._rates.prefill_tokens_per_second
 
     def place(self, tenant: str = "", *, is_begun: bool = False) -> AbstractContextManager[None]:
         """A place in batch or queue, held while the block runs: see :meth:`Places.hold`."""
@@ -193,11 +190,13 @@ class Engine:
     def _receive(self) -> bool:
         """Take what arrived; waits when there is nothing to run. False when closed."""
         if not self._running and not self._waiting:
+            self.pulse.rest()
             if not self._take(self._inbox.get()):
                 return False
             wait_until = monotonic() + GATHER_LIMIT_SECONDS
         else:
             wait_until = 0.0
+        self.pulse.turn()
         while True:
             gather = self._places.taken > len(self._running) + len(self._waiting)
             seconds = min(GATHER_SECONDS, wait_until - monotonic()) if gather else 0.0
@@ -255,7 +254,7 @@ class Engine:
             return
         seconds, tokens = monotonic() - started, sum(len(span.tokens) for _, span in batch)
         self._metrics.step(len(batch), tokens, seconds)
-        self._rates.observe(
+        self.rates.observe(
             sequences=len(batch), tokens=tokens, budget_tokens=self._limits.max_step_tokens, seconds=seconds
         )
 

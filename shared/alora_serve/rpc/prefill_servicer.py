@@ -29,12 +29,19 @@ class Prefills(Protocol):
 class BasePrefillServicer(base_prefill_pb2_grpc.BasePrefillServiceServicer):
     """Serves one prefiller, of a base prefill service or of a decode worker that stands in for one.
 
-    ``status`` says how busy the process is.
+    ``status`` says how busy the process is, ``is_alive`` whether its engine does anything at all.
     """
 
-    def __init__(self, prefiller: Prefills, status: Callable[[], EndpointStatus], metrics: RequestMetrics) -> None:
+    def __init__(
+        self,
+        prefiller: Prefills,
+        status: Callable[[], EndpointStatus],
+        is_alive: Callable[[], bool],
+        metrics: RequestMetrics,
+    ) -> None:
         self._prefiller = prefiller
         self._status = status
+        self._is_alive = is_alive
         self._metrics = metrics
 
     def service(self) -> Service:
@@ -63,5 +70,5 @@ class BasePrefillServicer(base_prefill_pb2_grpc.BasePrefillServiceServicer):
         context: grpc.aio.ServicerContext[object, object],
     ) -> AsyncIterator[base_prefill_pb2.BasePrefillServiceWatchStatusResponse]:
         """See the proto."""
-        async for status in watch_status(self._status):
+        async for status in watch_status(self._status, self._is_alive):
             yield base_prefill_pb2.BasePrefillServiceWatchStatusResponse(status=endpoint_status_to_proto(status))

@@ -1,4 +1,4 @@
-"""``WatchStatus``: a status told on every change and at least once a second, its adapters only as they change."""
+"""``WatchStatus``: a status told on every change and at least once a second, while whoever it is of lives."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ REPEAT_SECONDS = 1.0
 """Longest silence, so that a watcher tells a quiet endpoint from a dead one."""
 
 
-async def watch_status(status: Callable[[], EndpointStatus]) -> AsyncIterator[EndpointStatus]:
-    """Yield the status now, then on every change and at least every :data:`REPEAT_SECONDS`. Never ends by itself."""
-    told = status()
-    told_at = monotonic()
-    yield told
+async def watch_status(
+    status: Callable[[], EndpointStatus], is_alive: Callable[[], bool]
+) -> AsyncIterator[EndpointStatus]:
+    """Yield the status now, then on every change and at least every :data:`REPEAT_SECONDS`. Never ends by itself.
+
+    Args:
+        status: asked for what to tell.
+        is_alive: nothing is told while this is false. The event loop that tells goes on when the engine's thread hangs,
+            and a watcher knows by nothing but silence that a call to it would wait for ever.
+    """
+    told, told_at = None, 0.0
     while True:
+        if is_alive():
+            current = status()
+            if current != told or monotonic() - told_at >= REPEAT_SECONDS:
+                told, told_at = current, monotonic()
+                yield told
         await asyncio.sleep(POLL_SECONDS)
-        current = status()
-        if current != told or monotonic() - told_at >= REPEAT_SECONDS:
-            told, told_at = current, monotonic()
-            yield told
 
 
 def adapters_by_name(adapters: Iterable[AdapterInfo]) -> dict[str, AdapterInfo]:

@@ -57,7 +57,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
 @pytest.fixture
 async def server(worker: Worker) -> AsyncIterator[Server]:
     unused: Any = None
-    servicer = AdapterDecodeServicer(unused, unused, unused, lambda: worker.status, RequestMetrics(CollectorRegistry()))
+    metrics = RequestMetrics(CollectorRegistry())
+    servicer = AdapterDecodeServicer(unused, unused, unused, lambda: worker.status, lambda: True, metrics)
     server = await start_server(partial(add_AdapterDecodeServiceServicer_to_server, servicer))
     yield server
     await server.kill()

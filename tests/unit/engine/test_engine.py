@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alora_serve.adapters.lora import LoadedAdapter, LoraPair
 from alora_serve.engine import engine as engine_module
+from alora_serve.engine import pulse
 from alora_serve.engine.answer import Answer, Ending
 from alora_serve.engine.engine import Engine
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent, SequenceFailed
@@ -672,6 +673,23 @@ def test_talking_sequences_need_no_heartbeat(bench: Bench) -> None:
     run = bench.submit(_prompt(1))
     run.done()
     assert not any(isinstance(event, Heartbeat) for event in run.events)
+
+
+def test_a_step_that_never_ends_is_seen_from_outside(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(pulse, "TIMES_EXPECTED", 1e-9)
+    bench.submit(_prompt(1, 200), prefill=True).done()
+    gate = Gate(bench.engine)
+    held = bench.submit(_prompt(2))
+    gate.waiting()
+    assert bench.engine.pulse.is_lost
+    gate.open()
+    held.done()
+    bench.settle()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while bench.engine.pulse.is_lost and time.monotonic() < deadline:
+        pass
+    assert not bench.engine.pulse.is_lost, "it waits for something to do"
 
 
 def test_closing_fails_what_is_left_and_takes_nothing_more(make_bench: Callable[..., Bench]) -> None:
