@@ -21,7 +21,7 @@ _PACKAGES = ("alora-serve", "torch", "transformers", "peft", "grpcio")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One timed call, in seconds from its start: to the first token (of a fan-out: mean over its answers), and the last."""
+    """One timed call, in seconds from its start: to the first token (of a fan-out: their mean), and to the last."""
 
     first_token_seconds: float
     total_seconds: float
