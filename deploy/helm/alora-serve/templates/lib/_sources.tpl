@@ -108,11 +108,12 @@ command:
   - {{ required (printf "source hub of %s needs hub.repo" .item.name) $hub.repo }}
   - --revision={{ $hub.revision | default "main" }}
   - --local-dir={{ .path }}{{ with $hub.folder }}/{{ . }}{{ end }}
-  {{- range $hub.include | default (list "*.json" "*.safetensors") }}
+  {{- range $hub.include | default (list "*.json" "*.safetensors" "*.yaml") }}
   - --include={{ . }}
   {{- end }}
 env:
   - {name: HF_HUB_OFFLINE, value: "0"}
+  - {name: HF_HUB_DISABLE_UPDATE_CHECK, value: "1"}
   - {name: HF_HOME, value: /tmp/huggingface}
   {{- with $hub.endpoint }}
   - {name: HF_ENDPOINT, value: {{ . | quote }}}
