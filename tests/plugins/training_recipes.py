@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from alora_serve.training.recipe import Recipe
 
 INVOCATION = "<|im_start|>question<|im_end|>"
 KINDS = ("alora", "lora")
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 def make_recipe(kind: str = "alora", **changes: object) -> Recipe:

@@ -20,6 +20,7 @@ from alora_serve.training.loop import Progress, Trainer
 _STATE: Final = "state.json"
 _TENSORS: Final = "tensors.safetensors"
 _RANDOM: Final = "random"
+_RANDOM_OF_DEVICE: Final = "random of the device"
 
 
 class Checkpoint:
@@ -33,6 +34,9 @@ class Checkpoint:
     def save(self, trainer: Trainer) -> None:
         """Write weights, optimiser, random numbers and progress."""
         tensors = {_RANDOM: torch.get_rng_state()}
+        device = trainer.model.model.device
+        if device.type == "cuda":  # it draws the dropout
+            tensors[_RANDOM_OF_DEVICE] = torch.cuda.get_rng_state(device)
         for name, parameter in _trained(trainer.model.model).items():
             tensors[f"weight/{name}"] = parameter.detach()
             for key, value in trainer.optimizer.state.get(parameter, {}).items():
@@ -71,7 +75,10 @@ class Checkpoint:
 
     @staticmethod
     def _restore(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> None:
-        torch.set_rng_state(tensors.pop(_RANDOM))
+        torch.set_rng_state(tensors[_RANDOM])
+        device = trainer.model.model.device
+        if device.type == "cuda" and _RANDOM_OF_DEVICE in tensors:
+            torch.cuda.set_rng_state(tensors[_RANDOM_OF_DEVICE], device)
         with torch.no_grad():
             for name, parameter in _trained(trainer.model.model).items():
                 parameter.copy_(tensors[f"weight/{name}"])

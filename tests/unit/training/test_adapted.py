@@ -12,30 +12,34 @@ from peft import PeftModel
 from alora_serve.training.adapted import AdaptedModel
 from alora_serve.training.encoding import Example
 from alora_serve.training.prefixes import PrefixOptions
-from training_recipes import KINDS
+from training_recipes import DEVICES, KINDS
 
 PLENTY = PrefixOptions(torch.float32, 1 << 30)
 
 
-def whole_prompt(example: Example) -> torch.Tensor:
-    return torch.tensor([example.base_tokens + example.cue_tokens])
+def whole_prompt(example: Example, device: str | torch.device = "cpu") -> torch.Tensor:
+    return torch.tensor([example.base_tokens + example.cue_tokens], device=device)
 
 
 def plain_loss(model: PeftModel, example: Example) -> torch.Tensor:
     """What anybody would write with PEFT alone: the whole prompt, its invocation found by PEFT."""
-    tokens = torch.cat([whole_prompt(example), torch.tensor([example.answer_tokens])], dim=1)
-    logits = model(input_ids=tokens).logits[0, -1 - len(example.answer_tokens) : -1]
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(example.answer_tokens), reduction="none")
+    answer = torch.tensor(example.answer_tokens, device=model.device)
+    tokens = torch.cat([whole_prompt(example, model.device), answer[None]], dim=1)
+    logits = model(input_ids=tokens).logits[0, -1 - len(answer) : -1]
+    return torch.nn.functional.cross_entropy(logits, answer, reduction="none")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("kind", "options"), [("alora", PLENTY), ("alora", None), ("lora", PLENTY)])
 def test_loss_and_gradient_are_those_of_plain_peft(
+    device: str,
     kind: str,
     options: PrefixOptions | None,
     build: Callable[[str], PeftModel],
     examples: Callable[[str], list[Example]],
 ) -> None:
     model = build(kind)
+    torch.nn.Module.to(model, device)
     batch = examples(kind)[:7]
     ours = AdaptedModel(model, examples(kind), options)
     for _ in range(2):  # the second time from what was kept
