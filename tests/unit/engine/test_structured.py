@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.model.loader import BaseModel
+from alora_serve.model.runner import ModelRunner
 from alora_serve.model.structure import compiler as compiling
+from alora_serve.model.structure.constraint import Constraint
 from alora_serve.types import (
     ChatMessage,
     Choice,
@@ -32,6 +35,7 @@ from alora_serve.types import (
 )
 from in_process import Answer, MemoryStore, Stack, open_stack
 
+PATIENCE_SECONDS = 60.0
 PROMPT = Prompt((ChatMessage("user", "What do you see?"),))
 ADAPTERS = ("", "appended", "generation-prompt", "lora")
 PERSON = {
@@ -310,6 +314,31 @@ async def test_tokens_that_do_not_have_the_form_are_not_gone_on_with(stack: Stac
     resume = Resume((1, 2, 3), None, "")  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match=r"resume\.generated_token_ids"):
         await bound(stack, prefilled, Regex("[ab]*"), resume=resume)
+
+
+async def test_masks_are_computed_while_the_forward_pass_runs(
+    stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits for the other to have begun: neither comes first, and no step takes the sum of both."""
+    mask, forward = Constraint.mask, ModelRunner.forward
+    expected = await bound(stack, prefilled, Regex("[ab]{4}"))
+    both = threading.Barrier(2, timeout=PATIENCE_SECONDS)
+    met = list[int]()
+
+    def slow_mask(constraint: Constraint) -> bytes | None:
+        both.wait()
+        return mask(constraint)
+
+    def slow_forward(runner: ModelRunner, spans: Any, output: Any, adapters: object = None) -> Any:
+        if any(output):
+            met.append(both.wait())
+        return forward(runner, spans, output, adapters)
+
+    monkeypatch.setattr(Constraint, "mask", slow_mask)
+    monkeypatch.setattr(ModelRunner, "forward", slow_forward)
+    answer = await bound(stack, prefilled, Regex("[ab]{4}"))
+    assert len(met) == 4
+    assert answer.tokens == expected.tokens
 
 
 # --- refusals and failures --------------------------------------------------------------------------------------------
