@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,9 @@ def test_the_command_trains_free_text(tiny_model_directory: Path, rows_file: Pat
     result = CliRunner().invoke(app, ["train", *flags])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["trained"]["steps"] == 3
+    assert "36 rows to train, 4 to validate" in result.stderr
+    bar = result.stderr.splitlines()[-1]
+    assert re.search(r"^loss \d+\.\d{3} .* 3/3 .* left \d+:\d\d", bar), "the loss, the steps and the time left"
     assert "`verdict`" in (tmp_path / "out" / "README.md").read_text()
     refused = CliRunner().invoke(app, ["train", *flags, "--rank", "0"])
     assert refused.exit_code == 1
