@@ -144,8 +144,8 @@ class Step:
         tails: own parts in arenas.
         causal: indices of spans whose own part is a causal triangle.
         outside: indices of spans whose KV goes elsewhere than to an arena.
-        pieces: slices that were there before; those that hold a single token's own come first, so that every row has
-            seen something before it meets a slice that a window may hide.
+        pieces: slices that were there before; those that hold a single token itself come first, so that every row has
+            seen something before it meets a slice that others read as well, or that a window may hide.
     """
 
     def __init__(self, spans: Sequence[Span], device: torch.device, read_multiple: int = 1) -> None:
@@ -204,26 +204,25 @@ class Step:
             mine.take_over(its)
 
     def _pieces(self) -> list[Piece]:
-        readers: defaultdict[KVSlice, list[int]] = defaultdict(list)
+        # What holds a single token itself has one reader: nobody else may have what is only being written.
+        readers = {
+            span.own_piece: [index]
+            for index, span in enumerate(self.spans)
+            if span.own_piece is not None and len(span.tokens) == 1
+        }
+        first = len(readers)
         for index, span in enumerate(self.spans):
-            if span.own_piece is not None:
-                readers[span.own_piece].append(index)
-        for index, span in enumerate(self.spans):
-            for held in span.shared:
-                readers[held].append(index)
-        read = list(readers.items())
-        touched = {*range(len(self.spans))} - {*self.outside} | {*self.causal}
+            before = span.own_piece if len(span.tokens) > 1 else None
+            for held in (*((before,) if before else ()), *span.shared):
+                readers.setdefault(held, []).append(index)
         left = [set[int]()]
-        for _, indices in reversed(read):
+        for indices in reversed(readers.values()):
             left.append(left[-1].union(indices))
         pieces = []
-        for (held, indices), after in zip(read, reversed(left[:-1]), strict=True):
+        for order, ((held, indices), after) in enumerate(zip(readers.items(), reversed(left[:-1]), strict=True)):
             spans = [self.spans[index] for index in indices]
             bounds = (min(s.start for s in spans), max(s.end - 1 for s in spans))
-            pieces.append(
-                Piece(held, self._rows_of(indices), bounds, touched.isdisjoint(indices), after.isdisjoint(indices))
-            )
-            touched.update(indices)
+            pieces.append(Piece(held, self._rows_of(indices), bounds, order < first, after.isdisjoint(indices)))
         return pieces
 
     def _rows_of(self, indices: list[int]) -> Rows:

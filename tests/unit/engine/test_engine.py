@@ -808,6 +808,27 @@ def test_who_waits_for_a_neighbour_that_is_cancelled_computes_for_itself(
     assert _run_tokens(bench) <= 20 + 1 + 8, "at most the chunk in flight twice"
 
 
+def test_a_last_token_beside_a_neighbour_that_goes_on_in_the_same_memory_is_computed_right(
+    make_bench: Callable[..., Bench],
+) -> None:
+    """Both read the same slice: one as what others hold, the other as what it has computed so far."""
+    prompts = _prompt(1, 40), (*_prompt(1, 8), 9)
+
+    def kv_of_the_second(*wanted: tuple[int, ...]) -> Tensor:
+        bench = make_bench(max_step_tokens=8)
+        gate = Gate(bench.engine)
+        runs = [bench.submit(prompt, prefill=True) for prompt in wanted]
+        gate.open()
+        for run in runs:
+            run.done()
+        prefix = bench.cache.acquire(BlockChain(ROOT, prompts[1], BLOCK_TOKENS), 9)
+        bench.cache.release(prefix)
+        assert [part.tokens for part in prefix.slices] == ([8, 1] if len(wanted) > 1 else [9])
+        return torch.cat([part.positions() for part in prefix.slices], dim=3).clone()
+
+    torch.testing.assert_close(kv_of_the_second(*prompts), kv_of_the_second(prompts[1]), atol=1e-5, rtol=0)
+
+
 def test_blocks_are_told_of_while_the_next_ones_are_computed(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(max_step_tokens=8)
     run = bench.submit(_prompt(1), prefill=True)

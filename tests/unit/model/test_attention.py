@@ -218,6 +218,18 @@ def test_a_shared_slice_is_read_once_for_all_who_hold_it() -> None:
     assert step.positions.tolist() == [span.start + index for span in packed.spans for index in range(len(span.tokens))]
 
 
+def test_one_token_reads_its_own_before_what_a_neighbour_has_written_so_far() -> None:
+    """Every row must have seen something before its answer is merged with what it sees of a slice that others read."""
+    packed = _pack([Row((), 4, 3), Row((6,), 0, 1)], 4, 2, torch.float32, 0)
+    first, second = packed.spans
+    # The first goes on where the second's slice ends, as a prefill does beside one that took over its first blocks.
+    held = KVSlice(first.own.segment, first.own.offset, 4)
+    own = KVSlice(KVSegment(second.own.segment.data, 4 - second.own.offset), second.own.offset, 1)
+    packed.spans[1] = Span(second.tokens, 4, (held,), own)
+    packed.wholes[1] = packed.wholes[0]
+    assert (_attend(packed, scaling=0.3) - _reference(packed, 0.3, None, None)).abs().max() < 5e-5
+
+
 def test_neighbours_change_nothing_but_rounding() -> None:
     row = Row((0, 1, 2), 4, 3)
     alone = _pack([row], 4, 2, torch.float32, 7)
