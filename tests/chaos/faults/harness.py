@@ -43,6 +43,10 @@ QUICK: Final[dict[str, Any]] = {
 """Small blocks, and processes that are started again at once however often they die."""
 
 
+LEFT_OUT: Final = "left_out"
+"""The detail of a row whose fault this machine cannot make: why."""
+
+
 class CannotBreakError(Exception):
     """This machine does not let us do what a scenario does; says why."""
 
@@ -99,8 +103,14 @@ class Tally:
         while self.recovery_seconds == float("inf") and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
 
+    def expect(self, holds: bool, otherwise: str) -> None:
+        """What must have come of a fault, beside answers: else nothing was shown."""
+        if not holds:
+            self.failures.append(otherwise)
+
     def row(self, fault: str, **details: float | str) -> Row:
-        """The figures."""
+        """The figures. A fault after which nothing was answered again is a failure."""
+        self.expect(self.recovery_seconds != float("inf"), "after a fault no request begun later was answered")
         if self.failures:
             details["first_failure"] = self.failures[0]
         if self.wrongs:

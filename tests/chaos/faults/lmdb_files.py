@@ -50,8 +50,17 @@ async def lmdb_full(chaos: Chaos) -> list[Row]:
     with small_file_system(chaos.place("lmdb full"), 48 << 20) as directory:
         store = directory / "kv"
         async with deployed(chaos.model, f"lmdb://{store}", workers=2, **FORGETFUL, **QUICK) as running:
-            expected, rng = await questions(running, tokens=40), chaos.rng("load")
-            return [await under(running, "LMDB full", filled(directory), chaos.pick(2.0, 5.0), expected, rng)]
+            expected, seconds = await questions(running, tokens=40), chaos.pick(2.0, 5.0)
+
+            async def blocks_dropped() -> bool:
+                dropped = [
+                    await running.metric(name, "alora_store_drop_blocks_total", reason="full")
+                    for name in (*running.local.prefill_names, *running.local.worker_names)
+                ]
+                return any(dropped)
+
+            fault = filled(directory)
+            return [await under(chaos, running, "LMDB full", fault, seconds, expected, is_shown=blocks_dropped)]
 
 
 def truncate(store: Path) -> None:
@@ -69,9 +78,13 @@ async def lmdb_truncated_while_stopped(chaos: Chaos) -> list[Row]:
     await asyncio.to_thread(truncate, store)
     async with deployed(chaos.model, url, workers=2, **FORGETFUL, **QUICK) as running:
         load = Load(running.local.router_address, expected, rng)
-        async with new_conversations(running, expected), load.running():
+        async with new_conversations(running, expected) as fresh, load.running() as tally:
+            tally.strike()
             used_again = await seconds_until_used(running)
             await asyncio.sleep(PEACE_SECONDS)
+        tally.requests += fresh.requests
+        tally.failures += fresh.failures
+        tally.expect(used_again != float("inf"), "the store was not used")
         return [load.tally.row("LMDB truncated while stopped", store_used_again_seconds=used_again)]
 
 
@@ -91,6 +104,7 @@ async def lmdb_truncated_live(chaos: Chaos) -> list[Row]:
                 await asyncio.sleep(4)
                 await running.local.wait_ready()
                 deaths += sum(running.local.processes[name].pid != pid for name, pid in before.items())
+        load.tally.expect(chaos.is_short or deaths > 0, "no process touched what was missing")
         return [load.tally.row("LMDB truncated live", processes_that_died=deaths)]
 
 

@@ -15,6 +15,8 @@ from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, new_convers
 from faulty_network import CALM, FaultyNetwork
 
 KILL_EVERY_SECONDS = 2.0
+LEAST_RESUMED: Final = 20
+"""Streams that go on elsewhere, of as many workers killed."""
 
 
 async def _watched_kills(
@@ -43,7 +45,9 @@ async def workers_killed(chaos: Chaos) -> list[Row]:
         load = Load(running.local.router_address, await questions(running), chaos.rng("load"))
         async with load.running() as tally:
             details = await _watched_kills(running, running.local.worker_names, tally, chaos, chaos.pick(3, 25))
-        details["resumed_streams"] = await running.metric("router", "alora_router_resumed_streams_total")
+        resumed = await running.metric("router", "alora_router_resumed_streams_total")
+        details["resumed_streams"] = resumed
+        load.tally.expect(resumed >= chaos.pick(1, LEAST_RESUMED), f"only {resumed:.0f} streams were resumed")
         return [load.tally.row("workers killed", **details)]
 
 
@@ -74,6 +78,7 @@ async def worker_hangs(chaos: Chaos) -> list[Row]:
                     os.kill(pid, signal.SIGCONT)
                 await asyncio.sleep(2)
         resumed = await running.metric("router", "alora_router_resumed_streams_total")
+        load.tally.expect(resumed > 0, "no stream was resumed")
         return [load.tally.row("worker hangs", resumed_streams=resumed)]
 
 
@@ -115,6 +120,7 @@ async def partition(chaos: Chaos) -> list[Row]:
                         far.weather = CALM
                         await asyncio.sleep(2)
                 resumed = await metric_at(router.metrics_address, "alora_router_resumed_streams_total")
+        load.tally.expect(resumed > 0, "no stream was resumed")
         return [load.tally.row("network partition", resumed_streams=resumed)]
 
 

