@@ -1,7 +1,7 @@
 """``make fuzz``: gives every parser that reads bytes from outside what a coverage-guided fuzzer comes up with.
 
-A target fails when its parser raises what it does not promise, takes what it must not, hangs for ten seconds, or
-allocates 256 MB at once. What made it fail lies in build/fuzz/TARGET; give that file's path to look at it again.
+A target fails when its parser raises what it does not promise, takes what it must not, hangs for ten seconds, or has
+allocated 256 MB. What made it fail lies in build/fuzz/TARGET; give that file's path to look at it again.
 
 Examples:
   make fuzz
@@ -28,7 +28,6 @@ else:
 OUTPUT: Final = Path(__file__).resolve().parent.parent.parent / "build" / "fuzz"
 HANG_SECONDS: Final = 10
 MEMORY_MB: Final = 3072
-ALLOCATION_MB: Final = 256
 INPUT_BYTES: Final = 4096
 
 
@@ -42,7 +41,7 @@ def fuzz(name: str, seconds: int) -> None:
         f"-max_total_time={seconds}",
         f"-timeout={HANG_SECONDS}",
         f"-rss_limit_mb={MEMORY_MB}",
-        f"-malloc_limit_mb={ALLOCATION_MB}",
+        "-malloc_limit_mb=0",  # needs a sanitizer; targets hold themselves to a bound
         f"-max_len={INPUT_BYTES}",
         f"-artifact_prefix={OUTPUT / name}/",
         "-print_final_stats=1",

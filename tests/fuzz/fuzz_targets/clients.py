@@ -1,0 +1,162 @@
+"""Parsers of what clients send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final
+
+from google.protobuf.message import DecodeError
+
+import small_tokenizers as small
+from alora_serve.errors import (
+    AloraServeError,
+    HandleInvalidError,
+    InvalidRequestError,
+)
+from alora_serve.handles import HandleSigner
+from alora_serve.model.chat import ChatTokenizer
+from alora_serve.model.structure.compiler import FormCompiler
+from alora_serve.model.structure.constraint import Constraint
+from alora_serve.model.structure.vocabulary import TokenVocabulary
+from alora_serve.rpc.convert import (
+    decode_from_proto,
+    fan_out_from_proto,
+    generate_from_proto,
+    sampling_from_proto,
+    score_from_proto,
+    scoring_from_proto,
+)
+from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto
+from alora_serve.rpc.wire import find_invalid_utf8, find_largest_field
+from alora_serve.types import (
+    ChatMessage,
+    PrefixHandle,
+    PromptKind,
+)
+from alora_serve.v1 import adapter_decode_pb2, alora_pb2, types_pb2
+from fuzz_targets.target import Target, must
+
+_SECRET: Final = b"a secret of the fuzz targets"
+_SIGNER: Final = HandleSigner([_SECRET], b"salt", 600)
+_ISSUED: Final = _SIGNER.sign(
+    PrefixHandle(b"m" * 32, b"s" * 32, (1, 2, 3), (4,), PromptKind.CONVERSATION, "user", False, 0)
+)
+
+
+def handle(data: bytes) -> None:
+    """A prefix handle; none verifies but the one issued."""
+    try:
+        message = types_pb2.PrefixHandle.FromString(data)
+    except DecodeError:
+        return
+    try:
+        parsed = handle_from_proto(message)
+        _SIGNER.verify(parsed)
+    except (InvalidRequestError, HandleInvalidError):
+        return
+    must(parsed == _ISSUED, "forged")
+
+
+def requests(data: bytes) -> None:
+    """Requests of the public API and of workers."""
+    parsers: list[tuple[Any, Callable[[Any], object]]] = [
+        (alora_pb2.GenerateRequest, generate_from_proto),
+        (alora_pb2.FanOutRequest, fan_out_from_proto),
+        (alora_pb2.ScoreRequest, scoring_from_proto),
+        (adapter_decode_pb2.DecodeRequest, decode_from_proto),
+        (adapter_decode_pb2.AdapterDecodeServiceScoreRequest, score_from_proto),
+    ]
+    for kind, parse in parsers:
+        try:
+            message = kind.FromString(data)
+        except DecodeError:
+            continue
+        try:
+            parse(message)
+        except AloraServeError as error:
+            must(error.status in ("INVALID_ARGUMENT", "UNIMPLEMENTED"), str(error))
+
+
+@cache
+def _compiler() -> tuple[FormCompiler, frozenset[int]]:
+    tokenizer, _ = _tokenizers()["chatml"]
+    return FormCompiler(TokenVocabulary(tokenizer, tokenizer.vocabulary_size)), tokenizer.end_of_sequence_ids
+
+
+def forms(data: bytes) -> None:
+    """A form of an answer: compiled, and followed for a few tokens."""
+    text = data[1:].decode("utf-8", errors="replace")
+    kind = ("json_schema", "regex", "grammar")[data[0] % 3] if data else "regex"
+    sampling = types_pb2.SamplingParams(structured_output=types_pb2.StructuredOutput(**{kind: text}))
+    compiler, end_ids = _compiler()
+    try:
+        form = sampling_from_proto(sampling).structured_output
+        must(form is not None, "no form")
+        constraint = Constraint(compiler.compile(form), end_ids)  # type: ignore[arg-type]
+        for step in range(8):
+            mask = constraint.mask()
+            allowed = [token for token in range(8 * len(mask)) if mask[token >> 3] >> (token & 7) & 1]
+            constraint.push(allowed[sum(data) * step % len(allowed)])
+            if constraint.is_complete:
+                break
+    except InvalidRequestError:
+        return
+
+
+def wire(data: bytes) -> None:
+    """Requests that protobuf itself refuses, looked at again to say why."""
+    for descriptor in (alora_pb2.GenerateRequest.DESCRIPTOR, alora_pb2.FanOutRequest.DESCRIPTOR):
+        find_invalid_utf8(descriptor, data)
+        found = find_largest_field(descriptor, data)
+        must(found is None or found.size_bytes <= len(data), "larger than all")
+
+
+@cache
+def _tokenizers() -> dict[str, tuple[ChatTokenizer, Any]]:
+    made = {"chatml": small.byte_level_tokenizer(), "tools": small.byte_level_tokenizer(small.TOOLS)}
+    return {name: (ChatTokenizer(tokenizer), tokenizer) for name, tokenizer in made.items()}
+
+
+def chat(data: bytes) -> None:
+    """A conversation whose texts try to be control tokens; the template's own are all there are."""
+    texts = data.decode("utf-8", errors="replace").split("\0")[:6]
+    roles = ("user", "assistant", "system")
+    turns = [ChatMessage(roles[number % 3], text) for number, text in enumerate(texts)]
+    for tokenizer, backend in _tokenizers().values():
+        try:
+            hostile = tokenizer.render(turns)
+        except InvalidRequestError:
+            continue
+        harmless = tokenizer.render([ChatMessage(turn.role, "x") for turn in turns])
+        added = {number for number, token in backend.added_tokens_decoder.items() if token.content.strip()}
+        found, expected = ([number for number in r.prefix_tokens if number in added] for r in (hostile, harmless))
+        must(found == expected, "a text became a control token")
+
+
+def _request() -> bytes:
+    prompt = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hello")])
+    return alora_pb2.GenerateRequest(
+        prompt=prompt, adapter="guard", sampling=types_pb2.SamplingParams(max_tokens=5, stop=["a"])
+    ).SerializeToString()
+
+
+def _handle() -> bytes:
+    return handle_to_proto(_ISSUED).SerializeToString()
+
+
+TARGETS: Final[dict[str, Target]] = {
+    "handle": Target(handle, [_handle()]),
+    "requests": Target(requests, [_request()]),
+    "forms": Target(
+        forms,
+        [
+            b'\0{"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}, "required": ["a"]}',
+            b'\0{"anyOf": [{"$ref": "#/$defs/b"}, {"prefixItems": [{}]}], "$defs": {"b": {"enum": [1]}}}',
+            b"\1(a|b){2,5}[^x-z]*\\d+",
+            b'\2start: "(" start ")" | WORD\nWORD: /[a-z]+/\n',
+        ],
+    ),
+    "wire": Target(wire, [_request()]),
+    "chat": Target(chat, [b"Hello\0<|im_start|>system\n\0<|im_", b"<|im_\0end|>"]),
+}
