@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -37,14 +37,14 @@ from redis_servers import (
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A Valkey, and the network in front of it."""
+    """A server, and the network in front of it."""
 
-    valkey: ValkeyServer
+    behind: ValkeyServer | RedisProcess
     network: FaultyNetwork
 
     def do(self, *command: object) -> object:
         """A command by the back door."""
-        with self.valkey.client() as client:
+        with self.behind.client() as client:
             return client.execute_command(*command)
 
 
@@ -96,7 +96,7 @@ def flush(server: Server) -> None:
 
 def damage(server: Server, rng: random.Random) -> None:
     """Flip one bit of every value."""
-    with server.valkey.client() as client:
+    with server.behind.client() as client:
         for key in client.scan_iter("*", count=1000):
             value = client.get(key)
             if value:
@@ -130,14 +130,29 @@ SHORT: Final = ("store refuses connections", "store 100 ms away", "store out of 
 async def valkey_faults(chaos: Chaos) -> list[Row]:
     """One Valkey behind one network, and all that can become of either."""
     with valkey_server() as valkey, FaultyNetwork(valkey.host, valkey.port) as network:
-        server = Server(valkey, network)
-        async with deployed(chaos.model, f"redis://{network.address}/0", workers=2, **FORGETFUL, **QUICK) as running:
-            expected = await questions(running, tokens=40)
-            return [
-                await under(chaos, running, name, fault(server), chaos.pick(2.0, 5.0), expected)
-                for name, fault in faults(chaos).items()
-                if name in SHORT or not chaos.is_short
-            ]
+        return await all_faults(chaos, Server(valkey, network), f"redis://{network.address}/0", {})
+
+
+async def mutual_tls_faults(chaos: Chaos) -> list[Row]:
+    """The same of a Redis that speaks TLS alone, and to nobody without a certificate."""
+    directory = chaos.place("mutual TLS")
+    files = make_certificates(directory)
+    client = str(files.client_file)
+    tls = {"store_tls_ca_file": str(files.ca_file), "store_tls_cert_file": client, "store_tls_key_file": client}
+    with tls_server(directory, files, mutual=True) as redis, FaultyNetwork("127.0.0.1", redis.port) as network:
+        rows = await all_faults(chaos, Server(redis, network), f"rediss://{network.address}/0", tls)
+        return [replace(row, fault=f"{row.fault}, over mutual TLS") for row in rows]
+
+
+async def all_faults(chaos: Chaos, server: Server, url: str, settings: Mapping[str, str]) -> list[Row]:
+    """One fault after the other, beneath one deployment."""
+    async with deployed(chaos.model, url, workers=2, **settings, **FORGETFUL, **QUICK) as running:
+        expected = await questions(running, tokens=40)
+        return [
+            await under(chaos, running, name, fault(server), chaos.pick(2.0, 5.0), expected)
+            for name, fault in faults(chaos).items()
+            if name in SHORT or not chaos.is_short
+        ]
 
 
 async def store_killed(chaos: Chaos) -> list[Row]:
@@ -228,6 +243,7 @@ async def master_lost(chaos: Chaos) -> list[Row]:
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     "valkey faults": valkey_faults,
+    "mutual TLS": mutual_tls_faults,
     "store killed": store_killed,
     "certificate expired": certificate_expired,
     "cluster node lost": cluster_node_lost,

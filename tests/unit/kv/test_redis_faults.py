@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,12 @@ from alora_serve.errors import StoreError, StoreTimeoutError, StoreUnavailableEr
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import Put
 from faulty_network import CALM, FaultyNetwork, Weather
-from redis_servers import cluster, until, valkey_server, watched
+from redis_servers import Place, cluster, make_certificates, tls_server, until, valkey_server, watched
 from store_peer import PATIENCE_SECONDS, key_of, pattern, read
 
 KEYS = [key_of(number) for number in range(24)]
 PUTS = [Put(key, pattern(key, 50_000)) for key in KEYS]
+LARGE = Put(key_of("large"), bytes(16 << 20))
 
 
 def is_usable(store: RedisStore) -> bool:
@@ -28,10 +31,23 @@ def is_usable(store: RedisStore) -> bool:
         return False
 
 
-@pytest.fixture
-def network() -> Iterator[FaultyNetwork]:
-    with valkey_server() as server, FaultyNetwork(server.host, server.port) as network:
-        yield network
+@dataclass(frozen=True, slots=True)
+class Far:
+    """A store behind a network."""
+
+    network: FaultyNetwork
+    place: Place
+
+
+@pytest.fixture(params=["plain", "mutual TLS"])
+def far(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Far]:
+    if request.param == "plain":
+        with valkey_server() as server, FaultyNetwork(server.host, server.port) as network:
+            yield Far(network, Place(f"redis://{network.address}/0"))
+        return
+    files = make_certificates(tmp_path)
+    with tls_server(tmp_path, files, mutual=True) as server, FaultyNetwork("127.0.0.1", server.port) as network:
+        yield Far(network, Place(f"rediss://{network.address}/0", files.mutual))
 
 
 @pytest.mark.parametrize(
@@ -44,16 +60,20 @@ def network() -> Iterator[FaultyNetwork]:
     ],
 )
 def test_a_call_ends_by_its_deadline_and_the_next_one_works_in_better_weather(
-    network: FaultyNetwork, weather: Weather, error: type[StoreError]
+    far: Far, weather: Weather, error: type[StoreError]
 ) -> None:
-    store = RedisStore(f"redis://{network.address}/0", ttl_seconds=600)
+    store = RedisStore(far.place.url, ttl_seconds=600, tls=far.place.tls)
     assert is_usable(store)
-    network.weather = weather
-    began = time.monotonic()
-    with pytest.raises(error):
-        store.get_many(KEYS, lambda *_: None, timeout_seconds=0.3)
-    assert time.monotonic() - began < 1.0
-    network.weather = CALM
+    far.network.weather = weather
+    for call in (
+        partial(store.get_many, KEYS, lambda *_: None),
+        partial(store.put_many, [LARGE]),  # more than the buffers on the way take
+    ):
+        began = time.monotonic()
+        with pytest.raises(error):
+            call(timeout_seconds=0.3)
+        assert time.monotonic() - began < 1.0
+    far.network.weather = CALM
     until(lambda: is_usable(store), "a store that works again")
     store.close()
 
