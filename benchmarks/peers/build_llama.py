@@ -39,6 +39,8 @@ FLAGS: Final = (
     "-DLLAMA_USE_PREBUILT_UI=OFF",
     "-DLLAMA_OPENSSL=OFF",
 )
+CUDA_FLAGS: Final = ("-DGGML_CUDA=ON",)
+"""More, for a GPU: needs NVIDIA's compiler."""
 _STEP = re.compile(r"^\[(\d+)/(\d+)\] (.*)")
 
 
@@ -47,20 +49,22 @@ class BuildError(Exception):
 
 
 class LlamaBuild:
-    """Where one version's source and binaries lie."""
+    """Where one version's source and binaries lie; those for a GPU beside the others."""
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, *, cuda: bool = False) -> None:
+        self.flags = FLAGS + (CUDA_FLAGS if cuda else ())
         self.directory = (root or default_cache_directory() / "peers") / f"{PACKAGE}-{VERSION}"
         self.source = self.directory / "source"
-        self.build = self.directory / "build"
+        self.build = self.directory / ("build-cuda" if cuda else "build")
         self.server = self.build / "bin" / "llama-server"
+        self.done = self.directory / ("done-cuda" if cuda else "done")
         self.log = self.directory / "build.log"
         self.converter_packages = self.directory / "converter-packages"
 
     @property
     def facts(self) -> dict[str, object]:
         """What the figures depend on."""
-        return {"package": f"{PACKAGE} {VERSION}", "flags": list(FLAGS), "compiler": self._compiler()}
+        return {"package": f"{PACKAGE} {VERSION}", "flags": list(self.flags), "compiler": self._compiler()}
 
     def _compiler(self) -> str:
         cache = self.build / "CMakeCache.txt"
@@ -72,24 +76,25 @@ class LlamaBuild:
         return subprocess.run([named[1], "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
 
 
-def ensure_llama(console: Console, *, jobs: int = 0, root: Path | None = None) -> LlamaBuild:
+def ensure_llama(console: Console, *, jobs: int = 0, root: Path | None = None, cuda: bool = False) -> LlamaBuild:
     """The built server, built now if it is not there.
 
     Args:
         jobs: compilers at a time; 0 lets ninja choose.
+        cuda: for a GPU. Has never been tried on one.
 
     Raises:
         BuildError: a step failed; names the log.
     """
-    build = LlamaBuild(root)
-    if not (build.server.exists() and (build.directory / "done").exists()):
+    build = LlamaBuild(root, cuda=cuda)
+    if not (build.server.exists() and build.done.exists()):
         build.directory.mkdir(parents=True, exist_ok=True)
         tools = _build_tools(build, console)
         if not (build.source / "CMakeLists.txt").exists():
             _fetch_source(build, tools, console)
         _configure(build, tools, console)
         _compile(build, tools, console, jobs)
-        (build.directory / "done").touch()
+        build.done.touch()
     return build
 
 
@@ -123,7 +128,7 @@ def _fetch_source(build: LlamaBuild, tools: Path, console: Console) -> None:
 def _configure(build: LlamaBuild, tools: Path, console: Console) -> None:
     console.print("llama-server: configuring")
     generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}")
-    _run(build, [str(tools / "cmake"), "-S", str(build.source), "-B", str(build.build), *generator, *FLAGS])
+    _run(build, [str(tools / "cmake"), "-S", str(build.source), "-B", str(build.build), *generator, *build.flags])
 
 
 def _compile(build: LlamaBuild, tools: Path, console: Console, jobs: int) -> None:
@@ -160,10 +165,11 @@ def main() -> None:
     """Parse flags, build, say where it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=0, help="compilers at a time (default: one a core)")
+    parser.add_argument("--cuda", action="store_true", help="for a GPU; needs NVIDIA's compiler")
     parser.add_argument("--json", action="store_true", help="print the server's path and what it was built with")
     arguments = parser.parse_args()
     try:
-        build = ensure_llama(Console(stderr=True), jobs=arguments.jobs)
+        build = ensure_llama(Console(stderr=True), jobs=arguments.jobs, cuda=arguments.cuda)
     except BuildError as error:
         sys.exit(str(error))
     print(json.dumps({"server": str(build.server), **build.facts}, indent=2) if arguments.json else build.server)

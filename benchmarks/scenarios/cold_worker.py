@@ -47,6 +47,7 @@ async def run(bench: Bench, plan: Plan, *, compare: bool) -> list[Row]:
     for store in plan.stores:
         with store_url(store) as url:
             rows += await _measure_store(bench, store, url, plan)
+        bench.keep(rows)
     if compare:
         rows += await _measure_llama(bench, plan)
     return rows

@@ -12,6 +12,7 @@ from adapters import Adapter
 from systems.base import Answer, FanOutAnswers, Warmed
 from systems.child import ChildSystem
 
+from alora_serve.model.weights import WeightQuantization
 from alora_serve.types import TokenIds
 
 _PROGRAM = "systems.engine_process"
@@ -31,10 +32,19 @@ class EngineInProcess(ChildSystem):
     plain = False
     name = "ours, engine in process"
 
-    def __init__(self, model: Path, dtype: str, adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        dtype: str,
+        adapters: Sequence[Adapter],
+        device: str = "cpu",
+        quantization: WeightQuantization = "none",
+    ) -> None:
         settings = {
             "model": str(model),
             "dtype": dtype,
+            "device": device,
+            "quantization": quantization,
             "roots": [str(adapters[0].directory.parent)],
             "adapters": [adapter.name for adapter in adapters],
         }

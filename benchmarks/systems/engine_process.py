@@ -23,7 +23,9 @@ from alora_serve.engine.prefiller import Prefiller
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.store import KVStore, Put, Sink, StoreKey
 from alora_serve.metrics import CoreMetrics, service_registry
+from alora_serve.model.device import open_device
 from alora_serve.model.loader import load_base_model
+from alora_serve.model.weights import WeightQuantization
 from alora_serve.types import GenerateRequest, PrefixHandle, Prompt, SamplingParams, TokenChunk
 
 
@@ -50,8 +52,16 @@ class MemoryStore(KVStore):
 class InProcess:
     """One process's worth of services."""
 
-    def __init__(self, model: str, dtype: str, roots: Sequence[str], adapters: Sequence[str]) -> None:
-        base = load_base_model(Path(model), dtype=dtype)
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        device: str,
+        quantization: WeightQuantization,
+        roots: Sequence[str],
+        adapters: Sequence[str],
+    ) -> None:
+        base = load_base_model(Path(model), dtype=dtype, device=open_device(device), quantization=quantization)
         self._core = ServingCore(
             base, MemoryStore(), CoreOptions(prefix_cache_bytes=4 << 30), CoreMetrics(service_registry())
         )
@@ -114,4 +124,4 @@ class InProcess:
 
 
 if __name__ == "__main__":
-    answer_lines(lambda given: InProcess(given["model"], given["dtype"], given["roots"], given["adapters"]))
+    answer_lines(lambda given: InProcess(**given))

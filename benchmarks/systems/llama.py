@@ -32,9 +32,14 @@ class LlamaServer:
     plain = False
 
     def __init__(
-        self, server: Path, model: Path, dtype: str, adapters: Sequence[tuple[Adapter, Path]], settings: LlamaSettings
+        self,
+        server: Path,
+        model: Path,
+        flags: Sequence[str],
+        adapters: Sequence[tuple[Adapter, Path]],
+        settings: LlamaSettings,
     ) -> None:
-        """``model`` is of that dtype; ``adapters`` come with their GGUF files."""
+        """``flags`` are all but those for slots, threads and what is loaded; adapters come with their GGUF files."""
         self.name = settings.name
         self._settings = settings
         self._ids = {adapter.name: index for index, (adapter, _) in enumerate(adapters)}
@@ -43,7 +48,7 @@ class LlamaServer:
             *(str(server), "--model", str(model), "--host", "127.0.0.1", "--port", str(self._port)),
             *("--parallel", str(settings.slots), "--ctx-size", str(settings.slots * settings.context_tokens)),
             *("--threads", str(_cores()), "--lora-init-without-apply", "--no-webui"),
-            *settings.all_flags(dtype),
+            *flags,
         ]
         self.command += ["--lora", ",".join(str(path) for _, path in adapters)]
         self._threads = ThreadPoolExecutor(64, thread_name_prefix="llama-client")

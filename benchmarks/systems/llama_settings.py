@@ -14,6 +14,8 @@ SAME_DTYPE: Final[dict[str, tuple[str, ...]]] = {
 
 HALF_PRECISION_KV: Final = ("--cache-type-k", "f16", "--cache-type-v", "f16", "--flash-attn", "on")
 
+ALL_LAYERS_ON_GPU: Final = ("--n-gpu-layers", "999")
+
 
 @dataclass(frozen=True, slots=True)
 class LlamaSettings:
@@ -37,9 +39,10 @@ class LlamaSettings:
     flags: tuple[str, ...] = ()
     context_tokens: int = 8192
 
-    def all_flags(self, dtype: str) -> tuple[str, ...]:
+    def all_flags(self, dtype: str, device: str = "cpu") -> tuple[str, ...]:
         """What is given to it besides model, adapters, slots and threads."""
-        return (*(SAME_DTYPE[dtype] if self.kv_flags is None else self.kv_flags), *self.flags)
+        placed = () if device == "cpu" else ALL_LAYERS_ON_GPU
+        return (*(SAME_DTYPE[dtype] if self.kv_flags is None else self.kv_flags), *placed, *self.flags)
 
 
 BEST_CASE: Final = LlamaSettings("llama-server, best case (one slot, serial)", flags=("--cache-ram", "0"))

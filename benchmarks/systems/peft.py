@@ -23,13 +23,14 @@ class PeftLora(ChildSystem):
     plain = True
     name = "PEFT, plain LoRA, recomputed"
 
-    def __init__(self, model: Path, dtype: str, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, model: Path, dtype: str, adapters: Sequence[Adapter], device: str = "cpu") -> None:
         directories = {
             a.twin if self.plain else a.name: str(a.twin_directory if self.plain else a.directory) for a in adapters
         }
         # One model and one cache: whoever shares them in a program needs a lock as well.
         self._turn = asyncio.Lock()
-        super().__init__(_PROGRAM, {"model": str(model), "dtype": dtype, "adapters": directories})
+        settings = {"model": str(model), "dtype": dtype, "device": device, "adapters": directories}
+        super().__init__(_PROGRAM, settings)
 
     async def warm(self, prefix: TokenIds) -> Warmed:
         """Nothing that an adapter could use."""

@@ -32,15 +32,16 @@ def _common(one: list[int], other: list[int]) -> int:
 class Peft:
     """One model with many adapters, and the base caches of the conversations that are talked about."""
 
-    def __init__(self, model: str, dtype: str, adapters: dict[str, str]) -> None:
+    def __init__(self, model: str, dtype: str, device: str, adapters: dict[str, str]) -> None:
         """``adapters`` are directories by name."""
+        self._device = torch.device(device)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
         self._config = base.config
         names = list(adapters)
         self._model = PeftModel.from_pretrained(base, adapters[names[0]], adapter_name=names[0])
         for name in names[1:]:
             self._model.load_adapter(adapters[name], adapter_name=name)
-        self._model.eval()
+        self._model.eval().to(self._device)
         self._caches: list[tuple[list[int], DynamicCache]] = []
 
     @torch.inference_mode()
@@ -48,6 +49,8 @@ class Peft:
         """Compute what the base cache lacks of a conversation."""
         began = perf_counter()
         computed = self._extend(prefix)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # an answer's tokens wait by themselves
         return {"computed_tokens": computed, "seconds": perf_counter() - began}
 
     @torch.inference_mode()
@@ -81,8 +84,8 @@ class Peft:
         tokens, cache = self._nearest(prefix)
         rest = prefix[len(tokens) :]
         if rest:
-            positions = torch.arange(len(tokens), len(prefix))[None]
-            ids = torch.tensor([rest])
+            positions = torch.arange(len(tokens), len(prefix), device=self._device)[None]
+            ids = torch.tensor([rest], device=self._device)
             with self._model.disable_adapter():
                 self._model(input_ids=ids, cache=cache, position_ids=positions, use_cache=True, logits_to_keep=1)
         self._caches.append((prefix, cache))
@@ -109,11 +112,11 @@ class Peft:
         self, prompt: list[int], start: int, cache: DynamicCache, max_tokens: int, began: float, *, activated: bool
     ) -> dict[str, Any]:
         """Greedy. ``alora_offsets`` goes with every call: without it PEFT's aLoRA layers silently run base weights."""
-        ids = torch.tensor([prompt[start:]])
+        ids = torch.tensor([prompt[start:]], device=self._device)
         tokens: list[int] = []
         first = 0.0
         for _ in range(max_tokens):
-            positions = torch.arange(start, start + ids.shape[1])[None]
+            positions = torch.arange(start, start + ids.shape[1], device=self._device)[None]
             more = {"alora_offsets": [ids.shape[1]]} if activated else {}
             out = self._model(
                 input_ids=ids,
@@ -131,4 +134,4 @@ class Peft:
 
 
 if __name__ == "__main__":
-    answer_lines(lambda settings: Peft(settings["model"], settings["dtype"], settings["adapters"]))
+    answer_lines(lambda given: Peft(**given))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def test_a_row_goes_to_the_file_with_every_sample(tmp_path: Path, monkeypatch: p
     written = json.loads(path.read_text())
     assert written["dtype"] == "bfloat16"
     assert written["machine"]["cores"] >= 1
+    assert {"processor", "gpus", "versions", "commit"} <= written["machine"].keys()
+    assert {"torch", "lmdb", "redis"} <= written["machine"]["versions"].keys()
     [first] = written["rows"]
     assert [sample["total_seconds"] for sample in first["samples"]] == [1.0, 3.0]
     assert first["total_seconds_median"] == 2.0
@@ -117,3 +120,17 @@ def test_answers_to_questions_in_turn_are_timed_from_the_first_question() -> Non
     ]
     assert asked.total_seconds == 4.5
     assert [answer.token_seconds for answer in asked.answers] == [0.75, 1.5, 1.25]
+
+
+@pytest.mark.parametrize(
+    ("given", "suffix"),
+    [
+        ({}, ""),
+        ({"quick": True}, "-quick"),
+        ({"kind": "all-linear", "device": "cuda:1", "quick": True}, "-all-linear-cuda1-quick"),
+    ],
+)
+def test_only_the_figures_that_people_quote_have_a_plain_name(given: dict[str, object], suffix: str) -> None:
+    arguments = {"kind": "qkv", "device": "cpu", "quick": False} | given
+
+    assert harness.file_suffix(argparse.Namespace(**arguments)) == suffix
