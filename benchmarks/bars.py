@@ -54,7 +54,15 @@ BARS: Final = (
     Bar("overhead of router, gRPC and store on 5 adapters", "ours_5", "engine_5", 0.15, "at most", "self", minus=1.0),
     Bar("KV bytes of 16 adapters against 1 on 6,144 tokens", "bytes_16", "bytes_1", 1.25, "at most", "self"),
 )
-"""In the issue's order."""
+"""In the order in which they were set."""
+
+BESIDE: Final = (
+    ("5 adapters against llama-server with five clients, its best-found setting", "llama_clients_best_5", "ours_5"),
+    ("5 adapters against llama-server's best case, its KV in half precision", "llama_half_5", "ours_5"),
+    ("16 adapters against llama-server's best case, its KV in half precision", "llama_half_16", "ours_16"),
+    ("decode step of 1 base sequence against llama-server, its KV in half precision", "step_base", "llama_half_step"),
+)
+"""Ratios that are told beside the bars and held to nothing: what they say, numerator, denominator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +78,51 @@ class Result:
     samples: Mapping[str, Sequence[float]]
 
 
-def value_of(bar: Bar, samples: Samples) -> float:
+def ratio(name: str, above: str, below: str, samples: Samples) -> float:
     """The ratio of medians.
 
     Raises:
         ValueError: a figure was not measured, or is not positive.
     """
-    for name in (bar.above, bar.below):
-        if not samples.get(name) or median(samples[name]) <= 0:
-            raise ValueError(f"{bar.name}: {name} was not measured")
-    above, below = median(samples[bar.above]), median(samples[bar.below])
-    return above / below - bar.minus
+    for figure in (above, below):
+        if not _is_known(figure, samples):
+            raise ValueError(f"{name}: {figure} was not measured")
+    return median(samples[above]) / median(samples[below])
+
+
+def value_of(bar: Bar, samples: Samples) -> float:
+    """What is held to the limit; raises as :func:`ratio`."""
+    return ratio(bar.name, bar.above, bar.below, samples) - bar.minus
+
+
+def _is_known(figure: str, samples: Samples) -> bool:
+    return bool(samples.get(figure)) and median(samples[figure]) > 0
+
+
+def measured(samples: Samples) -> list[Bar]:
+    """The bars that there are figures for already."""
+    return [bar for bar in BARS if _is_known(bar.above, samples) and _is_known(bar.below, samples)]
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A ratio without a limit."""
+
+    what: str
+    value: float
+    samples: Mapping[str, Sequence[float]]
+
+
+def beside(samples: Samples, *, bars_too: bool = False) -> list[Beside]:
+    """What is told beside the bars; ``bars_too`` for adapters that the limits are not meant for."""
+    told = [Beside(bar.name, value_of(bar, samples), _taken(bar.above, bar.below, samples)) for bar in BARS] * bars_too
+    return told + [
+        Beside(what, ratio(what, above, below, samples), _taken(above, below, samples)) for what, above, below in BESIDE
+    ]
+
+
+def _taken(above: str, below: str, samples: Samples) -> dict[str, list[float]]:
+    return {name: list(samples[name]) for name in (above, below)}
 
 
 def evaluate(samples: Samples, bars: Sequence[Bar] = BARS) -> list[Result]:
@@ -96,7 +138,7 @@ def evaluate(samples: Samples, bars: Sequence[Bar] = BARS) -> list[Result]:
             sense=bar.sense,
             holds=holds[bar.name],
             counts=llama_holds or bar.group != "self",
-            samples={name: list(samples[name]) for name in (bar.above, bar.below)},
+            samples=_taken(bar.above, bar.below, samples),
         )
         for bar in bars
     ]
@@ -106,6 +148,6 @@ def _holds(bar: Bar, value: float) -> bool:
     return value >= bar.limit if bar.sense == "at least" else value <= bar.limit
 
 
-def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The list that ``build/bench/bars.json`` is."""
-    return [asdict(result) for result in results]
+def as_json(results: Sequence[Result], measured_on: str) -> list[dict[str, Any]]:
+    """The list that ``build/bench/bars.json`` is, every row with the machine and versions it was measured on."""
+    return [{**asdict(result), "measured_on": measured_on} for result in results]

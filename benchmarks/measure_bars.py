@@ -1,8 +1,13 @@
 """``make bench-bars``: measures what the bars of benchmarks/bars.py compare, all in one run, and says which hold.
 
-Writes build/bench/bars.json, a list of {"bar", "value", "limit", "sense", "holds", "counts", "samples"}, one a row, and
-build/bench/bars-rows.json with every fan-out row, its samples and how many answers were those of stock PEFT. Takes
-about 20 minutes on two cores, and wants the machine for itself. The first run builds llama-server (minutes).
+Writes build/bench/bars.json, a list of {"bar", "value", "limit", "sense", "holds", "counts", "samples", "measured_on"},
+one a row, and build/bench/bars-rows.json with every fan-out row, its samples and how many answers were those of stock
+PEFT, and the ratios that are told beside the bars. ``holds`` says what was measured; ``counts`` is false for a ratio of
+our own figures in a run in which a bar against llama-server does not hold. With --kind all-linear, whose adapters the
+limits are not meant for, all ratios are told beside and there is no bars.json. What a run that was cut off had measured
+is in bars-rows-unfinished.json and bars-unfinished.json.
+
+Takes about half an hour on two cores, and wants the machine for itself. The first run builds llama-server (minutes).
 """
 
 from __future__ import annotations
@@ -11,22 +16,25 @@ import argparse
 import asyncio
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from bars import Result, as_json, evaluate
+from bars import Beside, Result, as_json, beside, evaluate, measured
 from compare import progress_on
 from correctness import with_verdicts
-from harness import Row, machine, show, write, write_json
-from lineup import LLAMA, Bench, open_bench
+from harness import OUTPUT, Row, describe_machine, file_suffix, measured_on, show, write, write_json
+from lineup import LLAMA, Bench, add_machine_flags, open_bench
 from peers.build_llama import BuildError
 from rich.console import Console
 from rich.table import Table
 from scenarios import fan_out
 
-SYSTEMS = ("ours", "ours-twins", "engine", "peft-lora", "llama", "llama-5", "llama-5-best")
-_AT_SIXTEEN = {"ours", "llama"}
+from alora_serve.errors import ConfigError
+
+SYSTEMS = ("ours", "ours-twins", "engine", "peft-lora", "llama", "llama-f16", "llama-5", "llama-5-best")
+_AT_SIXTEEN = {"ours", "llama", "llama-f16"}
 STEP_TOKENS = 32
 """Generated while steps are timed."""
 
@@ -47,14 +55,17 @@ QUICK = Plan(tokens=512, short=256, long=1024, rounds=1, memory_rounds=1)
 Samples = dict[str, list[float]]
 
 
-async def measure(bench: Bench, plan: Plan) -> tuple[Samples, list[Row]]:
-    """All figures, and the fan-outs' rows."""
+async def measure(bench: Bench, plan: Plan, keep: Callable[[Samples], object]) -> tuple[Samples, list[Row]]:
+    """All figures, and the fan-outs' rows. ``keep`` is told the figures so far."""
     samples: Samples = defaultdict(list)
     async with bench.systems(SYSTEMS) as systems:
         rows = await fan_out.run(bench, systems, _fan_outs(plan))
         _take_rows(rows, {name: system.name for name, system in systems.items()}, samples)
+        keep(samples)
         await _first_tokens(bench, systems["ours"], plan, samples)
-        await _steps(bench, systems["engine"], systems["llama"], plan, samples)
+        keep(samples)
+        await _steps(bench, systems, plan, samples)
+        keep(samples)
     # A fresh process, whose budget these conversations fit: none is let go of while the next is counted.
     async with bench.systems(["engine"]) as systems:
         await _memory(bench, systems["engine"], plan, samples)
@@ -77,6 +88,9 @@ def _take_rows(rows: Sequence[Row], names: dict[str, str], samples: Samples) -> 
         "llama_5": ("llama", 5),
         "llama_16": ("llama", 16),
         "llama_clients_5": ("llama-5", 5),
+        "llama_clients_best_5": ("llama-5-best", 5),
+        "llama_half_5": ("llama-f16", 5),
+        "llama_half_16": ("llama-f16", 16),
     }
     for name, (system, adapters) in known.items():
         row = fan_out.find(rows, names[system], adapters)
@@ -104,11 +118,12 @@ async def _first_tokens(bench: Bench, ours: Any, plan: Plan, samples: Samples) -
     bench.progress.remove_task(task)
 
 
-async def _steps(bench: Bench, engine: Any, llama: Any, plan: Plan, samples: Samples) -> None:
+async def _steps(bench: Bench, systems: dict[str, Any], plan: Plan, samples: Samples) -> None:
     """Decode steps on one conversation: of the engine with 16 adapters, with 1, with none; and llama-server's."""
+    engine, llama, half = systems["engine"], systems["llama"], systems["llama-f16"]
     prefix = bench.renderer.of_length(plan.tokens, seed=41)
     task = bench.progress.add_task("decode steps", total=1 + plan.rounds)
-    for system in (engine, llama):
+    for system in (engine, llama, half):
         await system.warm(prefix)
     for number in range(1 + plan.rounds):
         taken = {
@@ -116,6 +131,7 @@ async def _steps(bench: Bench, engine: Any, llama: Any, plan: Plan, samples: Sam
             "step_1": await engine.step_seconds(prefix, bench.adapters[:1], STEP_TOKENS),
             "step_base": await engine.step_seconds(prefix, [None], STEP_TOKENS),
             "llama_step": (await llama.ask(prefix, None, STEP_TOKENS)).token_seconds,
+            "llama_half_step": (await half.ask(prefix, None, STEP_TOKENS)).token_seconds,
         }
         if number:
             for name, seconds in taken.items():
@@ -135,32 +151,58 @@ async def _memory(bench: Bench, engine: Any, plan: Plan, samples: Samples) -> No
     bench.progress.remove_task(task)
 
 
-def show_results(results: Sequence[Result], console: Console) -> None:
-    """The bars as a table."""
-    table = Table(title="Bars")
-    for column in ("bar", "measured", "limit", "holds"):
-        table.add_column(column, justify="left" if column == "bar" else "right")
-    for result in results:
-        holds = ("yes" if result.holds else "NO") + ("" if result.counts else ", does not count")
-        table.add_row(result.bar, f"{result.value:.2f}", f"{result.sense} {result.limit:g}", holds)
+def show_results(results: Sequence[Result], told: Sequence[Beside], console: Console) -> None:
+    """The bars as a table, and what is told beside them as another."""
+    if results:
+        table = Table(title="Bars")
+        for column in ("bar", "measured", "limit", "holds", "counts"):
+            table.add_column(column, justify="left" if column == "bar" else "right")
+        for result in results:
+            limit, holds = f"{result.sense} {result.limit:g}", "yes" if result.holds else "NO"
+            table.add_row(result.bar, f"{result.value:.2f}", limit, holds, "yes" if result.counts else "NO")
+        console.print(table)
+    if not all(result.counts for result in results):
+        console.print("A bar against llama-server does not hold: ratios of our own figures do not count in this run.")
+    table = Table(title="Told beside, without a limit")
+    table.add_column("ratio")
+    table.add_column("measured", justify="right")
+    for ratio in told:
+        table.add_row(ratio.what, f"{ratio.value:.2f}")
     console.print(table)
 
 
+def keep_bars(name: str, samples: Samples) -> None:
+    """Write the bars that there are figures for already."""
+    write_json(name, as_json(evaluate(samples, measured(samples)), measured_on()))
+
+
 async def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
-    """Measure, compare answers with PEFT, write both files."""
+    """Measure, write both files, compare answers with PEFT, write what came of that."""
     plan = QUICK if arguments.quick else Plan(rounds=arguments.rounds)
-    suffix = "-quick" if arguments.quick else ""
+    suffix = file_suffix(arguments)
+    unfinished = (f"bars{suffix}-unfinished", f"bars-rows{suffix}-unfinished")
     with progress_on(console) as progress:
-        bench = open_bench(console, progress, adapters=16, dtype=arguments.dtype)
-        samples, rows = await measure(bench, plan)
+        bench = open_bench(
+            console, progress, adapters=16, kind=arguments.kind, dtype=arguments.dtype, device=arguments.device
+        )
+        bench.facts |= {"dtype": bench.dtype, "model": bench.model.name, "adapters": arguments.kind}
+        bench.keep = partial(write, unfinished[1], facts=bench.facts)
+        samples, rows = await measure(bench, plan, partial(keep_bars, unfinished[0]))
+        is_held = arguments.kind == "qkv"
+        results = evaluate(samples) if is_held else []
+        told = beside(samples, bars_too=not is_held)
+        bench.facts["beside"] = [asdict(ratio) for ratio in told]
+        path = write(f"bars-rows{suffix}", rows, bench.facts)
+        if is_held:
+            path = write_json(f"bars{suffix}", as_json(results, measured_on()))
         rows = with_verdicts(rows, await bench.answers.judge(bench.model, bench.dtype, progress))
-    results = evaluate(samples)
-    write(f"bars-rows{suffix}", rows, {"dtype": bench.dtype, "model": bench.model.name, **bench.facts})
-    path = write_json(f"bars{suffix}", as_json(results))
+    write(f"bars-rows{suffix}", rows, bench.facts)
+    for name in unfinished:
+        (OUTPUT / f"{name}.json").unlink(missing_ok=True)
     if not arguments.json:
         wide = Console(width=None if sys.stdout.isatty() else 180)
         show(rows, baseline=LLAMA["llama"].name, console=wide, title="Fan-outs", by="total_seconds")
-        show_results(results, wide)
+        show_results(results, told, wide)
     print(path)
     return results
 
@@ -169,18 +211,18 @@ def main() -> None:
     """Parse flags and run. The exit status is 1 if a bar does not hold and --check was given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds after one warm-up; fewer for the slowest")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: what the processor does natively")
+    parser.add_argument("--kind", choices=["qkv", "all-linear"], default="qkv", help="what the adapters adapt")
     parser.add_argument("--quick", action="store_true", help="512 tokens and one round, to see that all of it works")
     parser.add_argument("--check", action="store_true", help="exit with 1 unless every bar holds and counts")
     parser.add_argument("--json", action="store_true", help="print the file's path alone")
+    add_machine_flags(parser)
     arguments = parser.parse_args()
     console = Console(stderr=True)
     if not arguments.json:
-        facts = machine()
-        console.print(f"{facts['processor']}, {facts['cores']} cores, SmolLM2-135M-Instruct")
+        console.print(f"{describe_machine()}, SmolLM2-135M-Instruct")
     try:
         results = asyncio.run(run(arguments, console))
-    except BuildError as error:
+    except (BuildError, ConfigError) as error:
         sys.exit(str(error))
     if arguments.check and not all(result.holds and result.counts for result in results):
         sys.exit(1)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from bars import BARS, Bar, as_json, evaluate
+from bars import BARS, BESIDE, Bar, as_json, beside, evaluate, measured
 
 PEER = Bar("against a peer", "theirs", "ours", 10, "at least", "peer")
 LLAMA = Bar("against llama-server", "llama", "ours", 2.5, "at least", "llama")
@@ -59,9 +59,27 @@ def test_a_figure_that_was_not_measured_is_an_error_and_no_bar_met(samples: dict
 
 
 def test_the_file_has_what_a_reader_of_it_looks_for() -> None:
-    [row] = as_json(evaluate({"theirs": [20.0], "ours": [1.0]}, [PEER]))
+    [row] = as_json(evaluate({"theirs": [20.0], "ours": [1.0]}, [PEER]), "a machine")
 
     assert {"bar", "value", "limit", "holds", "counts", "samples"} <= row.keys()
+    assert row["measured_on"] == "a machine"
+
+
+def test_a_run_that_is_not_done_has_the_bars_whose_figures_are_known() -> None:
+    samples = {"peft_5": [20.0], "ours_5": [1.0], "step_16": [2.0]}
+
+    assert [bar.above for bar in measured(samples)] == ["peft_5"]
+    assert measured({}) == []
+
+
+def test_what_is_told_beside_has_no_limit_and_is_all_for_adapters_that_the_limits_are_not_meant_for() -> None:
+    names = {name for bar in BARS for name in (bar.above, bar.below)}
+    names |= {name for _, *both in BESIDE for name in both}
+    samples = {name: [3.0] for name in names}
+
+    assert [told.value for told in beside(samples)] == [1.0] * len(BESIDE)
+    assert [told.what for told in beside(samples, bars_too=True)][:12] == [bar.name for bar in BARS]
+    assert beside(samples | {"llama_half_5": [6.0]})[1].samples == {"llama_half_5": [6.0], "ours_5": [3.0]}
 
 
 def test_the_table_has_twelve_bars_of_different_names() -> None:

@@ -8,11 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import compare
+import harness
 import measure_bars
 import pictures
 import pytest
 from adapters import NAMES, Adapter, invocation_text
-from bars import BARS, evaluate
+from bars import BARS, BESIDE, beside, evaluate
 from conversations import Exchange, exchanges
 from harness import Row, Sample
 from lineup import SYSTEMS
@@ -175,17 +176,28 @@ def test_bars_are_measured_under_the_names_that_the_table_has() -> None:
     samples: measure_bars.Samples = {}
 
     measure_bars._take_rows(rows, names, samples)
-    elsewhere = ("step_16", "step_1", "step_base", "llama_step", "bytes_16", "bytes_1")
+    elsewhere = ("step_16", "step_1", "step_base", "llama_step", "llama_half_step", "bytes_16", "bytes_1")
     samples |= {name: [1.0] for name in (*elsewhere, "ttft_stored", "ttft_2048", "ttft_6144", "ttft_512")}
 
     assert {result.bar for result in evaluate(samples)} == {bar.name for bar in BARS}
+    assert len(beside(samples)) == len(BESIDE)
 
 
-def test_every_system_of_the_bars_exists_and_sixteen_adapters_are_asked_of_two() -> None:
+def test_every_system_of_the_bars_exists_and_sixteen_adapters_are_asked_of_some() -> None:
     plan = measure_bars._fan_outs(measure_bars.Plan())
 
     assert set(measure_bars.SYSTEMS) <= set(SYSTEMS)
-    assert {name for name in measure_bars.SYSTEMS if (name, 16) not in plan.skip} == {"ours", "llama"}
+    assert {name for name in measure_bars.SYSTEMS if (name, 16) not in plan.skip} == {"ours", "llama", "llama-f16"}
+
+
+def test_a_run_writes_what_it_has_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "OUTPUT", tmp_path)
+
+    measure_bars.keep_bars("bars-unfinished", {"peft_5": [20.0], "ours_5": [1.0]})
+
+    [row] = json.loads((tmp_path / "bars-unfinished.json").read_text())
+    assert (row["value"], row["holds"]) == (20.0, True)
+    assert "torch" in row["measured_on"]
 
 
 def test_pictures_take_their_points_from_the_rows_of_a_file() -> None:
@@ -209,3 +221,11 @@ def test_a_peer_is_built_in_a_directory_of_its_version(tmp_path: Path) -> None:
     assert build.server.is_relative_to(build.directory)
     assert build.facts["compiler"] == "unknown"
     assert "-DGGML_NATIVE=ON" in build.facts["flags"]  # type: ignore[operator]
+
+
+def test_a_build_for_a_gpu_lies_beside_the_other(tmp_path: Path) -> None:
+    plain, cuda = LlamaBuild(tmp_path), LlamaBuild(tmp_path, cuda=True)
+
+    assert plain.source == cuda.source
+    assert not {plain.server, plain.done} & {cuda.server, cuda.done}
+    assert set(cuda.flags) - set(plain.flags) == {"-DGGML_CUDA=ON"}
