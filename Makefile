@@ -26,7 +26,7 @@ LAST_TAG := $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(VENV)/.ready ## create .venv with what running needs (demo, bench and up do it by themselves)
@@ -70,6 +70,14 @@ bench-bars: $(VENV)/.ready-dev $(STUBS) ## the ratios that must hold, into build
 .PHONY: bench-sealed
 bench-sealed: $(VENV)/.ready-dev $(STUBS) ## what sealing stored values costs, into build/bench/sealed.json
 	@$(BIN)/python benchmarks/sealed_values.py $(ARGS)
+
+.PHONY: bench-int8
+bench-int8: $(VENV)/.ready-dev $(STUBS) ## what int8 weights change, in answers and in time, into build/bench/int8.json
+	@$(BIN)/python benchmarks/int8_weights.py $(ARGS)
+
+.PHONY: bench-profile
+bench-profile: $(VENV)/.ready-dev $(STUBS) ## where a decode step's time goes, into build/bench/step-profile.json
+	@$(BIN)/python benchmarks/step_profile.py $(ARGS)
 
 .PHONY: bench-pictures
 bench-pictures: $(VENV)/.ready-dev ## draw what bench-peers measured, into docs/images

@@ -69,6 +69,14 @@ class EngineInProcess(ChildSystem):
         answers = (await self._raw(prefix, adapters, max_tokens))["answers"]
         return shared_step_seconds([answer["times"] for answer in answers])
 
+    async def profile(self, prefix: TokenIds, adapters: Sequence[Adapter], max_tokens: int) -> dict[str, list[float]]:
+        """Seconds of each decode step of all these sequences, by kind of work: see ``step_timers.py``."""
+        names = [adapter.name for adapter in adapters]
+        found: dict[str, list[float]] = await self._child.ask(
+            {"do": "profile", "prefix": prefix, "adapters": names, "max_tokens": max_tokens}
+        )
+        return found
+
     async def memory(self, prefix: TokenIds, adapters: Sequence[Adapter], max_tokens: int) -> Memory:
         """See ``engine_process.py``."""
         names = [adapter.name for adapter in adapters]

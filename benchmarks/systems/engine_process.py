@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from systems.answering import answer_lines
+from systems.step_timers import StepTimers
 
 from alora_serve.adapters.loading import AdapterHost
 from alora_serve.adapters.registry import AdapterRegistry
@@ -86,6 +87,19 @@ class InProcess:
         began = perf_counter()
         answers = await asyncio.gather(*(self._decode(handle, name, max_tokens, began) for name in adapters))
         return {"answers": answers, "total_seconds": perf_counter() - began}
+
+    async def profile(self, prefix: Sequence[int], adapters: Sequence[str], max_tokens: int) -> dict[str, list[float]]:
+        """A fan-out with clocks in it: seconds of each of its decode steps, by kind of work.
+
+        Raises:
+            RuntimeError: the sequences never ran all together.
+        """
+        timers = StepTimers(len(adapters))
+        with timers.installed():
+            await self.fan_out(prefix, adapters, max_tokens)
+        if not timers.steps:
+            raise RuntimeError("no step had all sequences in it: ask for more tokens")
+        return {kind: [step[kind] for step in timers.steps] for kind in timers.steps[0]}
 
     async def memory(self, prefix: Sequence[int], adapters: Sequence[str], max_tokens: int) -> dict[str, int]:
         """The most bytes of KV that a conversation and its adapters' answers have in use while they decode.

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from scenarios import fan_out
 from systems.base import System
 from systems.engine import EngineInProcess
+from systems.step_timers import PARTS, REST, WHOLE
 
 from alora_serve.model.tails import FIRST_TAIL_TOKENS
 from tiny_models import FAMILIES, save_model
@@ -75,6 +76,18 @@ async def test_the_memory_of_sixteen_sequences_is_one_conversation_and_sixteen_t
     assert one.size_bytes >= (TOKENS * 0.9) * one.kv_bytes_per_token + tail_bytes
     assert sixteen.size_bytes - one.size_bytes > 8 * tail_bytes
     assert sixteen.size_bytes < 16 * one.size_bytes
+
+
+async def test_the_parts_of_a_step_are_timed_and_come_to_the_step(bench: Bench, systems: dict[str, System]) -> None:
+    engine = systems["engine"]
+    assert isinstance(engine, EngineInProcess)
+
+    found = await engine.profile(bench.renderer.of_length(TOKENS, seed=1), bench.adapters, 16)
+
+    whole = found.pop(WHOLE)
+    assert set(found) == {kind for kind, _, _ in PARTS} | {REST}
+    assert all(min(seconds) > 0 for seconds in found.values())
+    assert [sum(parts) for parts in zip(*found.values(), strict=True)] == pytest.approx(whole)
 
 
 async def test_a_step_is_timed_with_and_without_adapters(bench: Bench, systems: dict[str, System]) -> None:

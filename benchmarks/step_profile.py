@@ -1,0 +1,99 @@
+"""``make bench-profile``: where the time of a decode step goes, by kind of work, for 1, 5 and 16 sequences.
+
+One engine in process, adapters of rank 32 on q, k and v, one conversation that all of them are asked about. Clocks
+stand around the engine's own calls (systems/step_timers.py); what they cost shows in the last line, the same step
+without them. Medians over all steps, milliseconds, into build/bench/step-profile.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+from statistics import median
+
+from compare import progress_on
+from harness import describe_machine, file_suffix, machine, write_json
+from lineup import Bench, add_machine_flags, open_bench
+from rich.console import Console
+from rich.table import Table
+from systems.engine import EngineInProcess
+from systems.step_timers import WHOLE
+
+WITHOUT_CLOCKS = "the same without clocks"
+ANSWER_TOKENS = 24
+
+Profile = dict[str, list[float]]
+"""Seconds by kind of work, one a step."""
+
+
+async def measure(bench: Bench, tokens: int, sequences: list[int], rounds: int) -> dict[int, Profile]:
+    """The profile of each number of sequences; rounds alternate between them."""
+    prefix = bench.renderer.of_length(tokens, seed=61)
+    found: dict[int, Profile] = {count: {} for count in sequences}
+    task = bench.progress.add_task("decode steps", total=(1 + rounds) * len(sequences))
+    async with bench.systems(["engine"]) as systems:
+        engine = systems["engine"]
+        if not isinstance(engine, EngineInProcess):
+            raise TypeError(f"{engine.name} has no clocks")
+        await engine.warm(prefix)
+        for number in range(1 + rounds):
+            for count, profile in found.items():
+                adapters = bench.adapters[:count]
+                timed = await engine.profile(prefix, adapters, ANSWER_TOKENS)
+                bare = await engine.step_seconds(prefix, adapters, ANSWER_TOKENS)
+                if number:
+                    for kind, seconds in timed.items():
+                        profile.setdefault(kind, []).extend(seconds)
+                    profile.setdefault(WITHOUT_CLOCKS, []).append(bare)
+                bench.progress.advance(task)
+    bench.progress.remove_task(task)
+    return found
+
+
+def show(found: dict[int, Profile], console: Console, title: str) -> None:
+    """A column for each number of sequences."""
+    table = Table(title=title)
+    table.add_column("milliseconds")
+    for count in found:
+        table.add_column(f"{count} adapter{'s' if count > 1 else ''}", justify="right")
+    for kind in next(iter(found.values())):
+        figures = [f"{1e3 * median(profile[kind]):.1f}" for profile in found.values()]
+        table.add_row(kind, *figures, style="bold" if kind == WHOLE else None)
+    console.print(table)
+
+
+async def run(arguments: argparse.Namespace, console: Console) -> Path:
+    """Measure, write, print."""
+    tokens, rounds = (256, 1) if arguments.quick else (arguments.tokens, arguments.rounds)
+    with progress_on(console) as progress:
+        bench = open_bench(
+            console, progress, adapters=max(arguments.sequences), dtype=arguments.dtype, device=arguments.device
+        )
+        found = await measure(bench, tokens, arguments.sequences, rounds)
+    content = {"tokens": tokens, "dtype": bench.dtype, "machine": machine(), "seconds": found}
+    path = write_json(f"step-profile{file_suffix(arguments)}", content)
+    if not arguments.json:
+        show(found, Console(width=None if sys.stdout.isatty() else 120), f"A decode step on {tokens:,} tokens")
+    return path
+
+
+def main() -> None:
+    """Parse flags and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048, help="length of the conversation")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 5, 16], help="each with another adapter")
+    parser.add_argument("--rounds", type=int, default=5, help="answers of 24 tokens each, after one warm-up")
+    parser.add_argument("--quick", action="store_true", help="256 tokens and one round, to see that all of it works")
+    parser.add_argument("--json", action="store_true", help="print the file's path alone")
+    add_machine_flags(parser)
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    if not arguments.json:
+        console.print(describe_machine())
+    print(asyncio.run(run(arguments, console)))
+
+
+if __name__ == "__main__":
+    main()
