@@ -22,7 +22,9 @@ from systems.engine import EngineInProcess
 from systems.llama import LlamaServer
 from systems.llama_settings import (
     BEST_CASE,
+    CACHE_KEPT,
     EIGHT_CLIENTS,
+    EIGHT_CLIENTS_BEST,
     FIVE_CLIENTS,
     FIVE_CLIENTS_BEST,
     HALF_KV,
@@ -38,10 +40,12 @@ from alora_serve.model.device import device_name, native_dtype, open_device
 ADAPTER_ROOT: Final = REPOSITORY / "build" / "bench" / "adapters"
 LLAMA: Final[Mapping[str, LlamaSettings]] = {
     "llama": BEST_CASE,
+    "llama-kept": CACHE_KEPT,
     "llama-f16": HALF_KV,
     "llama-5": FIVE_CLIENTS,
     "llama-5-best": FIVE_CLIENTS_BEST,
     "llama-8": EIGHT_CLIENTS,
+    "llama-8-best": EIGHT_CLIENTS_BEST,
 }
 SYSTEMS: Final = ("ours", "ours-resident", "ours-twins", "engine", "peft-lora", "peft-alora", *LLAMA)
 """In the order of a round: first those for whom a conversation must be new."""
@@ -112,7 +116,8 @@ class Bench:
         if isinstance(noted, dict):
             asked = {
                 "slots": settings.slots,
-                "pinned_to_one_slot": settings.pin_slot,
+                "conversations_keep_slots": settings.pin_slot,
+                "base_turns_keep_the_cache": settings.base_keeps_cache,
                 "flags": list(flags),
             }
             noted.setdefault("settings", {})[settings.name] = asked

@@ -19,7 +19,7 @@ from systems.base import Answer, System
 
 TITLE = "Open-loop arrivals, eight conversations, adapters drawn by Zipf's law"
 BASELINE = ""
-SYSTEMS = ("ours", "ours-twins", "peft-alora", "llama-8")
+SYSTEMS = ("ours", "ours-twins", "peft-alora", "llama-8", "llama-8-best")
 SATURATED_SHARE = 0.9
 SATURATED_FIRST_TOKEN_SECONDS = 10.0
 

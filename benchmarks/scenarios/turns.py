@@ -28,7 +28,7 @@ from alora_serve.types import ChatMessage, TokenIds
 
 BASE, ADAPTER, WHOLE = "base turn", "adapter", "whole script"
 BASELINE = "PEFT, plain LoRA, recomputed"
-SYSTEMS = ("ours", "peft-lora", "peft-alora", "llama")
+SYSTEMS = ("ours", "peft-lora", "peft-alora", "llama", "llama-kept")
 TITLES = {
     "b": "Base turn, adapter, base turn, adapter: six turns of one conversation",
     "e": "Replay: conversations that share a system prompt and grow",

@@ -43,6 +43,7 @@ class LlamaServer:
         self.name = settings.name
         self._settings = settings
         self._ids = {adapter.name: index for index, (adapter, _) in enumerate(adapters)}
+        self._slots: dict[TokenIds, int] = {}
         self._port = _free_port()
         self.command = [
             *(str(server), "--model", str(model), "--host", "127.0.0.1", "--port", str(self._port)),
@@ -77,7 +78,7 @@ class LlamaServer:
     async def warm(self, prefix: TokenIds) -> Warmed:
         """Evaluate a conversation with the base model into a slot's cache."""
         began = perf_counter()
-        answer = await self._call(prefix, None, 0)
+        answer = await self._call(prefix, (), None, 0)
         timings = answer["timings"]
         # Its own clock, which is kinder to it than ours.
         computed, seconds = timings.get("prompt_n", 0), timings.get("prompt_ms", 0.0) / 1e3
@@ -85,9 +86,8 @@ class LlamaServer:
 
     async def ask(self, prefix: TokenIds, adapter: Adapter | None, max_tokens: int) -> Answer:
         """One streamed completion."""
-        prompt = prefix if adapter is None else prefix + adapter.invocation
         began = perf_counter()
-        answer = await self._call(prompt, adapter, max_tokens)
+        answer = await self._call(prefix, adapter.invocation if adapter else (), adapter, max_tokens)
         timings = answer["timings"]
         notes = {
             "cached_tokens": float(timings.get("cache_n", 0)),
@@ -103,10 +103,13 @@ class LlamaServer:
         answers = await asyncio.gather(*(self.ask(prefix, adapter, max_tokens) for adapter in adapters))
         return FanOutAnswers(tuple(answers), perf_counter() - began)
 
-    async def _call(self, prompt: TokenIds, adapter: Adapter | None, max_tokens: int) -> dict[str, Any]:
-        chosen = self._ids[adapter.name] if adapter else -1
+    async def _call(
+        self, prefix: TokenIds, invocation: TokenIds, adapter: Adapter | None, max_tokens: int
+    ) -> dict[str, Any]:
+        uninvoked = 0 if self._settings.base_keeps_cache else -1
+        chosen = self._ids[adapter.name] if adapter else uninvoked
         body = {
-            "prompt": prompt,
+            "prompt": prefix + invocation,
             "n_predict": max_tokens,
             "temperature": 0.0,
             "ignore_eos": True,
@@ -116,7 +119,7 @@ class LlamaServer:
             "lora": [{"id": number, "scale": float(number == chosen)} for number in self._ids.values()],
         }
         if self._settings.pin_slot:
-            body["id_slot"] = 0
+            body["id_slot"] = self._slots.setdefault(prefix, len(self._slots) % self._settings.slots)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._stream, json.dumps(body))
 

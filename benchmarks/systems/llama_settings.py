@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 SAME_DTYPE: Final[dict[str, tuple[str, ...]]] = {
@@ -25,7 +25,9 @@ class LlamaSettings:
         name: as in tables.
         slots: ``-np``.
         concurrent: a fan-out's questions are asked at once, one after another otherwise.
-        pin_slot: every question names slot 0, so that concurrent ones queue for the cache in it.
+        pin_slot: a conversation keeps a slot, which every question about it names: concurrent ones queue for its cache.
+        base_keeps_cache: the base model is asked as an adapter whose invocation is not there, which llama-server then
+            leaves off; asked without one, it would forget the conversation that an adapter was asked about.
         kv_flags: how KV is kept; None for that of :data:`SAME_DTYPE`.
         flags: further flags.
         context_tokens: of each slot.
@@ -35,6 +37,7 @@ class LlamaSettings:
     slots: int = 1
     concurrent: bool = False
     pin_slot: bool = False
+    base_keeps_cache: bool = False
     kv_flags: tuple[str, ...] | None = None
     flags: tuple[str, ...] = ()
     context_tokens: int = 8192
@@ -46,15 +49,25 @@ class LlamaSettings:
 
 
 BEST_CASE: Final = LlamaSettings("llama-server, best case (one slot, serial)", flags=("--cache-ram", "0"))
+CACHE_KEPT: Final = replace(
+    BEST_CASE, name="llama-server, best found (one slot, serial, base turns keep the cache)", base_keeps_cache=True
+)
 HALF_KV: Final = LlamaSettings(
     "llama-server, best case, KV in half precision", kv_flags=HALF_PRECISION_KV, flags=("--cache-ram", "0")
 )
 FIVE_CLIENTS: Final = LlamaSettings("llama-server, five clients (-np 5, defaults)", slots=5, concurrent=True)
 FIVE_CLIENTS_BEST: Final = LlamaSettings(
-    "llama-server, five clients, best found (all pinned to one slot)",
+    "llama-server, five clients, best found (a slot a conversation)",
     slots=5,
     concurrent=True,
     pin_slot=True,
     flags=("--cache-ram", "0"),
 )
 EIGHT_CLIENTS: Final = LlamaSettings("llama-server, eight clients (-np 8, defaults)", slots=8, concurrent=True)
+EIGHT_CLIENTS_BEST: Final = LlamaSettings(
+    "llama-server, eight clients, best found (a slot a conversation)",
+    slots=8,
+    concurrent=True,
+    pin_slot=True,
+    flags=("--cache-ram", "0"),
+)

@@ -5,6 +5,7 @@ import dataclasses
 import lineup
 import pytest
 from systems.llama_settings import SAME_DTYPE
+from systems.llama_trials import AS_IN_TABLES, TRIALS
 
 
 @pytest.mark.parametrize(("dtype", "cache"), [("float32", "f32"), ("bfloat16", "bf16")])
@@ -26,3 +27,19 @@ def test_half_precision_is_the_best_case_in_all_else() -> None:
 
     assert dataclasses.replace(half, name=best.name, kv_flags=None) == best
     assert half.all_flags("float32").count("f16") == 2
+
+
+def test_on_a_gpu_all_layers_are_there() -> None:
+    assert "--n-gpu-layers" in lineup.LLAMA["llama"].all_flags("bfloat16", "cuda")
+    assert "--n-gpu-layers" not in lineup.LLAMA["llama"].all_flags("bfloat16", "cpu")
+
+
+@pytest.mark.parametrize(("way", "name"), [("serial", "llama"), ("five", "llama-5-best"), ("eight", "llama-8-best")])
+def test_what_is_tried_is_compared_with_what_the_tables_have(way: str, name: str) -> None:
+    first, *others = TRIALS[way]
+
+    assert dataclasses.replace(first, name="") == dataclasses.replace(lineup.LLAMA[name], name="")
+    assert first.name == AS_IN_TABLES
+    names = [settings.name for settings in TRIALS[way]]
+    assert len(set(names)) == len(names)
+    assert all(dataclasses.replace(other, name="") != dataclasses.replace(first, name="") for other in others)
