@@ -2,13 +2,13 @@
 
 What a row sees is a union of disjoint parts: its *own* part, which includes itself (the causal triangle of its span, or
 its slot in an arena of tails), and *pieces*, slices of KV that were there before. Every slice is read once however many
-sequences hold it.
+sequences hold it, or a part of it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from alora_serve.model.kv_memory import KVSlice
+from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.padding import PaddedRows, Rows, pad_rows
 from alora_serve.model.tails import TailArena, TailSegment
 
@@ -57,13 +57,17 @@ class Span:
         return isinstance(self.own.segment, TailSegment) and len(self.tokens) <= NARROW_TOKENS
 
     @property
-    def own_piece(self) -> KVSlice | None:
-        """Its own KV as a piece: for a single token that with itself, else what came before its causal triangle."""
-        new = len(self.tokens)
-        before = self.own.tokens if new == 1 else self.own.tokens - new
-        if self.is_narrow_tail or not before:
-            return None
-        return KVSlice(self.own.segment, self.own.offset, before)
+    def is_lone(self) -> bool:
+        """A single token outside an arena: it attends to its own KV as a slice that holds itself."""
+        return len(self.tokens) == 1 and not self.is_narrow_tail
+
+    @property
+    def own_history(self) -> tuple[KVSlice, ...]:
+        """Its own KV before a causal triangle; at most one slice."""
+        before = self.own.tokens - len(self.tokens)
+        if self.is_narrow_tail or self.is_lone or not before:
+            return ()
+        return (KVSlice(self.own.segment, self.own.offset, before),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,16 +209,13 @@ class Step:
 
     def _pieces(self) -> list[Piece]:
         # What holds a single token itself has one reader: nobody else may have what is only being written.
-        readers = {
-            span.own_piece: [index]
-            for index, span in enumerate(self.spans)
-            if span.own_piece is not None and len(span.tokens) == 1
-        }
+        readers = {span.own: [index] for index, span in enumerate(self.spans) if span.is_lone}
         first = len(readers)
-        for index, span in enumerate(self.spans):
-            before = span.own_piece if len(span.tokens) > 1 else None
-            for held in (*((before,) if before else ()), *span.shared):
-                readers.setdefault(held, []).append(index)
+        before = [(*span.own_history, *span.shared) for span in self.spans]
+        stretches = _stretches({held for slices in before for held in slices})
+        for index, slices in enumerate(before):
+            for stretch in (stretch for held in slices for stretch in stretches[held]):
+                readers.setdefault(stretch, []).append(index)
         left = [set[int]()]
         for indices in reversed(readers.values()):
             left.append(left[-1].union(indices))
@@ -232,3 +233,22 @@ class Step:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self._device)
+
+
+def _stretches(slices: Collection[KVSlice]) -> dict[KVSlice, list[KVSlice]]:
+    """Each slice as stretches of its memory, cut wherever another one begins or ends, so that no two overlap.
+
+    The conversation that one sequence reads up to its last turn, another reads up to the turn before. Left whole where
+    cutting made more stretches than there are slices: a call costs more than the reading that it saves.
+    """
+    held: defaultdict[KVSegment, list[KVSlice]] = defaultdict(list)
+    for each in slices:
+        held[each.segment].append(each)
+    cut = {}
+    for segment, its in held.items():
+        edges = sorted({edge for each in its for edge in (each.offset, each.offset + each.tokens)})
+        for each in its:
+            inside = [edge for edge in edges if each.offset <= edge <= each.offset + each.tokens]
+            parts = [KVSlice(segment, low, high - low) for low, high in pairwise(inside)]
+            cut[each] = parts if len(edges) <= len(its) + 1 else [each]
+    return cut

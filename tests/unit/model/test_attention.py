@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -35,13 +36,23 @@ class Row:
     """One sequence of a packed row: lengths of the shared slices before it, of its own history, and of its new tokens.
 
     ``shared`` names slices of a common pool, so that equal names are the same memory for several sequences. A private
-    row's own KV lies in an arena, beside that of others.
+    row's own KV lies in an arena, beside that of others. Of its last shared slice a row may leave out the last ``less``
+    positions, and read it as two, of which the first has ``part`` positions.
     """
 
     shared: tuple[int, ...]
     history: int
     new: int
     private: bool = False
+    less: int = 0
+    part: int = 0
+
+    def reads(self, last: KVSlice) -> list[KVSlice]:
+        """What it reads of its last shared slice."""
+        tokens = max(1, last.tokens - self.less)
+        part = min(self.part, tokens - 1)
+        cut = [(last.offset, part), (last.offset + part, tokens - part)]
+        return [KVSlice(last.segment, offset, count) for offset, count in cut if count]
 
 
 @dataclass
@@ -83,6 +94,8 @@ def _pack(rows: Sequence[Row], heads: int, kv_heads: int, dtype: torch.dtype, se
                 length = 1 + path[-1] % 7
                 pool[path] = KVSlice(segment(length + 3, start - 2, length + 2), 2, length)
             shared.append(pool[path])
+        if shared:
+            shared[-1:] = row.reads(shared[-1])
         start = shared[-1].end if shared else 0
         if row.private:
             tail = tails.take(row.history + row.new, start)
@@ -157,6 +170,8 @@ rows_strategy = st.lists(
         history=st.integers(0, 6),
         new=st.integers(1, 5) | st.just(NARROW_TOKENS + 1),
         private=st.booleans(),
+        less=st.integers(0, 5),
+        part=st.just(0) | st.integers(1, 5),
     ),
     min_size=1,
     max_size=5,
@@ -216,6 +231,45 @@ def test_a_shared_slice_is_read_once_for_all_who_hold_it() -> None:
     assert len(held) == 2 + 3
     assert step.total_rows == 5
     assert step.positions.tolist() == [span.start + index for span in packed.spans for index in range(len(span.tokens))]
+
+
+def test_what_several_read_of_a_slice_is_read_once_wherever_each_ends() -> None:
+    """The turns of one conversation end at different positions of the same memory, and so does a clamped prefix."""
+    rows = [Row((6,), 2, 1, private=True), Row((6,), 0, 1, private=True, less=2), Row((6,), 1, 2, private=True, less=2)]
+    step = Step(_pack(rows, 4, 2, torch.float32, 0).spans, CPU)
+    assert [(piece.keys.start, piece.keys.tokens) for piece in step.pieces] == [(0, 5), (5, 2)]
+    assert [piece.rows for piece in step.pieces] == [slice(0, 4), slice(0, 1)]
+    assert _compare(rows) < 5e-5
+
+
+def test_slices_that_adjoin_are_read_as_parts_of_one_that_holds_both() -> None:
+    rows = [Row((6,), 0, 1, private=True, part=5), Row((6,), 0, 1, private=True)]
+    step = Step(_pack(rows, 4, 2, torch.float32, 0).spans, CPU)
+    assert [(piece.keys.start, piece.keys.tokens, piece.rows) for piece in step.pieces] == [
+        (0, 5, slice(0, 2)),
+        (5, 2, slice(0, 2)),
+    ]
+    assert _compare(rows) < 5e-5
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows_strategy)
+def test_no_position_is_read_twice_and_there_are_never_more_pieces_than_slices(rows: list[Row]) -> None:
+    spans = _pack(rows, 4, 2, torch.float32, 0).spans
+    read = [piece.keys for piece in Step(spans, CPU).pieces]
+    shared = {held for span in spans for held in span.shared}
+    own = [span for span in spans if not span.is_narrow_tail and (len(span.tokens) == 1 or span.own_history)]
+    assert len(read) <= len(shared) + len(own)
+    positions = Counter((id(held.segment), held.offset + place) for held in read for place in range(held.tokens))
+    assert max(positions.values(), default=1) == 1
+
+
+def test_where_a_cut_would_make_more_pieces_slices_stay_whole() -> None:
+    segment = KVSegment.allocate(KVLayout(1, 2, HEAD_DIM, "float32"), 10, 0, CPU)
+    tails = TailPool(KVLayout(1, 2, HEAD_DIM, "float32"), CPU)
+    ends = [KVSlice(segment, 0, 6), KVSlice(segment, 2, 8)]
+    spans = [Span((1,), held.end, (held,), KVSlice(tails.take(1, held.end), 0, 1)) for held in ends]
+    assert [piece.keys for piece in Step(spans, CPU).pieces] == ends
 
 
 def test_one_token_reads_its_own_before_what_a_neighbour_has_written_so_far() -> None:
