@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import structlog
@@ -12,6 +14,7 @@ from opentelemetry.trace import Tracer
 from structlog.testing import capture_logs
 
 from alora_serve.engine.core import CoreOptions
+from alora_serve.engine.stepper import EngineLimits
 from alora_serve.errors import (
     HandleInvalidError,
     InvalidRequestError,
@@ -21,6 +24,7 @@ from alora_serve.errors import (
     StoreUnavailableError,
 )
 from alora_serve.handles import HandleSigner
+from alora_serve.kv.keys import part_key
 from alora_serve.model.loader import BaseModel
 from alora_serve.telemetry import current
 from alora_serve.types import ChatMessage, Prompt, PromptKind
@@ -31,6 +35,7 @@ from recorded_spans import Recorded, recording
 OPTIONS = CoreOptions(block_tokens=16)
 CONVERSATION = (ChatMessage("user", "What is the capital of France? Think of the river."),)
 TOKENS = tuple(range(1, 81))
+PATIENCE_SECONDS = 30.0
 
 
 @pytest.fixture
@@ -91,6 +96,35 @@ async def test_blocks_are_stored_before_the_answer_names_them(stack: Stack, stor
     result = await stack.prefill(Prompt(token_ids=TOKENS))
     chain = stack.core.names.chain(result.handle.prefix_tokens)
     assert stack.core.blocks.missing(stack.core.blocks.blocks(chain, 0)) == []
+
+
+async def test_a_block_is_stored_while_the_next_chunk_is_computed(
+    model: BaseModel, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, arrived, passes = threading.Event(), threading.Event(), count()
+    options = replace(OPTIONS, limits=EngineLimits(max_step_tokens=16))
+    async with open_stack(model, store, options=options) as stack:
+        runner = stack.core.engine._stepper._runner
+        forward = runner.forward
+
+        def hold_the_second(*arguments: object) -> object:
+            if next(passes) == 1:
+                arrived.set()
+                assert gate.wait(PATIENCE_SECONDS)
+            return forward(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(runner, "forward", hold_the_second)
+        prefill = asyncio.create_task(stack.prefill(Prompt(token_ids=TOKENS)))
+        try:
+            assert await asyncio.to_thread(arrived.wait, PATIENCE_SECONDS)
+            first = part_key(stack.core.names.chain(TOKENS).full[0], 0)
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while first not in store.values:  # noqa: ASYNC110  # a thread of the store puts it there
+                    await asyncio.sleep(0.01)
+            assert len(store.values) == 1
+        finally:
+            gate.set()
+        assert (await prefill).usage.stored_bytes == len(TOKENS) * model.layout.bytes_per_token
 
 
 async def test_blocks_that_left_the_store_are_written_again_from_memory(stack: Stack, store: FaultyStore) -> None:
