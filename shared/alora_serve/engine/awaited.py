@@ -18,11 +18,15 @@ class Awaited(Generic[ResultT]):
     Args:
         work: what is waited for.
         give_back: lets go of a result that nobody took.
+        cancels: leaving it cancels the work, which then lets go of all it has by itself.
     """
 
-    def __init__(self, work: Coroutine[Any, Any, ResultT], give_back: Callable[[ResultT], None]) -> None:
+    def __init__(
+        self, work: Coroutine[Any, Any, ResultT], give_back: Callable[[ResultT], None], *, cancels: bool = False
+    ) -> None:
         self._task = asyncio.get_running_loop().create_task(work)
         self._give_back = give_back
+        self._cancels = cancels
         self._taken = False
 
     def __enter__(self) -> Self:
@@ -33,6 +37,8 @@ class Awaited(Generic[ResultT]):
     ) -> None:
         if not self._taken:
             self._task.add_done_callback(self._discard)
+            if self._cancels:
+                self._task.cancel()
 
     async def done_within(self, seconds: float) -> bool:
         """Wait so long at most; whether :meth:`take` has something to take."""

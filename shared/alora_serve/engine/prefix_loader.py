@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from math import ceil
+from threading import Event
 from time import monotonic
 
-from torch import Tensor
-
 from alora_serve.engine.prefix_cache import PrefixCache
+from alora_serve.engine.slice_destination import SliceDestination
 from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.kv.transfer import FetchResult
@@ -43,34 +43,6 @@ class LoadedPrefix:
 
 
 @dataclass(frozen=True, slots=True)
-class _SliceDestination:
-    """A reserved slice as memory for fetched KV; see :class:`alora_serve.kv.transfer.KVDestination`."""
-
-    target: KVSlice
-    copies: HostCopies
-
-    @property
-    def start(self) -> int:
-        """First position of the slice."""
-        return self.target.start
-
-    @property
-    def end(self) -> int:
-        """Position after its last."""
-        return self.target.end
-
-    def write(self, start: int, layers: range, values: Tensor) -> None:
-        """Copy into the slice."""
-        segment = self.target.segment
-        first = start - segment.start
-        self.copies.copy(values, segment.data[layers.start : layers.stop, :, :, first : first + values.shape[3]])
-
-    def finish(self) -> None:
-        """Wait for copies under way."""
-        self.copies.finish()
-
-
-@dataclass(frozen=True, slots=True)
 class _Fetched:
     """What a fetch came to; ``prefix`` is all that is resident now."""
 
@@ -88,18 +60,22 @@ def _what(chain: BlockChain, limit: int) -> _What:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A fetch of positions ``[start, limit)`` in progress. It pins what it brings until all who wait for it have."""
+    """A fetch of positions ``[start, limit)`` in progress. It pins what it brings until all who wait for it have.
+
+    When the last of them has left before its end it is abandoned: nobody joins it, and it ends as soon as it can.
+    """
 
     chain: BlockChain
     start: int
     limit: int
     task: asyncio.Task[_Fetched]
+    abandoned: Event
     waiting: int = 0
     landed: bool = False
 
     @property
     def has_failed(self) -> bool:
-        """It came to nothing, by a defect or because it was cancelled. Once it has come to its end."""
+        """It came to nothing: by a defect, or because it was cancelled or abandoned. Once it has come to its end."""
         return self.task.cancelled() or self.task.exception() is not None
 
     def shared_end(self, chain: BlockChain, start: int, limit: int) -> int:
@@ -225,7 +201,8 @@ class PrefixLoader:
         """
         flight.waiting += 1
         try:
-            # Not for its task itself: a caller that goes away does not take the fetch from those who share it.
+            # Not for its task itself: a caller that goes away does not take the fetch from those who share it. Nor is
+            # the task cancelled when all are gone: its thread may be writing into the memory that it would give back.
             await asyncio.wait((flight.task,))
             if flight.has_failed:
                 return None
@@ -239,11 +216,12 @@ class PrefixLoader:
             self._let_go(flight)
 
     def _take_off(self, what: _What, chain: BlockChain, prefix: Prefix, limit: int) -> _Flight:
-        task = asyncio.get_running_loop().create_task(self._fetch(chain, prefix, limit))
-        flight = _Flight(chain, prefix.tokens, limit, task)
+        abandoned = Event()
+        task = asyncio.get_running_loop().create_task(self._fetch(chain, prefix, limit, abandoned))
+        flight = _Flight(chain, prefix.tokens, limit, task, abandoned)
 
         def land(_: asyncio.Task[_Fetched]) -> None:
-            del self._flights[what]
+            self._forget(flight)
             flight.landed = True
             self._let_go(flight)
 
@@ -251,18 +229,29 @@ class PrefixLoader:
         return flight
 
     def _let_go(self, flight: _Flight) -> None:
-        """Drop a landed flight's pin once nobody waits for it any more."""
-        if flight.landed and not flight.waiting and not flight.has_failed:
+        """Once nobody waits for it any more, drop a landed flight's pin, and abandon one that is under way."""
+        if flight.waiting:
+            return
+        if not flight.task.done():
+            flight.abandoned.set()
+            self._forget(flight)
+        elif flight.landed and not flight.has_failed:
             self._cache.release(flight.task.result().prefix)
 
-    async def _fetch(self, chain: BlockChain, prefix: Prefix, limit: int) -> _Fetched:
+    def _forget(self, flight: _Flight) -> None:
+        """Nobody joins it from now on."""
+        what = _what(flight.chain, flight.limit)
+        if self._flights.get(what) is flight:
+            del self._flights[what]
+
+    async def _fetch(self, chain: BlockChain, prefix: Prefix, limit: int, abandoned: Event) -> _Fetched:
         """Fetch what follows ``prefix`` into memory reserved for it and publish it; the result's prefix is pinned."""
         self._cache.pin(prefix)
         promised = self._cache.reserve(prefix, limit - prefix.tokens)
         self._copies.begin()
         fetched = prefix
         try:
-            result = await self._get(chain, _SliceDestination(promised, self._copies))
+            result = await self._get(chain, SliceDestination(promised, self._copies, abandoned))
             if result.end > promised.start:
                 fetched = prefix.append(KVSlice(promised.segment, promised.offset, result.end - promised.start))
                 self._cache.publish(chain, fetched, promised.start, result.end)
@@ -272,11 +261,11 @@ class PrefixLoader:
             self._cache.settle(promised, fetched.tokens - prefix.tokens)
             self._cache.release(prefix)
 
-    async def _get(self, chain: BlockChain, destination: _SliceDestination) -> FetchResult:
+    async def _get(self, chain: BlockChain, destination: SliceDestination) -> FetchResult:
         with span("store get"):
             # In the caller's context: what the thread logs belongs to its request.
             result = await asyncio.get_running_loop().run_in_executor(
-                self._executor, copy_context().run, self._blocks.fetch, chain, destination
+                self._executor, copy_context().run, self._get_here, chain, destination
             )
             note(
                 lambda: {
@@ -286,3 +275,7 @@ class PrefixLoader:
                 }
             )
         return result
+
+    def _get_here(self, chain: BlockChain, destination: SliceDestination) -> FetchResult:
+        destination.check_wanted()  # it may have waited long for this thread
+        return self._blocks.fetch(chain, destination)

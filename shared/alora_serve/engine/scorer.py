@@ -140,8 +140,8 @@ class Scorer:
         core, limit = self._core, min(job.base_until, len(job.chain))
         loaded = LoadedPrefix(Prefix())
         if limit:
-            loading = Awaited(core.load_prefix(job.chain, limit), lambda unused: core.cache.release(unused.prefix))
-            with loading:
+            load = core.load_prefix(job.chain, limit)
+            with Awaited(load, lambda unused: core.cache.release(unused.prefix), cancels=True) as loading:
                 loaded = await loading.result()
         sequence = ScoringRequest(
             prompt=job.plan.prompt + tokens[:-1],

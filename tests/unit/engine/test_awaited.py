@@ -55,3 +55,26 @@ async def test_a_failure_is_the_callers_or_nobodys() -> None:
         pass
     await asyncio.sleep(0.01)
     assert given_back == []
+
+
+async def test_what_may_be_cancelled_is_when_its_caller_leaves() -> None:
+    given_back, ended = list[int](), asyncio.Event()
+
+    async def work() -> int:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return 7
+
+    with Awaited(work(), given_back.append, cancels=True) as awaited:
+        assert not await awaited.done_within(0.01)
+    await asyncio.wait_for(ended.wait(), 5.0)
+
+    async def quick() -> int:
+        return 8
+
+    with Awaited(quick(), given_back.append, cancels=True) as awaited:
+        assert await awaited.done_within(5.0)
+    await asyncio.sleep(0)
+    assert given_back == [8], "it had come to its end"

@@ -15,7 +15,7 @@ import torch
 
 from alora_serve.engine.block_writer import BlockWriter
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.engine.prefix_loader import PrefixLoader
+from alora_serve.engine.prefix_loader import LoadedPrefix, PrefixLoader
 from alora_serve.errors import StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockHash, part_key
@@ -206,7 +206,7 @@ async def test_a_fan_out_fetches_its_prefix_once(store: GatedStore, executor: Th
     assert process.pins == 0
 
 
-@pytest.mark.parametrize("leaving", [[0], [1, 2], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("leaving", [[0], [1, 2], [0, 1, 2, 3]])
 async def test_those_who_go_away_leave_the_fetch_to_the_others(
     store: GatedStore, executor: ThreadPoolExecutor, leaving: list[int]
 ) -> None:
@@ -223,9 +223,6 @@ async def test_those_who_go_away_leave_the_fetch_to_the_others(
             assert isinstance(result, asyncio.CancelledError)
         else:
             process.check(result.prefix, 30)
-    # Nobody may be left to wait for the fetch, but what it brings is kept all the same.
-    await asyncio.gather(*(flight.task for flight in process.loader._flights.values()))
-    await asyncio.sleep(0)
     assert process.pins == 0
     assert store.calls["get"] == 1
     process.check(process.cache.acquire(process.names.chain(TOKENS), 30), 30)
@@ -478,11 +475,78 @@ async def test_whatever_is_wanted_at_once_is_right_and_fetched_about_once(
         if index not in leaving:
             assert min(limit, len(tokens) - len(tokens) % BLOCK_TOKENS, 28) <= result.prefix.tokens <= limit
             process.check(result.prefix, result.prefix.tokens, tokens)
-    await asyncio.gather(*(flight.task for flight in process.loader._flights.values()))
-    await asyncio.sleep(0)
-    assert process.pins == 0
+    await landed(process)
     # All that is stored once; and where ends lie inside a block, that block again.
     assert store.handed_bytes <= store.size_bytes + 8 * BLOCK_TOKENS * LAYOUT.bytes_per_token
+
+
+# --- deadlines end it -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PartwiseStore(GatedStore):
+    """Hands out one value, then waits for the gate before each further one."""
+
+    handed: int = 0
+    begun: threading.Event = field(default_factory=threading.Event)
+
+    def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
+        self.calls["get"] += 1
+        for index, key in enumerate(keys):
+            if key in self.values:
+                sink(index, memoryview(self.values[key]))
+                self.handed += 1
+                self.begun.set()
+                assert self.gate.wait(30)
+
+
+async def gone(*loading: asyncio.Task[LoadedPrefix]) -> None:
+    for task in loading:
+        task.cancel()
+    await asyncio.gather(*loading, return_exceptions=True)
+
+
+async def landed(process: Process) -> None:
+    """Wait until no pin is left: the fetch has given back what it held."""
+    async with asyncio.timeout(30):
+        while process.pins:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def test_a_fetch_that_waits_for_a_thread_never_begins_once_nobody_waits_for_it(store: GatedStore) -> None:
+    with ThreadPoolExecutor(1) as only_thread:
+        process = Process(store, only_thread)
+        store.gate.clear()
+        store.calls.clear()
+        other = process.names.chain(tuple(range(100, 130)))
+        first = asyncio.create_task(process.loader.load(process.names.chain(TOKENS), 30))
+        queued = [asyncio.create_task(process.loader.load(other, 30)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        await gone(*queued)
+        store.gate.set()
+        process.check((await first).prefix, 30)
+        await asyncio.get_running_loop().run_in_executor(only_thread, lambda: None)
+        assert store.calls["get"] == 1
+        await landed(process)
+
+
+async def test_a_fetch_ends_between_parts_once_nobody_waits_for_it(executor: ThreadPoolExecutor) -> None:
+    store = PartwiseStore()
+    writer = Process(store, executor)
+    await writer.writer.write(writer.names.chain(TOKENS), writer.compute(), 0)
+    process = Process(store, executor)
+    chain = process.names.chain(TOKENS)
+    loading = [asyncio.create_task(process.loader.load(chain, limit)) for limit in (30, 30, 22)]
+    await asyncio.to_thread(store.begun.wait, 30)
+    await gone(*loading)
+    again = asyncio.create_task(process.loader.load(chain, 30))
+    await asyncio.sleep(0.01)
+    assert store.calls["get"] == 2, "who comes now does not join what is about to end"
+    store.gate.set()
+    process.check((await again).prefix, 30)
+    await landed(process)
+    assert store.handed == 1 + 8, "of the first fetch one part, of the second all"
+    process.cache.check_integrity()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
