@@ -35,6 +35,7 @@ from alora_serve.types import (
     PromptKind,
     Resume,
     SamplingParams,
+    ScoreRequest,
     Started,
     TokenChunk,
 )
@@ -311,6 +312,29 @@ async def test_the_models_own_end_counts_unless_it_is_ignored(
     assert stopped.finished.finish_reason is FinishReason.STOP
     assert stopped.tokens == free.tokens[: free.tokens.index(end) + 1]
     assert (await stack.generate(prefilled.handle, max_tokens=6)).tokens == free.tokens
+
+
+async def test_who_may_store_no_more_is_answered_and_nothing_is_written(
+    model: BaseModel, adapters: Path, prefilled: PrefillResult
+) -> None:
+    store = FaultyStore()
+    async with open_stack(model, store, adapters, options=OPTIONS) as cold:
+        for adapter in ("", "appended"):
+            sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+            request = GenerateRequest(handle=prefilled.handle, adapter=adapter, sampling=sampling, skip_store=True)
+            finished = [event async for event in cold.decoder.decode(request)][-1]
+            assert isinstance(finished, Finished)
+            assert finished.usage.generated_tokens == 20
+            if not adapter:
+                assert finished.usage.stored_bytes == 0
+                assert set(finished.usage.store_drops) == {"quota"}
+        scored = await cold.scorer.score(ScoreRequest(prefilled.handle, "", ("a", "b"), skip_store=True))
+        assert len(scored.scores) == 2
+        await cold.core.drain()
+        assert not store.values
+        assert store.calls["put"] == 0
+        free = await cold.generate(prefilled.handle, max_tokens=20)
+        assert free.finished.usage.stored_bytes > 0, "who may, stores"
 
 
 # --- signs of life ----------------------------------------------------------------------------------------------------

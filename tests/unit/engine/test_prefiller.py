@@ -267,3 +267,14 @@ async def test_a_prefill_in_a_trace_has_a_span_for_each_phase_and_each_visit_to_
 
 def tracer_of(recorded: Recorded) -> Tracer:
     return recorded.provider.get_tracer("test")
+
+
+async def test_who_may_store_no_more_is_answered_and_nothing_is_written(stack: Stack, store: FaultyStore) -> None:
+    result = await stack.prefiller.prefill(Prompt(token_ids=TOKENS), skip_store=True)
+    assert not store.values
+    assert store.calls["put"] == 0
+    usage = result.usage
+    assert (usage.computed_tokens, usage.stored_bytes, usage.store_drops) == (80, 0, {"quota": 5})
+    again = await stack.prefiller.prefill(Prompt(token_ids=TOKENS))
+    assert again.usage.computed_tokens == 0, "it is resident"
+    assert len(store.values) == 5, "and stored for who may"
