@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,12 @@ from alora_serve.kv.factory import open_store
 from alora_serve.kv.guarded import InstrumentedStore
 from alora_serve.kv.lmdb import LmdbStore, default_location
 from alora_serve.kv.redis import RedisStore
-from store_peer import RecordingMetrics
+from alora_serve.kv.sealed import Protection
+from alora_serve.kv.store import Put
+from store_peer import PATIENCE_SECONDS, RecordingMetrics, key_of, pattern, read
 
 
-def made(url: str) -> InstrumentedStore:
+def made(url: str, **protection: Any) -> InstrumentedStore:
     store = open_store(
         url,
         budget_bytes=1 << 20,
@@ -22,6 +25,7 @@ def made(url: str) -> InstrumentedStore:
         breaker_failures=3,
         breaker_reset_seconds=1,
         metrics=RecordingMetrics(),
+        **protection,
     )
     assert isinstance(store, InstrumentedStore)
     return store
@@ -84,3 +88,30 @@ def test_other_urls_are_refused_with_the_reason_and_without_the_password(url: st
     while error is not None:
         assert "sec" not in str(error)
         error = error.__cause__
+
+
+@pytest.mark.parametrize(("scheme", "beginning"), [("mac", b"aLSVm"), ("encrypt", b"aLSVe"), ("none", b"")])
+def test_protection_is_between_whoever_asks_and_the_backend(
+    scheme: Protection, beginning: bytes, tmp_path: Path
+) -> None:
+    key, value = key_of("a"), pattern(key_of("a"), 1000)
+    store = made(f"lmdb://{tmp_path}", protection=scheme, secrets=[b"a secret of these tests"])
+    store.put_many([Put(key, value)], timeout_seconds=PATIENCE_SECONDS)
+    assert read(store, [key], PATIENCE_SECONDS) == {0: value}
+    guarded: Any = store._inner
+    plain = guarded._inner if scheme == "none" else guarded._inner._inner  # what lies in the backend
+    assert isinstance(plain, LmdbStore)
+    [lying] = read(plain, [key], PATIENCE_SECONDS).values()
+    assert lying.startswith(beginning)
+    assert (lying == value) is (scheme == "none")
+    assert (value in lying) is (scheme != "encrypt")
+    if scheme != "none":
+        plain.put_many([Put(key, value)], timeout_seconds=PATIENCE_SECONDS)
+        assert read(store, [key], PATIENCE_SECONDS) == {0: b""}, "nobody sealed it"
+    store.close()
+
+
+@pytest.mark.parametrize("secrets", [[], [b"short"], [b"a secret of these tests", b"short"]])
+def test_protection_without_a_good_secret_is_refused(secrets: list[bytes], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="store_secrets"):
+        made(f"lmdb://{tmp_path}", protection="mac", secrets=secrets)
