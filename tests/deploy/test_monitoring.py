@@ -235,7 +235,7 @@ def test_prometheus_scrapes_the_services_of_compose_under_jobs_that_rules_know()
     for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]:
         hosts = [target.partition(":")[0] for config in job["static_configs"] for target in config["targets"]]
         assert set(hosts) <= compose.keys()
-        assert re.fullmatch(r".*(router|prefill|worker|decode)", job["job_name"])
+        assert re.fullmatch(r".*(router|prefill|worker|decode|openai-front)", job["job_name"])
 
 
 # --- with one ---------------------------------------------------------------------------------------------------------
