@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PATIENCE_MILLISECONDS = 60_000
 _SOMETHING = re.compile(r"[^\s…]")
+PLAIN, TYPED = "answer", "answerable"
+"""An adapter that nothing defines, and an intrinsic."""
 QUESTION = "How do I choose a password that I can remember?"
 
 
@@ -58,37 +62,120 @@ async def page(door: FrontDoor) -> AsyncIterator[Page]:
     assert complaints == []
 
 
-async def test_it_chats_shows_verdicts_as_they_come_and_where_time_went(page: Page) -> None:
+WATCH = """() => {
+  window.seen = [];
+  new MutationObserver(() => {
+    for (const turn of document.querySelectorAll("#turns > li")) {
+      seen.push(["said", document.body.dataset.busy, turn.querySelector(".said").textContent]);
+      for (const line of turn.querySelectorAll(".verdicts li"))
+        seen.push([line.dataset.adapter, line.dataset.state, line.querySelector("span").textContent]);
+    }
+  }).observe(document.getElementById("turns"), { subtree: true, childList: true, attributes: true });
+}"""
+"""Notes every text and state that turns and verdicts ever show."""
+_PHASES = re.compile(r"queue (\d+) ms, fetch (\d+) ms, prefill (\d+) ms, adapter load (\d+) ms, decode (\d+) ms")
+_TOKENS = re.compile(r"(\d+) cached, (\d+) computed")
+_LIKELIHOOD = re.compile(r"[01](\.\d{1,3})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the timeline tells of one request: who, milliseconds by phase, tokens."""
+
+    asked: str
+    phases: dict[str, int]
+    cached: int
+    computed: int
+
+
+async def timeline(page: Page) -> list[Row]:
+    """All rows, the last request first."""
+    rows = []
+    for row in await page.locator("#requests tr").all():
+        phases, tokens = [await bar.get_attribute("aria-label") or "" for bar in await row.locator("[role=img]").all()]
+        spent, came = _PHASES.fullmatch(phases), _TOKENS.fullmatch(tokens)
+        assert spent, phases
+        assert came, tokens
+        named = dict(
+            zip(("queue", "fetch", "prefill", "adapter load", "decode"), map(int, spent.groups()), strict=True)
+        )
+        rows.append(Row(await row.locator("th").inner_text(), named, *map(int, came.groups())))
+        total, told = await row.locator("td.number").all_inner_texts()
+        assert int(total) >= max(named.values())
+        assert told == f"{came[1]}, {came[2]}"
+    return rows
+
+
+def on_the_answer(rows: list[Row], adapter: str) -> Row:
+    """Of an adapter's two verdicts that on the second turn, whichever came first."""
+    return max((row for row in rows if row.asked == adapter), key=lambda row: row.cached + row.computed)
+
+
+async def converse(page: Page, *adapters: str, tokens: int = 32, document: str = "") -> None:
+    """Ask a question, and wait until everything about it is told."""
     expect.set_options(timeout=PATIENCE_MILLISECONDS)
-    await page.get_by_label("jailbreak", exact=False).first.check()
-    await page.get_by_label("Longest answer").fill("32")
+    for adapter in adapters:
+        await page.locator(f'#adapters input[value="{adapter}"]').check()
+    await page.get_by_label("Longest answer").fill(str(tokens))
+    await page.get_by_label("Document").fill(document)
     await page.get_by_label("Your message").fill(QUESTION)
     await page.keyboard.press("Enter")
     turns = page.locator("#turns > li")
     await expect(turns).to_have_count(2)
     await expect(turns.nth(0).locator(".said")).to_have_text(QUESTION)
-    # The answer grows: it is there before it is whole.
-    await expect(turns.nth(1).locator(".said")).to_have_text(_SOMETHING)
-    await expect(page.locator("body")).to_have_attribute("data-busy", "true")
-    for turn in (0, 1):
-        verdict = turns.nth(turn).locator('.verdicts li[data-adapter="jailbreak"]')
-        await expect(verdict).to_have_attribute("data-state", "done")
-        await expect(verdict).to_have_text(_SOMETHING)
     await expect(page.locator("body")).to_have_attribute("data-busy", "false")
+    for turn in (0, 1):
+        for adapter in adapters:
+            verdict = turns.nth(turn).locator(f'.verdicts li[data-adapter="{adapter}"]')
+            await expect(verdict).to_have_attribute("data-state", "done")
+            await expect(verdict.locator("span")).to_have_text(_SOMETHING)
 
-    rows = page.locator("#requests tr")
-    await expect(rows).to_have_count(3)
-    asked = {await rows.nth(number).locator("th").inner_text() for number in range(3)}
-    assert asked == {"jailbreak", await page.locator("#model").inner_text()}
-    last = rows.first  # the verdict on the answer: it reuses all that the base model computed
-    cached, computed = map(int, (await last.locator("td").last.inner_text()).split(", "))
-    assert cached > computed
-    assert "prefill" in (await last.locator("[role=img]").first.get_attribute("aria-label") or "")
 
-    found = await Axe().run(page)
-    assert found.violations_count == 0, found.generate_report()
+async def test_it_chats_shows_verdicts_as_they_come_and_where_time_went(page: Page) -> None:
+    await page.evaluate(WATCH)
+    await converse(page, PLAIN, TYPED)
+    seen = [tuple(noted) for noted in await page.evaluate("seen")]
+    answer = await page.locator("#turns .said").nth(1).inner_text()
+    grown = list(dict.fromkeys(text for what, busy, text in seen if what == "said" and busy == "true"))
+    grown = [text for text in grown if text and text != QUESTION]
+    assert len(grown) >= 2, "the answer grows: it is there before it is whole"
+    assert all(after.startswith(before) for before, after in itertools.pairwise(grown))
+    assert grown[-1] == answer
+    said_so_far = {text for what, state, text in seen if (what, state) == (PLAIN, "running")}
+    assert said_so_far - {"…"}, "a text is shown while it is said"
+    assert (TYPED, "running", "…") in seen, "an intrinsic's result comes as a whole"
+    for verdict in await page.locator(f'.verdicts li[data-adapter="{TYPED}"] span').all_inner_texts():
+        assert _LIKELIHOOD.fullmatch(verdict)
+
+    rows = await timeline(page)
+    base = await page.locator("#model").inner_text()
+    assert sorted(row.asked for row in rows) == sorted([base, PLAIN, PLAIN, TYPED, TYPED])
+    (answered,) = [row for row in rows if row.asked == base]
+    assert answered.phases["decode"] > 0
+    assert all(row.phases["decode"] + row.phases["prefill"] > 0 for row in rows)
+    for adapter in (PLAIN, TYPED):  # on the answer, they reuse all that the base model computed
+        asked = on_the_answer(rows, adapter)
+        assert asked.cached > asked.computed
+
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)
+        found = await Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+    await page.emulate_media(color_scheme="light")
     if picture := os.environ.get("ALORA_TEST_PAGE_PICTURE"):
         await page.screenshot(path=Path(picture), full_page=True)
+
+
+async def test_a_document_is_seen_by_the_base_model_and_by_adapters_from_the_same_kv(page: Page) -> None:
+    """SmolLM2's template has no place for one; the page's system message stands before it."""
+    document = "A password of four random words is long, and a picture helps to remember them. " * 4
+    await converse(page, TYPED, tokens=8, document=document)
+    rows = await timeline(page)
+    words = len(document.split())
+    assert len(rows) == 3
+    assert all(row.cached + row.computed > words for row in rows)
+    asked = on_the_answer(rows, TYPED)
+    assert asked.cached > words > asked.computed
 
 
 async def test_an_answer_is_stopped_and_the_conversation_goes_on(page: Page, smollm2: Deployed) -> None:

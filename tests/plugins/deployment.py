@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -50,6 +51,7 @@ transformations:
   - {type: nest, input_path: [], field_name: likelihood}
 """
 """What makes an adapter an intrinsic: how likely its answer is yes."""
+ANSWERABILITY = Path(__file__).parents[1] / "unit" / "intrinsics" / "granite_common" / "answerability.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +125,14 @@ def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
 
 
 def save_smollm2_adapters(directory: Path, examples: Path, root: Path) -> ServedModel:
-    """SmolLM2 with the two trained adapters of the examples, and a random one that the generation prompt invokes."""
+    """SmolLM2 with the trained adapters of the examples, one of them twice, as an intrinsic of granite-common's, and a
+    random one that the generation prompt invokes and nothing defines."""
     invocations = {"jailbreak": "<|im_start|>jailbreak<|im_end|>", "answer": "<|im_start|>assistant\n"}
     answering = list(tokens_of(invocations["answer"], directory))
     settings = {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": answering}
     save_adapter(directory, root / "answer", seed=0, **settings)
+    shutil.copytree(examples / "jailbreak", root / "answerable")
+    shutil.copy(ANSWERABILITY, root / "answerable" / "io.yaml")
     return ServedModel(directory, (examples, root), "jailbreak", "answer", "jailbreak-lora", invocations)
 
 
