@@ -103,3 +103,18 @@ def test_the_replica_that_a_cluster_promotes_is_found_and_other_nodes_go_on(tmp_
         assert len(read(store, there, PATIENCE_SECONDS)) == len(there)
         until(lambda: is_usable(store), "a store on the promoted replica")
         store.close()
+
+
+def test_a_new_authority_takes_over_at_the_next_connection(tmp_path: Path) -> None:
+    for name in ("used", "new"):
+        (tmp_path / name).mkdir()
+    used, new = make_certificates(tmp_path / "used"), make_certificates(tmp_path / "new")
+    with tls_server(tmp_path, used, mutual=True) as server:
+        store = RedisStore(f"rediss://127.0.0.1:{server.port}/0", ttl_seconds=600, tls=used.mutual)
+        assert is_usable(store)
+        server.kill()
+        for file in ("ca_file", "server_file", "client_file"):
+            getattr(new, file).replace(getattr(used, file))
+        server.start()
+        until(lambda: is_usable(store), "a store that goes by the files as they are now")
+        store.close()
