@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from adapter_router.admission import RouterLimits
 from adapter_router.config import Settings
 from adapter_router.endpoints.endpoint import EndpointOptions
 from alora_serve.config import load_settings
-from alora_serve.errors import ConfigError, OverloadedError, UnauthenticatedError
+from alora_serve.errors import ConfigError, OverloadedError, PermissionRefusedError, UnauthenticatedError
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
 from alora_serve.rpc.tls import ClientTls
-from alora_serve.types import ANYONE
+from alora_serve.types import ANYONE, Identity
 from fake_services import SECRET, handle
 
 FLAGS = (
@@ -74,6 +78,32 @@ def test_an_access_file_brings_tenants_and_their_quotas(monkeypatch: pytest.Monk
         pytest.fail("the quota was not held to")
     with pytest.raises(ConfigError, match="needs jwt_issuer and jwt_audience"):
         load_settings(Settings, [*FLAGS, f"--jwks-file={path}"]).access()
+
+
+def test_a_jwks_file_brings_callers_with_tokens_of_its_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key()))
+    path = tmp_path / "jwks.json"
+    path.write_text(json.dumps({"keys": [{**public, "kid": "k", "alg": "ES256"}]}))
+    monkeypatch.setenv("ALORA_TENANT_SALT", "salt")
+    flags = [*FLAGS, f"--jwks-file={path}", "--jwt-issuer=https://issuer", "--jwt-audience=alora"]
+    claims_flags = ["--jwt-tenant-claim=org", "--jwt-roles-claim=scopes"]
+    access, _ = load_settings(Settings, [*flags, *claims_flags]).access()
+
+    def calling(method: str, **claims: object) -> Identity:
+        given = {"iss": "https://issuer", "aud": "alora", "exp": time.time() + 60, "org": "acme", **claims}
+        token = jwt.encode(given, key, "ES256", headers={"kid": "k"})
+        return access.authorize(f"/alora_serve.v1.AloraService/{method}", {"authorization": f"Bearer {token}"})
+
+    assert calling("Generate").tenant == "acme"
+    assert calling("LoadAdapter", scopes=["admin"]).tenant == "acme"
+    with pytest.raises(PermissionRefusedError):
+        calling("LoadAdapter")
+    for wrong in ({"iss": "https://other"}, {"aud": "other"}, {"org": "not a name"}):
+        with pytest.raises(UnauthenticatedError):
+            calling("Generate", **wrong)
+    with pytest.raises(UnauthenticatedError):
+        access.authorize("/alora_serve.v1.AloraService/Generate", {})
 
 
 def test_without_such_files_everybody_is_let_in() -> None:

@@ -151,6 +151,28 @@ async def test_it_reports_its_addresses_and_serves_metrics_health_and_reflection
         assert process.end()[0] == 0
 
 
+async def test_reflection_can_be_turned_off() -> None:
+    with running("--reflection=false") as process:
+        async with internal_channel(process.listening()["address"]) as channel:
+            await prefill(channel, "quick")
+            reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+            asked = reflection_pb2.ServerReflectionRequest(list_services="")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in reflection.ServerReflectionInfo(iter([asked])):
+                    pass
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_it_does_not_listen_beyond_this_machine_without_tls_unless_that_is_allowed() -> None:
+    with running("--listen=0.0.0.0:0") as process:
+        status, told, log = process.end()
+        assert (status, told) == (2, ["first", "second"]), "it cleans up, and says nowhere that it listens"
+        assert "listen=0.0.0.0:0" in log
+        assert "allow_insecure" in log
+    with running("--listen=0.0.0.0:0", "--allow-insecure=true") as process:
+        assert process.listening()["address"].startswith("0.0.0.0:")
+
+
 async def test_health_has_a_port_of_its_own_where_nothing_else_is_served() -> None:
     with running("--health-listen=127.0.0.1:0") as process:
         address = process.listening()["health_address"]
