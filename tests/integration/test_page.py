@@ -25,7 +25,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PATIENCE_MILLISECONDS = 60_000
 _SOMETHING = re.compile(r"[^\s…]")
-PLAIN, TYPED = "answer", "answerable"
+PLAIN, TYPED = "answer", "verdict"
 """An adapter that nothing defines, and an intrinsic."""
 QUESTION = "How do I choose a password that I can remember?"
 

@@ -51,7 +51,6 @@ transformations:
   - {type: nest, input_path: [], field_name: likelihood}
 """
 """What makes an adapter an intrinsic: how likely its answer is yes."""
-ANSWERABILITY = Path(__file__).parents[1] / "unit" / "intrinsics" / "granite_common" / "answerability.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +124,14 @@ def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
 
 
 def save_smollm2_adapters(directory: Path, examples: Path, root: Path) -> ServedModel:
-    """SmolLM2 with the trained adapters of the examples, one of them twice, as an intrinsic of granite-common's, and a
-    random one that the generation prompt invokes and nothing defines."""
+    """SmolLM2 with the trained adapters of the examples, one of them also as the intrinsic ``verdict``, and a random
+    one that the generation prompt invokes and nothing defines."""
     invocations = {"jailbreak": "<|im_start|>jailbreak<|im_end|>", "answer": "<|im_start|>assistant\n"}
     answering = list(tokens_of(invocations["answer"], directory))
     settings = {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": answering}
     save_adapter(directory, root / "answer", seed=0, **settings)
-    shutil.copytree(examples / "jailbreak", root / "answerable")
-    shutil.copy(ANSWERABILITY, root / "answerable" / "io.yaml")
+    shutil.copytree(examples / "jailbreak", root / "verdict")
+    (root / "verdict" / "io.yaml").write_text(YES_OR_NO)
     return ServedModel(directory, (examples, root), "jailbreak", "answer", "jailbreak-lora", invocations)
 
 
