@@ -25,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 from systems.engine import EngineInProcess
 
+from alora_serve.errors import ConfigError
 from alora_serve.model.weights import WeightQuantization
 from alora_serve.types import TokenIds
 
@@ -91,6 +92,7 @@ def documentation() -> str:
 def measure_quality(model: Path, dtype: str, device: str, tokens: int, progress: Progress) -> Quality:
     """Both models on the same windows, one forward pass each."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from alora_serve.model.device import open_device
     from alora_serve.model.kv_memory import KVSegment, KVSlice
@@ -98,6 +100,7 @@ def measure_quality(model: Path, dtype: str, device: str, tokens: int, progress:
     from alora_serve.model.runner import ModelRunner
     from alora_serve.model.step import Span
 
+    disable_progress_bar()  # theirs get between ours
     where = open_device(device)
     models = [load_base_model(model, dtype=dtype, device=where, quantization=kind) for kind in QUANTIZATIONS]
     runners = [ModelRunner(base) for base in models]
@@ -199,7 +202,10 @@ def main() -> None:
     console = Console(stderr=True)
     if not arguments.json:
         console.print(describe_machine())
-    print(asyncio.run(run(arguments, console)))
+    try:
+        print(asyncio.run(run(arguments, console)))
+    except ConfigError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from rich.table import Table
 from systems.engine import EngineInProcess
 from systems.step_timers import WHOLE
 
+from alora_serve.errors import ConfigError
+
 WITHOUT_CLOCKS = "the same without clocks"
 ANSWER_TOKENS = 24
 
@@ -92,7 +94,10 @@ def main() -> None:
     console = Console(stderr=True)
     if not arguments.json:
         console.print(describe_machine())
-    print(asyncio.run(run(arguments, console)))
+    try:
+        print(asyncio.run(run(arguments, console)))
+    except ConfigError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

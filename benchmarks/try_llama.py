@@ -29,6 +29,7 @@ from rich.console import Console
 from systems.base import Answer, System
 from systems.llama_trials import AS_IN_TABLES, TRIALS
 
+from alora_serve.errors import ConfigError
 from alora_serve.types import TokenIds
 
 CLIENTS = 8
@@ -129,7 +130,7 @@ def main() -> None:
         console.print(describe_machine())
     try:
         print(asyncio.run(run(arguments, console)))
-    except BuildError as error:
+    except (BuildError, ConfigError) as error:
         sys.exit(str(error))
 
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
-from int8_weights import Quality, compare_logits, together
+from int8_weights import WINDOW_TOKENS, Quality, compare_logits, measure_quality, together
+from rich.progress import Progress
+
+from tiny_models import FAMILIES, save_model
 
 TEXT = torch.tensor([0, 1, 0])
 
@@ -40,3 +44,16 @@ def test_windows_count_by_their_tokens() -> None:
     assert found.mean_divergence == pytest.approx(0.1)
     assert found.perplexity == pytest.approx(10 ** (0.75 + 3 * 0.25))
     assert found.perplexity_rounded == pytest.approx(10.0)
+
+
+def test_a_model_is_compared_with_itself_rounded_on_windows_of_the_documentation(tmp_path: Path) -> None:
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 2
+    model = save_model(tmp_path / "tiny-llama", config, sharpness=1.0)
+
+    found = measure_quality(model, "float32", "cpu", WINDOW_TOKENS + 10, Progress(disable=True))
+
+    assert found.tokens == WINDOW_TOKENS + 10
+    assert 0 < found.mean_divergence < 0.1
+    assert 0.7 < found.same_likeliest <= 1
+    assert found.perplexity_rounded == pytest.approx(found.perplexity, rel=0.1)
