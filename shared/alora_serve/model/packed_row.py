@@ -127,14 +127,8 @@ class PackedRow:
         if rules.softcap is None and (rules.window is None or length <= rules.window):
             out, lse = attend(grouped, wide_key, wide_value, rules.scale, causal=True)
         else:
-            place = torch.arange(length, device=query.device)
-            distance = place.unsqueeze(1) - place
-            visible = distance >= 0
-            if rules.window is not None:
-                visible &= distance < rules.window
-            out, lse = attend(
-                grouped, wide_key, wide_value, rules.scale, rules.softcap, _additive(visible, query.dtype)
-            )
+            mask = self._step.causal_mask(length, rules.window, query.dtype)
+            out, lse = attend(grouped, wide_key, wide_value, rules.scale, rules.softcap, mask)
         return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
 
     def _piece(self, piece: Piece) -> tuple[Tensor, Tensor] | None:
@@ -148,16 +142,9 @@ class PackedRow:
         stacked = query.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # [1, kv_heads, count * group, head_dim]
         mask = None
         if rules.window is not None and highest - held.start >= rules.window:
-            key_positions = torch.arange(held.start, held.end, device=query.device)
-            visible = (self._step.positions[piece.rows].unsqueeze(1) - key_positions) < rules.window
-            mask = _additive(visible.repeat_interleave(group, dim=0), query.dtype)
+            mask = piece.mask(self._step.positions, rules.window, group, query.dtype)
         out, lse = attend(stacked, key.unsqueeze(0), value.unsqueeze(0), rules.scale, rules.softcap, mask)
         return (
             out.view(kv_heads, count, group, -1).transpose(0, 1),
             lse.view(kv_heads, count, group).transpose(0, 1),
         )
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where ``visible``, else ``-inf``."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

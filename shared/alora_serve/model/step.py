@@ -23,6 +23,9 @@ from alora_serve.model.tails import TailArena, TailSegment
 NARROW_TOKENS: Final = 16
 """Spans up to here attend to their tails in one masked call with others; longer ones are not worth the padding."""
 
+_Masks = dict[tuple[int | None, int, torch.dtype], Tensor]
+"""Masks by window, query heads of a key's head, and dtype: layers that have these in common have one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -85,6 +88,24 @@ class Piece:
     positions: tuple[int, int]
     is_first: bool
     is_last: bool
+    _masks: _Masks = field(default_factory=dict)
+
+    def mask(self, positions: Tensor, window: int, group: int, dtype: torch.dtype) -> Tensor:
+        """What is added to scores: ``[rows * group, tokens]``, 0 where seen. Made once for all layers.
+
+        Args:
+            positions: of all rows of the step.
+        """
+        key = (window, group, dtype)
+        if key not in self._masks:
+            keys = torch.arange(self.keys.start, self.keys.end, device=positions.device)
+            visible = (positions[self.rows].unsqueeze(1) - keys) < window
+            self._masks[key] = _additive(visible.repeat_interleave(group, dim=0), dtype)
+        return self._masks[key]
+
+    def forget_masks(self) -> None:
+        """Its rows are at other positions now."""
+        self._masks.clear()
 
 
 @dataclass(frozen=True)
@@ -103,7 +124,7 @@ class TailBatch:
     tokens: int
     slots: Tensor
     offsets: Tensor
-    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    _masks: _Masks = field(default_factory=dict)
 
     def visible(self, window: int | None) -> Tensor:
         """``[slots, width, tokens]``, True where a query sees a position of its slot."""
@@ -114,11 +135,10 @@ class TailBatch:
 
     def mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
         """What is added to scores: ``[slots, 1, width * group, tokens]``, 0 where seen. Made once for all layers."""
-        key = (window, dtype)
+        key = (window, group, dtype)
         if key not in self._masks:
             visible = self.visible(window).repeat_interleave(group, dim=1).unsqueeze(1)
-            zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            self._masks[key] = zeros.masked_fill_(~visible, float("-inf"))
+            self._masks[key] = _additive(visible, dtype)
         return self._masks[key]
 
     def take_over(self, other: TailBatch) -> None:
@@ -169,6 +189,17 @@ class Step:
         self.causal = [index for index in self.outside if len(self.spans[index].tokens) > 1]
         self.tails = self._tails()
         self.pieces = self._pieces()
+        self._causal_masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+
+    def causal_mask(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to scores of tokens among themselves: ``[length, length]``. Made once for all layers."""
+        key = (length, window, dtype)
+        if key not in self._causal_masks:
+            place = torch.arange(length, device=self._device)
+            distance = place.unsqueeze(1) - place
+            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            self._causal_masks[key] = _additive(visible, dtype)
+        return self._causal_masks[key]
 
     def _tails(self) -> list[TailBatch]:
         held: defaultdict[int, list[int]] = defaultdict(list)
@@ -206,6 +237,8 @@ class Step:
         self.positions.copy_(other.positions)
         for mine, its in zip(self.tails, other.tails, strict=True):
             mine.take_over(its)
+        for piece in self.pieces:
+            piece.forget_masks()
 
     def _pieces(self) -> list[Piece]:
         # What holds a single token itself has one reader: nobody else may have what is only being written.
@@ -252,3 +285,8 @@ def _stretches(slices: Collection[KVSlice]) -> dict[KVSlice, list[KVSlice]]:
             parts = [KVSlice(segment, low, high - low) for low, high in pairwise(inside)]
             cut[each] = parts if len(edges) <= len(its) + 1 else [each]
     return cut
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where ``visible``, else ``-inf``."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

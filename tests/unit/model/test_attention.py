@@ -16,9 +16,11 @@ from transformers import AutoConfig
 
 from alora_serve.errors import ModelUnsupportedError
 from alora_serve.kv.layout import KVLayout
+from alora_serve.model import packed_row
 from alora_serve.model.attention import PackedAttention
 from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.loader import load_base_model
+from alora_serve.model.packed_row import PackedRow, ScoreRules
 from alora_serve.model.runner import ModelRunner
 from alora_serve.model.step import NARROW_TOKENS, Span, Step
 from alora_serve.model.tails import TailPool
@@ -282,6 +284,34 @@ def test_one_token_reads_its_own_before_what_a_neighbour_has_written_so_far() ->
     packed.spans[1] = Span(second.tokens, 4, (held,), own)
     packed.wholes[1] = packed.wholes[0]
     assert (_attend(packed, scaling=0.3) - _reference(packed, 0.3, None, None)).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_masks_are_made_once_for_all_layers_of_one_window(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None
+) -> None:
+    """Of a slice that a window cuts, of a span among itself, and of tails."""
+    packed = _pack([Row((6,), 0, 4), Row((6,), 0, 1), Row((6,), 2, 2, private=True)], 4, 2, torch.float32, 0)
+    masks: list[Tensor | None] = []
+    kernel = packed_row.attend
+
+    def attend(*arguments: Tensor | None, **options: bool) -> tuple[Tensor, Tensor]:
+        masks.append(arguments[5] if len(arguments) > 5 else None)
+        return kernel(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(packed_row, "attend", attend)
+    step = Step(packed.spans, CPU)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (packed.query, packed.key, packed.value))
+
+    def layer(window: int) -> list[int | None]:
+        masks.clear()
+        PackedRow(step, 0, query.unflatten(1, (2, 2)), key, value, ScoreRules(0.3, softcap, window)).attend()
+        return [None if mask is None else id(mask) for mask in masks]
+
+    first, other, again = layer(3), layer(2), layer(3)
+    assert len(set(first) - {None}) == 3
+    assert again == first
+    assert not set(other) & (set(first) - {None})
 
 
 def test_neighbours_change_nothing_but_rounding() -> None:
