@@ -12,7 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.request import urlopen
 
 import grpc
@@ -232,6 +232,7 @@ async def deployed(
     *,
     workers: int = 1,
     prefills: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     drain_seconds: float = 5,
     policy: RestartPolicy | None = None,
     emit: Callable[[object], None] = print,
@@ -239,7 +240,7 @@ async def deployed(
     api_key: str | None = None,
     **settings: str,
 ) -> AsyncIterator[Deployed]:
-    """All services on a model, in fp32, where tokens are promised equal, with one torch thread a process.
+    """All services on a model, unset in fp32, where tokens are promised equal, with one torch thread a process.
 
     What is stored is always fetched: how fast this machine computes just now must not decide what a test sees.
     ``credentials`` and ``api_key`` are the client's, where the settings ask for them.
@@ -250,7 +251,7 @@ async def deployed(
         model=str(model.directory),
         adapter_roots=model.roots,
         store_url=store_url,
-        dtype="float32",
+        dtype=dtype,
         threads=1,
         drain_seconds=drain_seconds,
         settings={"handle_secrets": SECRET, "tenant_salt": SALT, "store_budget_bytes": "64MiB", **FETCHING, **settings},

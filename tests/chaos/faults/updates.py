@@ -127,7 +127,7 @@ async def mixed_dtypes(chaos: Chaos) -> list[Row]:
 
 
 def gaps(
-    model: ServedModel, found: Sequence[tuple[Question, Read]], asked: Sequence[Question]
+    model: ServedModel, found: Sequence[tuple[Question, Read]], asked: Sequence[Question], tokens: int = TOKENS
 ) -> tuple[list[float], float]:
     """How far each answer's worst token lies below the best logit of cold stock PEFT, and how far it may.
 
@@ -145,7 +145,7 @@ def gaps(
         for question in asked:
             if question.adapter == adapter:
                 prompt, start = _prompt(model, question)
-                stock.append(largest_gap(exact, prompt, greedy(rounded, prompt, TOKENS).tokens, start))
+                stock.append(largest_gap(exact, prompt, greedy(rounded, prompt, tokens).tokens, start))
         for question, answer in dict.fromkeys(found):
             if question.adapter == adapter:
                 prompt, start = _prompt(model, question)
