@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alora_serve.engine.penalties import History, penalize
 from alora_serve.types import SamplingParams
 
 SHORTLIST: Final = 256
@@ -44,8 +44,8 @@ class Chosen:
 def choose_tokens(
     logits: Tensor,
     params: Sequence[SamplingParams],
-    prompts: Sequence[Sequence[int]],
-    generated: Sequence[Sequence[int]],
+    histories: Sequence[History],
+    positions: Sequence[int],
     masks: Sequence[bytes | None] = (),
 ) -> list[Chosen]:
     """The next token of each row.
@@ -53,20 +53,19 @@ def choose_tokens(
     Args:
         logits: ``[rows, vocabulary]`` float32; changed in place.
         params: of each row; ``seed`` is set where ``temperature`` is not 0.
-        prompts: prompt tokens of each row, for the repetition penalty.
-        generated: tokens generated so far of each row; their number is the position of the draw.
+        histories: of each row; made with its ``params``.
+        positions: of each row, how many tokens have been generated: the position of the draw.
         masks: of each row, a bit for each token id, little-endian, at least one of them set: whether it may be chosen;
             None where every token may. Empty: so it is everywhere.
     """
     raw = torch.log_softmax(logits, dim=-1) if any(p.logprobs for p in params) else None
     _forbid(logits, masks)
-    for row, param in enumerate(params):
-        _penalize(logits[row], param, prompts[row], generated[row])
+    penalize(logits, histories)
     tokens = logits.argmax(dim=-1).tolist()
     drawing = [row for row, param in enumerate(params) if param.temperature > 0.0]
     if drawing:
         rows = logits if len(drawing) == len(params) else logits[drawing]
-        drawn = _draw(rows, [params[row] for row in drawing], [len(generated[row]) for row in drawing])
+        drawn = _draw(rows, [params[row] for row in drawing], [positions[row] for row in drawing])
         for row, token in zip(drawing, drawn, strict=True):
             tokens[row] = token
     return [
@@ -100,22 +99,6 @@ def _likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     ids = (logprobs >= logprobs.topk(count).values[-1]).nonzero().flatten()
     ranked = zip(ids.tolist(), logprobs[ids].tolist(), strict=True)
     return tuple(sorted(ranked, key=lambda ranked: -ranked[1])[:count])
-
-
-def _penalize(row: Tensor, param: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> None:
-    if param.repetition_penalty != 1.0:
-        # As transformers: each token seen anywhere, once; positive logits shrink, negative ones grow.
-        seen = torch.tensor(sorted({*prompt, *generated}), device=row.device)
-        scores = row[seen]
-        row[seen] = torch.where(scores < 0, scores * param.repetition_penalty, scores / param.repetition_penalty)
-    if generated and (param.presence_penalty or param.frequency_penalty):
-        counts = Counter(generated)
-        ids = torch.tensor(list(counts), device=row.device)
-        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
-        row[ids] -= param.presence_penalty + param.frequency_penalty * times
-    if param.logit_bias:
-        ids = torch.tensor(list(param.logit_bias), device=row.device)
-        row[ids] += torch.tensor(list(param.logit_bias.values()), dtype=row.dtype, device=row.device)
 
 
 def _draw(rows: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:

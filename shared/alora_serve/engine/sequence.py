@@ -19,6 +19,7 @@ from typing import NewType
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.engine.answer import Answer
 from alora_serve.engine.events import BaseComputed, Sink
+from alora_serve.engine.penalties import History
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.kv.keys import BlockChain
 from alora_serve.model.kv_memory import KVSegment, KVSlice, Prefix
@@ -75,6 +76,7 @@ class Sequence:
     last_event_at: float = 0.0
     computed: int = field(init=False)
     generated: list[int] = field(init=False)
+    history: History = field(init=False)
     _shared: tuple[KVSlice, ...] = field(init=False)
     _own: KVSlice | None = field(init=False, default=None)
     _room: KVSlice | None = field(init=False, default=None)
@@ -90,6 +92,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.generated = list(self.request.generated)
+        self.history = History(self.request.sampling or SamplingParams(), self.request.prompt, self.generated)
         self._start_after(self.request.prefix)
 
     def _start_after(self, prefix: Prefix) -> None:
@@ -155,6 +158,11 @@ class Sequence:
     def pending_tokens(self) -> int:
         """Tokens that could run now without crossing the adapter's boundary."""
         return min(self.known_tokens, self.base_until if self.in_base_phase else self.known_tokens) - self.computed
+
+    def append(self, token_id: int) -> None:
+        """One more generated token."""
+        self.generated.append(token_id)
+        self.history.push(token_id)
 
     def token_at(self, position: int) -> int:
         """Token id at a position of prompt or answer."""

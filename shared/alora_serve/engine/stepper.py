@@ -21,7 +21,7 @@ from alora_serve.engine.sequence import Sequence
 from alora_serve.errors import AloraServeError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
-from alora_serve.types import SamplingParams, TokenChunk
+from alora_serve.types import TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +134,9 @@ class Stepper:
             masks: of each, or why it cannot go on.
             finish: told what ends.
         """
-        params = [sequence.request.sampling or SamplingParams() for sequence in ready]
-        prompts, generated = [s.request.prompt for s in ready], [s.generated for s in ready]
+        params = [sequence.history.params for sequence in ready]
         allowed = [None if isinstance(mask, AloraServeError) else mask for mask in masks]
-        choices = choose_tokens(logits, params, prompts, generated, allowed)
+        choices = choose_tokens(logits, params, [s.history for s in ready], [len(s.generated) for s in ready], allowed)
         for sequence, choice, mask in zip(ready, choices, masks, strict=True):
             if isinstance(mask, AloraServeError):
                 finish(Ended(sequence, error=mask))
@@ -155,7 +154,7 @@ def _deliver(sequence: Sequence, choice: Chosen) -> Ending | None:
     now = monotonic()
     sequence.first_token_at = sequence.first_token_at or now
     sequence.last_event_at = now
-    sequence.generated.append(choice.token_id)
+    sequence.append(choice.token_id)
     text, ending = answer.push(choice.token_id)
     chunk = TokenChunk((choice.token_id,), text)
     if choice.logprob is not None:

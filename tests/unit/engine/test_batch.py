@@ -142,7 +142,7 @@ def test_answers_of_the_base_model_are_computed_in_a_tail_and_go_on_in_the_memor
     end.destination.positions().fill_(-1.0)
     sequence.commit(end)
     for number in range(FIRST_TAIL_TOKENS + 3):  # more than the first tail takes
-        sequence.generated.append(7)
+        sequence.append(7)
         span = sequence.span(1)
         assert (span.shared, span.own.tokens) == ((first.own,), NARROW_TOKENS + number + 1)
         span.destination.positions().fill_(float(number))

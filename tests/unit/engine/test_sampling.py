@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from alora_serve.engine.sampling import Chosen, choose_tokens, uniform
+from alora_serve.engine import sampling
+from alora_serve.engine.penalties import History, penalize
+from alora_serve.engine.sampling import Chosen, uniform
 from alora_serve.types import SamplingParams
 
 torch.set_num_threads(1)
 VOCABULARY = 12
+
+
+def choose_tokens(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
+    masks: Sequence[bytes | None] = (),
+) -> list[Chosen]:
+    """As a worker that takes up streams with these tokens."""
+    histories = [History(*each) for each in zip(params, prompts, generated, strict=True)]
+    return sampling.choose_tokens(logits, params, histories, [len(tokens) for tokens in generated], masks)
 
 
 def _logits(seed: int, rows: int = 1, spread: float = 2.0) -> Tensor:
@@ -105,6 +121,78 @@ def test_presence_and_frequency_count_generated_tokens_alone(
     assert torch.allclose(changed, expected, atol=1e-5)
     untouched = _effective(logits, prompt, (), presence_penalty=presence, frequency_penalty=frequency)
     assert torch.equal(untouched, logits)
+
+
+def _row_by_row(row: Tensor, param: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> None:
+    """Penalties and biases of one row, from all of its tokens."""
+    if param.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*prompt, *generated}))
+        scores = row[seen]
+        row[seen] = torch.where(scores < 0, scores * param.repetition_penalty, scores / param.repetition_penalty)
+    if generated and (param.presence_penalty or param.frequency_penalty):
+        counts = Counter(generated)
+        times = torch.tensor(list(counts.values()), dtype=row.dtype)
+        row[torch.tensor(list(counts))] -= param.presence_penalty + param.frequency_penalty * times
+    if param.logit_bias:
+        row[torch.tensor(list(param.logit_bias))] += torch.tensor(list(param.logit_bias.values()), dtype=row.dtype)
+
+
+penalized = st.builds(
+    SamplingParams,
+    repetition_penalty=st.sampled_from([1.0, 1.1, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.7, -0.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.1, -1.7]),
+    logit_bias=st.dictionaries(st.integers(0, VOCABULARY - 1), st.floats(-3, 3), max_size=3),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(penalized, some_tokens, st.lists(st.integers(0, VOCABULARY - 1), max_size=90)), min_size=1, max_size=4
+    ),
+    st.data(),
+)
+def test_a_batch_is_penalized_to_the_bit_as_row_by_row_and_from_whatever_token_on(
+    rows: list[tuple[SamplingParams, list[int], list[int]]], data: st.DataObject
+) -> None:
+    logits = _logits(len(rows[0][1]), rows=len(rows))
+    expected = logits.clone()
+    histories = []
+    for row, (params, prompt, generated) in enumerate(rows):
+        _row_by_row(expected[row], params, prompt, generated)
+        taken_up = data.draw(st.integers(0, len(generated)))
+        history = History(params, prompt, generated[:taken_up])
+        for token in generated[taken_up:]:
+            history.push(token)
+        histories.append(history)
+    penalize(logits, histories)
+    assert torch.equal(logits, expected)
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts what torch computes; a slice is a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is not torch.ops.aten.slice.Tensor
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_penalties_of_many_rows_take_as_many_calls_as_those_of_few() -> None:
+    params = SamplingParams(repetition_penalty=1.2, presence_penalty=0.5, logit_bias={1: 2.0})
+
+    def calls(rows: int) -> int:
+        histories = [History(params, (1, 2, 3), (row % VOCABULARY,)) for row in range(rows)]
+        logits = _logits(0, rows=rows)
+        with _Kernels() as counted:
+            penalize(logits, histories)
+        return counted.count
+
+    assert calls(16) == calls(2)
 
 
 def test_bias_is_added_to_just_the_tokens_named() -> None:
