@@ -16,7 +16,7 @@ from typing import NewType
 
 from alora_serve.kv.store import StoreKey
 
-KEY_SCHEMA_VERSION = 4
+KEY_SCHEMA_VERSION = 5
 
 BlockHash = NewType("BlockHash", bytes)
 """32 bytes naming the KV of all tokens up to a block's end. Not the key of a stored part: see :func:`part_key`."""

@@ -50,11 +50,11 @@ CHANGED: dict[str, object] = {
 }
 
 # A change here is a change of schema: raise KEY_SCHEMA_VERSION with it, or old and new records get mixed up.
-GOLDEN_ROOT = "2877a1d409f0d7104c0909518880cf380ecda53065935b8e7edf14fc347d1c0c"
-GOLDEN_STORAGE = "46de004c0ab233bbabbea80fb1848c9105ee6a1cddef30db636f8842bb746709"
-GOLDEN_SECOND_BLOCK = "077e84bf8d333cea02f4c7636d13fa3cc954c5c18349fca9f62c63387171fc8e"
-GOLDEN_TAIL = "b063d88789a42f86b2e438692ce3c5c311edae8823cdc92dbe1f7a61ec2561a7"
-GOLDEN_PART = "90657f53b640d2d10c15508705d53938fd057928d4eb0c1ed1460e9c5cbd95c1"
+GOLDEN_ROOT = "fa8fa067d21f7862651babd6b151de8bafd6ec119caaa4cb36d62cbc39b0ef74"
+GOLDEN_STORAGE = "3f19e28a779a914cbd7e2655c7f6505cc3b78fbddb0c46374ef95d810f68cd4c"
+GOLDEN_SECOND_BLOCK = "9a42361a73ad4eef9bfd73b5103275ff897dde6d0774ee82b109178ddb7d9c6e"
+GOLDEN_TAIL = "8dd30e1ea1c07b42d3ac2a95f266f7ccf87d7faaa6eececfe288dd2cec63f964"
+GOLDEN_PART = "7d4bf0e3fc681eb4f783ee998ff06c657151f924a7376c3290e611a939b756f0"
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 small_tokens = st.lists(st.integers(0, 1), max_size=12)
