@@ -166,7 +166,8 @@ class Decoder:
         return Awaited(asyncio.to_thread(self._answers.make, sampling, generated), lambda unused: None)
 
     def _loading(self, chain: BlockChain, limit: int) -> Awaited[LoadedPrefix]:
-        return Awaited(self._core.load_prefix(chain, limit), lambda unused: self._core.cache.release(unused.prefix))
+        load = self._core.load_prefix(chain, limit)
+        return Awaited(load, lambda unused: self._core.cache.release(unused.prefix), cancels=True)
 
     def _plan(self, request: GenerateRequest, adapter: LoadedAdapter | None) -> PromptPlan:
         plan = plan_prompt(request.handle, adapter, request.adapter, self._core.model.vocabulary_size)

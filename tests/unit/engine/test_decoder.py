@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -382,6 +383,33 @@ async def test_a_request_given_up_while_it_loads_holds_nothing(
         while not leases or leases[0]._release is not None:  # noqa: ASYNC110  # a thread gives it, a callback takes it
             await asyncio.sleep(0.01)
     assert stack.core.engine._places.taken == 0
+
+
+async def test_a_request_given_up_while_it_fetches_ends_the_fetch(
+    model: BaseModel, adapters: Path, prefilled: PrefillResult, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_module, "HEARTBEAT_SECONDS", 0.01)
+    gate, began, handed = threading.Event(), threading.Event(), list[int]()
+
+    def get_many(keys: Any, sink: Any, *, timeout_seconds: float) -> None:
+        for index, key in enumerate(keys):
+            began.set()
+            assert gate.wait(30)
+            sink(index, memoryview(store.values[key]))
+            handed.append(index)
+
+    monkeypatch.setattr(store, "get_many", get_many)
+    async with open_stack(model, store, adapters, options=OPTIONS) as cold:
+        events = cold.decoder.decode(GenerateRequest(handle=prefilled.handle, adapter="appended"))
+        while isinstance(await anext(events), Heartbeat | Started) and not began.is_set():
+            pass
+        await events.aclose()
+        await asyncio.sleep(0.01)
+        gate.set()
+        async with asyncio.timeout(5.0):
+            while any(segment.pins for segment in cold.core.cache._names):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert handed == []
 
 
 async def test_a_resume_with_tokens_of_no_vocabulary_is_refused(stack: Stack, prefilled: PrefillResult) -> None:
