@@ -64,10 +64,6 @@ FIVE_CLIENTS_BEST: Final = LlamaSettings(
     flags=("--cache-ram", "0"),
 )
 EIGHT_CLIENTS: Final = LlamaSettings("llama-server, eight clients (-np 8, defaults)", slots=8, concurrent=True)
-EIGHT_CLIENTS_BEST: Final = LlamaSettings(
-    "llama-server, eight clients, best found (a slot a conversation)",
-    slots=8,
-    concurrent=True,
-    pin_slot=True,
-    flags=("--cache-ram", "0"),
+EIGHT_CLIENTS_BEST: Final = replace(
+    FIVE_CLIENTS_BEST, name="llama-server, eight clients, best found (a slot a conversation)", slots=8
 )

@@ -237,7 +237,7 @@ async def burst_and_go_on(tenant: Tenant, at_once: int, found: Outcomes, stop: a
         while not stop.is_set():
             refused = found.refused
             await tenant.ask(LONG, found)
-            await asyncio.sleep(found.refused > refused)
+            await asyncio.sleep(1.0 if found.refused > refused else 0.0)
 
     await asyncio.gather(*(tenant.ask(LONG, found) for _ in range(at_once)))
     await asyncio.gather(*(go_on() for _ in range(int(BATCH) + int(QUEUE))))
