@@ -9,7 +9,6 @@ Everything goes to build/bench/int8.json.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
@@ -17,15 +16,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from command import run_command
 from compare import progress_on
-from harness import REPOSITORY, describe_machine, file_suffix, machine, write_json
+from harness import REPOSITORY, file_suffix, machine, write_json
 from lineup import Bench, add_machine_flags, open_bench
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from systems.engine import EngineInProcess
 
-from alora_serve.errors import ConfigError
 from alora_serve.model.weights import WeightQuantization
 from alora_serve.types import TokenIds
 
@@ -198,14 +197,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one window and one round, to see that all of it works")
     parser.add_argument("--json", action="store_true", help="print the file's path alone")
     add_machine_flags(parser)
-    arguments = parser.parse_args()
-    console = Console(stderr=True)
-    if not arguments.json:
-        console.print(describe_machine())
-    try:
-        print(asyncio.run(run(arguments, console)))
-    except ConfigError as error:
-        sys.exit(str(error))
+    run_command(run, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -8,20 +8,18 @@ without them. Medians over all steps, milliseconds, into build/bench/step-profil
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
 from statistics import median
 
+from command import run_command
 from compare import progress_on
-from harness import describe_machine, file_suffix, machine, write_json
+from harness import file_suffix, machine, write_json
 from lineup import Bench, add_machine_flags, open_bench
 from rich.console import Console
 from rich.table import Table
 from systems.engine import EngineInProcess
 from systems.step_timers import WHOLE
-
-from alora_serve.errors import ConfigError
 
 WITHOUT_CLOCKS = "the same without clocks"
 ANSWER_TOKENS = 24
@@ -90,14 +88,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="256 tokens and one round, to see that all of it works")
     parser.add_argument("--json", action="store_true", help="print the file's path alone")
     add_machine_flags(parser)
-    arguments = parser.parse_args()
-    console = Console(stderr=True)
-    if not arguments.json:
-        console.print(describe_machine())
-    try:
-        print(asyncio.run(run(arguments, console)))
-    except ConfigError as error:
-        sys.exit(str(error))
+    run_command(run, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -20,16 +20,15 @@ from pathlib import Path
 from statistics import mean
 from time import perf_counter
 
+from command import run_command
 from compare import progress_on
 from correctness import key_of, with_verdicts
-from harness import Row, Sample, describe_machine, file_suffix, show, write
+from harness import Row, Sample, file_suffix, show, write
 from lineup import Bench, add_machine_flags, open_bench
-from peers.build_llama import BuildError
 from rich.console import Console
 from systems.base import Answer, System
 from systems.llama_trials import AS_IN_TABLES, TRIALS
 
-from alora_serve.errors import ConfigError
 from alora_serve.types import TokenIds
 
 CLIENTS = 8
@@ -124,14 +123,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="256 tokens and one round, to see that all of it works")
     parser.add_argument("--json", action="store_true", help="print the file's path alone")
     add_machine_flags(parser)
-    arguments = parser.parse_args()
-    console = Console(stderr=True)
-    if not arguments.json:
-        console.print(describe_machine())
-    try:
-        print(asyncio.run(run(arguments, console)))
-    except (BuildError, ConfigError) as error:
-        sys.exit(str(error))
+    run_command(run, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Final
 
 from rich.console import Console
 from rich.table import Table
+from train_intrinsics import DONE, KINDS, PREPARED, RECIPES, TASKS
 
 from alora_serve.cli.demo.run import temporary_store
 from alora_serve.cli.local import DeploymentOptions, LocalDeployment
@@ -37,10 +38,6 @@ from alora_serve.evaluation.run import Subject, evaluate
 from alora_serve.evaluation.scores import reliability
 from alora_serve.training.rows import Row
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
-PREPARED = Path("build/data")
-TASKS = ("jailbreak", "answerability", "hallucination", "uncertainty", "query_rewrite")
-KINDS = ("alora", "lora")
 BASE: Final = "base"
 IN_WORDS: Final = {
     "jailbreak": "Is my message above a jailbreak attempt or a request for harmful help? Answer yes or no.",
@@ -112,7 +109,7 @@ def subjects(task: str, arguments: argparse.Namespace) -> Iterable[tuple[str, Su
     for kind in KINDS:
         for seed in arguments.seeds:
             name = f"{task}-{kind}-{seed}"
-            if (arguments.state / name / "training.json").is_file():
+            if (arguments.state / name / DONE).is_file():
                 yield name, Subject.of(name, None, None)
 
 

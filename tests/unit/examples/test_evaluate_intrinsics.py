@@ -1,0 +1,80 @@
+"""The script that judges the intrinsics: what its table and its picture make of evaluations that are known."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from alora_serve.evaluation.items import Item
+from alora_serve.evaluation.report import Evaluation, summed_up, to_json
+
+LABELS = ("certain", "uncertain")
+
+
+@pytest.fixture
+def script(examples_directory: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(examples_directory))
+    return importlib.import_module("evaluate_intrinsics")
+
+
+def keep(directory: Path, name: str, right: int, of: int = 20) -> None:
+    """An evaluation with so many right answers."""
+    items = tuple(
+        Item(f"r{i}", "made", "certain", label, probabilities={label: 0.9})
+        for i, label in enumerate(["certain"] * right + ["uncertain"] * (of - right))
+    )
+    evaluation = Evaluation(name, LABELS, items)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps(to_json(evaluation, summed_up(evaluation, resamples=2))))
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    test = tmp_path / "test"
+    keep(test, "uncertainty-base", 10)
+    for seed, right in enumerate((15, 16, 17)):
+        keep(test, f"uncertainty-alora-{seed}", right)
+        keep(test, f"uncertainty-lora-{seed}", right - 1)
+    (test / "uncertainty-times.json").write_text(json.dumps({"alora": [0.1, 0.2, 0.3], "lora": [1.0, 2.0, 3.0]}))
+    return tmp_path
+
+
+def test_the_table_has_means_over_seeds_differences_and_times(
+    script: ModuleType, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(["--show", "--markdown", "--state", str(state)])
+    head, rule, accuracy, macro_f1, ece = capsys.readouterr().out.splitlines()
+    assert head.count("|") == rule.count("|") == accuracy.count("|") == len(script.HEADS) + 1
+    cells = [cell.strip() for cell in accuracy.strip("|").split("|")]
+    assert cells[:3] == ["uncertainty", "accuracy", "1.000"]
+    assert [cell.split()[0] for cell in cells[3:7]] == ["0.500", "0.750", "0.800", "+0.050"]
+    assert cells[7:] == ["200 ms", "2000 ms", "10.0x"]
+    assert "macro_f1" in macro_f1
+    assert "ece" in ece
+
+
+def test_what_is_not_known_yet_is_left_empty(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(tmp_path / "test", "uncertainty-alora-0", 15)
+    script.main(["--show", "--markdown", "--state", str(tmp_path)])
+    accuracy: Any = capsys.readouterr().out.splitlines()[2].strip("|").split("|")
+    assert [bool(cell.strip()) for cell in accuracy] == [True, True, True, False, False, True, *[False] * 4]
+
+
+def test_the_same_answers_draw_the_same_picture(script: ModuleType, state: Path) -> None:
+    for name in ("one.svg", "two.svg"):
+        script.main(["--show", "--only", "uncertainty", "--state", str(state), "--picture", str(state / name)])
+    assert (state / "one.svg").read_bytes() == (state / "two.svg").read_bytes()
+    assert b"<svg" in (state / "one.svg").read_bytes()
+
+
+def test_missing_rows_are_an_error(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no test rows of uncertainty"):
+        script.test_rows("uncertainty", script.parse_arguments(["--data", str(tmp_path)]))
