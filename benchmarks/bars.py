@@ -61,6 +61,7 @@ BESIDE: Final = (
     ("5 adapters against llama-server's best case, its KV in half precision", "llama_half_5", "ours_5"),
     ("16 adapters against llama-server's best case, its KV in half precision", "llama_half_16", "ours_16"),
     ("decode step of 1 base sequence against llama-server, its KV in half precision", "step_base", "llama_half_step"),
+    ("prefill tokens/s against llama.cpp, its KV in half precision", "prefill", "llama_half_prefill"),
 )
 """Ratios that are told beside the bars and held to nothing: what they say, numerator, denominator."""
 

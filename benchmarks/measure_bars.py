@@ -95,7 +95,7 @@ def _take_rows(rows: Sequence[Row], names: dict[str, str], samples: Samples) -> 
     for name, (system, adapters) in known.items():
         row = fan_out.find(rows, names[system], adapters)
         samples[name] = [sample.total_seconds for sample in row.samples]
-    for name, system in (("prefill", "ours"), ("llama_prefill", "llama")):
+    for name, system in (("prefill", "ours"), ("llama_prefill", "llama"), ("llama_half_prefill", "llama-f16")):
         samples[name] = list(fan_out.find(rows, names[system], 5).details["prefill_tokens_per_second"])
 
 
