@@ -232,13 +232,13 @@ def test_a_dashboard_is_one_that_grafana_takes_and_people_can_read(name: str) ->
 
 def test_prometheus_scrapes_the_services_of_compose_under_jobs_that_rules_know() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    scraped = set[str]()
+    targets = set[str]()
     for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]:
         static = [target.partition(":")[0] for config in job.get("static_configs", ()) for target in config["targets"]]
-        scraped |= {*static, *(name for config in job.get("dns_sd_configs", ()) for name in config["names"])}
+        targets |= {*static, *(name for config in job.get("dns_sd_configs", ()) for name in config["names"])}
         assert re.fullmatch(r".*(router|prefill|worker|decode|openai-front)", job["job_name"])
     ours = {name for name, service in compose.items() if "ALORA_ALLOW_INSECURE" in service.get("environment", ())}
-    assert scraped == ours
+    assert targets == ours
 
 
 # --- with one ---------------------------------------------------------------------------------------------------------
