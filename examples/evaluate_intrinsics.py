@@ -58,6 +58,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     parser.add_argument("--state", type=Path, default=Path("build/intrinsics"), help="where the adapters were trained")
     parser.add_argument("--limit", type=int, help="ask about the first rows only")
+    parser.add_argument("--dtype", default="float32", help="of the services: float32 (default), bfloat16 or auto")
     parser.add_argument("--threads", type=int, help="torch's, of each service")
     parser.add_argument("--together", type=int, default=4, help="rows asked at a time")
     parser.add_argument("--time", action="store_true", help="only time calls, one after another: on a quiet machine")
@@ -240,7 +241,7 @@ async def ask_services(arguments: argparse.Namespace, results: Results) -> None:
             model="demo",
             store_url=store_url,
             adapter_roots=(arguments.state.resolve(),),
-            dtype="float32",
+            dtype=arguments.dtype,
             threads=arguments.threads,
         )
         async with LocalDeployment(options) as deployment:
