@@ -59,6 +59,8 @@ class Recipe(BaseModel):
 def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe of a TOML file with ``overrides`` (None: not given) on top; without a file, of the overrides alone.
 
+    A table ``[lora]`` of the file holds what is otherwise for the plain LoRA, the twin: it has no invocation.
+
     Raises:
         ConfigError: the file is missing or not TOML, or a field is unknown or out of range. Names it.
     """
@@ -70,8 +72,12 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:
             raise ConfigError(f"cannot read the recipe {path}: {error}") from error
         fields.setdefault("name", path.stem)
     given = {name: value for name, value in overrides.items() if value is not None}
+    twin = fields.pop("lora", {})
+    if not isinstance(twin, dict):
+        raise ConfigError(f"the recipe {path} is not valid: lora: should be a table, [lora]")
     if given.get("kind") == "lora":
-        fields.pop("invocation", None)  # the twin of an aLoRA's recipe
+        fields.pop("invocation", None)
+        fields |= twin
     try:
         return Recipe.model_validate({**fields, **given})
     except ValidationError as error:

@@ -27,6 +27,19 @@ def test_the_twin_of_an_alora_has_no_invocation(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, {"kind": "lora"}).invocation is None
 
 
+def test_what_is_otherwise_for_the_twin_stands_in_a_table_and_flags_override_it(recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text() + "\nepochs = 4\n[lora]\nepochs = 3\n")
+    assert load_recipe(recipe_file, {}).epochs == 4
+    assert load_recipe(recipe_file, {"kind": "lora"}).epochs == 3
+    assert load_recipe(recipe_file, {"kind": "lora", "epochs": 1}).epochs == 1
+    recipe_file.write_text(recipe_file.read_text().replace("epochs = 3", "epoch = 3"))
+    with pytest.raises(ConfigError, match="epoch"):
+        load_recipe(recipe_file, {"kind": "lora"})
+    recipe_file.write_text("lora = 3\n")
+    with pytest.raises(ConfigError, match=r"should be a table, \[lora\]"):
+        load_recipe(recipe_file, {})
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
