@@ -172,7 +172,8 @@ async def test_prometheus_reaches_every_service_and_answers_the_dashboards(
         while {target["health"] for target in targets["activeTargets"]} != {"up"}:
             await asyncio.sleep(SCRAPE_SECONDS)
             targets = await asyncio.to_thread(prometheus.get, "targets")
-    assert len(targets["activeTargets"]) == len(WORKERS) + len(("base-prefill", "router", "http"))
+    jobs = sorted(target["scrapePool"] for target in targets["activeTargets"])
+    assert jobs == ["openai-front", "prefill", "router", *["worker"] * len(WORKERS)]
     for number in range(ROUNDS):
         await everything_once(client, served, number)
         await asyncio.sleep(SCRAPE_SECONDS)
