@@ -48,7 +48,7 @@ $(STUBS): $(PROTOS) hatch_build.py $(VENV)/.ready
 	@touch $@
 
 .PHONY: demo
-demo: $(STUBS) ## one conversation, base model and adapter, through three real processes
+demo: $(STUBS) ## a question about a document, guarded by adapters, through three real processes
 	@$(BIN)/alora-serve demo $(ARGS)
 
 .PHONY: up

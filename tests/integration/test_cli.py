@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -24,11 +24,14 @@ from typer.testing import CliRunner, Result
 
 from alora_serve.cli.app import app
 from alora_serve.cli.demo.run import run_demo
-from alora_serve.cli.demo.script import ADAPTER, LORA_TWIN, DemoScript
+from alora_serve.cli.demo.script import DemoScript
 from alora_serve.cli.demo.view import SilentView
 from alora_serve.cli.local import DeploymentOptions
+from alora_serve.cli.pipeline.meter import Meter
+from alora_serve.cli.verdicts import Verdict
 from alora_serve.types import ChatMessage
 
+ADAPTER, LORA_TWIN = "jailbreak", "jailbreak-lora"
 FACT = "Water boils at 100 degrees Celsius at sea level, and at lower temperatures on mountains. " * 12
 CONVERSATION = [{"role": "user", "content": f"{FACT}\n\nAt how many degrees does water boil at sea level?"}]
 WAIT_SECONDS = 120
@@ -325,20 +328,36 @@ def test_sigterm_drains_router_then_workers_then_prefill_and_leaves_nobody(up: U
 
 
 @pytest.mark.timeout(600)  # five processes load torch, on a machine that tests may share
-async def test_the_demo_measures_a_conversation_and_gives_the_tokens_of_peft() -> None:
-    """Its own adapters and second turn, on a conversation that is short, for time."""
-    question = ChatMessage("user", f"{FACT[:200]} At how many degrees does water boil at sea level?")
+async def test_the_demo_asks_a_guarded_question_and_gives_the_tokens_of_peft() -> None:
+    """Its own adapters and pipeline, on a document that is short, for time."""
+    document = ChatMessage("user", f"You have access to the following documents:\n\n[Document 1]\n{FACT[:180]}")
+    question = ChatMessage("user", "At how many degrees does water boil at sea level?")
     options = DeploymentOptions(dtype="float32", threads=1)
-    result = (await run_demo(replace(DemoScript.load(), opening=(question,)), options, SilentView())).to_json()
+    script = replace(DemoScript.load(), messages=(document, question), pipeline=every_step)
+    result = (await run_demo(script, options, SilentView())).to_json()
     assert result["equal_to_peft"] is True
+    assert len(result["checks"]) == len(script.intrinsics)
     assert result["dtype"] == "float32"
-    cold, warm, alora, lora = (row["usage"] for row in result["rows"])
-    assert cold.cached_tokens == 0
-    assert warm.fetched_bytes > 0
-    assert warm.cached_tokens >= cold.prompt_tokens, "the base model's answer was stored as well"
-    assert result["fetched_bytes"] == alora.fetched_bytes > 0
-    assert result["computed_tokens"] == result["prompt_tokens"] - result["cached_tokens"] < 20
-    assert (lora.cached_tokens, lora.fetched_bytes) == (0, 0)
-    assert [answer["adapter"] for answer in result["answers"]] == ["", ADAPTER, LORA_TWIN, ADAPTER]
-    assert [answer["text"].strip() for answer in result["answers"][1:]] == ["no", "no", "yes"]
+    read, *asked = result["steps"]
+    checks = [step for step in asked if step.intrinsics]
+    assert sorted(name for step in checks for name in step.intrinsics) == sorted(script.intrinsics)
+    assert read.spent.cached_tokens == 0
+    for step in checks:
+        assert step.spent.cached_tokens >= len(step.intrinsics) * read.spent.prompt_tokens
+        assert step.recomputed.cached_tokens == 0
+    assert checks[-1].spent.fetched_tokens >= read.spent.prompt_tokens, "its processes were fresh"
+    assert result["adapter_computed_tokens"] < result["lora_recompute_computed_tokens"] / 4
     assert {"alora-serve", "torch", "transformers", "peft"} <= set(result["versions"])
+
+
+def every_step(meter: Meter, messages: Sequence[ChatMessage]) -> Any:
+    """The demo's pipeline, whatever its checks find: small models err on short documents."""
+
+    class Passing:
+        read, answer = meter.read, meter.answer
+
+        def ask(self, *arguments: Any) -> Mapping[str, Verdict]:
+            meter.ask(*arguments)
+            return {}
+
+    return DemoScript.load().pipeline(cast(Meter, Passing()), messages)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from alora_serve.cli.demo.script import ADAPTER, DemoScript
 from alora_serve.client import ChatMessage, GenerationResult, Target
 from alora_serve.errors import AdapterNotFoundError
 from alora_serve.rpc.convert import event_from_proto, prompt_to_proto
@@ -181,12 +180,3 @@ async def test_a_stop_string_ends_the_text_before_it_and_a_seed_repeats_a_draw(t
     assert stopped.finish_reason is FinishReason.STOP
     assert stopped.stop_string == stop
     assert stopped.text == drawn[0].text[: drawn[0].text.index(stop)]
-
-
-async def test_the_demos_adapter_judges_the_demos_conversation_as_the_readme_shows(smollm2: Deployed) -> None:
-    script = DemoScript.load()
-    answer = "The first full-scale working railway steam locomotive was built by Richard Trevithick in 1804."
-    judged = [*script.opening, ChatMessage("assistant", answer)]
-    for messages, verdict in ((judged, "no"), ([*judged, script.follow_up], "yes")):
-        result = await smollm2.client.generate(messages, adapter=ADAPTER, max_tokens=8).result()
-        assert result.text.strip() == verdict

@@ -18,20 +18,22 @@ def demo(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """One conversation with the base model and adapters, measured and compared with stock PEFT. About a minute.
+    """A guarded question about a document: a check by an adapter at every step, measured, compared with stock PEFT.
 
     Starts base prefill, a decode worker and the router as processes of their own on free ports, with a store of their
-    own. The base model answers a question about a document; then every process that held the conversation is replaced
-    by a fresh one, and an Activated LoRA is asked about it from the KV in the store; so is its plain LoRA twin, which
-    must compute everything anew. The adapters' tokens are compared with those of stock PEFT, which computes the same
-    prompts cold: exactly in float32; with `--dtype bfloat16`, as far as rounding lets two runs agree.
+    own, and runs the pipeline of `examples/rag_guard.py`: is it a jailbreak, what does it ask in full, does the
+    document say? The base model answers; then every process that held the conversation is replaced by a fresh one, and
+    is the answer supported, and certain? Each check is an Activated LoRA that reads the conversation's KV. Their plain
+    LoRA twins, which must compute everything anew, are asked the same. The adapters' tokens are compared with those of
+    stock PEFT, which computes the same prompts cold: exactly in float32; with `--dtype bfloat16`, as far as rounding
+    lets two runs agree. About two minutes on two cores.
 
     Exits with status 1 if any token differs.
 
     ```
     alora-serve demo
     alora-serve demo --dtype bfloat16
-    alora-serve demo --json | jq .adapter_ttft_seconds
+    alora-serve demo --json | jq '.steps[].spent'
     ```
     """
     with errors_reported(as_json=as_json):

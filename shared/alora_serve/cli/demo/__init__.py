@@ -1,1 +1,1 @@
-"""The newcomer's first minute: one conversation with a base model and adapters, measured and checked against PEFT."""
+"""The newcomer's first minutes: a guarded question about a document, measured and checked against PEFT."""

@@ -1,56 +1,50 @@
-"""Calls through the public API, timed where the user would time them: at the client."""
+"""What the demo asks beside the pipeline's own calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from time import monotonic
+from collections.abc import Sequence
 
 from alora_serve.adapters.activation import no_activation, place_invocation
-from alora_serve.cli.demo.result import Answer, Row
-from alora_serve.client import AdapterInfo, AsyncClient, ChatMessage, ModelInfo, PrefixHandle, TokenChunk
+from alora_serve.cli.demo.result import Answer
+from alora_serve.client import AdapterInfo, ChatMessage, Client, ModelInfo, PrefixHandle
 from alora_serve.errors import AloraServeError
 from alora_serve.types import TokenIds
 
-
-async def timed_prefill(client: AsyncClient, what: str, messages: Sequence[ChatMessage]) -> tuple[Row, PrefixHandle]:
-    """Prefill a conversation; ``what`` names the row."""
-    began = monotonic()
-    result = await client.prefill(messages)
-    return Row(what, monotonic() - began, result.usage), result.handle
+_WARM_UP = (ChatMessage("system", "Answer in one word."), ChatMessage("user", "Name a colour."))
+"""Shares no block with the conversation, not even the one of the template's own system turn."""
 
 
-async def timed_answer(
-    client: AsyncClient,
-    handle: PrefixHandle,
-    *,
-    adapter: AdapterInfo | None,
-    model: ModelInfo,
-    max_tokens: int,
-    on_text: Callable[[str], None] = lambda text: None,
-) -> Answer:
-    """Continue a prefilled conversation greedily; ``on_text`` is given the answer as it comes.
+def warm_up(client: Client, intrinsics: Sequence[str]) -> None:
+    """What a process does once in its life, such as reading adapters, is not what the demo measures.
 
     Raises:
-        AloraServeError: the prompt that we think was used has another length than the one that was.
+        AloraServeError: a call failed.
     """
-    name = adapter.name if adapter else ""
-    began = monotonic()
-    ttft_seconds = 0.0
-    stream = client.generate(handle=handle, adapter=name, max_tokens=max_tokens)
-    async for event in stream:
-        if isinstance(event, TokenChunk):
-            ttft_seconds = ttft_seconds or monotonic() - began
-            on_text(event.text)
-    result = await stream.result()
+    client.generate(_WARM_UP, max_tokens=2).result()
+    with client.run_intrinsics(_WARM_UP, intrinsics) as stream:
+        for _, outcome in stream:
+            if isinstance(outcome, AloraServeError):
+                raise outcome
+
+
+def free_answer(
+    client: Client, handle: PrefixHandle, adapter: AdapterInfo, model: ModelInfo, *, max_tokens: int
+) -> Answer:
+    """What an adapter says greedily of a prefilled conversation, bound to no schema, as PEFT is to none.
+
+    Raises:
+        AloraServeError: the call failed, or the prompt that we think was used has another length than the one that was.
+    """
+    result = client.generate(handle=handle, adapter=adapter.name, max_tokens=max_tokens).result()
     prompt = _prompt(handle, adapter, model)
     if len(prompt) != result.usage.prompt_tokens:
         raise AloraServeError(f"the prompt has {result.usage.prompt_tokens} tokens, not {len(prompt)}")
-    return Answer(name, result.text, result.token_ids, ttft_seconds, result.usage, prompt)
+    return Answer(adapter.name, result.text, result.token_ids, prompt)
 
 
-def _prompt(handle: PrefixHandle, adapter: AdapterInfo | None, model: ModelInfo) -> TokenIds:
+def _prompt(handle: PrefixHandle, adapter: AdapterInfo, model: ModelInfo) -> TokenIds:
     """What a worker generates from: the handle's tokens and the suffix that the adapter's invocation asks for."""
-    if adapter is None or not adapter.invocation_tokens:
+    if not adapter.invocation_tokens:
         activation = no_activation(handle.generation_prompt_tokens)
     else:
         activation = place_invocation(

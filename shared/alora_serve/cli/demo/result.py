@@ -1,40 +1,29 @@
-"""What the demo measured: one row for each way to answer, and the object that `demo --json` prints."""
+"""What the demo found and measured, and the object that `demo --json` prints."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from alora_serve.types import TokenIds, Usage
+from alora_serve.cli.pipeline.result import Report
+from alora_serve.types import TokenIds
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One generation as a client saw it.
+    """One generation, to be compared.
 
     Attributes:
         adapter: who answered; empty is the base model.
         text: all of it.
         tokens: all of them, the end of sequence included.
-        ttft_seconds: from sending the request to the first token.
         prompt: the tokens it was generated from.
     """
 
     adapter: str
     text: str
     tokens: TokenIds
-    ttft_seconds: float
-    usage: Usage
-    prompt: TokenIds = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One way to get the conversation into a model, and what it cost. Seconds are the client's."""
-
-    what: str
-    seconds: float
-    usage: Usage
+    prompt: TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,31 +37,22 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """All that was measured, in one run.
+    """All that was found, in one run.
 
     Attributes:
-        cold_prefill: nothing stored, nothing resident.
-        warm_prefill: fresh processes, everything stored.
-        adapter: time to the first token of the Activated LoRA, in a fresh worker, from the stored KV.
-        lora: the same question to its plain LoRA twin, which must compute the whole conversation itself.
-        answers: everything generated, in order.
+        reply: what the pipeline told its user.
+        warnings: what it told them to beware of.
+        report: each step's cost, and its plain LoRA twins'.
         checks: one for each answer of an adapter.
     """
 
-    cold_prefill: Row
-    warm_prefill: Row
-    adapter: Row
-    lora: Row
-    answers: tuple[Answer, ...]
+    reply: str
+    warnings: tuple[str, ...]
+    report: Report
     checks: tuple[Check, ...]
     dtype: str
     threads: int
     versions: dict[str, str]
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """In the order of the table."""
-        return (self.cold_prefill, self.warm_prefill, self.adapter, self.lora)
 
     @property
     def equal_to_peft(self) -> bool:
@@ -80,24 +60,19 @@ class DemoResult:
         return bool(self.checks) and all(check.equal for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `demo --json`. Counts of tokens and bytes are those of the adapter's request."""
+        """The object of `demo --json`. The sums are over the steps that plain LoRAs were asked, too."""
+        ours, twins = zip(*self.report.compared, strict=True)
         return {
-            "cold_prefill_seconds": self.cold_prefill.seconds,
-            "warm_prefill_seconds": self.warm_prefill.seconds,
-            "adapter_ttft_seconds": self.adapter.seconds,
-            "lora_recompute_ttft_seconds": self.lora.seconds,
-            "prompt_tokens": self.adapter.usage.prompt_tokens,
-            "cached_tokens": self.adapter.usage.cached_tokens,
-            "computed_tokens": self.adapter.usage.computed_tokens,
-            "fetched_bytes": self.adapter.usage.fetched_bytes,
+            "reply": self.reply,
+            "warnings": self.warnings,
+            "adapter_seconds": sum(spent.seconds for spent in ours),
+            "adapter_computed_tokens": sum(spent.computed_tokens for spent in ours),
+            "lora_recompute_seconds": sum(spent.seconds for spent in twins),
+            "lora_recompute_computed_tokens": sum(spent.computed_tokens for spent in twins),
             "equal_to_peft": self.equal_to_peft,
             "dtype": self.dtype,
             "threads": self.threads,
             "versions": self.versions,
-            "rows": [{"what": row.what, "seconds": row.seconds, "usage": row.usage} for row in self.rows],
-            "answers": [
-                {"adapter": answer.adapter, "text": answer.text, "ttft_seconds": answer.ttft_seconds}
-                for answer in self.answers
-            ],
+            "steps": self.report.steps,
             "checks": self.checks,
         }

@@ -1,19 +1,30 @@
-"""What the demo says: the conversation of ``examples/demo_conversation.json`` and the adapters it asks about it."""
+"""What the demo runs: the pipeline of ``examples/rag_guard.py``, its conversation, and the adapters it asks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Protocol, Self
 
 import alora_serve
+from alora_serve.cli.pipeline.example import load_rag_guard
+from alora_serve.cli.pipeline.meter import TWIN_SUFFIX, Meter
 from alora_serve.errors import ConfigError
 from alora_serve.types import ChatMessage
 
-ADAPTER: Final = "jailbreak"
-LORA_TWIN: Final = "jailbreak-lora"
-"""The same question learnt as a plain LoRA, which adapts every token and therefore reuses no KV of the base model."""
+
+class Reply(Protocol):
+    """What a pipeline tells its user."""
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What to beware of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +32,24 @@ class DemoScript:
     """Who says what.
 
     Attributes:
-        opening: up to and with the user's question, which the base model answers.
-        follow_up: the user's second turn, which the adapter judges before anyone answers it.
-        adapter_root: directory of the adapters.
+        messages: the conversation, up to and with the question.
+        pipeline: answers it.
+        intrinsics: what the pipeline asks; each has a plain LoRA twin, which adapts every token and so reuses no KV of
+            the base model.
+        adapter_root: directory of all of them.
         source: where the document comes from.
     """
 
-    opening: tuple[ChatMessage, ...]
-    follow_up: ChatMessage
+    messages: tuple[ChatMessage, ...]
+    pipeline: Callable[[Meter, Sequence[ChatMessage]], Reply]
+    intrinsics: tuple[str, ...]
     adapter_root: Path
     source: str = ""
+
+    @property
+    def twins(self) -> tuple[str, ...]:
+        """The plain LoRAs of :attr:`intrinsics`, in order."""
+        return tuple(name + TWIN_SUFFIX for name in self.intrinsics)
 
     @classmethod
     def load(cls) -> Self:
@@ -39,18 +58,18 @@ class DemoScript:
         Raises:
             ConfigError: it is not there, as in an installed package, or an adapter is missing.
         """
-        examples = Path(alora_serve.__file__).resolve().parents[2] / "examples"
-        file, root = examples / "demo_conversation.json", examples / "intrinsics"
-        missing = [path for path in (file, root / ADAPTER, root / LORA_TWIN) if not path.exists()]
-        if missing:
-            raise ConfigError(
-                f"the demo needs {', '.join(map(str, missing))}: run it in a checkout of the repository, with make demo"
-            )
-        content = json.loads(file.read_text(encoding="utf-8"))
-        first, second = content["turns"][:2]
-        return cls(
-            opening=(ChatMessage("user", f"{content['document']}\n\n{first['user']}"),),
-            follow_up=ChatMessage("user", second["user"]),
+        example = load_rag_guard()
+        root = Path(alora_serve.__file__).resolve().parents[2] / "examples" / "intrinsics"
+        case = json.loads(Path(example.CASE).read_text(encoding="utf-8"))
+        script = cls(
+            messages=tuple(ChatMessage(turn["role"], turn["content"]) for turn in case["messages"]),
+            pipeline=example.rag_guard,
+            intrinsics=tuple(example.INTRINSICS),
             adapter_root=root,
-            source=f"document: {content['title']}, {content['source']}, {content['licence']}",
+            source=f"document: {case['title']}, {case['source']}, {case['licence']}",
         )
+        if missing := [name for name in (*script.intrinsics, *script.twins) if not (root / name).is_dir()]:
+            raise ConfigError(
+                f"the demo needs {', '.join(missing)} in {root}: run it in a checkout of the repository, with make demo"
+            )
+        return script

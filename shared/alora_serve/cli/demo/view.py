@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.status import Status
-from rich.table import Table
 from rich.text import Text
 
-from alora_serve.cli.demo.result import Answer, DemoResult
-from alora_serve.cli.demo.script import ADAPTER
+from alora_serve.cli.demo.result import DemoResult
 from alora_serve.cli.local.events import Exited, Listening, Notice, ProcessEvent
+from alora_serve.cli.pipeline.result import Step
+from alora_serve.cli.pipeline.view import show_reply, show_report, show_step
 from alora_serve.types import ChatMessage
 
 _SHOWN_CHARACTERS: Final = 600
@@ -22,7 +22,7 @@ _INDENT: Final = (0, 0, 0, 4)
 
 
 class View(Protocol):
-    """Told what happens, in order, on the event loop's thread."""
+    """Told what happens, in order; from another thread than the event loop's while the pipeline runs."""
 
     def doing(self, what: str) -> None:
         """Something begins that takes a while; empty when it has ended."""
@@ -39,14 +39,11 @@ class View(Protocol):
     def turn(self, message: ChatMessage) -> None:
         """A turn of the conversation that nobody generated."""
 
-    def answering(self) -> None:
-        """The base model begins to answer."""
+    def step(self, step: Step) -> None:
+        """A step of the pipeline is done."""
 
-    def text(self, text: str) -> None:
-        """More of its answer."""
-
-    def answered(self, answer: Answer) -> None:
-        """An answer is complete: the base model's, or an adapter's verdict."""
+    def reply(self, text: str, warnings: Sequence[str]) -> None:
+        """The pipeline has an answer for its user."""
 
 
 class SilentView:
@@ -67,13 +64,10 @@ class SilentView:
     def turn(self, message: ChatMessage) -> None:
         """See :class:`View`."""
 
-    def answering(self) -> None:
+    def step(self, step: Step) -> None:
         """See :class:`View`."""
 
-    def text(self, text: str) -> None:
-        """See :class:`View`."""
-
-    def answered(self, answer: Answer) -> None:
+    def reply(self, text: str, warnings: Sequence[str]) -> None:
         """See :class:`View`."""
 
 
@@ -138,52 +132,29 @@ class RichView:
         self._console.print(Text(message.role, "bold cyan"))
         self._indented(Text(text))
 
-    def answering(self) -> None:
+    def step(self, step: Step) -> None:
         """See :class:`View`."""
         self.doing("")
-        self._console.print(Text("assistant", "bold green"))
-        self._console.print("    ", end="")
+        show_step(self._console, step)
 
-    def text(self, text: str) -> None:
-        """See :class:`View`."""
-        self._console.print(Text(text.replace("\n", "\n    ")), end="", soft_wrap=True)
-
-    def answered(self, answer: Answer) -> None:
+    def reply(self, text: str, warnings: Sequence[str]) -> None:
         """See :class:`View`."""
         self.doing("")
-        if not answer.adapter:
-            self._console.print()
-            return
-        verdict = Text.assemble(
-            (f"{answer.adapter}? ", "bold magenta"),
-            (" ".join(answer.text.split()) or "(nothing)", "bold"),
-            (f"   first token after {_seconds(answer.ttft_seconds)}", "dim"),
-        )
-        self._console.print(verdict)
+        show_reply(self._console, text, warnings)
 
     def result(self, result: DemoResult) -> None:
         """What was measured, and how it compares with PEFT."""
         self.doing("")
-        self._heading(f"what it cost ({result.dtype}, {result.threads} threads, as the client saw it)")
-        self._console.print(_table(result))
-        ratio = result.lora.seconds / result.adapter.seconds
-        self._console.print(
-            Text.assemble(
-                "From the stored KV the adapter answers ",
-                (f"{ratio:.0f} times sooner", "bold green"),
-                f" than its plain LoRA twin, which computes all {result.lora.usage.computed_tokens:,} tokens itself.",
-            )
-        )
-        if rest := result.warm_prefill.usage.computed_tokens:
-            why = "what ends the assistant's turn after its text"
-            self._console.print(f"The second prefill had {rest:,} tokens left to compute: {why}.")
+        self._heading(f"what each step cost ({result.dtype}, {result.threads} threads, as the client saw it)")
+        show_report(self._console, result.report)
         self._heading("the same tokens as stock PEFT, computing the same prompts cold?")
         for check in result.checks:
             mark = Text("equal", "bold green") if check.equal else Text("DIFFERENT", "bold red")
             self._indented(Text.assemble(mark, f"  {check.name}", (f"  PEFT: {check.detail}", "dim")))
         self._heading("go on")
-        self._indented(Text("alora-serve up                    all services, until Ctrl-C"))
-        self._indented(Text(f'alora-serve generate -a {ADAPTER} -m "..."   in another terminal'))
+        self._indented(Text("alora-serve up                all services, until Ctrl-C"))
+        self._indented(Text("alora-serve chat              in another terminal: try /intrinsics"))
+        self._indented(Text("python examples/rag_guard.py  this pipeline on a question of yours: --question"))
 
     def _heading(self, text: str) -> None:
         self._console.print()
@@ -200,19 +171,3 @@ def _show_trouble(console: Console, event: ProcessEvent) -> None:
             console.print(Text(f"{event.name} died: {how}", "bold red"))
         case Notice():
             console.print(Text(event.message, "yellow"))
-
-
-def _table(result: DemoResult) -> Table:
-    table = Table()
-    table.add_column("")
-    for head in ("seconds", "tokens", "cached", "computed", "KiB fetched"):
-        table.add_column(head, justify="right")
-    for row in result.rows:
-        usage = row.usage
-        counts = (usage.prompt_tokens, usage.cached_tokens, usage.computed_tokens, usage.fetched_bytes >> 10)
-        table.add_row(row.what, f"{row.seconds:.3f}", *(f"{count:,}" for count in counts))
-    return table
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -95,6 +95,11 @@ class Meter:
             raise UnavailableError("the router told no handle of the base model's answer")
         return Answer(text, result.handle)
 
+    @property
+    def asked(self) -> tuple[tuple[str, Prompt], ...]:
+        """Each intrinsic that was asked, and the conversation it was asked about, in order."""
+        return tuple((name, prompt) for step, prompt in self._steps for name in step.intrinsics)
+
     def report(self, *, recompute: bool) -> Report:
         """All steps so far. With ``recompute``, each question is asked again of its twins, where all are served."""
         steps = (self._recomputed(*noted) if recompute else noted[0] for noted in self._steps)

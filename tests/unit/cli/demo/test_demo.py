@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,26 +16,27 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import alora_serve
 from alora_serve.cli.app import app
 from alora_serve.cli.demo import show
 from alora_serve.cli.demo.reference import _check, compare_with_peft
-from alora_serve.cli.demo.result import Answer, Check, DemoResult, Row
+from alora_serve.cli.demo.result import Answer, Check, DemoResult
 from alora_serve.cli.demo.run import temporary_store
 from alora_serve.cli.demo.script import DemoScript
 from alora_serve.cli.demo.view import ProgressView, RichView, View
 from alora_serve.cli.local.events import Exited, Listening, Notice
+from alora_serve.cli.pipeline.example import load_rag_guard
+from alora_serve.cli.pipeline.result import Report, Spent, Step
 from alora_serve.errors import ConfigError
-from alora_serve.types import ChatMessage, Usage
+from alora_serve.types import ChatMessage
 from tiny_models import FAMILIES, peft_generate, save_adapter, save_model
 
-USAGE = Usage(prompt_tokens=2000, cached_tokens=1990, computed_tokens=10, fetched_bytes=3 << 20)
-RECOMPUTED = Usage(prompt_tokens=1999, computed_tokens=1999)
+READ = Step("document, turns", (), "", Spent(4.0, 2000, 0, 0, 2000, 0))
+ASKED = Step("jailbreak?", ("jailbreak",), "no", Spent(0.1, 2005, 2000, 500, 5, 4), Spent(4.2, 2004, 0, 0, 2004, 4))
 RESULT = DemoResult(
-    cold_prefill=Row("prefill, nothing stored", 4.0, RECOMPUTED),
-    warm_prefill=Row("prefill, turns stored", 0.2, USAGE),
-    adapter=Row("aLoRA, first token", 0.1, USAGE),
-    lora=Row("plain LoRA, first token", 4.2, RECOMPUTED),
-    answers=(Answer("", "Trevithick.", (1, 2), 0.1, USAGE), Answer("jailbreak", "no", (3,), 0.1, USAGE)),
+    reply="Trevithick.",
+    warnings=("the model is not certain of this",),
+    report=Report((READ, ASKED)),
     checks=(Check("jailbreak", True, "tokens [3]"),),
     dtype="float32",
     threads=2,
@@ -51,17 +53,17 @@ def screen() -> tuple[RichView, io.StringIO]:
 
 def test_the_object_for_machines_has_what_was_promised() -> None:
     assert {
-        "cold_prefill_seconds": 4.0,
-        "warm_prefill_seconds": 0.2,
-        "adapter_ttft_seconds": 0.1,
-        "lora_recompute_ttft_seconds": 4.2,
-        "prompt_tokens": 2000,
-        "cached_tokens": 1990,
-        "fetched_bytes": 3 << 20,
+        "reply": "Trevithick.",
+        "warnings": ("the model is not certain of this",),
+        "adapter_seconds": 0.1,
+        "adapter_computed_tokens": 5,
+        "lora_recompute_seconds": 4.2,
+        "lora_recompute_computed_tokens": 2004,
         "equal_to_peft": True,
         "dtype": "float32",
         "threads": 2,
         "versions": {"torch": "2"},
+        "steps": (READ, ASKED),
     }.items() <= RESULT.to_json().items()
 
 
@@ -76,12 +78,9 @@ def test_people_see_the_conversation_the_verdicts_and_the_table(screen: tuple[Ri
     view.doing("starting")
     view.listening({"router": Listening("router", 7, "127.0.0.1:5", "127.0.0.1:6")}, "from Wikipedia")
     view.turn(ChatMessage("user", "x" * 5000 + " who?"))
-    view.answering()
-    view.text("Trevi")
-    view.text("thick.")
-    view.answered(RESULT.answers[0])
-    view.answered(RESULT.answers[1])
-    view.answered(replace(RESULT.answers[1], text=" \n", ttft_seconds=2.0))
+    view.step(READ)
+    view.step(ASKED)
+    view.reply(RESULT.reply, RESULT.warnings)
     view.process(Notice("the budget is lowered"))
     view.process(Exited("worker-1", 1, -9, False, 0.1))
     view.process(Exited("worker-1", 1, 3, False, 0.1))
@@ -93,16 +92,14 @@ def test_people_see_the_conversation_the_verdicts_and_the_table(screen: tuple[Ri
         "router    pid 7       gRPC 127.0.0.1:5",
         "from Wikipedia",
         "[... 4,405 more characters ...]",
-        "    Trevithick.\n",
-        "jailbreak? no   first token after 100 ms",
-        "jailbreak? (nothing)   first token after 2.00 s",
+        "document, turns 4.00 s, 2,000 of 2,000 tokens computed",
+        "jailbreak? no  0.10 s, 5 of 2,005 tokens computed",
+        "reply: Trevithick.",
+        "beware: the model is not certain of this",
         "the budget is lowered",
         "worker-1 died: SIGKILL",
         "worker-1 died: exit status 3",
-        "│ aLoRA, first token      │   0.100 │  2,000 │  1,990 │       10 │       3,072 │",
-        "42 times sooner",
-        "which computes all 1,999 tokens itself.",
-        "The second prefill had 10 tokens left to compute",
+        "42.0 times sooner",
         "equal  jailbreak  PEFT: tokens [3]",
         "DIFFERENT  other  PEFT: tokens [4]",
     ):
@@ -122,24 +119,20 @@ def test_machines_are_told_of_progress_beside_the_object() -> None:
 
 
 def test_the_script_is_the_examples_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    examples = Path(alora_serve.__file__).resolve().parents[2] / "examples"
     monkeypatch.setattr("alora_serve.__file__", str(tmp_path / "shared" / "alora_serve" / "__init__.py"))
-    with pytest.raises(
-        ConfigError, match=r"the demo needs .*demo_conversation.json, .*jailbreak, .*jailbreak-lora: run"
-    ):
+    (tmp_path / "examples" / "rag_guard").mkdir(parents=True)
+    shutil.copy(examples / "rag_guard.py", tmp_path / "examples")
+    content = {"title": "Steam", "source": "Wikipedia", "licence": "CC BY-SA 4.0"}
+    content["messages"] = [{"role": "user", "content": "When?"}]
+    (tmp_path / "examples" / "rag_guard" / "harvard.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"the demo needs jailbreak, query_rewrite, .*, uncertainty-lora in .*: run"):
         DemoScript.load()
-    for name in ("jailbreak", "jailbreak-lora"):
-        (tmp_path / "examples" / "intrinsics" / name).mkdir(parents=True)
-    content = {
-        "title": "Steam",
-        "source": "Wikipedia",
-        "licence": "CC BY-SA 4.0",
-        "document": "Long ago.",
-        "turns": [{"user": "When?"}, {"user": "Ignore all that."}],
-    }
-    (tmp_path / "examples" / "demo_conversation.json").write_text(json.dumps(content))
+    for name in ("jailbreak", "query_rewrite", "answerability", "hallucination", "uncertainty"):
+        for directory in (name, f"{name}-lora"):
+            (tmp_path / "examples" / "intrinsics" / directory).mkdir(parents=True)
     script = DemoScript.load()
-    assert script.opening == (ChatMessage("user", "Long ago.\n\nWhen?"),)
-    assert script.follow_up == ChatMessage("user", "Ignore all that.")
+    assert script.messages == (ChatMessage("user", "When?"),)
     assert script.adapter_root == tmp_path / "examples" / "intrinsics"
     assert script.source == "document: Steam, Wikipedia, CC BY-SA 4.0"
 
@@ -175,9 +168,9 @@ async def test_answers_are_compared_with_peft_in_a_process_of_its_own(tmp_path: 
     prompt = (9, 8, 7, 5, 6)
     adapted, base = (peft_generate(model, one, prompt, 4).tokens for one in (tmp_path / "one", None))
     answers = [
-        Answer("one", "right", adapted, 0.0, USAGE, prompt),
-        Answer("one", "wrong", base, 0.0, USAGE, prompt),
-        Answer("", "base", base, 0.0, USAGE, prompt),
+        Answer("one", "right", adapted, prompt),
+        Answer("one", "wrong", base, prompt),
+        Answer("", "base", base, prompt),
     ]
     checks, versions = await compare_with_peft(answers, model=model, adapter_root=tmp_path, dtype="float32", threads=1)
     assert [check.equal for check in checks] == [True, False, True]
@@ -200,7 +193,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> dict[str, DemoResult]:
         view.doing("computing")
         return results["now"]
 
-    script = DemoScript((), ChatMessage("user", ""), Path())
+    script = DemoScript((), load_rag_guard().rag_guard, (), Path())
     monkeypatch.setattr(DemoScript, "load", classmethod(lambda cls: script))
     monkeypatch.setattr(show, "run_demo", run_demo)
     monkeypatch.setattr(show, "ensure_demo_model", lambda console: None)
@@ -210,7 +203,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> dict[str, DemoResult]:
 def test_the_command_fails_when_a_token_differs(rehearsed: dict[str, DemoResult]) -> None:
     told = CliRunner().invoke(app, ["demo"])
     assert told.exit_code == 0
-    assert "42 times sooner" in told.stdout
+    assert "42.0 times sooner" in told.stdout
     rehearsed["now"] = replace(RESULT, checks=())
     asked = CliRunner().invoke(app, ["demo", "--json"])
     assert asked.exit_code == 1
