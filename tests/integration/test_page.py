@@ -25,8 +25,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PATIENCE_MILLISECONDS = 60_000
 _SOMETHING = re.compile(r"[^\s…]")
-PLAIN, TYPED = "answer", "verdict"
+PLAIN, TYPED = "answer", "jailbreak"
 """An adapter that nothing defines, and an intrinsic."""
+DOCUMENT = "A password of four random words is long, and a picture helps to remember them. "
 QUESTION = "How do I choose a password that I can remember?"
 
 
@@ -163,15 +164,16 @@ async def test_it_chats_shows_verdicts_as_they_come_and_where_time_went(page: Pa
         assert found.violations_count == 0, found.generate_report()
     await page.emulate_media(color_scheme="light")
     if picture := os.environ.get("ALORA_TEST_PAGE_PICTURE"):
+        await page.reload()
+        await converse(page, "jailbreak", "answerability", "uncertainty", document=DOCUMENT)
         await page.screenshot(path=Path(picture), full_page=True)
 
 
 async def test_a_document_is_seen_by_the_base_model_and_by_adapters_from_the_same_kv(page: Page) -> None:
     """SmolLM2's template has no place for one; the page's system message stands before it."""
-    document = "A password of four random words is long, and a picture helps to remember them. " * 4
-    await converse(page, TYPED, tokens=8, document=document)
+    await converse(page, TYPED, tokens=8, document=DOCUMENT * 4)
     rows = await timeline(page)
-    words = len(document.split())
+    words = len((DOCUMENT * 4).split())
     assert len(rows) == 3
     assert all(row.cached + row.computed > words for row in rows)
     asked = on_the_answer(rows, TYPED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -124,14 +123,12 @@ def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
 
 
 def save_smollm2_adapters(directory: Path, examples: Path, root: Path) -> ServedModel:
-    """SmolLM2 with the trained adapters of the examples, one of them also as the intrinsic ``verdict``, and a random
-    one that the generation prompt invokes and nothing defines."""
+    """SmolLM2 with the trained adapters of the examples, and a random one that the generation prompt invokes and
+    nothing defines."""
     invocations = {"jailbreak": "<|im_start|>jailbreak<|im_end|>", "answer": "<|im_start|>assistant\n"}
     answering = list(tokens_of(invocations["answer"], directory))
     settings = {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": answering}
     save_adapter(directory, root / "answer", seed=0, **settings)
-    shutil.copytree(examples / "jailbreak", root / "verdict")
-    (root / "verdict" / "io.yaml").write_text(YES_OR_NO)
     return ServedModel(directory, (examples, root), "jailbreak", "answer", "jailbreak-lora", invocations)
 
 
