@@ -42,9 +42,7 @@ async def prompt_tokens(running: Deployed) -> float:
 
 
 @pytest.mark.timeout(900)
-async def test_mellea_runs_intrinsics_and_chats(
-    smollm2: Deployed, tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
+async def test_mellea_runs_intrinsics_and_chats(smollm2: Deployed, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     asked = [
         {"intrinsic": "jailbreak", "messages": [{"role": "user", "content": text}]} for text in (BENIGN, JAILBREAK)
     ]
