@@ -15,7 +15,6 @@ their seeds read. The aLoRAs are trained first, then the twins.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -41,7 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     parser.add_argument("--state", type=Path, default=Path("build/intrinsics"), help="where everything is kept")
     parser.add_argument("--keep-prefixes", action="store_true", help="further seeds will be trained later")
-    parser.add_argument("--ship", action="store_true", help="copy the best seed of each into examples/intrinsics")
+    parser.add_argument("--ship", action="store_true", help="copy the first seed of each into examples/intrinsics")
     parser.add_argument("--train-flags", nargs=argparse.REMAINDER, default=[], help="last: for `alora-serve train`")
     return parser.parse_args(argv)
 
@@ -109,23 +108,13 @@ def drop_prefixes(arguments: argparse.Namespace) -> None:
             shutil.rmtree(arguments.state / "prefixes" / task, ignore_errors=True)
 
 
-def best_seed(task: str, kind: str, arguments: argparse.Namespace) -> Path | None:
-    """The directory of the seed with the lowest validation loss, None when none is trained."""
-    losses = {}
-    for seed in arguments.seeds:
-        directory = arguments.state / Run(task, kind, seed).name
-        if (directory / DONE).is_file():
-            losses[json.loads((directory / DONE).read_text())["trained"]["validation"][-1]["loss"]] = directory
-    return losses[min(losses)] if losses else None
-
-
 def ship(arguments: argparse.Namespace) -> None:
-    """Copy the best seed of each task and kind to where the repository keeps adapters."""
+    """Copy the first seed of each task and kind, not the luckiest, to where the repository keeps adapters."""
     for task in arguments.only:
         for kind in arguments.kinds:
-            source = best_seed(task, kind, arguments)
-            if source is None:
-                print(f"{task} {kind}: none is trained")
+            source = arguments.state / Run(task, kind, arguments.seeds[0]).name
+            if not (source / DONE).is_file():
+                print(f"{source.name} is not trained")
                 continue
             target = SHIPPED / (task if kind == "alora" else f"{task}-lora")
             shutil.rmtree(target, ignore_errors=True)
