@@ -46,8 +46,8 @@ class Verdict:
 
     @property
     def shown(self) -> str:
-        """The result as people read it."""
-        return self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False)
+        """The result as people read it: numbers with at most three digits after the point."""
+        return self.value if isinstance(self.value, str) else json.dumps(_rounded(self.value), ensure_ascii=False)
 
     @property
     def likelihood(self) -> float | None:
@@ -57,6 +57,17 @@ class Verdict:
         fields = self.value.values() if isinstance(self.value, dict) else ()
         numbers = [float(field) for field in fields if type(field) in (int, float)]
         return numbers[0] if len(numbers) == 1 else None
+
+
+def _rounded(value: Any) -> Any:
+    match value:
+        case float():
+            return round(value, 3)
+        case dict():
+            return {name: _rounded(part) for name, part in value.items()}
+        case list():
+            return [_rounded(part) for part in value]
+    return value
 
 
 def untyped(adapters: Iterable[AdapterInfo]) -> frozenset[str]:

@@ -8,6 +8,11 @@ from alora_serve.cli.verdicts import Verdict
 @pytest.mark.parametrize(
     ("value", "likelihood", "shown"),
     [
+        (
+            {"likelihood": 0.0052201, "spans": [{"begin": 3, "weight": 0.98765}]},
+            0.0052201,
+            '{"likelihood": 0.005, "spans": [{"begin": 3, "weight": 0.988}]}',
+        ),
         ({"answerability_likelihood": 0.25}, 0.25, '{"answerability_likelihood": 0.25}'),
         ({"certainty": 1, "because": "it says so"}, 1.0, '{"certainty": 1, "because": "it says so"}'),
         ({"rewritten_question": "Où?"}, None, '{"rewritten_question": "Où?"}'),

@@ -28,13 +28,15 @@ def warm_up(client: Client, intrinsics: Sequence[str]) -> None:
 
 
 def free_answer(
-    client: Client, handle: PrefixHandle, adapter: AdapterInfo, model: ModelInfo, *, max_tokens: int
+    client: Client, conversation: PrefixHandle, adapter: AdapterInfo, model: ModelInfo, *, max_tokens: int
 ) -> Answer:
-    """What an adapter says greedily of a prefilled conversation, bound to no schema, as PEFT is to none.
+    """What an adapter says greedily of a conversation, bound to no schema, as PEFT is to none.
 
     Raises:
         AloraServeError: the call failed, or the prompt that we think was used has another length than the one that was.
     """
+    # An answer's handle ends inside its turn; this one has all tokens that the adapter reads.
+    handle = client.prefill(handle=conversation).handle if conversation.open_turn else conversation
     result = client.generate(handle=handle, adapter=adapter.name, max_tokens=max_tokens).result()
     prompt = _prompt(handle, adapter, model)
     if len(prompt) != result.usage.prompt_tokens:
