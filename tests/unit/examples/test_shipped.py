@@ -39,8 +39,7 @@ def test_an_adapter_says_what_it_is_and_where_it_comes_from(name: str, examples_
     assert bool(config["alora_invocation_tokens"]) == (not name.endswith("-lora"))
     weights = load_file(directory / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    definition = parse_definition((directory / "io.yaml").read_bytes())
-    assert definition.response_format is not None
+    assert parse_definition((directory / "io.yaml").read_bytes()).json_schema
     card = (directory / "README.md").read_text()
     for fact in ("Data: ", "Apache-2.0", "| steps |", "| rank, alpha, targets |"):
         assert fact in card
