@@ -3,8 +3,8 @@
 In fp32 the logits of plain weights are within 1e-4 of those that stock PEFT computes in float64. (From PEFT's own fp32
 logits they may be as far as both are from float64 together; a processor with AVX-512 gives 1.05e-4 once.) Packed
 weights round more, and the strong adapter magnifies rounding so much that PEFT computing a prompt at once and token by
-token is up to 2.5e-4 from itself. There the measure is how far PEFT's logits are from the float64 model's: ours may be a
-few times as far.
+token is up to 2.5e-4 from itself. There the measure is how far PEFT's logits are from the float64 model's: ours may be
+a few times as far.
 
 In bf16 rounding depends on matrix shapes, so equal tokens are not promised: stock ``generate`` itself differs. A
 delivered greedy token is *wrong* when, teacher-forced through a cold fp32 PEFT run, its logit is more than τ below the
@@ -40,8 +40,8 @@ from tiny_models import forced_logits, greedy, largest_gap, load_peft, save_adap
 TAU = 0.25
 ANSWER_TOKENS = 24
 ROUNDING = 1e-4
-"""Largest difference from float64's logits, which reach 36 here, with plain weights. On two processors with several sets
-of kernels each it was at most 0.76e-4; that of PEFT's own fp32 logits, 0.9e-4."""
+"""Largest difference from float64's logits, which reach 36 here, with plain weights. On two processors with several
+sets of kernels each it was at most 0.76e-4; that of PEFT's own fp32 logits, 0.9e-4."""
 TIMES_PEFTS = 3.0
 """Largest distance from the float64 model, in PEFT's own largest ones with that kind of adapter. Here it is 1.2 to 1.8;
 with other kernels (``MKL_CBWR``) up to 2.1, with other conversations up to 2.7."""

@@ -75,11 +75,15 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:
     twin = fields.pop("lora", {})
     if not isinstance(twin, dict):
         raise ConfigError(f"the recipe {path} is not valid: lora: should be a table, [lora]")
-    if given.get("kind") == "lora":
-        fields.pop("invocation", None)
-        fields |= twin
+    plain = {name: value for name, value in fields.items() if name != "invocation"} | twin | {"kind": "lora"}
+    if twin:  # a mistake in it is found whichever of the two is trained
+        _validated(plain, path)
+    return _validated({**(plain if given.get("kind") == "lora" else fields), **given}, path)
+
+
+def _validated(fields: Mapping[str, Any], path: Path | None) -> Recipe:
     try:
-        return Recipe.model_validate({**fields, **given})
+        return Recipe.model_validate(fields)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"the recipe{f' {path}' if path else ''} is not valid: {problems}") from error

@@ -33,8 +33,9 @@ def test_what_is_otherwise_for_the_twin_stands_in_a_table_and_flags_override_it(
     assert load_recipe(recipe_file, {"kind": "lora"}).epochs == 3
     assert load_recipe(recipe_file, {"kind": "lora", "epochs": 1}).epochs == 1
     recipe_file.write_text(recipe_file.read_text().replace("epochs = 3", "epoch = 3"))
-    with pytest.raises(ConfigError, match="epoch"):
-        load_recipe(recipe_file, {"kind": "lora"})
+    for kind in ("alora", "lora"):
+        with pytest.raises(ConfigError, match="epoch"):
+            load_recipe(recipe_file, {"kind": kind})
     recipe_file.write_text("lora = 3\n")
     with pytest.raises(ConfigError, match=r"should be a table, \[lora\]"):
         load_recipe(recipe_file, {})
