@@ -1,7 +1,8 @@
 """Judges the trained intrinsics on their test sets, through the services, and writes the table of docs/intrinsics.md.
 
 Starts a deployment on this machine, has every adapter under ``--state`` answer ``DIR/TASK/test.jsonl``, and the base
-model too, asked in words. What was answered is kept, so that a stopped run goes on::
+model too, asked in words. Jailbreak has a second test set, inside longer conversations. What was answered is kept, so
+that a stopped run goes on::
 
     python examples/evaluate_intrinsics.py --data DIR                      # ask what was not asked yet, then show
     python examples/evaluate_intrinsics.py --data DIR --only jailbreak
@@ -20,12 +21,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Final
 
+from draw_reliability import draw_reliability
 from rich.console import Console
 from rich.table import Table
-from train_intrinsics import DONE, KINDS, PREPARED, RECIPES, TASKS
+from train_intrinsics import DONE, EXAMPLES, KINDS, PREPARED, RECIPES, TASKS
 
 from alora_serve.cli.demo.run import temporary_store
 from alora_serve.cli.local import DeploymentOptions, LocalDeployment
@@ -33,9 +35,8 @@ from alora_serve.cli.training.judged import progress, read_test_rows
 from alora_serve.client import Client
 from alora_serve.evaluation.asking import IntrinsicAsker
 from alora_serve.evaluation.bootstrap import Difference, estimate
-from alora_serve.evaluation.report import SCORES, Evaluation, compared, load_evaluation, summed_up, to_json
+from alora_serve.evaluation.report import RESAMPLES, SCORES, Evaluation, compared, load_evaluation, summed_up, to_json
 from alora_serve.evaluation.run import Subject, evaluate
-from alora_serve.evaluation.scores import reliability
 from alora_serve.training.rows import Row
 
 BASE: Final = "base"
@@ -71,6 +72,33 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @dataclass(frozen=True, slots=True)
+class TestSet:
+    """Rows that everything trained for a task is asked about.
+
+    Attributes:
+        file: the rows'.
+        about: what is special about them.
+    """
+
+    task: str
+    file: str = "test.jsonl"
+    about: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its results, and for people."""
+        return f"{self.task}, {self.about}" if self.about else self.task
+
+
+def test_sets(tasks: Iterable[str]) -> Iterable[TestSet]:
+    """All of them, in order."""
+    for task in tasks:
+        yield TestSet(task)
+        if task == "jailbreak":
+            yield TestSet(task, "test_context.jsonl", "in conversations")
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """What is known, and where it is kept."""
 
@@ -81,10 +109,13 @@ class Results:
         """Of one evaluation, such as ``jailbreak-alora-0`` or ``jailbreak-base``."""
         return self.directory / f"{name}.json"
 
-    def of(self, task: str, kind: str) -> list[Evaluation]:
-        """All seeds that were judged."""
-        names = [f"{task}-{BASE}"] if kind == BASE else [f"{task}-{kind}-{seed}" for seed in self.seeds]
-        return [load_evaluation(self.file(name)) for name in names if self.file(name).is_file()]
+    def of(self, asked: TestSet, kind: str) -> dict[int, Evaluation]:
+        """Those that were judged, by their seeds; the base model's stands under the first."""
+        if kind == BASE:
+            files = {self.seeds[0]: self.file(f"{asked.name}-{BASE}")}
+        else:
+            files = {seed: self.file(f"{asked.name}-{kind}-{seed}") for seed in self.seeds}
+        return {seed: load_evaluation(file) for seed, file in files.items() if file.is_file()}
 
     def seconds(self, task: str, kind: str) -> float | None:
         """Median time of a call about a conversation whose KV is there; None where it was not measured."""
@@ -92,16 +123,17 @@ class Results:
         return float(median(json.loads(file.read_text())[kind])) if file.is_file() else None
 
 
-def test_rows(task: str, arguments: argparse.Namespace) -> list[Row]:
-    """The test set of a task.
+def test_rows(asked: TestSet, arguments: argparse.Namespace) -> list[Row]:
+    """The rows of a test set.
 
     Raises:
-        SystemExit: there is none; says what to do.
+        SystemExit: there are none; says what to do.
     """
-    for folder in (PREPARED / task, *([arguments.data / task] if arguments.data and task != "uncertainty" else [])):
-        if (folder / "test.jsonl").is_file():
-            return read_test_rows([folder / "test.jsonl"], arguments.limit)
-    raise SystemExit(f"error: no test rows of {task}: give --data DIR, or run examples/prepare_uncertainty.py")
+    given = [arguments.data] if arguments.data and asked.task != "uncertainty" else []
+    for folder in (PREPARED, *given, EXAMPLES / "data"):
+        if (folder / asked.task / asked.file).is_file():
+            return read_test_rows([folder / asked.task / asked.file], arguments.limit)
+    raise SystemExit(f"error: no test rows of {asked.name}: give --data DIR, or run examples/prepare_uncertainty.py")
 
 
 def subjects(task: str, arguments: argparse.Namespace) -> Iterable[tuple[str, Subject]]:
@@ -116,23 +148,24 @@ def subjects(task: str, arguments: argparse.Namespace) -> Iterable[tuple[str, Su
 
 def judge(client: Client, arguments: argparse.Namespace, results: Results) -> None:
     """Ask all that was not asked yet."""
-    for task in arguments.only:
-        rows = test_rows(task, arguments)
-        for name, subject in subjects(task, arguments):
-            if results.file(name).is_file():
+    for asked in test_sets(arguments.only):
+        rows = test_rows(asked, arguments)
+        for name, subject in subjects(asked.task, arguments):
+            file = results.file(name.replace(asked.task, asked.name, 1))
+            if file.is_file():
                 continue
-            print(f"judging {name}", file=sys.stderr, flush=True)
+            print(f"judging {file.stem}", file=sys.stderr, flush=True)
             with progress(len(rows)) as on_answer:
                 evaluation = evaluate(client, subject, rows, arguments.together, on_answer)
-            whole = results.file(name).with_suffix(".part")
+            whole = file.with_suffix(".part")
             whole.write_text(json.dumps(to_json(evaluation, summed_up(evaluation)), ensure_ascii=False) + "\n")
-            whole.rename(results.file(name))
+            whole.rename(file)
 
 
 def time_calls(client: Client, arguments: argparse.Namespace, results: Results) -> None:
     """Seconds of calls about conversations that another seed was asked about a moment ago."""
     for task in arguments.only:
-        rows = test_rows(task, arguments)
+        rows = test_rows(TestSet(task), arguments)
         step = max(1, len(rows) // TIMED_ROWS)
         before = IntrinsicAsker(client, f"{task}-alora-{arguments.seeds[-1]}")
         askers = {kind: IntrinsicAsker(client, f"{task}-{kind}-{arguments.seeds[0]}") for kind in KINDS}
@@ -147,11 +180,9 @@ def time_calls(client: Client, arguments: argparse.Namespace, results: Results) 
 
 
 def _with_interval(runs: Sequence[Evaluation], metric: str) -> str:
-    """Mean over seeds; the interval is over items, of the middle run."""
-    values = [SCORES[metric](run.items) for run in runs]
-    run = sorted(runs, key=lambda run: SCORES[metric](run.items))[len(runs) // 2]
-    found = estimate(run.items, SCORES[metric], 1000)
-    return f"{mean(values):.3f} ({found.low:.3f} to {found.high:.3f})"
+    """Mean over seeds, and its interval over items."""
+    found = estimate([run.items for run in runs], SCORES[metric], RESAMPLES)
+    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _difference(found: Difference) -> str:
@@ -160,22 +191,22 @@ def _difference(found: Difference) -> str:
 
 def table_rows(results: Results, tasks: Sequence[str]) -> Iterable[tuple[str, ...]]:
     """Cells of the table, a row a task and figure."""
-    for task in tasks:
-        by_kind = {kind: results.of(task, kind) for kind in (BASE, *KINDS)}
+    for asked in test_sets(tasks):
+        by_kind = {kind: list(results.of(asked, kind).values()) for kind in (BASE, *KINDS)}
         present = [runs for runs in by_kind.values() if runs]
         if not present:
             continue
         labels = bool(present[0][0].labels)
         metrics = ("accuracy", "macro_f1", "ece") if labels else ("rouge_l", "exact_match")
         majority = summed_up(present[0][0], resamples=2).majority
-        times = [results.seconds(task, kind) for kind in KINDS]
+        times = [results.seconds(asked.name, kind) for kind in KINDS]
         for metric in metrics:
             cells = [_with_interval(runs, metric) if runs else "" for runs in by_kind.values()]
             both = by_kind["alora"] and by_kind["lora"]
             difference = _difference(compared(by_kind["alora"], by_kind["lora"])[metric]) if both else ""
             first = metric == metrics[0]
             yield (
-                task if first else "",
+                asked.name if first else "",
                 metric,
                 f"{majority:.3f}" if first and majority is not None else "",
                 *cells[:1],
@@ -207,33 +238,6 @@ def show(results: Results, tasks: Sequence[str], *, markdown: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 220).print(table)
 
 
-def draw(results: Results, file: Path) -> None:
-    """How often uncertainty's aLoRA was right, against how sure it was that the base model's answer is."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "alora-serve"  # the same answers give the same file
-    from matplotlib import pyplot as plt
-
-    figure, (axes, below) = plt.subplots(
-        2, 1, figsize=(5.5, 6), layout="constrained", sharex=True, height_ratios=(3, 1)
-    )
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--", label="as sure as right")
-    for seed, run in zip(results.seeds, results.of("uncertainty", "alora"), strict=False):
-        bins = reliability(run.items)
-        sure = [confidence / count for count, confidence, _ in bins]
-        axes.plot(sure, [right / count for count, _, right in bins], marker="o", label=f"seed {seed}")
-        below.plot(sure, [count for count, _, _ in bins], marker="o")
-    axes.set(ylabel="share that was right", title="uncertainty, aLoRA, test set")
-    below.set(xlabel="mean confidence of the verdict", ylabel="items")
-    axes.legend(fontsize=8)
-    for each in (axes, below):
-        each.grid(alpha=0.3)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
-
-
 async def ask_services(arguments: argparse.Namespace, results: Results) -> None:
     """Start services that serve everything trained, and ask them."""
     with temporary_store() as store_url:
@@ -262,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         asyncio.run(ask_services(arguments, results))
     show(results, arguments.only, markdown=arguments.markdown)
     if arguments.picture:
-        draw(results, arguments.picture)
+        draw_reliability(results.of(TestSet("uncertainty"), "alora"), arguments.picture)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ One training runs at a time, as a process of its own; what is done is not done a
 
     python examples/train_intrinsics.py --data DIR            # all of them: hours of one core
     python examples/train_intrinsics.py --data DIR --only jailbreak --kinds alora --seeds 0
-    python examples/train_intrinsics.py --data DIR --ship     # copies the best seeds to examples/intrinsics
+    python examples/train_intrinsics.py --data DIR --ship     # copies the first seeds to examples/intrinsics
 
 ``DIR/TASK/train.jsonl`` is read; ``build/data/TASK`` is looked at first, where the ``prepare_*.py`` beside this write.
 ``examples/data/TASK/train_context.jsonl`` is added, where there is one: rows inside longer conversations. State is

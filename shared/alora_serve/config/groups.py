@@ -90,8 +90,8 @@ class ModelSettings(SettingsGroup):
         True,
         description=(
             "Lay weights out for the fastest kernels: shorter steps, but fp32 products round up to twice as much: "
-            "logits of 40 move by about 2e-4; off, cold logits are within 1e-4 of PEFT's. Services that differ "
-            "share no KV."
+            "logits of 40 move by about 2e-4; off, cold logits are within 1e-4 of PEFT's in float64. Services that "
+            "differ share no KV."
         ),
     )
     weight_quantization: Literal["none", "int8"] = Field(

@@ -20,10 +20,11 @@ class Estimate:
     high: float
 
 
-def estimate(items: Sequence[Item], score: Score, resamples: int, seed: int = 0) -> Estimate:
-    """``score`` of the items, and the interval of it over resampled items."""
-    drawn = sorted(score([items[i] for i in draw]) for draw in _draws(len(items), resamples, seed))
-    return Estimate(score(items), *_middle(drawn))
+def estimate(runs: Sequence[Sequence[Item]], score: Score, resamples: int, seed: int = 0) -> Estimate:
+    """Mean ``score`` of the runs (seeds, say, each with the same items in the same order), over resampled items."""
+    count = len(runs[0])
+    drawn = sorted(_mean_score(runs, score, draw) for draw in _draws(count, resamples, seed))
+    return Estimate(_mean_score(runs, score, range(count)), *_middle(drawn))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +51,17 @@ def paired_difference(
     """
 
     def difference(draw: Sequence[int]) -> float:
-        means = [sum(score([run[i] for i in draw]) for run in runs) / len(runs) for runs in (first, second)]
-        return means[0] - means[1]
+        return _mean_score(first, score, draw) - _mean_score(second, score, draw)
 
     count = len(first[0])
     drawn = sorted(difference(draw) for draw in _draws(count, resamples, seed))
     below, above = sum(d <= 0 for d in drawn), sum(d >= 0 for d in drawn)
     p_value = min(1.0, 2 * min(below, above) / len(drawn))
     return Difference(difference(range(count)), *_middle(drawn), p_value)
+
+
+def _mean_score(runs: Sequence[Sequence[Item]], score: Score, draw: Sequence[int]) -> float:
+    return sum(score([run[i] for i in draw]) for run in runs) / len(runs)
 
 
 def _draws(count: int, resamples: int, seed: int) -> Iterator[list[int]]:

@@ -97,7 +97,7 @@ def summed_up(evaluation: Evaluation, resamples: int = RESAMPLES) -> Report:
     return Report(
         adapter=evaluation.adapter,
         items=len(items),
-        metrics={name: estimate(items, score, resamples) for name, score in scores.items()},
+        metrics={name: estimate([items], score, resamples) for name, score in scores.items()},
         majority=majority(items) if evaluation.labels else None,
         by_source={source: (main(part), len(part)) for source, part in parts.items()},
         reliability=[(n, c / n, r / n) for n, c, r in reliability(items)] if "ece" in scores else [],

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final
 
 from alora_serve.evaluation.items import Item
 
 ECE_BINS: Final = 15
+Bin = tuple[int, float, float]
+"""Of forecasts that are about alike: how many, their sum, and how many came true. Empty ones are left out."""
 _WORD: Final = re.compile(r"[a-z0-9]+")
 
 
@@ -29,24 +31,37 @@ def macro_f1(items: Sequence[Item]) -> float:
 
 def expected_calibration_error(items: Sequence[Item]) -> float:
     """Mean distance between confidence and accuracy over 15 bins of equal width, weighed by their items; 0 of none."""
-    bins = reliability(items)
+    return calibration_error(reliability(items))
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Mean distance between forecasts and what came true, weighed by the forecasts of each bin; 0 of none."""
     weighed = sum(count for count, _, _ in bins)
-    return sum(abs(confidences - right) for _, confidences, right in bins) / weighed if weighed else 0.0
+    return sum(abs(forecasts - came_true) for _, forecasts, came_true in bins) / weighed if weighed else 0.0
 
 
-def reliability(items: Sequence[Item]) -> list[tuple[int, float, float]]:
-    """For each bin that is not empty: items, summed confidence, right predictions; in order of confidence.
+def reliability(items: Sequence[Item]) -> list[Bin]:
+    """How sure the predictions were, whatever they said, and how many were right.
 
-    Items without probabilities are in none: how sure an answer was that could not be read, nobody knows.
+    Items without probabilities are in no bin: how sure an answer was that could not be read, nobody knows.
     """
-    counts, confidences, right = [0] * ECE_BINS, [0.0] * ECE_BINS, [0] * ECE_BINS
-    for item in (item for item in items if item.probabilities):
+    return _binned((item.confidence, item.is_right) for item in items if item.probabilities)
+
+
+def label_reliability(items: Sequence[Item], label: str) -> list[Bin]:
+    """How likely ``label`` was said to be, and how often it was the right answer."""
+    return _binned((item.probabilities.get(label, 0.0), item.target == label) for item in items if item.probabilities)
+
+
+def _binned(forecasts: Iterable[tuple[float, bool]]) -> list[Bin]:
+    counts, sums, came_true = [0] * ECE_BINS, [0.0] * ECE_BINS, [0] * ECE_BINS
+    for forecast, is_true in forecasts:
         # A bin holds its upper edge, as is usual for this measure.
-        index = max(0, min(ECE_BINS - 1, -int(-item.confidence * ECE_BINS // 1) - 1))
+        index = max(0, min(ECE_BINS - 1, -int(-forecast * ECE_BINS // 1) - 1))
         counts[index] += 1
-        confidences[index] += item.confidence
-        right[index] += item.is_right
-    return [bin_ for bin_ in zip(counts, confidences, map(float, right), strict=True) if bin_[0]]
+        sums[index] += forecast
+        came_true[index] += is_true
+    return [bin_ for bin_ in zip(counts, sums, map(float, came_true), strict=True) if bin_[0]]
 
 
 def rouge_l(items: Sequence[Item]) -> float:

@@ -11,6 +11,8 @@ from alora_serve.errors import ConfigError
 from alora_serve.training.recipe import Recipe
 
 _SPARE_TOKENS: Final = 8
+_FREE_TEXT_TOKENS: Final = 256
+"""At least, for free text: a longer question is rewritten at greater length than any that was trained on."""
 
 
 def answer_text(recipe: Recipe, target: str) -> str:
@@ -56,13 +58,14 @@ def io_yaml(recipe: Recipe, longest_answer_tokens: int) -> str:
         ]
     elif recipe.labels:
         transformations = [{"type": "nest", "input_path": [], "field_name": recipe.field}]
+    most_tokens = longest_answer_tokens + _SPARE_TOKENS
     fields: dict[str, Any] = {
         "model": None,
         "response_format": json.dumps(response_format(recipe), indent=2),
         "transformations": transformations,
         "instruction": recipe.instruction.replace("{", "{{").replace("}", "}}") if recipe.instruction else None,
         "docs_as_message": None,
-        "parameters": {"max_completion_tokens": longest_answer_tokens + _SPARE_TOKENS},
+        "parameters": {"max_completion_tokens": most_tokens if recipe.labels else max(most_tokens, _FREE_TEXT_TOKENS)},
         "sentence_boundaries": None,
     }
     return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -51,11 +51,19 @@ def drawn(share: float, count: int, seed: int) -> list[bool]:
 
 def test_the_interval_is_the_binomial_ones_width_and_repeats() -> None:
     items = answers([i < 160 for i in range(200)])
-    found = estimate(items, accuracy, 1000)
+    found = estimate([items], accuracy, 1000)
     assert found.value == 0.8
     assert found.low == pytest.approx(0.8 - 1.96 * (0.8 * 0.2 / 200) ** 0.5, abs=0.012)
     assert found.high == pytest.approx(0.8 + 1.96 * (0.8 * 0.2 / 200) ** 0.5, abs=0.012)
-    assert estimate(items, accuracy, 1000) == found
+    assert estimate([items], accuracy, 1000) == found
+
+
+def test_runs_that_err_elsewhere_make_a_surer_mean() -> None:
+    runs = [answers([(i + shift) % 4 > 0 for i in range(200)]) for shift in range(4)]
+    alone, together = (estimate(group, accuracy, 1000) for group in (runs[:1], runs))
+    assert alone.value == together.value == 0.75
+    assert alone.high - alone.low > 0.1
+    assert together.high - together.low < 0.01
 
 
 def test_pairs_are_surer_than_two_intervals() -> None:

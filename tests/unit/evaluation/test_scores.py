@@ -15,8 +15,10 @@ from alora_serve.evaluation.items import Item
 from alora_serve.evaluation.scores import (
     ECE_BINS,
     accuracy,
+    calibration_error,
     exact_match,
     expected_calibration_error,
+    label_reliability,
     macro_f1,
     majority,
     reliability,
@@ -74,6 +76,17 @@ def test_bins_hold_every_item_once_and_the_error_is_at_most_one(drawn: list[tupl
 def test_a_bin_holds_its_upper_edge(probability: float, bin_edge: int) -> None:
     edge = [item("yes", "yes", probability), item("yes", "yes", (bin_edge - 0.5) / 15)]
     assert len(reliability(edge)) == 1
+
+
+def test_of_a_label_it_counts_how_often_that_was_the_right_answer() -> None:
+    said = [Item("a", "", target, "no", {"yes": 0.3, "no": 0.7}) for target in ("yes", "no", "no", "no")]
+    said.append(Item("b", "", "yes", "yes", {"yes": 0.9, "no": 0.1}))
+    assert [(n, p / n, t / n) for n, p, t in label_reliability(said, "yes")] == [
+        (4, pytest.approx(0.3), 0.25),
+        (1, pytest.approx(0.9), 1.0),
+    ]
+    assert calibration_error(label_reliability(said, "yes")) == pytest.approx((4 * 0.05 + 0.1) / 5)
+    assert label_reliability([item("yes", "")], "yes") == []
 
 
 def test_an_item_without_probabilities_is_in_no_bin() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 
 from alora_serve.evaluation.items import Item
 from alora_serve.evaluation.report import Evaluation, summed_up, to_json
@@ -36,6 +38,8 @@ def keep(directory: Path, name: str, right: int, of: int = 20) -> None:
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     test = tmp_path / "test"
+    keep(test, "jailbreak, in conversations-base", 12)
+    keep(test, "jailbreak, in conversations-alora-0", 18)
     keep(test, "uncertainty-base", 10)
     for seed, right in enumerate((15, 16, 17)):
         keep(test, f"uncertainty-alora-{seed}", right)
@@ -48,14 +52,17 @@ def test_the_table_has_means_over_seeds_differences_and_times(
     script: ModuleType, state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script.main(["--show", "--markdown", "--state", str(state)])
-    head, rule, accuracy, macro_f1, ece = capsys.readouterr().out.splitlines()
+    head, rule, *inside, accuracy, macro_f1, ece = capsys.readouterr().out.splitlines()
     assert head.count("|") == rule.count("|") == accuracy.count("|") == len(script.HEADS) + 1
     cells = [cell.strip() for cell in accuracy.strip("|").split("|")]
     assert cells[:3] == ["uncertainty", "accuracy", "1.000"]
     assert [cell.split()[0] for cell in cells[3:7]] == ["0.500", "0.750", "0.800", "+0.050"]
     assert cells[7:] == ["200 ms", "2000 ms", "10.0x"]
+    low, high = (float(bound) for bound in re.findall(r"0\.\d+", cells[5])[1:])
+    assert 0.6 < low < 0.8 < high < 1.0
     assert "macro_f1" in macro_f1
     assert "ece" in ece
+    assert inside[0].startswith("| jailbreak, in conversations | accuracy | 1.000 | 0.600 ")
 
 
 def test_what_is_not_known_yet_is_left_empty(
@@ -65,6 +72,18 @@ def test_what_is_not_known_yet_is_left_empty(
     script.main(["--show", "--markdown", "--state", str(tmp_path)])
     accuracy: Any = capsys.readouterr().out.splitlines()[2].strip("|").split("|")
     assert [bool(cell.strip()) for cell in accuracy] == [True, True, True, False, False, True, *[False] * 4]
+
+
+def test_the_picture_sets_what_came_true_against_what_was_said(
+    script: ModuleType, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All answers were right; of seed 0, 15 were said to be with 0.9, and 5 were said not to be."""
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda _, *given, **named: drawn.append((*given, named.get("label"))))
+    monkeypatch.setattr(Axes, "legend", lambda *_, **__: None)
+    script.main(["--show", "--only", "uncertainty", "--state", str(state), "--picture", str(state / "points.svg")])
+    assert ([0.0, pytest.approx(0.9)], [1.0, 1.0], "seed 0: ECE 0.325") in drawn
+    assert ([0.0, pytest.approx(0.9)], [5, 15], None) in drawn
 
 
 def test_the_same_answers_draw_the_same_picture(script: ModuleType, state: Path) -> None:
@@ -77,4 +96,4 @@ def test_the_same_answers_draw_the_same_picture(script: ModuleType, state: Path)
 def test_missing_rows_are_an_error(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="no test rows of uncertainty"):
-        script.test_rows("uncertainty", script.parse_arguments(["--data", str(tmp_path)]))
+        script.test_rows(script.TestSet("uncertainty"), script.parse_arguments(["--data", str(tmp_path)]))

@@ -82,10 +82,12 @@ def test_the_definition_says_what_was_trained() -> None:
     assert written["docs_as_message"] is None, "the server places documents where it places the base model's"
     assert [step["type"] for step in written["transformations"]] == ["likelihood", "nest"]
     assert written["transformations"][0]["categories_to_values"] == {"yes": 1.0, "no": 0.0}
-    assert written["parameters"]["max_completion_tokens"] > 5
+    assert written["parameters"]["max_completion_tokens"] == 13, "a label is as long as it is"
     free = make_recipe(labels=(), likelihood={}, field="question")
     assert json.loads(answer_text(free, 'What "is" it?')) == {"question": 'What "is" it?'}
     assert response_format(free)["required"] == ["question"]
+    assert yaml.safe_load(io_yaml(free, 5))["parameters"]["max_completion_tokens"] == 256
+    assert yaml.safe_load(io_yaml(free, 400))["parameters"]["max_completion_tokens"] == 408
 
 
 def test_the_common_beginning_is_all_that_is_shared() -> None:

@@ -80,7 +80,7 @@ def train(
 
     ```
     alora-serve train --data rows.jsonl --output build/my-check --label yes=1 --label no=0
-    alora-serve train --recipe examples/intrinsics/jailbreak.toml --data rows.jsonl --output build/jailbreak
+    alora-serve train --recipe examples/recipes/jailbreak.toml --data rows.jsonl --output build/jailbreak
     ```
     """
     with errors_reported(as_json=as_json):
