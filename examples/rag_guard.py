@@ -37,6 +37,7 @@ CASE = Path(__file__).parent / "rag_guard" / "harvard.json"
 INTRINSICS = ("jailbreak", "query_rewrite", "answerability", "hallucination", "uncertainty")
 ANSWER_TOKENS = 64
 REFUSAL = "I can't help with that."
+NOT_ANSWERABLE = "The document does not say."
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def rag_guard(meter: Meter, messages: Sequence[ChatMessage]) -> Reply:
 
     found = meter.ask("answerable?", conversation, "answerability")
     if likelihood(found, "answerability", otherwise=1.0) < 0.5:
-        return Reply("The document does not say.")
+        return Reply(NOT_ANSWERABLE)
 
     answer = meter.answer("answer", conversation, max_tokens=ANSWER_TOKENS)
 

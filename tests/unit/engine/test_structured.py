@@ -83,6 +83,7 @@ leaves = st.one_of(
     st.tuples(st.integers(-50, 50), st.integers(0, 99)).map(
         lambda pair: {"type": "integer", "minimum": pair[0], "maximum": pair[0] + pair[1]}
     ),
+    st.integers(1, 7).map(lambda step: {"type": "integer", "multipleOf": step, "minimum": 0, "maximum": 60}),
     st.integers(-3, 3).map(lambda low: {"type": "number", "exclusiveMinimum": low, "maximum": low + 1.5}),
     lengths.map(lambda pair: {"type": "string", "minLength": pair[0], "maxLength": pair[1]}),
     st.sampled_from(["^[a-c]{1,3}$", "^(yes|no)$", "^[^ ]$"]).map(lambda regex: {"type": "string", "pattern": regex}),
@@ -110,11 +111,37 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
             lambda items: {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}
         ),
         st.lists(inner, min_size=1, max_size=2).map(lambda either: {"anyOf": either}),
-        inner.map(lambda schema: {"$defs": {"a/b": schema}, "type": "array", "items": {"type": "null"}, "maxItems": 1}),
+        st.tuples(properties, inner).map(
+            lambda parts: {
+                "type": "object",
+                "properties": parts[0],
+                "patternProperties": {"^x[0-9]$": parts[1]},
+                "additionalProperties": False,
+            }
+        ),
+        st.tuples(properties, properties).map(
+            lambda parts: {
+                "allOf": [
+                    {"type": "object", "properties": parts[0]},
+                    {"properties": {f"{name}2": schema for name, schema in parts[1].items()}},
+                ],
+                "required": list(parts[0])[:1],
+            }
+        ),
     )
 
 
-schemas = st.recursive(leaves, containers, max_leaves=5)
+inline = st.recursive(leaves, containers, max_leaves=5)
+schemas = inline | inline.map(
+    lambda schema: {
+        "$defs": {"a/b": schema},
+        "type": "array",
+        "prefixItems": [{"$ref": "#/$defs/a~1b"}],
+        "items": {"$ref": "#/$defs/a~1b"},
+        "minItems": 1,
+        "maxItems": 2,
+    }
+)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alora_serve.intrinsics import parse_definition
+from alora_serve.training.recipe import load_recipe
 
 INTRINSICS = ("jailbreak", "query_rewrite", "answerability", "hallucination", "uncertainty")
 ADAPTERS = tuple(name + kind for name in INTRINSICS for kind in ("", "-lora"))
@@ -43,6 +44,28 @@ def test_an_adapter_says_what_it_is_and_where_it_comes_from(name: str, examples_
     card = (directory / "README.md").read_text()
     for fact in ("Data: ", "Apache-2.0", "| steps |", "| rank, alpha, targets |"):
         assert fact in card
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_was_trained_by_the_recipe_beside_it(name: str, examples_directory: Path) -> None:
+    task, kind = name.removesuffix("-lora"), "lora" if name.endswith("-lora") else "alora"
+    recipe = load_recipe(examples_directory / "recipes" / f"{task}.toml", {"kind": kind})
+    config = json.loads((examples_directory / "intrinsics" / name / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], set(config["target_modules"])) == (
+        recipe.rank,
+        recipe.alpha,
+        set(recipe.targets),
+    )
+    card = (examples_directory / "intrinsics" / name / "README.md").read_text()
+    assert f"# {task}\n" in card
+    assert f" of {recipe.batch_size} rows, {recipe.epochs} epochs |" in card
+
+
+def test_no_adapter_stands_in_for_another(examples_directory: Path) -> None:
+    weights = {
+        (examples_directory / "intrinsics" / name / "adapter_model.safetensors").read_bytes() for name in ADAPTERS
+    }
+    assert len(weights) == len(ADAPTERS)
 
 
 @pytest.mark.parametrize("name", INTRINSICS)

@@ -133,6 +133,27 @@ def test_a_schema_may_not_switch_off_what_refuses_it() -> None:
             ['{"a": 1}', '{"b": "x"}'],
             ['{"a": "x"}', r'{"\u0061": "x"}', '{"b": 1, "a": "x"}'],
         ),
+        (schema(type="integer", multipleOf=7), ["0", "21", "-7"], ["20", "1"]),
+        (
+            JsonSchema('{"$defs": {"a/b": {"enum": [1, 2]}}, "type": "array", "items": {"$ref": "#/$defs/a~1b"}}'),
+            ["[]", "[1, 2]"],
+            ["[3]", '["1"]'],
+        ),
+        (
+            JsonSchema('{"type": "object", "properties": {"a": {"$ref": "#"}}, "additionalProperties": false}'),
+            ["{}", '{"a": {"a": {}}}'],
+            ['{"a": 1}', '{"a": {"b": {}}}'],
+        ),
+        (
+            schema(allOf=[{"type": "integer", "minimum": 3}, {"maximum": 5}]),
+            ["3", "5"],
+            ["2", "6", '"4"'],
+        ),
+        (
+            schema(type="object", patternProperties={"^x[0-9]$": {"type": "integer"}}, additionalProperties=False),
+            ["{}", '{"x1": 1, "x2": 2}'],
+            ['{"x1": "a"}', '{"y1": 1}'],
+        ),
         (schema(type="string"), [r'"\n\"\\"', '"é😀"'], [r'"\u0041"', r'"\ud800"', '"\n"']),
         (Regex("a|bc"), ["a", "bc"], ["", "ab", "abc", "b"]),
         (Choice(("a.c", "x|y", "[é]\n", "😀")), ["a.c", "x|y", "[é]\n", "😀"], ["abc", "x", "y", "a.cx"]),
