@@ -23,10 +23,28 @@ JAILBREAK = (
 )
 
 
+def turns(*texts: str) -> list[ChatMessage]:
+    """A conversation that the user begins."""
+    return [ChatMessage(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+
+
+WHEN, NINE = "When does the ferry leave?", "It leaves at nine in the morning."
+ASKED: tuple[tuple[str, list[ChatMessage], str], ...] = (
+    ("jailbreak", turns(BENIGN), ""),
+    ("jailbreak", turns(JAILBREAK), ""),
+    ("answerability", [ChatMessage("system", "Be brief."), *turns(WHEN)], DOCUMENT),
+    ("answerability", [ChatMessage("system", "Be brief."), *turns(WHEN)], ""),
+    ("query_rewrite", turns("Where does the ferry go?", "To the island.", "When does it leave?"), ""),
+    ("hallucination", turns(WHEN, NINE), DOCUMENT),
+    ("uncertainty", turns(WHEN, NINE), DOCUMENT),
+)
+"""Intrinsic, conversation, and the document that goes with its last turn."""
+
+
 def granite_switch_layout(folder: Path, shipped: Path) -> Path:
     """A folder as mellea reads it from a Granite Switch model, with the definitions that are served."""
     entries = []
-    for name in ("jailbreak", "answerability"):
+    for name in sorted({name for name, *_ in ASKED}):
         place = f"io_configs/{name}/io.yaml"
         (folder / place).parent.mkdir(parents=True)
         (folder / place).write_bytes((shipped / name / "io.yaml").read_bytes())
@@ -42,13 +60,9 @@ async def prompt_tokens(running: Deployed) -> float:
 
 
 @pytest.mark.timeout(900)
-async def test_mellea_runs_intrinsics_and_chats(smollm2: Deployed, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    asked = [
-        {"intrinsic": "jailbreak", "messages": [{"role": "user", "content": text}]} for text in (BENIGN, JAILBREAK)
-    ]
-    question = [ChatMessage("system", "Be brief."), ChatMessage("user", "When does the ferry leave?")]
-    turns = [{"role": turn.role, "content": turn.content} for turn in question]
-    asked += [{"intrinsic": "answerability", "messages": turns, "document": document} for document in (DOCUMENT, "")]
+async def test_mellea_runs_all_five_intrinsics_and_chats(
+    smollm2: Deployed, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     shipped = pytestconfig.rootpath / "examples" / "intrinsics"
     before = await smollm2.metric("router", "alora_router_requests_total", adapter="jailbreak")
     tokens_before = await prompt_tokens(smollm2)
@@ -57,21 +71,29 @@ async def test_mellea_runs_intrinsics_and_chats(smollm2: Deployed, tmp_path: Pat
             "base_url": f"{door.url}/v1",
             "model": (await smollm2.client.get_model()).name,
             "source": str(granite_switch_layout(tmp_path / "switch", shipped)),
-            "asked": asked,
+            "asked": [
+                {
+                    "intrinsic": name,
+                    "messages": [{"role": turn.role, "content": turn.content} for turn in conversation],
+                    "document": document,
+                }
+                for name, conversation, document in ASKED
+            ],
         }
         told = await asyncio.to_thread(run_mellea, "run_intrinsics.py", given)
-    benign, jailbreak, documented, undocumented = (next(iter(verdict.values())) for verdict in told["verdicts"])
+    by_mellea = await prompt_tokens(smollm2) - tokens_before
+    benign, jailbreak, documented, undocumented = (next(iter(verdict.values())) for verdict in told["verdicts"][:4])
     assert 0.0 <= benign < 0.5 < jailbreak <= 1.0
     assert 0.0 <= undocumented < 0.5 < documented <= 1.0
+    assert "ferry" in told["verdicts"][4]["rewritten_question"]
     assert "Paris" in told["chat"]
     after = await smollm2.metric("router", "alora_router_requests_total", adapter="jailbreak")
     assert after - before == 2
     # mellea leaves the document to the server, which shows it where its own RunIntrinsic does.
-    by_mellea = await prompt_tokens(smollm2) - tokens_before
-    for text in (BENIGN, JAILBREAK):
-        await smollm2.client.generate([ChatMessage("user", text)], adapter="jailbreak", max_tokens=1).result()
-    for documents in ([Document("", DOCUMENT, "0")], []):
-        await smollm2.client.run_intrinsic(question, "answerability", documents=documents)
+    for (name, conversation, document), by_it in zip(ASKED, told["verdicts"], strict=True):
+        documents = [Document("", document, "0")] if document else []
+        found = await smollm2.client.run_intrinsic(conversation, name, documents=documents)
+        assert by_it == (found.result if name == "query_rewrite" else pytest.approx(found.result, abs=0.01))
     await smollm2.client.generate([ChatMessage("user", "What is the capital of France?")], max_tokens=1).result()
     assert await prompt_tokens(smollm2) - tokens_before == 2 * by_mellea
     assert by_mellea > len(DOCUMENT.split())
