@@ -79,6 +79,10 @@ bench-int8: $(VENV)/.ready-dev $(STUBS) ## what int8 weights change, in answers 
 bench-profile: $(VENV)/.ready-dev $(STUBS) ## where a decode step's time goes, into build/bench/step-profile.json
 	@$(BIN)/python benchmarks/step_profile.py $(ARGS)
 
+.PHONY: bench-training
+bench-training: $(VENV)/.ready-dev $(STUBS) ## an aLoRA's training from kept KV, against PEFT alone, into build/bench/training.json
+	@$(BIN)/python benchmarks/training_speed.py $(ARGS)
+
 .PHONY: bench-llama
 bench-llama: $(VENV)/.ready-dev $(STUBS) ## which settings llama-server is fastest with, into build/bench/llama-settings.json
 	@$(BIN)/python benchmarks/try_llama.py $(ARGS)

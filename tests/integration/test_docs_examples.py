@@ -14,7 +14,13 @@ import pytest
 from alora_serve.cli.local import DeploymentOptions, LocalDeployment
 from front_door import front_door
 
-PAGES = ("README.md", "docs/api.md", "docs/http.md")
+PAGES = {
+    "README.md": {"python", "bash"},
+    "docs/api.md": {"python", "bash"},
+    "docs/http.md": {"python", "bash"},
+    "docs/intrinsics.md": {"python"},
+}
+"""And the languages of their examples."""
 ROUTER, FRONT_DOOR = "127.0.0.1:50051", "127.0.0.1:8000"
 """Their addresses in the examples."""
 COMMANDS = (".venv/bin/buf ", ".venv/bin/alora-serve generate ", ".venv/bin/alora-serve prefill ", "curl ")
@@ -58,14 +64,14 @@ async def test_published_examples_run(
         threads=1,
         settings={"store_budget_bytes": "256MiB"},
     )
-    languages = set()
+    languages: dict[str, set[str]] = {page: set() for page in PAGES}
     async with LocalDeployment(options) as deployment, front_door(deployment.router_address) as door:
         router, address = deployment.router_address, door.listening.address
         for page in PAGES:
             for language, text in _examples(pytestconfig.rootpath / page):
-                languages.add((page, language))
+                languages[page].add(language)
                 with subtests.test(page=page, example=text.splitlines()[0]):
                     status, output = await _run(language, text, router, address, tmp_path)
                     assert status == 0, f"{text}\n{output}"
                     assert output
-    assert languages == {(page, language) for page in PAGES for language in ("python", "bash")}
+    assert languages == PAGES

@@ -39,6 +39,10 @@ RESULT_NAME: Final = "training.json"
 """Written last: a directory that holds it is whole."""
 
 
+MICROBATCH_TOKENS: Final = 1024
+"""Most tokens fed at once unless options say otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """Where a training runs; none of it decides more than rounding.
@@ -70,7 +74,7 @@ class RunOptions:
     prefix_budget_bytes: int = 4 << 30
     prefix_directory: Path | None = None
     prefix_dtype: str = "auto"
-    microbatch_tokens: int = 1024
+    microbatch_tokens: int = MICROBATCH_TOKENS
     checkpoint_seconds: float = 120.0
 
 
