@@ -215,9 +215,9 @@ def test_names_traces_and_metrics_get_through(values: str, render: Any) -> None:
     for policy in _of_kind(manifests, "NetworkPolicy"):
         if policy["metadata"]["name"].endswith("-store"):
             continue
-        out = {port["port"]: rule for rule in policy["spec"]["egress"] for port in rule["ports"]}
-        assert 53 in out
-        assert (4317 in out) == (values != "air-gapped")
+        out = {(port["port"], port["protocol"]) for rule in policy["spec"]["egress"] for port in rule["ports"]}
+        assert {(port, protocol) for port in (53, 5353) for protocol in ("UDP", "TCP")} <= out
+        assert ((4317, "TCP") in out) == (values != "air-gapped")
         assert 9090 in [port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]]
 
 

@@ -38,7 +38,12 @@ spec:
         {{- toYaml . | nindent 8 }}
       {{- end }}
   egress:
-    - ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
+    # 5353 as well: policies see the port of the pod behind a Service, and OpenShift's name servers listen there.
+    - ports:
+        - {port: 53, protocol: UDP}
+        - {port: 53, protocol: TCP}
+        - {port: 5353, protocol: UDP}
+        - {port: 5353, protocol: TCP}
       {{- with $policy.dns }}
       to:
         {{- toYaml . | nindent 8 }}
