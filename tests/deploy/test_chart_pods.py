@@ -99,9 +99,11 @@ def test_no_pod_holds_a_token_or_sees_links_to_services(values: str, render: Any
     assert all(account["automountServiceAccountToken"] is False for account in accounts)
 
 
-def test_a_cluster_may_choose_the_user(render: Any) -> None:
-    for name, pod in _pods(render("openshift")):
-        assert not pod["securityContext"].keys() & {"runAsUser", "runAsGroup", "fsGroup"}, name
+def test_the_user_is_that_of_the_images_unless_the_cluster_may_choose(values: str, render: Any) -> None:
+    ids = dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), 10001)
+    for name, pod in _pods(render(values)):
+        found = {key: pod["securityContext"][key] for key in ids.keys() & pod["securityContext"].keys()}
+        assert found == ({} if values == "openshift" else ids), name
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------
