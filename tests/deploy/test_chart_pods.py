@@ -205,6 +205,25 @@ def test_a_stateful_set_keeps_what_a_deployment_fetches_again(render: Any) -> No
     assert cache["emptyDir"] == {"sizeLimit": "10Gi"}
 
 
+@pytest.mark.parametrize("component", MODEL_SERVICES)
+def test_the_digest_of_weights_is_kept_where_they_are_kept(component: str, render: Any) -> None:
+    """And can be written, though the model beside it cannot."""
+
+    def place(*arguments: str) -> tuple[str, dict[str, Any]]:
+        pod = _pod(render("statefulset", *arguments), component)
+        told = _environment(pod)
+        folder = told.get("ALORA_DIGEST_CACHE_DIR", told["ALORA_CACHE_DIR"])
+        mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+        return folder, next(mounts[path] for path in (folder, "/tmp") if path in mounts)
+
+    folder, mount = place()
+    assert mount == {"name": "cache", "mountPath": folder, "subPath": "digests"}
+    deployments = "basePrefill.kind=Deployment,adapterDecode.kind=Deployment"
+    assert place("--set", deployments)[1]["name"] == "tmp", "its cache is fetched anew anyway"
+    written = place("--set", "store.type=lmdb,store.lmdb.medium=Cache")
+    assert written == ("/var/cache/alora-serve", {"name": "cache", "mountPath": "/var/cache/alora-serve"})
+
+
 def test_only_workers_read_adapters(render: Any) -> None:
     manifests = render("gpu")
     claims = {
