@@ -31,7 +31,7 @@ help: ## list the targets
 .PHONY: setup
 setup: $(VENV)/.ready ## create .venv with what running needs (demo, bench and up do it by themselves)
 
-$(VENV)/.ready: requirements.lock pyproject.toml hatch_build.py scripts/setup_venv.py
+$(VENV)/.ready: requirements.lock pyproject.toml hatch_build.py scripts/setup_venv.py scripts/install_torch.sh
 	@$(PYTHON) scripts/setup_venv.py --venv $(VENV) --lock $< --torch $(TORCH) --torch-pip-args='$(TORCH_PIP_ARGS)'
 	@touch $@
 
@@ -147,12 +147,12 @@ interop: $(VENV)/.ready-dev $(STUBS) ## every RPC from Node and buf, and 1,000 c
 fuzz: $(VENV)/.ready-dev $(STUBS) ## what a fuzzer can think of, for every parser: make fuzz ARGS="--seconds 600"
 	@$(TEST_ENV) PYTHONPATH=tests/plugins $(BIN)/python tests/fuzz/run_fuzz.py $(ARGS)
 
-# Torch is overridden away because its build depends on the machine (scripts/setup_venv.py installs it), and with it the
-# packages that only torch needs. The second lock is the first plus the tools, at the same versions.
+# Torch is overridden away because its build depends on the machine (scripts/install_torch.sh installs it); the group of its
+# name is what it needs of the locks. The second lock is the first plus the tools, at the same versions.
 UV_COMPILE_ALONE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command "make lock"
-UV_COMPILE = $(UV_COMPILE_ALONE) --overrides <(echo 'torch ; sys_platform == "never"') \
-	$(foreach package,torch mpmath networkx sympy,--no-emit-package $(package)) pyproject.toml --extra model --extra http --group build
+UV_COMPILE = $(UV_COMPILE_ALONE) --overrides <(echo 'torch ; sys_platform == "never"') --no-emit-package torch \
+	pyproject.toml --extra model --extra http --group build --group torch
 
 .PHONY: lock
 lock: ## resolve the dependencies anew into requirements*.lock (with the uv of .venv)

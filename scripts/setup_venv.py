@@ -85,17 +85,19 @@ def create(venv: Path, needed: int) -> None:
 
 
 def install(venv: Path, project: Path, torch: str, torch_pip_args: str, lock: Path) -> None:
-    """Install torch, the locked packages and the project, in this order, then let pip check that they fit together.
+    """Install the locked packages, torch and the project, in this order, then let pip check that they fit together.
 
-    Torch comes first and without a hash, because which build is right (CPU, CUDA, ROCm) depends on the machine: the
-    lock leaves it out. Nothing after it may pull in another build, hence ``--no-deps``. The project's own build tools
-    are in the lock, so its build needs no isolation and no network.
+    Torch comes without a hash, because which build is right (CPU, CUDA, ROCm) depends on the machine: the lock leaves
+    it out, but holds what it needs, so it finds that there. The project's own build tools are in the lock, so its
+    build needs no isolation and no network.
     """
     pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    print(f"installing {torch}" + (f" with {torch_pip_args}" if torch_pip_args else ""), flush=True)
-    subprocess.run([*pip, "install", torch, *shlex.split(torch_pip_args)], check=True)
     print(f"installing {lock.name}", flush=True)
     subprocess.run([*pip, "install", "--quiet", "--require-hashes", "--no-deps", "-r", str(lock)], check=True)
+    print(f"installing {torch}" + (f" with {torch_pip_args}" if torch_pip_args else ""), flush=True)
+    script = ["sh", str(project / "scripts" / "install_torch.sh"), str(venv), str(venv / "no-wheels")]
+    version = {"TORCH_VERSION": torch.partition("==")[2]}
+    subprocess.run([*script, *shlex.split(torch_pip_args)], env={**os.environ, **version}, check=True)
     editable = ["--no-deps", "--no-build-isolation", "--editable", str(project)]
     subprocess.run([*pip, "install", "--quiet", *editable], check=True)
     subprocess.run([*pip, "check"], check=True)
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, required=True)
     parser.add_argument("--lock", type=Path, required=True)
-    parser.add_argument("--torch", required=True, help="requirement of torch, such as torch==2.13.0")
+    parser.add_argument("--torch", required=True, help="torch and its version, such as torch==2.13.0")
     parser.add_argument("--torch-pip-args", default="", help="arguments that make pip pick a build of torch")
     options = parser.parse_args(arguments)
     project = Path(__file__).resolve().parent.parent

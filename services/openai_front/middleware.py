@@ -25,6 +25,8 @@ from openai_front.failures import failure_of
 
 UNCOUNTED: Final = frozenset({"/health", "/metrics"})
 """Neither waited for by a drain nor turned away: they ask about the process."""
+METHODS: Final = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
+"""Those of HTTP. A client may send any other word, which metrics and spans call ``other``."""
 CLIENT_LEFT: Final = 499
 INTERNAL: Final = 500
 # FastAPI lets this one pass where it reads a body, and calls anything else an error of parsing.
@@ -51,7 +53,7 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         caller = Caller.read(headers)
         caller.attach(scope)
-        method, status, started = str(scope["method"]), INTERNAL, time.perf_counter()
+        method, status, started = method_of(scope), INTERNAL, time.perf_counter()
         has_begun = False
 
         async def send_on(message: Message) -> None:
@@ -65,7 +67,7 @@ class RequestMiddleware:
         self._metrics.started()
         with (
             structlog.contextvars.bound_contextvars(request_id=caller.request_id),
-            http_server_span(f"{method} {scope['path']}", _traced(headers), caller.request_id) as span,
+            http_server_span(method, _traced(headers), caller.request_id) as span,
         ):
             try:
                 refuse_long(headers)
@@ -85,7 +87,7 @@ class RequestMiddleware:
                 level = log.info if counted else log.debug
                 level("http", route=route, status=status, seconds=round(seconds, 6))
                 self._metrics.handled(route, status, seconds)
-                end_http_server_span(span, status)
+                end_http_server_span(span, route, status)
 
 
 def answer_with(error: AloraServeError) -> JSONResponse:
@@ -98,6 +100,11 @@ def answer_unrouted(error: HTTPException) -> JSONResponse:
     """The response to what reaches no endpoint, in the same form."""
     body = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": body}, error.status_code, {"x-should-retry": "false", **(error.headers or {})})
+
+
+def method_of(scope: Scope) -> str:
+    """The method, so that words which clients invent make no series of their own."""
+    return scope["method"] if scope["method"] in METHODS else "other"
 
 
 def route_of(scope: Scope) -> str:

@@ -43,13 +43,25 @@ def test_no_image_volumes_where_kubernetes_has_none(render: Any) -> None:
     assert "needs Kubernetes 1.31" in refused.value.stderr
 
 
+def _notes(chart_helm: Callable[..., str], *arguments: str) -> str:
+    """What an installation says. Only Helm 4 shows it without a cluster."""
+    values = str(CHART / "ci" / "minimal-values.yaml")
+    given = ("--dry-run=client", "--namespace", "serving", "--values", values, *arguments)
+    return chart_helm("helm4", "install", "r", str(CHART), *given).partition("\nNOTES:\n")[2]
+
+
 def test_the_release_says_what_to_do_next(chart_helm: Callable[..., str]) -> None:
-    """Only Helm 4 shows it without a cluster."""
-    file = CHART / "ci" / "minimal-values.yaml"
-    arguments = ("--dry-run=client", "--namespace", "serving", "--values", str(file))
-    notes = chart_helm("helm4", "install", "r", str(CHART), *arguments)
+    notes = _notes(chart_helm)
     assert "kubectl --namespace serving wait pod" in notes
     assert "helm test r --namespace serving" in notes
+
+
+def test_the_release_says_that_its_alerts_link_to_nothing(chart_helm: Callable[..., str]) -> None:
+    rules = "monitoring.prometheusRule.enabled=true"
+    base = "monitoring.prometheusRule.runbookBase=https://docs.example.com/operations/"
+    assert "monitoring.prometheusRule.runbookBase" in _notes(chart_helm, "--set", rules)
+    assert "runbook" not in _notes(chart_helm, "--set", rules, "--set", base)
+    assert "runbook" not in _notes(chart_helm)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

@@ -215,10 +215,56 @@ def test_names_traces_and_metrics_get_through(values: str, render: Any) -> None:
     for policy in _of_kind(manifests, "NetworkPolicy"):
         if policy["metadata"]["name"].endswith("-store"):
             continue
-        out = {port["port"]: rule for rule in policy["spec"]["egress"] for port in rule["ports"]}
-        assert 53 in out
-        assert (4317 in out) == (values != "air-gapped")
+        out = {(port["port"], port["protocol"]) for rule in policy["spec"]["egress"] for port in rule["ports"]}
+        assert {(port, protocol) for port in (53, 5353) for protocol in ("UDP", "TCP")} <= out
+        assert ((4317, "TCP") in out) == (values != "air-gapped")
         assert 9090 in [port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]]
+
+
+def _ports_out(manifests: list[dict[str, Any]], component: str) -> list[int]:
+    """Where its policy lets it out to, but for name servers."""
+    rules = _named(manifests, "NetworkPolicy", f"-{component}")["spec"]["egress"]
+    return [port["port"] for rule in rules[1:] for port in rule["ports"]]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://collector.observability:14317", 14317),
+        ("https://otlp.example.com", 443),
+        ("https://[2001:db8::1]:9443/v1", 9443),
+        ("https://[2001:db8::1]", 443),
+    ],
+)
+def test_traces_get_out_to_the_port_of_their_collector(endpoint: str, port: int, render: Any) -> None:
+    manifests = render("minimal", "--set", f"tracing.endpoint={endpoint}")
+    for component in ("router", "base-prefill", "adapter-decode"):
+        assert _ports_out(manifests, component)[:2] == [4317, port]
+    named = render("minimal", "--set", f"tracing.endpoint={endpoint},networkPolicy.otlp.ports={{{port}}}")
+    assert _ports_out(named, "router") == [port, 50051], "none twice"
+
+
+@pytest.mark.parametrize(
+    ("url", "ports"),
+    [
+        ("redis://:p%40ss@cache.example.com:7000/0", [6379, 26379, 7000]),
+        ("rediss://cache.example.com/0", [6379, 26379]),
+        ("redis+cluster://a:7000\\,b:7001", [6379, 26379, 7000, 7001]),
+        ("redis+sentinel://:$(STORE_PASSWORD)@a:5000\\,b/mymaster/0?sentinel_password=x", [6379, 26379, 5000]),
+    ],
+)
+def test_the_ports_of_an_external_store_are_those_of_its_url_too(url: str, ports: list[int], render: Any) -> None:
+    manifests = render("minimal", "--set", f"store.type=external,store.external.url={url}")
+    assert _ports_out(manifests, "base-prefill")[1:] == _ports_out(manifests, "adapter-decode")[1:] == ports
+    assert _ports_out(manifests, "router") == [4317, 50051]
+
+
+def test_a_download_gets_out_to_the_port_of_its_endpoint(render: Any) -> None:
+    manifests = render("statefulset")
+    assert _ports_out(manifests, "base-prefill") == [4317, 6379, 443]
+    assert _ports_out(manifests, "adapter-decode") == [4317, 6379, 443, 9000]
+    mirror = render("statefulset", "--set", "model.hub.endpoint=http://mirror.internal")
+    assert _ports_out(mirror, "base-prefill") == [4317, 6379, 80]
 
 
 def test_only_pods_that_download_may_leave_the_cluster(values: str, render: Any) -> None:

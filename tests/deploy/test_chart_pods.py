@@ -99,9 +99,11 @@ def test_no_pod_holds_a_token_or_sees_links_to_services(values: str, render: Any
     assert all(account["automountServiceAccountToken"] is False for account in accounts)
 
 
-def test_a_cluster_may_choose_the_user(render: Any) -> None:
-    for name, pod in _pods(render("openshift")):
-        assert not pod["securityContext"].keys() & {"runAsUser", "runAsGroup", "fsGroup"}, name
+def test_the_user_is_that_of_the_images_unless_the_cluster_may_choose(values: str, render: Any) -> None:
+    ids = dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), 10001)
+    for name, pod in _pods(render(values)):
+        found = {key: pod["securityContext"][key] for key in ids.keys() & pod["securityContext"].keys()}
+        assert found == ({} if values == "openshift" else ids), name
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------
@@ -201,6 +203,25 @@ def test_a_stateful_set_keeps_what_a_deployment_fetches_again(render: Any) -> No
     assert "cache" not in [volume["name"] for volume in kept["spec"]["template"]["spec"]["volumes"]]
     cache = next(v for v in fetched["spec"]["template"]["spec"]["volumes"] if v["name"] == "cache")
     assert cache["emptyDir"] == {"sizeLimit": "10Gi"}
+
+
+@pytest.mark.parametrize("component", MODEL_SERVICES)
+def test_the_digest_of_weights_is_kept_where_they_are_kept(component: str, render: Any) -> None:
+    """And can be written, though the model beside it cannot."""
+
+    def place(*arguments: str) -> tuple[str, dict[str, Any]]:
+        pod = _pod(render("statefulset", *arguments), component)
+        told = _environment(pod)
+        folder = told.get("ALORA_DIGEST_CACHE_DIR", told["ALORA_CACHE_DIR"])
+        mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+        return folder, next(mounts[path] for path in (folder, "/tmp") if path in mounts)
+
+    folder, mount = place()
+    assert mount == {"name": "cache", "mountPath": folder, "subPath": "digests"}
+    deployments = "basePrefill.kind=Deployment,adapterDecode.kind=Deployment"
+    assert place("--set", deployments)[1]["name"] == "tmp", "its cache is fetched anew anyway"
+    written = place("--set", "store.type=lmdb,store.lmdb.medium=Cache")
+    assert written == ("/var/cache/alora-serve", {"name": "cache", "mountPath": "/var/cache/alora-serve"})
 
 
 def test_only_workers_read_adapters(render: Any) -> None:

@@ -6,7 +6,7 @@ import ast
 import re
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def test_locks_are_fresh_hold_hashes_and_name_no_index(root: Path, pyproject: di
     groups = pyproject["dependency-groups"]
     extras = pyproject["project"]["optional-dependencies"]
     needed = pyproject["project"]["dependencies"] + extras["model"] + extras["http"]
-    needed += groups["build"]
+    needed += groups["build"] + groups["torch"]
     for name, requirements in {"requirements.lock": needed, "requirements-dev.lock": needed + groups["dev"]}.items():
         text, versions = (root / name).read_text(), read_lock(root / name)
         for package, requirement in parse(requirements).items():
@@ -116,6 +116,19 @@ def test_locks_are_fresh_hold_hashes_and_name_no_index(root: Path, pyproject: di
         blocks = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
         assert len(blocks) >= len(versions)
         assert [block.split("==")[0] for block in blocks if "--hash=sha256:" not in block] == []
+
+
+def test_the_locks_hold_what_torch_needs_but_its_libraries_for_gpus(root: Path) -> None:
+    """Else it would come without a hash, behind torch."""
+    versions = read_lock(root / "requirements.lock")
+    with_torch = re.compile("cuda-|nvidia-|triton|pytorch-triton")
+    needed = {
+        name: requirement
+        for name, requirement in parse(requires("torch") or []).items()
+        if not with_torch.match(name) and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+    }
+    assert {"sympy", "networkx", "filelock"} <= set(needed)
+    assert {name for name, asked in needed.items() if not asked.specifier.contains(versions[name])} == set()
 
 
 def test_the_development_lock_extends_the_running_one(root: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -26,6 +27,8 @@ _CELL_EDGE = re.compile(r"(?<!\\)\|")
 _METRIC_ROW = re.compile(r"^\| `((?:alora_|vllm:)\w+)` \| (\w+) \| (?:(.*?) )?\| (.*) \|$", re.MULTILINE)
 _LABEL_LINE = re.compile(r"^`(\w+)` is (.*)\.$", re.MULTILINE)
 _CODE = re.compile(r"`(\w+)`")
+_CODE_SPAN = re.compile(r"`[^`]*`")
+_PLACEHOLDER = re.compile(r"\b[A-Z]+_[A-Z_]+\b")
 _ERROR_ROW = re.compile(r"^\| `([A-Z_]+)` \| `([A-Z_]+)` \|", re.MULTILINE)
 
 
@@ -69,6 +72,17 @@ def test_rows_of_tables_have_as_many_cells_as_their_heads(root: Path) -> None:
             cells = len(_CELL_EDGE.findall(head))
             broken += [f"{page.relative_to(root)}: {row}" for row in rows if len(_CELL_EDGE.findall(row)) != cells]
     assert not broken
+
+
+def test_no_figure_is_still_to_be_filled_in(root: Path) -> None:
+    """A name in capitals that is neither code nor anybody's stands for something that nobody wrote."""
+    left = [
+        f"{page.relative_to(root)}: {name}"
+        for page in _pages(root)
+        for name in _PLACEHOLDER.findall(_CODE_SPAN.sub("", _CODE_BLOCK.sub("", page.read_text())))
+        if name not in NAMES_IN_CAPITALS
+    ]
+    assert not left
 
 
 def test_the_notice_says_where_the_licences_of_data_and_weights_are(root: Path) -> None:
@@ -123,6 +137,10 @@ MEANT_OTHERWISE = {
     "vllm:kv_cache_usage_perc": {"prefix_cache_bytes"},
 }
 """Words of the page that look like values of labels."""
+
+
+NAMES_IN_CAPITALS = {status.name for status in grpc.StatusCode} | {"NOT_SERVING", "RST_STREAM", "OMP_NUM_THREADS"}
+"""Of gRPC, HTTP/2 and OpenMP, which prose may use."""
 
 
 def _documented_metrics(page: str) -> dict[str, Metric]:

@@ -68,11 +68,11 @@ def end_server_span(span: Span, code: str, reason: object = None) -> None:
 
 
 @contextmanager
-def http_server_span(route: str, headers: Mapping[str, str], request_id: str) -> Iterator[Span]:
+def http_server_span(method: str, headers: Mapping[str, str], request_id: str) -> Iterator[Span]:
     """As :func:`server_span`, for an HTTP request. Untraced here, the caller's trace still reaches who is called.
 
     Args:
-        route: method and path as declared: ``POST /v1/models``.
+        method: of HTTP. It names the span until the route is known.
         headers: the request's, names in lower case.
         request_id: names the request in logs.
     """
@@ -84,16 +84,23 @@ def http_server_span(route: str, headers: Mapping[str, str], request_id: str) ->
         finally:
             context.detach(token)
         return
-    method, _, path = route.partition(" ")
-    attributes = {"http.request.method": method, "http.route": path, "alora.request_id": request_id}
+    attributes = {"http.request.method": method, "alora.request_id": request_id}
     with maker.start_as_current_span(
-        route, caller, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
+        method, caller, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
     ) as span:
         yield span
 
 
-def end_http_server_span(span: Span, status: int) -> None:
-    """Say how the request ended."""
+def end_http_server_span(span: Span, route: str, status: int) -> None:
+    """Say how the request ended.
+
+    Args:
+        span: of :func:`http_server_span`.
+        route: method and path as declared, never as sent: ``POST /v1/models``.
+        status: of HTTP.
+    """
+    span.update_name(route)
+    span.set_attribute("http.route", route.partition(" ")[2])
     span.set_attribute("http.response.status_code", status)
     if status >= _HTTP_SERVER_FAULTS:
         fail(span, str(status))

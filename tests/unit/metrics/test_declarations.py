@@ -26,6 +26,7 @@ ALL: tuple[type[Any], ...] = (
     metrics.RouterMetrics,
     metrics.TaskMetrics,
     metrics.CertificateMetrics,
+    metrics.HttpMetrics,
 )
 """All but those of another's naming."""
 COUNTED_THINGS = (
@@ -93,7 +94,14 @@ def test_counters_and_histograms_with_known_labels_start_at_0_so_that_their_firs
 ) -> None:
     for owner in ALL:
         owner(registry)
-    open_labels = {"alora_rpc_started", "alora_rpc_handled", "alora_rpc_seconds", "alora_router_requests"}
+    open_labels = {
+        "alora_rpc_started",
+        "alora_rpc_handled",
+        "alora_rpc_seconds",
+        "alora_router_requests",
+        "alora_http_requests",
+        "alora_http_request_seconds",
+    }
     for family in registry.collect():
         if family.type not in {"counter", "histogram"} or family.name in open_labels:
             continue

@@ -294,8 +294,8 @@ async def test_what_a_caller_writes_into_its_trace_context_is_checked(recorded: 
 
 def in_http_request(headers: dict[str, str], status: int = 200) -> dict[str, str]:
     """What is told to whoever is called for a request with these headers."""
-    with http_server_span("POST /v1/models", headers, "r-1") as span:
-        end_http_server_span(span, status)
+    with http_server_span("POST", headers, "r-1") as span:
+        end_http_server_span(span, "POST /v1/models", status)
         return dict(trace_metadata())
 
 
@@ -307,6 +307,7 @@ def test_an_http_request_is_in_its_callers_trace_and_passes_it_on(recorded: Reco
     assert f"{span.parent.span_id:016x}" == CALLER.split("-")[2]
     assert span.attributes is not None
     assert span.attributes["http.response.status_code"] == 503
+    assert span.attributes["http.route"] == "/v1/models"
     assert not span.status.is_ok
 
 

@@ -88,7 +88,9 @@ a test compares them. A setting that changes changes the pod template, and so re
 {{- define "alora-serve.modelEnv" -}}
 {{- $values := .ctx.Values -}}
 - {name: ALORA_CACHE_DIR, value: /var/cache/alora-serve}
-{{- if not (include "alora-serve.cacheIsWritten" .ctx) }}
+{{- if include "alora-serve.digestsAreKept" . }}
+- {name: ALORA_DIGEST_CACHE_DIR, value: /var/cache/alora-serve-digests}
+{{- else if not (include "alora-serve.cacheIsWritten" .ctx) }}
 - {name: ALORA_DIGEST_CACHE_DIR, value: /tmp/digests} # outlives the container, not the pod
 {{- end }}
 # What is not in a volume is not fetched behind anyone's back: only an init container that was asked for downloads.

@@ -38,12 +38,17 @@ spec:
         {{- toYaml . | nindent 8 }}
       {{- end }}
   egress:
-    - ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
+    # 5353 as well: policies see the port of the pod behind a Service, and OpenShift's name servers listen there.
+    - ports:
+        - {port: 53, protocol: UDP}
+        - {port: 53, protocol: TCP}
+        - {port: 5353, protocol: UDP}
+        - {port: 5353, protocol: TCP}
       {{- with $policy.dns }}
       to:
         {{- toYaml . | nindent 8 }}
       {{- end }}
-    {{- with $policy.otlp.ports }}
+    {{- with include "alora-serve.otlpPorts" .ctx | fromJsonArray }}
     - ports: {{ include "alora-serve.tcpPorts" . }}
       {{- with $policy.otlp.to }}
       to:
@@ -64,15 +69,15 @@ spec:
       to:
         {{- include "alora-serve.podPeers" (dict "ctx" .ctx "components" (list "store")) | nindent 8 }}
     {{- else if eq .ctx.Values.store.type "external" }}
-    - ports: {{ include "alora-serve.tcpPorts" $policy.store.ports }}
+    - ports: {{ include "alora-serve.storePorts" .ctx | fromJsonArray | include "alora-serve.tcpPorts" }}
       {{- with $policy.store.to }}
       to:
         {{- toYaml . | nindent 8 }}
       {{- end }}
     {{- end }}
-    {{- if include "alora-serve.downloads" . }}
+    {{- with include "alora-serve.downloadPorts" . | fromJsonArray }}
     # An init container downloads.
-    - ports: [{port: 443, protocol: TCP}]
+    - ports: {{ include "alora-serve.tcpPorts" . }}
     {{- end }}
     {{- end }}
     {{- with $policy.extraEgress }}
@@ -94,12 +99,46 @@ spec:
 
 {{- define "alora-serve.tcpPorts" -}}
 {{- $ports := list -}}
-{{- range . }}{{ $ports = append $ports (dict "port" (int .) "protocol" "TCP") }}{{ end -}}
+{{- range . }}{{ $ports = append $ports (int .) }}{{ end -}}
+{{- $rules := list -}}
+{{- range uniq $ports }}{{ $rules = append $rules (dict "port" . "protocol" "TCP") }}{{ end -}}
+{{- toJson $rules -}}
+{{- end }}
+
+{{/* Ports of the hosts that a URL names, as JSON: none of none. (dict "url" "redis://a:7000,b/0" "default" 6379) */}}
+{{- define "alora-serve.portsOf" -}}
+{{- $ports := list -}}
+{{- if .url -}}
+{{- $hosts := regexFind "^[^/?#]*" (regexReplaceAll "^[a-z0-9+]+://" .url "") -}}
+{{- range splitList "," (regexReplaceAll "^.*@" $hosts "") -}}
+{{- $ports = append $ports (regexFind ":[0-9]+$" . | trimPrefix ":" | default $.default | int) -}}
+{{- end -}}
+{{- end -}}
 {{- toJson $ports -}}
 {{- end }}
 
-{{- define "alora-serve.downloads" -}}
-{{- range (include "alora-serve.sources" . | fromJson).sources }}
-{{- if has .item.source (list "hub" "s3") }}true{{ end }}
+{{- define "alora-serve.otlpPorts" -}}
+{{- $collector := include "alora-serve.portsOf" (dict "url" .Values.tracing.endpoint "default" 443) | fromJsonArray -}}
+{{- concat .Values.networkPolicy.otlp.ports $collector | toJson -}}
+{{- end }}
+
+{{/* Sentinels tell where the store is, and nodes of a Cluster where others are: so the values' ports stay admitted. */}}
+{{- define "alora-serve.storePorts" -}}
+{{- $url := .Values.store.external.url -}}
+{{- $default := contains "+sentinel:" $url | ternary 26379 6379 -}}
+{{- $named := include "alora-serve.portsOf" (dict "url" $url "default" $default) | fromJsonArray -}}
+{{- concat .Values.networkPolicy.store.ports $named | toJson -}}
+{{- end }}
+
+{{/* What init containers of a component need. Those of source demo copy from an image. */}}
+{{- define "alora-serve.downloadPorts" -}}
+{{- $ports := list -}}
+{{- range (include "alora-serve.sources" . | fromJson).sources -}}
+{{- if has .item.source (list "hub" "s3") -}}
+{{- $url := (index .item .item.source).endpoint | default "https://" -}}
+{{- $default := hasPrefix "http://" $url | ternary 80 443 -}}
+{{- $ports = concat $ports (include "alora-serve.portsOf" (dict "url" $url "default" $default) | fromJsonArray) -}}
 {{- end -}}
+{{- end -}}
+{{- toJson $ports -}}
 {{- end }}

@@ -76,6 +76,9 @@
 {{- if include "alora-serve.isModelService" . }}
 - {name: shm, mountPath: /dev/shm}
 - {name: cache, mountPath: /var/cache/alora-serve{{ if not (include "alora-serve.cacheIsWritten" .ctx) }}, readOnly: true{{ end }}}
+{{- if include "alora-serve.digestsAreKept" . }}
+- {name: cache, mountPath: /var/cache/alora-serve-digests, subPath: digests}
+{{- end }}
 {{- include "alora-serve.sourceMounts" . }}
 {{- if eq $values.store.type "external" }}
 {{- if $values.store.tls.caSecret }}
@@ -126,4 +129,9 @@
 {{/* Whether model services write into their cache volume: where the store lies there. */}}
 {{- define "alora-serve.cacheIsWritten" -}}
 {{- if and (eq .Values.store.type "lmdb") (eq .Values.store.lmdb.medium "Cache") }}true{{ end }}
+{{- end }}
+
+{{/* Whether digests of weights have a folder of their own in a StatefulSet's claim, the rest of which is read-only. */}}
+{{- define "alora-serve.digestsAreKept" -}}
+{{- if and (eq .values.kind "StatefulSet") (not (include "alora-serve.cacheIsWritten" .ctx)) }}true{{ end }}
 {{- end }}
