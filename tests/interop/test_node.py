@@ -116,7 +116,7 @@ async def test_its_answers_are_those_of_our_client(serving: Deployed, node: Told
 
 
 async def test_a_prefill_says_what_it_did_under_the_clients_id(node: Told) -> None:
-    assert node.answers["prefilled"]["headers"] == "node-prefill"
+    assert node.answers["prefilled"]["request_id"] == "node-prefill"
     usage = node.answers["prefilled"]["usage"]
     assert usage["prompt_tokens"] == usage["cached_tokens"] + usage["computed_tokens"] > 0
 

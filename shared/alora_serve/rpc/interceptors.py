@@ -74,9 +74,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Surrounds unary and server-streaming calls. Handlers raise AloraServeError; streams are async generators.
 
     The request id is the client's ``x-request-id`` where it is fit to be logged, else a new one. It is bound to the log
-    context, and echoed in trailing metadata, and in initial metadata once there is a message. Headers wait for the
-    first message because proxies and retrying clients take a call for begun when they see them: one that ends before
-    has its status alone, and may be made again elsewhere.
+    context, and echoed in trailing metadata, and in a stream's initial metadata once there is a message. Headers wait
+    for the first message because proxies and retrying clients take a call for begun when they see them: one that ends
+    before has its status alone, and may be made again elsewhere. Those of a unary call go out with its message, as gRPC
+    itself sends them: they would go before it if they held anything, and a server can be killed in between.
 
     A stream whose client has stopped reading ends with CANCELLED once a message has waited for the client for
     ``write_timeout_seconds``: the handler's generator is closed, so that its sequence leaves the batch. Keepalive does
@@ -137,10 +138,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, handler: Any) -> Callable[[Any, Context], Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
-            async def answer(begin: Begin) -> Any:
-                response = await handler.unary_unary(request, context)
-                await begin()
-                return response
+            async def answer(_: Begin) -> Any:
+                return await handler.unary_unary(request, context)
 
             return await self._run(method, request, context, answer)
 

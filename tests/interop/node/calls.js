@@ -29,7 +29,7 @@ async function answers(connection, given) {
       prompt: { handle: base.handle, messages: given.more },
       sampling: greedy,
     }),
-    prefilled: { usage: prefilled.response.usage, headers: prefilled.headers },
+    prefilled: { usage: prefilled.response.usage, request_id: prefilled.request_id },
     appended: await generate(connection, { prompt: byHandle, adapter: given.adapter, sampling: greedy }),
     drawn: await generate(connection, { prompt: byHandle, adapter: given.answering, sampling: drawn }),
     plain: await generate(connection, { prompt, adapter: given.plain, sampling: greedy }),

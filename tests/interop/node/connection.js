@@ -29,17 +29,15 @@ class Connection {
     this.stub.close();
   }
 
-  /** A unary call, to its end: {response} or {failure}, and the request id of headers and trailers. */
+  /** A unary call, to its end: {response} or {failure}, and the request id of its trailers. */
   unary(method, request, options = {}) {
     return new Promise((resolve) => {
-      const result = { headers: null };
+      let result;
       const call = this.stub[method](request, this.metadata(options), calling(options), (error, response) => {
         this.note(method, error ? error.code : grpc.status.OK);
-        resolve(error ? { ...result, failure: failureOf(error) } : { ...result, response });
+        result = error ? { failure: failureOf(error) } : { response };
       });
-      call.on('metadata', (headers) => {
-        result.headers = headers.get('x-request-id')[0];
-      });
+      call.on('status', (status) => resolve({ ...result, request_id: status.metadata.get('x-request-id')[0] }));
     });
   }
 
