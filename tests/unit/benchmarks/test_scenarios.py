@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +16,12 @@ import pytest
 from adapters import NAMES, Adapter, invocation_text
 from bars import BARS, BESIDE, beside, evaluate
 from conversations import Exchange, exchanges
-from harness import Row, Sample
-from lineup import SYSTEMS
+from correctness import RowKey
+from harness import Correct, Row, Sample
+from lineup import SYSTEMS, Bench
 from peers.build_llama import LlamaBuild
+from rich.console import Console
+from rich.progress import Progress
 from scenarios import arrivals, fan_out, turns
 
 from alora_serve.types import ChatMessage, TokenIds
@@ -179,7 +183,7 @@ def test_bars_are_measured_under_the_names_that_the_table_has() -> None:
     elsewhere = ("step_16", "step_1", "step_base", "llama_step", "llama_half_step", "bytes_16", "bytes_1")
     samples |= {name: [1.0] for name in (*elsewhere, "ttft_stored", "ttft_2048", "ttft_6144", "ttft_512")}
 
-    assert {result.bar for result in evaluate(samples)} == {bar.name for bar in BARS}
+    assert {result.bar for result in evaluate(samples, answers_right=True)} == {bar.name for bar in BARS}
     assert len(beside(samples)) == len(BESIDE)
 
 
@@ -196,8 +200,77 @@ def test_a_run_writes_what_it_has_as_it_goes(tmp_path: Path, monkeypatch: pytest
     measure_bars.keep_bars("bars-unfinished", {"peft_5": [20.0], "ours_5": [1.0]})
 
     [row] = json.loads((tmp_path / "bars-unfinished.json").read_text())
-    assert (row["value"], row["holds"]) == (20.0, True)
+    assert (row["value"], row["met"]) == (20.0, True)
+    assert not row["holds"], "no answer was compared with PEFT's yet"
     assert "torch" in row["measured_on"]
+
+
+RIGHT, WRONG = Correct(5, 5, "bfloat16", largest_gap=0.1), Correct(4, 5, "bfloat16", largest_gap=3.0)
+
+
+@pytest.mark.parametrize(
+    ("judged", "right"),
+    [
+        ({"ours": [RIGHT], "engine": [RIGHT], "llama": [WRONG]}, True),
+        ({"ours": [RIGHT, WRONG], "engine": [RIGHT]}, False),
+        ({"ours": [RIGHT], "engine": [WRONG]}, False),
+        ({"ours": [RIGHT]}, False),
+        ({"ours": [RIGHT], "engine": [Correct(0, 0, "float32")]}, False),
+    ],
+    ids=["a peer's are its own", "one row", "one system", "one not compared", "nothing compared"],
+)
+def test_answers_are_right_if_all_of_all_our_systems_were_compared_and_are(
+    judged: dict[str, list[Correct]], right: bool
+) -> None:
+    by_row = {
+        (system, f"question {number}", 2048, 5): correct
+        for system, rows in judged.items()
+        for number, correct in enumerate(rows)
+    }
+
+    assert measure_bars.answers_right(by_row, ["ours", "engine"]) is right
+
+
+class JudgedAnswers:
+    """In place of answers that were compared with PEFT's."""
+
+    def __init__(self, correct: Correct) -> None:
+        self.correct = correct
+
+    async def judge(self, *_: object) -> dict[RowKey, Correct]:
+        return {("ours", "5 adapters", 2048, 5): self.correct}
+
+
+@pytest.mark.parametrize("correct", [RIGHT, WRONG], ids=["right", "wrong"])
+async def test_a_run_with_a_wrong_answer_of_ours_writes_no_bar_that_holds_and_fails_its_check(
+    correct: Correct, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ratios that meet every limit: those with "at least" are 20, those with "at most" 1 (an overhead of nothing).
+    samples = {name: [1.0] for bar in BARS for name in (bar.above, bar.below)}
+    samples |= {name: [20.0] for bar in BARS if bar.sense == "at least" for name in (bar.above,)}
+    samples |= {name: [1.0] for _, *both in BESIDE for name in both if name not in samples}
+    rows = [Row("ours", 2048, (Sample(0.1, 1.0),), what="5 adapters", adapters=5)]
+
+    async def measure(*_: object) -> measure_bars.Measurement:
+        return measure_bars.Measurement(samples, rows, ["ours"])
+
+    def open_bench(console: Console, progress: Progress, **_: object) -> Bench:
+        answers = JudgedAnswers(correct)
+        return Bench(console, progress, tmp_path, "bfloat16", (), WordRenderer(), answers=answers)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(harness, "OUTPUT", tmp_path)
+    monkeypatch.setattr(measure_bars, "OUTPUT", tmp_path)
+    monkeypatch.setattr(measure_bars, "measure", measure)
+    monkeypatch.setattr(measure_bars, "open_bench", open_bench)
+    arguments = argparse.Namespace(kind="qkv", device="cpu", dtype=None, quick=False, rounds=1, json=False)
+
+    all_hold = await measure_bars.run(arguments, Console(file=StringIO()))
+
+    written = json.loads((tmp_path / "bars.json").read_text())
+    assert all(row["met"] for row in written)
+    assert {row["holds"] for row in written} == {all_hold} == {correct is RIGHT}
+    [row] = json.loads((tmp_path / "bars-rows.json").read_text())["rows"]
+    assert row["correct"]["equal"] == correct.equal
 
 
 def test_pictures_take_their_points_from_the_rows_of_a_file() -> None:
