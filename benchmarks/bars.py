@@ -72,6 +72,7 @@ class Result:
     """A bar as measured.
 
     Attributes:
+        lowest: the smallest numerator over the largest denominator; ``highest`` the other way.
         holds: the limit is met, and that counts.
         met: the ratio is what the limit wants, whatever else the run showed.
         counts: answers were right and, for a ratio of our own figures, every limit against llama-server is met.
@@ -79,6 +80,8 @@ class Result:
 
     bar: str
     value: float
+    lowest: float
+    highest: float
     limit: float
     sense: str
     holds: bool
@@ -97,6 +100,11 @@ def ratio(name: str, above: str, below: str, samples: Samples) -> float:
         if not _is_known(figure, samples):
             raise ValueError(f"{name}: {figure} was not measured")
     return median(samples[above]) / median(samples[below])
+
+
+def spread(above: str, below: str, samples: Samples) -> tuple[float, float]:
+    """The least and the most that a round of the one is against a round of the other."""
+    return min(samples[above]) / max(samples[below]), max(samples[above]) / min(samples[below])
 
 
 def value_of(bar: Bar, samples: Samples) -> float:
@@ -119,14 +127,22 @@ class Beside:
 
     what: str
     value: float
+    lowest: float
+    highest: float
     samples: Mapping[str, Sequence[float]]
 
 
 def beside(samples: Samples, *, bars_too: bool = False) -> list[Beside]:
     """What is told beside the bars; ``bars_too`` for adapters that the limits are not meant for."""
-    told = [Beside(bar.name, value_of(bar, samples), _taken(bar.above, bar.below, samples)) for bar in BARS] * bars_too
-    return told + [
-        Beside(what, ratio(what, above, below, samples), _taken(above, below, samples)) for what, above, below in BESIDE
+    bars = [(bar.name, bar.above, bar.below, bar.minus) for bar in BARS] * bars_too
+    return [
+        Beside(
+            what,
+            ratio(what, above, below, samples) - minus,
+            *(end - minus for end in spread(above, below, samples)),
+            _taken(above, below, samples),
+        )
+        for what, above, below, minus in [*bars, *((*told, 0.0) for told in BESIDE)]
     ]
 
 
@@ -148,6 +164,8 @@ def evaluate(samples: Samples, bars: Sequence[Bar] = BARS, *, answers_right: boo
         Result(
             bar=bar.name,
             value=values[bar.name],
+            lowest=spread(bar.above, bar.below, samples)[0] - bar.minus,
+            highest=spread(bar.above, bar.below, samples)[1] - bar.minus,
             limit=bar.limit,
             sense=bar.sense,
             holds=met[bar.name] and counts[bar.name],

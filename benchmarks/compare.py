@@ -21,26 +21,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from correctness import with_verdicts
-from harness import OUTPUT, Row, describe_machine, file_suffix, show, write
+from harness import OUTPUT, Row, describe_machine, file_suffix, write
 from lineup import SYSTEMS, Bench, add_machine_flags, open_bench
 from peers.build_llama import BuildError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scenarios import arrivals, cold_worker, fan_out, turns
+from tables import rows_table
 
 from alora_serve.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One letter of the list above: what is asked, of whom, and against whom the table's last column compares."""
+    """One letter of the list above: what is asked, of whom, and against whom the table's last column compares.
+
+    ``details`` are further columns of the table.
+    """
 
     title: str
     plan: Any
@@ -48,6 +52,7 @@ class Scenario:
     systems: tuple[str, ...]
     baseline: str
     by: str = "first_token_seconds"
+    details: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
 SCENARIOS = {
@@ -126,8 +131,8 @@ def report(letter: str, rows: Sequence[Row], bench: Bench, plan: Any, arguments:
     path = write(f"scenario-{letter}{file_suffix(arguments)}", rows, facts)
     (OUTPUT / f"{_unfinished(letter)}.json").unlink(missing_ok=True)
     if not arguments.json:
-        width = Console(width=None if sys.stdout.isatty() else 180)
-        show(rows, baseline=scenario.baseline, console=width, title=scenario.title, by=scenario.by)
+        print(f"\n{scenario.title}, {bench.dtype}: medians (smallest-largest), seconds\n")
+        print(rows_table(rows, baseline=scenario.baseline, by=scenario.by, details=scenario.details), end="\n\n")
     return path
 
 

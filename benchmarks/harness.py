@@ -1,4 +1,4 @@
-"""What every scenario shares: samples and their medians, the machine's description, a table and a JSON file."""
+"""What every scenario shares: samples and their medians, the machine's description and a JSON file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from peers.build_llama import PACKAGE, VERSION, LlamaBuild
-from rich.console import Console
-from rich.table import Table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = REPOSITORY / "build" / "bench"
@@ -152,34 +150,6 @@ def _commit() -> str:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def show(rows: Sequence[Row], *, baseline: str, console: Console, title: str, by: str = "first_token_seconds") -> None:
-    """Print a table; the last column says how many times faster than ``baseline``, asked the same, by that figure."""
-    table = Table(title=f"{title}: medians (smallest-largest) in seconds")
-    asked = any(row.what for row in rows)
-    checked = any(row.correct for row in rows)
-    columns = ["tokens", *(["asked"] if asked else []), "system", "first token", "end to end", "fetched"]
-    columns += ["as PEFT"] if checked else []
-    columns += ["times faster"]
-    for column in columns:
-        table.add_column(column, justify="left" if column in {"system", "asked"} else "right", no_wrap=True)
-    for row in rows:
-        same = (r for r in rows if (r.system, r.prompt_tokens, r.what) == (baseline, row.prompt_tokens, row.what))
-        slow = next(same, None)
-        cells = [f"{row.prompt_tokens:,}", *([row.what] if asked else []), row.system]
-        cells += [_figure(row, "first_token_seconds"), _figure(row, "total_seconds")]
-        cells += [f"{row.fetched_bytes / 1e6:.1f} MB" if row.fetched_bytes else ""]
-        if checked:
-            cells += [f"{row.correct.equal} of {row.correct.of}" if row.correct else ""]
-        cells += [f"{slow.median(by) / row.median(by):.1f}x" if slow else ""]
-        table.add_row(*cells)
-    console.print(table)
-
-
-def _figure(row: Row, what: str) -> str:
-    low, high = row.spread(what)
-    return f"{row.median(what):.3f} ({low:.3f}-{high:.3f})"
 
 
 def write(name: str, rows: Sequence[Row], facts: Mapping[str, object]) -> Path:

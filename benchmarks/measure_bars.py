@@ -25,12 +25,12 @@ from typing import Any
 from bars import Beside, Result, as_json, beside, evaluate, measured
 from compare import progress_on
 from correctness import RowKey, key_of, with_verdicts
-from harness import OUTPUT, Correct, Row, describe_machine, file_suffix, measured_on, show, write, write_json
+from harness import OUTPUT, Correct, Row, describe_machine, file_suffix, measured_on, write, write_json
 from lineup import LLAMA, Bench, add_machine_flags, open_bench
 from peers.build_llama import BuildError
 from rich.console import Console
-from rich.table import Table
 from scenarios import fan_out
+from tables import PREFILLS, as_peft, markdown, rows_table
 
 from alora_serve.errors import ConfigError
 
@@ -60,10 +60,18 @@ Samples = dict[str, list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """All figures by name, the fan-outs' rows, and what our own systems are called in them."""
+    """All that a run found.
+
+    Attributes:
+        samples: figures by name.
+        rows: the fan-outs'.
+        keys: under which the answers behind a figure are kept, where they are.
+        ours: what our own systems are called in rows and keys.
+    """
 
     samples: Samples
     rows: list[Row]
+    keys: dict[str, RowKey]
     ours: list[str]
 
 
@@ -73,16 +81,16 @@ async def measure(bench: Bench, plan: Plan, keep: Callable[[Samples], object]) -
     async with bench.systems(SYSTEMS) as systems:
         rows = await fan_out.run(bench, systems, _fan_outs(plan))
         names = {name: system.name for name, system in systems.items()}
-        _take_rows(rows, names, samples)
+        keys = _take_rows(rows, names, samples)
         keep(samples)
-        await _first_tokens(bench, systems["ours"], plan, samples)
+        keys |= await _first_tokens(bench, systems["ours"], plan, samples)
         keep(samples)
         await _steps(bench, systems, plan, samples)
         keep(samples)
     # A fresh process, whose budget these conversations fit: none is let go of while the next is counted.
     async with bench.systems(["engine"]) as systems:
         await _memory(bench, systems["engine"], plan, samples)
-    return Measurement(samples, rows, [names[name] for name in OURS])
+    return Measurement(samples, rows, keys, [names[name] for name in OURS])
 
 
 def _fan_outs(plan: Plan) -> fan_out.Plan:
@@ -90,8 +98,9 @@ def _fan_outs(plan: Plan) -> fan_out.Plan:
     return fan_out.Plan(tokens=(plan.tokens,), adapters=(5, 16), rounds=plan.rounds, skip=skip)
 
 
-def _take_rows(rows: Sequence[Row], names: dict[str, str], samples: Samples) -> None:
-    """Figures by the names that bars know."""
+def _take_rows(rows: Sequence[Row], names: dict[str, str], samples: Samples) -> dict[str, RowKey]:
+    """Figures by the names that bars know, and the keys of the rows they come from."""
+    keys: dict[str, RowKey] = {}
     known = {
         "peft_5": ("peft-lora", 5),
         "twins_5": ("ours-twins", 5),
@@ -108,12 +117,18 @@ def _take_rows(rows: Sequence[Row], names: dict[str, str], samples: Samples) -> 
     for name, (system, adapters) in known.items():
         row = fan_out.find(rows, names[system], adapters)
         samples[name] = [sample.total_seconds for sample in row.samples]
+        keys[name] = key_of(row)
     for name, system in (("prefill", "ours"), ("llama_prefill", "llama"), ("llama_half_prefill", "llama-f16")):
         samples[name] = list(fan_out.find(rows, names[system], 5).details["prefill_tokens_per_second"])
+    return keys
 
 
-async def _first_tokens(bench: Bench, ours: Any, plan: Plan, samples: Samples) -> None:
-    """One adapter: the prefix in the store but not in the worker, and in the worker at three lengths."""
+async def _first_tokens(bench: Bench, ours: Any, plan: Plan, samples: Samples) -> dict[str, RowKey]:
+    """One adapter: the prefix in the store but not in the worker, and in the worker at three lengths.
+
+    Returns the keys of the answers that are compared.
+    """
+    keys: dict[str, RowKey] = {}
     resident = {"ttft_512": plan.short, "ttft_6144": plan.long}
     prefixes = {name: bench.renderer.of_length(tokens, seed=31 + tokens) for name, tokens in resident.items()}
     task = bench.progress.add_task("first tokens", total=1 + plan.rounds)
@@ -128,10 +143,11 @@ async def _first_tokens(bench: Bench, ours: Any, plan: Plan, samples: Samples) -
             if number:
                 samples[name].append(answer.first_token_seconds)
             if number == 1:
-                row = Row(ours.name, len(prefix), (), what=name)
-                bench.answers.keep(key_of(row), ours, prefix, bench.adapters[0], answer)
+                keys[name] = key_of(Row(ours.name, len(prefix), (), what=name))
+                bench.answers.keep(keys[name], ours, prefix, bench.adapters[0], answer)
         bench.progress.advance(task)
     bench.progress.remove_task(task)
+    return keys
 
 
 async def _steps(bench: Bench, systems: dict[str, Any], plan: Plan, samples: Samples) -> None:
@@ -167,22 +183,37 @@ async def _memory(bench: Bench, engine: Any, plan: Plan, samples: Samples) -> No
     bench.progress.remove_task(task)
 
 
-def show_results(results: Sequence[Result], told: Sequence[Beside], console: Console) -> None:
-    """The bars as a table, and what is told beside them as another."""
-    if results:
-        table = Table(title="Bars")
-        for column in ("bar", "measured", "limit", "met", "holds"):
-            table.add_column(column, justify="left" if column == "bar" else "right")
-        for result in results:
-            limit, met = f"{result.sense} {result.limit:g}", "yes" if result.met else "NO"
-            table.add_row(result.bar, f"{result.value:.2f}", limit, met, "yes" if result.holds else "NO")
-        console.print(table)
-    table = Table(title="Told beside, without a limit")
-    table.add_column("ratio")
-    table.add_column("measured", justify="right")
-    for ratio in told:
-        table.add_row(ratio.what, f"{ratio.value:.2f}")
-    console.print(table)
+def bars_table(results: Sequence[Result], correct: Mapping[str, Correct]) -> str:
+    """The bars. The spread of a ratio is that of any round of the one figure against any of the other.
+
+    Args:
+        correct: by figure, whose answers were compared with PEFT's; the last column has those of a ratio's two.
+    """
+    rows = [
+        [
+            result.bar,
+            f"{result.value:.2f} ({result.lowest:.2f}-{result.highest:.2f})",
+            f"{result.sense} {result.limit:g}",
+            "yes" if result.met else "**no**",
+            "yes" if result.holds else "**no**",
+            " / ".join(filter(None, (as_peft(correct.get(name)) for name in result.samples))),
+        ]
+        for result in results
+    ]
+    return markdown(("bar", "measured", "wanted", "met", "holds", "as PEFT"), rows, words=("bar", "wanted"))
+
+
+def beside_table(told: Sequence[Beside], correct: Mapping[str, Correct]) -> str:
+    """What is told beside the bars."""
+    rows = [
+        [
+            ratio.what,
+            f"{ratio.value:.2f} ({ratio.lowest:.2f}-{ratio.highest:.2f})",
+            " / ".join(filter(None, (as_peft(correct.get(name)) for name in ratio.samples))),
+        ]
+        for ratio in told
+    ]
+    return markdown(("beside, without a limit", "measured", "as PEFT"), rows, words=("beside, without a limit",))
 
 
 def keep_bars(name: str, samples: Samples) -> None:
@@ -228,9 +259,12 @@ async def run(arguments: argparse.Namespace, console: Console) -> bool:
     for name in unfinished:
         (OUTPUT / f"{name}.json").unlink(missing_ok=True)
     if not arguments.json:
-        wide = Console(width=None if sys.stdout.isatty() else 180)
-        show(rows, baseline=LLAMA["llama"].name, console=wide, title="Fan-outs", by="total_seconds")
-        show_results(results, told, wide)
+        correct = {figure: judged[key] for figure, key in measurement.keys.items() if key in judged}
+        print(f"\nFan-outs, {bench.dtype}: medians (smallest-largest), seconds\n")
+        print(rows_table(rows, baseline=LLAMA["llama"].name, by="total_seconds", details=PREFILLS), end="\n\n")
+        if results:
+            print(bars_table(results, correct), end="\n\n")
+        print(beside_table(told, correct), end="\n\n")
     if not right:
         console.print("Answers of ours were not those of cold PEFT: no bar holds in this run.")
     print(path)

@@ -7,8 +7,7 @@ from pathlib import Path
 import harness
 import pytest
 from correctness import Question, Verdict, computed_together, key_of, summary, verdict, with_verdicts
-from harness import Correct, Row, Sample, rounds_after, show
-from rich.console import Console
+from harness import Correct, Row, Sample, rounds_after
 from systems.base import Answer, in_turn
 from systems.engine import shared_step_seconds
 
@@ -32,21 +31,6 @@ def test_the_very_slow_are_asked_less_often(seconds: float, rounds: int) -> None
 
 def test_no_system_is_asked_more_often_than_wanted() -> None:
     assert rounds_after(30.0, 1) == 1
-
-
-def test_the_table_compares_with_the_baseline_asked_the_same() -> None:
-    console = Console(width=200, record=True)
-    rows = [
-        row("slow", 8.0, what="1"),
-        row("fast", 2.0, what="1"),
-        row("slow", 30.0, what="5"),
-        row("fast", 2.0, what="5"),
-    ]
-
-    show(rows, baseline="slow", console=console, title="Rows", by="total_seconds")
-
-    lines = [line for line in console.export_text().splitlines() if " fast " in line]
-    assert [line.split()[-2] for line in lines] == ["4.0x", "15.0x"]
 
 
 def test_a_row_goes_to_the_file_with_every_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

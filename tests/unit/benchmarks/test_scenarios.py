@@ -15,8 +15,8 @@ import pictures
 import pytest
 from adapters import NAMES, Adapter, invocation_text
 from bars import BARS, BESIDE, beside, evaluate
-from conversations import Exchange, exchanges
-from correctness import RowKey
+from conversations import Exchange, conversation, exchanges
+from correctness import RowKey, key_of
 from harness import Correct, Row, Sample
 from lineup import SYSTEMS, Bench
 from peers.build_llama import LlamaBuild
@@ -33,7 +33,7 @@ class WordRenderer:
     """Counts words, and keeps a conversation readable: a token is a word's number."""
 
     def __init__(self) -> None:
-        self.words: list[str] = []
+        self.words: dict[str, int] = {}
 
     def prefix(self, messages: list[ChatMessage] | tuple[ChatMessage, ...]) -> TokenIds:
         text = " ".join(f"<{message.role}> {message.content}" for message in messages)
@@ -43,9 +43,7 @@ class WordRenderer:
         return (*self.prefix(messages), self._number("<answer>"))
 
     def _number(self, word: str) -> int:
-        if word not in self.words:
-            self.words.append(word)
-        return self.words.index(word)
+        return self.words.setdefault(word, len(self.words))
 
 
 def test_arrivals_come_at_the_rate_in_order_and_within_the_time() -> None:
@@ -104,7 +102,7 @@ def test_six_turns_alternate_between_base_model_and_adapters_and_only_ever_grow(
 
     assert [step.adapter for step in steps] == [None, ADAPTERS[0], None, ADAPTERS[1], None, ADAPTERS[2]]
     prompts = [step.prefix for step in steps]
-    answer = renderer.words.index("<answer>")
+    answer = renderer.words["<answer>"]
     for earlier, later in pairwise(prompts):
         kept = earlier[:-1] if earlier[-1] == answer else earlier
         assert later[: len(kept)] == kept
@@ -136,6 +134,33 @@ def test_exchanges_are_natural_text_and_differ_by_seed() -> None:
     assert all(isinstance(found, Exchange) and len(found.user.content.split()) > 20 for found in first)
     with pytest.raises(ValueError, match="ask for fewer"):
         exchanges(1, 10_000)
+
+
+@pytest.mark.parametrize("words", [40, 333, 2000])
+def test_a_conversation_has_exactly_the_length_asked_for_and_is_talk(words: int) -> None:
+    renderer = WordRenderer()
+
+    messages = conversation(words, seed=1, count=renderer.prefix)
+
+    assert len(renderer.prefix(messages)) == words
+    assert [message.role for message in messages] == ["user", "assistant"] * (len(messages) // 2) + ["user"]
+    assert len(messages) > words // 200
+    assert messages[-1].content.endswith("?")
+
+
+def test_conversations_of_different_seeds_differ_from_their_first_words_on() -> None:
+    renderer = WordRenderer()
+
+    one, again, other = (renderer.prefix(conversation(300, seed=seed, count=renderer.prefix)) for seed in (1, 1, 2))
+
+    assert one == again
+    assert one[:4] != other[:4]
+
+
+@pytest.mark.parametrize("words", [3, 100_000])
+def test_a_length_that_no_conversation_has_is_refused(words: int) -> None:
+    with pytest.raises(ValueError, match=f"{words} tokens"):
+        conversation(words, seed=1, count=WordRenderer().prefix)
 
 
 def test_every_adapter_has_an_invocation_of_its_own_that_special_tokens_enclose() -> None:
@@ -241,9 +266,10 @@ class JudgedAnswers:
         return {("ours", "5 adapters", 2048, 5): self.correct}
 
 
+@pytest.mark.parametrize("kind", ["qkv", "all-linear"])
 @pytest.mark.parametrize("correct", [RIGHT, WRONG], ids=["right", "wrong"])
 async def test_a_run_with_a_wrong_answer_of_ours_writes_no_bar_that_holds_and_fails_its_check(
-    correct: Correct, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, correct: Correct, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Ratios that meet every limit: those with "at least" are 20, those with "at most" 1 (an overhead of nothing).
     samples = {name: [1.0] for bar in BARS for name in (bar.above, bar.below)}
@@ -252,7 +278,7 @@ async def test_a_run_with_a_wrong_answer_of_ours_writes_no_bar_that_holds_and_fa
     rows = [Row("ours", 2048, (Sample(0.1, 1.0),), what="5 adapters", adapters=5)]
 
     async def measure(*_: object) -> measure_bars.Measurement:
-        return measure_bars.Measurement(samples, rows, ["ours"])
+        return measure_bars.Measurement(samples, rows, {"ours_5": key_of(rows[0])}, ["ours"])
 
     def open_bench(console: Console, progress: Progress, **_: object) -> Bench:
         answers = JudgedAnswers(correct)
@@ -262,15 +288,21 @@ async def test_a_run_with_a_wrong_answer_of_ours_writes_no_bar_that_holds_and_fa
     monkeypatch.setattr(measure_bars, "OUTPUT", tmp_path)
     monkeypatch.setattr(measure_bars, "measure", measure)
     monkeypatch.setattr(measure_bars, "open_bench", open_bench)
-    arguments = argparse.Namespace(kind="qkv", device="cpu", dtype=None, quick=False, rounds=1, json=False)
+    arguments = argparse.Namespace(kind=kind, device="cpu", dtype=None, quick=False, rounds=1, json=False)
 
     all_hold = await measure_bars.run(arguments, Console(file=StringIO()))
 
-    written = json.loads((tmp_path / "bars.json").read_text())
-    assert all(row["met"] for row in written)
-    assert {row["holds"] for row in written} == {all_hold} == {correct is RIGHT}
-    [row] = json.loads((tmp_path / "bars-rows.json").read_text())["rows"]
+    assert all_hold is (correct is RIGHT)
+    if kind == "qkv":
+        written = json.loads((tmp_path / "bars.json").read_text())
+        assert all(row["met"] for row in written)
+        assert {row["holds"] for row in written} == {all_hold}
+    suffix = "" if kind == "qkv" else f"-{kind}"
+    [row] = json.loads((tmp_path / f"bars-rows{suffix}.json").read_text())["rows"]
     assert row["correct"]["equal"] == correct.equal
+    table = capsys.readouterr().out
+    assert f"{correct.equal} of 5" in table
+    assert ("**no**" in table) is (kind == "qkv" and correct is WRONG)
 
 
 def test_pictures_take_their_points_from_the_rows_of_a_file() -> None:
