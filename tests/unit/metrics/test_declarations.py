@@ -38,6 +38,7 @@ COUNTED_THINGS = (
     "_resident",
     "_state",
     "_loaded",
+    "_per_second",
 )
 
 
