@@ -34,7 +34,7 @@ from peers.build_llama import BuildError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scenarios import arrivals, cold_worker, fan_out, turns
-from tables import rows_table
+from tables import PREFILLS, rows_table
 
 from alora_serve.errors import ConfigError
 
@@ -56,9 +56,13 @@ class Scenario:
 
 
 SCENARIOS = {
-    "a": Scenario(fan_out.TITLE, fan_out.Plan(), fan_out.QUICK, fan_out.SYSTEMS, fan_out.BASELINE, "total_seconds"),
+    "a": Scenario(
+        fan_out.TITLE, fan_out.Plan(), fan_out.QUICK, fan_out.SYSTEMS, fan_out.BASELINE, "total_seconds", PREFILLS
+    ),
     "b": Scenario(turns.TITLES["b"], turns.Plan(), turns.QUICK, turns.SYSTEMS, turns.BASELINE),
-    "c": Scenario(arrivals.TITLE, arrivals.Plan(), arrivals.QUICK, arrivals.SYSTEMS, arrivals.BASELINE),
+    "c": Scenario(
+        arrivals.TITLE, arrivals.Plan(), arrivals.QUICK, arrivals.SYSTEMS, arrivals.BASELINE, details=arrivals.DETAILS
+    ),
     "d": Scenario(cold_worker.TITLE, cold_worker.Plan(), cold_worker.QUICK, cold_worker.SYSTEMS, cold_worker.BASELINE),
     "e": Scenario(turns.TITLES["e"], turns.Plan(), turns.QUICK, turns.SYSTEMS, turns.BASELINE),
 }
@@ -74,7 +78,7 @@ def progress_on(console: Console) -> Progress:
 async def play(bench: Bench, letter: str, plan: Any, systems: Sequence[str]) -> list[Row]:
     """All rows of one scenario, compared with PEFT."""
     if letter == "d":
-        rows = await cold_worker.run(bench, plan, compare="llama" in systems)
+        rows = await cold_worker.run(bench, plan, systems)
     else:
         async with bench.systems(systems) as running:
             match letter:
@@ -109,7 +113,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the conversation (a); the length (b, c, d)")
     parser.add_argument("--adapters", type=int, nargs="+", help="numbers of adapters asked at once (a)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: those the scenario names")
-    parser.add_argument("--rounds", type=int, help="counted rounds after one warm-up (default: 5)")
+    parser.add_argument("--rounds", type=int, help="counted rounds (default: 5, in c 3)")
     parser.add_argument("--quick", action="store_true", help="short conversations, one round")
     parser.add_argument("--kind", choices=["qkv", "all-linear"], default="qkv", help="what the adapters adapt")
     parser.add_argument("--json", action="store_true", help="print the files' paths alone")

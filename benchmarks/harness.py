@@ -14,6 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from peers.build_llama import PACKAGE, VERSION, LlamaBuild
+from process_settings import thread_settings, torch_threads
+
+from alora_serve.cli.local.machine import service_environment, usable_cores
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = REPOSITORY / "build" / "bench"
@@ -84,7 +87,11 @@ def rounds_after(warm_up_seconds: float, wanted: int) -> int:
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on besides the code, and which code that was."""
+    """What the figures depend on besides the code, and which code that was.
+
+    ``settings`` are of threads and allocators: what the command was given, what the launcher makes of it for our
+    services (which compute with ``OMP_NUM_THREADS`` threads), and torch's threads in the command's own process.
+    """
     model = ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -92,13 +99,18 @@ def machine() -> dict[str, object]:
         model = names[0] if names else ""
     return {
         "processor": model or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "gpus": _gpus(),
         "load_average": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": _versions(),
         "commit": _commit(),
+        "settings": {
+            "environment": thread_settings(os.environ),
+            "services": thread_settings(service_environment(os.environ, threads=0)),
+            "torch_threads": torch_threads(),
+        },
     }
 
 

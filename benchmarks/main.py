@@ -117,7 +117,13 @@ async def run(arguments: argparse.Namespace, console: Console) -> Path:
                     conversation = partial(seeded, renderer, length)
                     rows += await measure(ways, adapter, conversation, rounds, answers, progress)
         rows = with_verdicts(rows, await answers.judge(model, dtype, progress))
-    facts = {"dtype": dtype, "device": arguments.device, "rounds": rounds, "answer_tokens": ANSWER_TOKENS}
+    facts = {
+        "dtype": dtype,
+        "device": arguments.device,
+        "rounds": rounds,
+        "answer_tokens": ANSWER_TOKENS,
+        "processes": {"peft-alora": peft.facts},
+    }
     path = write(f"main{file_suffix(arguments)}", rows, facts)
     if not arguments.json:
         print(f"\n{ANSWER_TOKENS} tokens of an adapter's output, {dtype}: medians (smallest-largest), seconds\n")

@@ -161,9 +161,10 @@ async def _steps(bench: Bench, systems: dict[str, Any], plan: Plan, samples: Sam
         taken = {
             "step_16": await engine.step_seconds(prefix, bench.adapters, STEP_TOKENS),
             "step_1": await engine.step_seconds(prefix, bench.adapters[:1], STEP_TOKENS),
-            "step_base": await engine.step_seconds(prefix, [None], STEP_TOKENS),
-            "llama_step": (await llama.ask(prefix, None, STEP_TOKENS)).token_seconds,
-            "llama_half_step": (await half.ask(prefix, None, STEP_TOKENS)).token_seconds,
+            # Both the mean over one answer, by the clock of the process that computes.
+            "step_base": (await engine.ask(prefix, None, STEP_TOKENS)).token_seconds,
+            "llama_step": (await llama.ask(prefix, None, STEP_TOKENS)).notes["step_seconds"],
+            "llama_half_step": (await half.ask(prefix, None, STEP_TOKENS)).notes["step_seconds"],
         }
         if number:
             for name, seconds in taken.items():

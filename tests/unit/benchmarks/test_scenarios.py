@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 from io import StringIO
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import compare
@@ -23,6 +23,8 @@ from peers.build_llama import LlamaBuild
 from rich.console import Console
 from rich.progress import Progress
 from scenarios import arrivals, fan_out, turns
+from systems.base import Answer, Warmed
+from tables import rows_table
 
 from alora_serve.types import ChatMessage, TokenIds
 
@@ -89,6 +91,61 @@ def test_rates_rise_until_a_system_is_saturated_twice_in_a_row(found: list[bool]
 
 def test_a_rate_is_counted_from_the_first_to_the_last() -> None:
     assert arrivals.per_second([10.0, 14.0, 11.0, 12.0, 13.0]) == 1.0
+
+
+def test_a_row_of_arrivals_has_all_answers_and_a_figure_a_round() -> None:
+    slow, quick = Sample(0.5, 4.0), Sample(0.1, 1.0)
+    rounds = [
+        arrivals.Round((quick, quick), offered=2.0, completed=2.0, seconds=3.0),
+        arrivals.Round((slow, slow), offered=2.0, completed=0.5, seconds=9.0),
+        arrivals.Round((quick, slow), offered=2.0, completed=1.9, seconds=4.0),
+    ]
+
+    row = arrivals.row_of("ours", 2048, 2.0, rounds, answer_tokens=16)
+
+    assert row.samples == (quick, quick, slow, slow, quick, slow)
+    assert row.details["completed_per_second"] == [2.0, 0.5, 1.9]
+    assert row.details["mean_in_flight"] == [2.0, 2.0, 4.75]
+    assert row.details["saturated"] is False, "the median round is not"
+    table = rows_table([row], baseline="", details=arrivals.DETAILS)
+    assert "1.90 (0.50-2.00)" in table
+
+
+class CountedSystem:
+    """Answers at once, or never keeps up, and writes down whose turn it was."""
+
+    plain = False
+
+    def __init__(self, name: str, turns: list[str], *, never_keeps_up: bool) -> None:
+        self.name, self._turns = name, turns
+        self._seconds = arrivals.SATURATED_FIRST_TOKEN_SECONDS + 1 if never_keeps_up else 0.0
+
+    async def warm(self, prefix: TokenIds) -> Warmed:
+        return Warmed(len(prefix), 0.1)
+
+    async def ask(self, prefix: TokenIds, adapter: Adapter | None, max_tokens: int) -> Answer:
+        if max_tokens > 1:
+            self._turns.append(self.name)
+        return Answer((1,) * max_tokens, self._seconds, self._seconds)
+
+
+async def test_systems_take_turns_at_each_rate_until_they_are_saturated_twice(tmp_path: Path) -> None:
+    console, asked = Console(file=StringIO()), list[str]()
+    systems = {name: CountedSystem(name, asked, never_keeps_up=name == "slow") for name in ("quick", "slow")}
+    renderer = WordRenderer()
+    renderer.of_length = lambda tokens, seed: (seed,) * tokens  # type: ignore[attr-defined]
+    bench = Bench(console, Progress(console=console), tmp_path, "float32", tuple(ADAPTERS), renderer)  # type: ignore[arg-type]
+    plan = arrivals.Plan(tokens=8, conversations=2, rates=(100, 200, 400), seconds=0.05, rounds=2)
+
+    rows = await arrivals.run(bench, systems, plan)  # type: ignore[arg-type]
+
+    assert [(row.system, row.what) for row in rows] == [
+        *(("quick", f"{rate}/s") for rate in (100, 200, 400)),
+        *(("slow", f"{rate}/s") for rate in (100, 200)),
+    ]
+    assert [name for name, _ in groupby(asked)] == ["quick", "slow"] * 4 + ["quick"]
+    assert all(len(row.details["completed_per_second"]) == 2 for row in rows)  # type: ignore[arg-type]
+    assert len(bench.answers.kept) == len(rows)
 
 
 def test_there_is_a_rate_to_count_however_short_the_time() -> None:
@@ -171,6 +228,14 @@ def test_every_adapter_has_an_invocation_of_its_own_that_special_tokens_enclose(
 
 
 @pytest.mark.parametrize("letter", list(compare.SCENARIOS))
+def test_both_ways_of_peft_and_llama_server_take_part_in_every_scenario(letter: str) -> None:
+    systems = compare.SCENARIOS[letter].systems
+
+    assert {"ours", "peft-lora", "peft-alora"} <= set(systems)
+    assert any(system.startswith("llama") for system in systems)
+
+
+@pytest.mark.parametrize("letter", list(compare.SCENARIOS))
 def test_a_scenario_names_systems_that_exist_and_is_smaller_when_quick(letter: str) -> None:
     scenario = compare.SCENARIOS[letter]
 
@@ -192,7 +257,7 @@ def test_the_command_line_changes_lengths_adapters_and_rounds() -> None:
 def test_a_scenario_of_one_length_takes_the_first() -> None:
     plan = compare.planned(compare.SCENARIOS["c"], parse("--tokens", "512", "--rounds", "3"))
 
-    assert plan.tokens == 512
+    assert (plan.tokens, plan.rounds) == (512, 3)
     assert plan.adapters == arrivals.Plan().adapters
 
 
@@ -316,6 +381,9 @@ def test_pictures_take_their_points_from_the_rows_of_a_file() -> None:
     rows = json.loads(json.dumps(rows))
 
     assert pictures.contexts(rows)["ours"] == [(510, 0.1), (2040, 0.1), (6100, 0.1)]
+    assert pictures.throughputs(
+        [rows[0] | {"details": {"mean_in_flight": [1, 9, 2], "completed_per_second": [3, 4, 5]}}]
+    ) == {"ours": [(2, 4)]}
     assert pictures.costs(rows) == {"ours": [(1, 1.0), (5, 5.0)], "peer": [(1, 1.0), (5, 5.0)]}
 
 
