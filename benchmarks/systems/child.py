@@ -25,7 +25,7 @@ _BENCHMARKS = Path(__file__).resolve().parent.parent
 Environment = Callable[[Mapping[str, str]], Mapping[str, str]]
 
 
-def _ours(base: Mapping[str, str]) -> Mapping[str, str]:
+def our_environment(base: Mapping[str, str]) -> Mapping[str, str]:
     """As the launcher starts our services."""
     return service_environment(base, threads=0)
 
@@ -37,7 +37,7 @@ class Child:
         facts: the child's environment, as far as figures depend on it, and its number of torch threads.
     """
 
-    def __init__(self, module: str, settings: Mapping[str, object], environment: Environment = _ours) -> None:
+    def __init__(self, module: str, settings: Mapping[str, object], environment: Environment = our_environment) -> None:
         """``settings`` is the child's one argument, as JSON; ``environment`` makes its environment from ours."""
         # -P: the directory of a module must not stand in for packages of the same names.
         self._command = (sys.executable, "-P", "-m", module, json.dumps(settings))
@@ -101,7 +101,7 @@ class Child:
 class ChildSystem:
     """A system that is one child, ready when the block begins and gone when it ends."""
 
-    def __init__(self, module: str, settings: Mapping[str, object], environment: Environment = _ours) -> None:
+    def __init__(self, module: str, settings: Mapping[str, object], environment: Environment = our_environment) -> None:
         self._child = Child(module, settings, environment)
 
     @property
