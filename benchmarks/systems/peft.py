@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from adapters import Adapter
-from systems.base import Answer, FanOutAnswers, Warmed, in_turn
+from systems.base import Answer, FanOutAnswers, Warmed
 from systems.child import ChildSystem
 from systems.peft_settings import ALORA, LORA, PeftSettings
 
@@ -66,12 +66,16 @@ class PeftLora(ChildSystem):
         return answer
 
     async def fan_out(self, prefix: TokenIds, adapters: Sequence[Adapter], max_tokens: int) -> FanOutAnswers:
-        """One batch, or one after the other."""
-        if not self.settings.batched:
-            return in_turn([await self.ask(prefix, adapter, max_tokens) for adapter in adapters])
+        """One batch, or as many after another as memory wants or settings say."""
+        rows = self.settings.batch_rows(len(prefix))
+        answers: list[Answer] = []
+        seconds = 0.0
         async with self._turn:
-            answers = _answers(await self._child.ask(self._questions(prefix, adapters, max_tokens)), 0.0)
-        return FanOutAnswers(answers, answers[0].total_seconds)
+            for first in range(0, len(adapters), rows):
+                questions = self._questions(prefix, adapters[first : first + rows], max_tokens)
+                answers += _answers(await self._child.ask(questions), seconds)
+                seconds = answers[-1].total_seconds
+        return FanOutAnswers(tuple(answers), seconds)
 
     def _questions(self, prefix: TokenIds, adapters: Sequence[Adapter], max_tokens: int) -> dict[str, Any]:
         return {

@@ -19,11 +19,17 @@ class PeftSettings:
         threads_sleep: threads that wait sleep (``OMP_WAIT_POLICY=passive``), as those of our services must beside each
             other. By OpenMP's own choice they spin for a while, which is faster where the process is alone.
         keeps_memory: the allocator keeps what was freed, as in our services.
+        batch_tokens: of all prompts of a batch, each of which has KV of its own; what is beyond is another batch.
     """
 
     batched: bool = False
     threads_sleep: bool = False
     keeps_memory: bool = True
+    batch_tokens: int = 1 << 16
+
+    def batch_rows(self, prompt_tokens: int) -> int:
+        """How many questions about a conversation of so many tokens are one batch."""
+        return max(1, self.batch_tokens // prompt_tokens) if self.batched else 1
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """``base`` as a process of this kind gets it; what ``base`` says of these settings is replaced."""

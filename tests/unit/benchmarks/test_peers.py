@@ -32,6 +32,19 @@ def test_pefts_allocator_keeps_memory_unless_it_is_not_to() -> None:
     assert not MALLOC & PeftSettings(keeps_memory=False).environment(dict.fromkeys(MALLOC, "1")).keys()
 
 
+@pytest.mark.parametrize(
+    ("settings", "prompt_tokens", "rows"),
+    [
+        (PeftSettings(batched=False), 512, 1),
+        (PeftSettings(batched=True, batch_tokens=65536), 2048, 32),
+        (PeftSettings(batched=True, batch_tokens=65536), 6144, 10),
+        (PeftSettings(batched=True, batch_tokens=65536), 100_000, 1),
+    ],
+)
+def test_a_batch_holds_what_memory_allows(settings: PeftSettings, prompt_tokens: int, rows: int) -> None:
+    assert settings.batch_rows(prompt_tokens) == rows
+
+
 @pytest.mark.parametrize("best", [LORA, ALORA])
 def test_what_is_tried_of_peft_is_one_change_of_what_the_tables_have(best: PeftSettings) -> None:
     found = trials(best)

@@ -68,15 +68,17 @@ async def test_a_fan_out_is_measured_and_its_answers_are_those_of_cold_peft(
     assert measured == {systems["engine"].name, systems["peft-alora"].name}
 
 
-@pytest.mark.parametrize("batched", [True, False], ids=["one batch", "one after another"])
+@pytest.mark.parametrize(
+    "settings", [PeftSettings(batched=True), PeftSettings(batched=False)], ids=["one batch", "one after another"]
+)
 @pytest.mark.parametrize("kind", [PeftLora, PeftAlora])
 async def test_pefts_answers_are_those_of_cold_peft_however_a_fan_out_is_asked(
-    bench: Bench, kind: type[PeftLora], batched: bool
+    bench: Bench, kind: type[PeftLora], settings: PeftSettings
 ) -> None:
     prefix, answers = bench.renderer.of_length(TOKENS, seed=3), Answers()
     key = ("peft", "2 adapters", TOKENS, 2)
 
-    async with kind(bench.model, "float32", bench.adapters, settings=PeftSettings(batched=batched)) as peft:
+    async with kind(bench.model, "float32", bench.adapters, settings=settings) as peft:
         await peft.warm(prefix)
         found = await peft.fan_out(prefix, bench.adapters, 4)
         for adapter, answer in zip(bench.adapters, found.answers, strict=True):
@@ -84,7 +86,8 @@ async def test_pefts_answers_are_those_of_cold_peft_however_a_fan_out_is_asked(
 
     assert len({len(adapter.invocation) for adapter in bench.adapters}) == 2, "a batch is padded"
     first, second = (answer.first_token_seconds for answer in found.answers)
-    assert (first == second) is batched
+    assert (first == second) is settings.batched
+    assert found.total_seconds == found.answers[1].total_seconds
     assert await answers.judge(bench.model, "float32", bench.progress) == {key: Correct(2, 2, "float32")}
 
 
