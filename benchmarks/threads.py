@@ -25,6 +25,7 @@ from compare import progress_on
 from correctness import key_of, with_verdicts
 from harness import Row, Sample, file_suffix, write
 from lineup import Bench, add_machine_flags, open_bench
+from process_settings import thread_settings
 from rich.console import Console
 from systems.engine import EngineInProcess
 from tables import figure, markdown, rows_table
@@ -63,10 +64,10 @@ class Setting:
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """``base`` with these settings, whatever it says of them."""
-        ours = {"OMP_WAIT_POLICY", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
-        found = service_environment({name: base[name] for name in base.keys() - ours}, threads=self.threads)
+        rest = {name: base[name] for name in base.keys() - thread_settings(base).keys()}
+        found = service_environment(rest, threads=self.threads)
         unset = set() if self.sleep else {"OMP_WAIT_POLICY"}
-        unset |= set() if self.keeps_memory else {name for name in ours if name.startswith("MALLOC_")}
+        unset |= set() if self.keeps_memory else {name for name in found if name.startswith("MALLOC_")}
         return {name: value for name, value in found.items() if name not in unset}
 
 

