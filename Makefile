@@ -87,6 +87,14 @@ bench-training: $(VENV)/.ready-dev $(STUBS) ## an aLoRA's training from kept KV,
 bench-llama: $(VENV)/.ready-dev $(STUBS) ## which settings llama-server is fastest with, into build/bench/llama-settings.json
 	@$(BIN)/python benchmarks/try_llama.py $(ARGS)
 
+.PHONY: bench-peft
+bench-peft: $(VENV)/.ready-dev $(STUBS) ## which settings stock PEFT is fastest with, into build/bench/peft-settings.json
+	@$(BIN)/python benchmarks/try_peft.py $(ARGS)
+
+.PHONY: bench-threads
+bench-threads: $(VENV)/.ready-dev $(STUBS) ## thread counts, waiting threads and allocators, into build/bench/threads.json
+	@$(BIN)/python benchmarks/threads.py $(ARGS)
+
 .PHONY: bench-pictures
 bench-pictures: $(VENV)/.ready-dev ## draw what bench-peers measured, into docs/images
 	@$(BIN)/python benchmarks/pictures.py $(ARGS)

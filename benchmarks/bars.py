@@ -1,7 +1,8 @@
 """The bars: which ratio of which figures, and what it must be. Pure; ``measure_bars.py`` measures.
 
-A ratio of our own figures proves nothing if its denominator is slow, so such a bar *counts* only in a run in which
-every bar against llama-server holds.
+A bar *holds* if its ratio meets the limit and it *counts*. Nothing counts in a run in which an answer of ours was not
+stock PEFT's. A ratio of our own figures proves nothing if its denominator is slow, so it counts only where every limit
+against llama-server is met, too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Bar:
         below: name of those in the denominator.
         limit: what the ratio is held to.
         sense: ``at least`` or ``at most``.
-        group: whom it compares with; ``self`` counts only where every ``llama`` bar holds.
+        group: whom it compares with; ``self`` counts only where every ``llama`` bar is met.
         minus: subtracted from the ratio, for an overhead.
     """
 
@@ -68,13 +69,23 @@ BESIDE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A bar as measured. ``counts`` is False for a ratio of our own figures in a run where a llama bar fails."""
+    """A bar as measured.
+
+    Attributes:
+        lowest: the smallest numerator over the largest denominator; ``highest`` the other way.
+        holds: the limit is met, and that counts.
+        met: the ratio is what the limit wants, whatever else the run showed.
+        counts: answers were right and, for a ratio of our own figures, every limit against llama-server is met.
+    """
 
     bar: str
     value: float
+    lowest: float
+    highest: float
     limit: float
     sense: str
     holds: bool
+    met: bool
     counts: bool
     samples: Mapping[str, Sequence[float]]
 
@@ -89,6 +100,11 @@ def ratio(name: str, above: str, below: str, samples: Samples) -> float:
         if not _is_known(figure, samples):
             raise ValueError(f"{name}: {figure} was not measured")
     return median(samples[above]) / median(samples[below])
+
+
+def spread(above: str, below: str, samples: Samples) -> tuple[float, float]:
+    """The least and the most that a round of the one is against a round of the other."""
+    return min(samples[above]) / max(samples[below]), max(samples[above]) / min(samples[below])
 
 
 def value_of(bar: Bar, samples: Samples) -> float:
@@ -111,14 +127,22 @@ class Beside:
 
     what: str
     value: float
+    lowest: float
+    highest: float
     samples: Mapping[str, Sequence[float]]
 
 
 def beside(samples: Samples, *, bars_too: bool = False) -> list[Beside]:
     """What is told beside the bars; ``bars_too`` for adapters that the limits are not meant for."""
-    told = [Beside(bar.name, value_of(bar, samples), _taken(bar.above, bar.below, samples)) for bar in BARS] * bars_too
-    return told + [
-        Beside(what, ratio(what, above, below, samples), _taken(above, below, samples)) for what, above, below in BESIDE
+    bars = [(bar.name, bar.above, bar.below, bar.minus) for bar in BARS] * bars_too
+    return [
+        Beside(
+            what,
+            ratio(what, above, below, samples) - minus,
+            *(end - minus for end in spread(above, below, samples)),
+            _taken(above, below, samples),
+        )
+        for what, above, below, minus in [*bars, *((*told, 0.0) for told in BESIDE)]
     ]
 
 
@@ -126,26 +150,34 @@ def _taken(above: str, below: str, samples: Samples) -> dict[str, list[float]]:
     return {name: list(samples[name]) for name in (above, below)}
 
 
-def evaluate(samples: Samples, bars: Sequence[Bar] = BARS) -> list[Result]:
-    """Every bar, in order."""
+def evaluate(samples: Samples, bars: Sequence[Bar] = BARS, *, answers_right: bool) -> list[Result]:
+    """Every bar, in order.
+
+    Args:
+        answers_right: every answer of ours that was compared was stock PEFT's; False as well before that is known.
+    """
     values = {bar.name: value_of(bar, samples) for bar in bars}
-    holds = {bar.name: _holds(bar, values[bar.name]) for bar in bars}
-    llama_holds = all(holds[bar.name] for bar in bars if bar.group == "llama")
+    met = {bar.name: _is_met(bar, values[bar.name]) for bar in bars}
+    llama_met = all(met[bar.name] for bar in bars if bar.group == "llama")
+    counts = {bar.name: answers_right and (llama_met or bar.group != "self") for bar in bars}
     return [
         Result(
             bar=bar.name,
             value=values[bar.name],
+            lowest=spread(bar.above, bar.below, samples)[0] - bar.minus,
+            highest=spread(bar.above, bar.below, samples)[1] - bar.minus,
             limit=bar.limit,
             sense=bar.sense,
-            holds=holds[bar.name],
-            counts=llama_holds or bar.group != "self",
+            holds=met[bar.name] and counts[bar.name],
+            met=met[bar.name],
+            counts=counts[bar.name],
             samples=_taken(bar.above, bar.below, samples),
         )
         for bar in bars
     ]
 
 
-def _holds(bar: Bar, value: float) -> bool:
+def _is_met(bar: Bar, value: float) -> bool:
     return value >= bar.limit if bar.sense == "at least" else value <= bar.limit
 
 

@@ -21,26 +21,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from correctness import with_verdicts
-from harness import OUTPUT, Row, describe_machine, file_suffix, show, write
+from harness import OUTPUT, Row, describe_machine, file_suffix, write
 from lineup import SYSTEMS, Bench, add_machine_flags, open_bench
 from peers.build_llama import BuildError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scenarios import arrivals, cold_worker, fan_out, turns
+from tables import PREFILLS, rows_table
 
 from alora_serve.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One letter of the list above: what is asked, of whom, and against whom the table's last column compares."""
+    """One letter of the list above: what is asked, of whom, and against whom the table's last column compares.
+
+    ``details`` are further columns of the table.
+    """
 
     title: str
     plan: Any
@@ -48,12 +52,17 @@ class Scenario:
     systems: tuple[str, ...]
     baseline: str
     by: str = "first_token_seconds"
+    details: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
 SCENARIOS = {
-    "a": Scenario(fan_out.TITLE, fan_out.Plan(), fan_out.QUICK, fan_out.SYSTEMS, fan_out.BASELINE, "total_seconds"),
+    "a": Scenario(
+        fan_out.TITLE, fan_out.Plan(), fan_out.QUICK, fan_out.SYSTEMS, fan_out.BASELINE, "total_seconds", PREFILLS
+    ),
     "b": Scenario(turns.TITLES["b"], turns.Plan(), turns.QUICK, turns.SYSTEMS, turns.BASELINE),
-    "c": Scenario(arrivals.TITLE, arrivals.Plan(), arrivals.QUICK, arrivals.SYSTEMS, arrivals.BASELINE),
+    "c": Scenario(
+        arrivals.TITLE, arrivals.Plan(), arrivals.QUICK, arrivals.SYSTEMS, arrivals.BASELINE, details=arrivals.DETAILS
+    ),
     "d": Scenario(cold_worker.TITLE, cold_worker.Plan(), cold_worker.QUICK, cold_worker.SYSTEMS, cold_worker.BASELINE),
     "e": Scenario(turns.TITLES["e"], turns.Plan(), turns.QUICK, turns.SYSTEMS, turns.BASELINE),
 }
@@ -69,7 +78,7 @@ def progress_on(console: Console) -> Progress:
 async def play(bench: Bench, letter: str, plan: Any, systems: Sequence[str]) -> list[Row]:
     """All rows of one scenario, compared with PEFT."""
     if letter == "d":
-        rows = await cold_worker.run(bench, plan, compare="llama" in systems)
+        rows = await cold_worker.run(bench, plan, systems)
     else:
         async with bench.systems(systems) as running:
             match letter:
@@ -104,7 +113,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the conversation (a); the length (b, c, d)")
     parser.add_argument("--adapters", type=int, nargs="+", help="numbers of adapters asked at once (a)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: those the scenario names")
-    parser.add_argument("--rounds", type=int, help="counted rounds after one warm-up (default: 5)")
+    parser.add_argument("--rounds", type=int, help="counted rounds (default: 5, in c 3)")
     parser.add_argument("--quick", action="store_true", help="short conversations, one round")
     parser.add_argument("--kind", choices=["qkv", "all-linear"], default="qkv", help="what the adapters adapt")
     parser.add_argument("--json", action="store_true", help="print the files' paths alone")
@@ -126,8 +135,8 @@ def report(letter: str, rows: Sequence[Row], bench: Bench, plan: Any, arguments:
     path = write(f"scenario-{letter}{file_suffix(arguments)}", rows, facts)
     (OUTPUT / f"{_unfinished(letter)}.json").unlink(missing_ok=True)
     if not arguments.json:
-        width = Console(width=None if sys.stdout.isatty() else 180)
-        show(rows, baseline=scenario.baseline, console=width, title=scenario.title, by=scenario.by)
+        print(f"\n{scenario.title}, {bench.dtype}: medians (smallest-largest), seconds\n")
+        print(rows_table(rows, baseline=scenario.baseline, by=scenario.by, details=scenario.details), end="\n\n")
     return path
 
 

@@ -1,4 +1,4 @@
-"""What every scenario shares: samples and their medians, the machine's description, a table and a JSON file."""
+"""What every scenario shares: samples and their medians, the machine's description and a JSON file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from peers.build_llama import PACKAGE, VERSION, LlamaBuild
-from rich.console import Console
-from rich.table import Table
+from process_settings import thread_settings, torch_threads
+
+from alora_serve.cli.local.machine import service_environment, usable_cores
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = REPOSITORY / "build" / "bench"
@@ -86,7 +87,11 @@ def rounds_after(warm_up_seconds: float, wanted: int) -> int:
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on besides the code, and which code that was."""
+    """What the figures depend on besides the code, and which code that was.
+
+    ``settings`` are of threads and allocators: what the command was given, what the launcher makes of it for our
+    services (which compute with ``OMP_NUM_THREADS`` threads), and torch's threads in the command's own process.
+    """
     model = ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -94,13 +99,18 @@ def machine() -> dict[str, object]:
         model = names[0] if names else ""
     return {
         "processor": model or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "gpus": _gpus(),
         "load_average": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": _versions(),
         "commit": _commit(),
+        "settings": {
+            "environment": thread_settings(os.environ),
+            "services": thread_settings(service_environment(os.environ, threads=0)),
+            "torch_threads": torch_threads(),
+        },
     }
 
 
@@ -152,34 +162,6 @@ def _commit() -> str:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def show(rows: Sequence[Row], *, baseline: str, console: Console, title: str, by: str = "first_token_seconds") -> None:
-    """Print a table; the last column says how many times faster than ``baseline``, asked the same, by that figure."""
-    table = Table(title=f"{title}: medians (smallest-largest) in seconds")
-    asked = any(row.what for row in rows)
-    checked = any(row.correct for row in rows)
-    columns = ["tokens", *(["asked"] if asked else []), "system", "first token", "end to end", "fetched"]
-    columns += ["as PEFT"] if checked else []
-    columns += ["times faster"]
-    for column in columns:
-        table.add_column(column, justify="left" if column in {"system", "asked"} else "right", no_wrap=True)
-    for row in rows:
-        same = (r for r in rows if (r.system, r.prompt_tokens, r.what) == (baseline, row.prompt_tokens, row.what))
-        slow = next(same, None)
-        cells = [f"{row.prompt_tokens:,}", *([row.what] if asked else []), row.system]
-        cells += [_figure(row, "first_token_seconds"), _figure(row, "total_seconds")]
-        cells += [f"{row.fetched_bytes / 1e6:.1f} MB" if row.fetched_bytes else ""]
-        if checked:
-            cells += [f"{row.correct.equal} of {row.correct.of}" if row.correct else ""]
-        cells += [f"{slow.median(by) / row.median(by):.1f}x" if slow else ""]
-        table.add_row(*cells)
-    console.print(table)
-
-
-def _figure(row: Row, what: str) -> str:
-    low, high = row.spread(what)
-    return f"{row.median(what):.3f} ({low:.3f}-{high:.3f})"
 
 
 def write(name: str, rows: Sequence[Row], facts: Mapping[str, object]) -> Path:

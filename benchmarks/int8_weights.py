@@ -9,11 +9,9 @@ Everything goes to build/bench/int8.json.
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from command import run_command
@@ -22,8 +20,8 @@ from harness import REPOSITORY, file_suffix, machine, write_json
 from lineup import Bench, add_machine_flags, open_bench
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from systems.engine import EngineInProcess
+from tables import figure, markdown
 
 from alora_serve.model.weights import WeightQuantization
 from alora_serve.types import TokenIds
@@ -145,25 +143,24 @@ async def measure_steps(bench: Bench, tokens: int, rounds: int) -> dict[str, dic
     return {kind: dict(by_count) for kind, by_count in found.items()}
 
 
-def show(quality: Quality, steps: dict[str, dict[str, list[float]]], console: Console) -> None:
+def show(quality: Quality, steps: dict[str, dict[str, list[float]]]) -> None:
     """Two tables."""
-    table = Table(title=f"int8 against the same model, {quality.tokens:,} tokens of documentation")
-    for column in ("likeliest token the same", "mean divergence, nats", "perplexity", "perplexity, int8"):
-        table.add_column(column, justify="right")
-    table.add_row(
+    print(f"\nint8 against the same model, {quality.tokens:,} tokens of documentation\n")
+    columns = ("likeliest token the same", "mean divergence, nats", "perplexity", "perplexity, int8")
+    figures = (
         f"{quality.same_likeliest:.1%}",
         f"{quality.mean_divergence:.4f}",
         f"{quality.perplexity:.2f}",
         f"{quality.perplexity_rounded:.2f}",
     )
-    console.print(table)
-    table = Table(title="A decode step, milliseconds (medians)")
-    table.add_column("weights")
-    for count in SEQUENCES:
-        table.add_column(f"{count} sequence{'s' if count > 1 else ''}", justify="right")
-    for kind, by_count in steps.items():
-        table.add_row("unrounded" if kind == "none" else kind, *(f"{1e3 * median(s):.0f}" for s in by_count.values()))
-    console.print(table)
+    print(markdown(columns, [figures]))
+    print("\nA decode step, milliseconds: medians (smallest-largest)\n")
+    columns = ("weights", *(f"{count} sequence{'s' if count > 1 else ''}" for count in SEQUENCES))
+    rows = [
+        ["unrounded" if kind == "none" else kind, *(figure([1e3 * s for s in found], 1) for found in by_count.values())]
+        for kind, by_count in steps.items()
+    ]
+    print(markdown(columns, rows, words=("weights",)), end="\n\n")
 
 
 async def run(arguments: argparse.Namespace, console: Console) -> Path:
@@ -184,7 +181,7 @@ async def run(arguments: argparse.Namespace, console: Console) -> Path:
     }
     path = write_json(f"int8{file_suffix(arguments)}", content)
     if not arguments.json:
-        show(quality, steps, Console(width=None if sys.stdout.isatty() else 120))
+        show(quality, steps)
     return path
 
 

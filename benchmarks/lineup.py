@@ -18,6 +18,7 @@ from peers.llama_files import ensure_adapter_files, ensure_model_file
 from rich.console import Console
 from rich.progress import Progress
 from systems.base import System
+from systems.child import ChildSystem
 from systems.engine import EngineInProcess
 from systems.llama import LlamaServer
 from systems.llama_settings import (
@@ -34,6 +35,7 @@ from systems.peft import PeftAlora, PeftLora
 from systems.served import Deployed, Served, ServedResident, ServedTwins
 
 from alora_serve.cli.local.deployment import DeploymentOptions
+from alora_serve.cli.local.machine import usable_cores
 from alora_serve.model.demo_model import ensure_demo_model
 from alora_serve.model.device import device_name, native_dtype, open_device
 
@@ -61,6 +63,7 @@ class Bench:
         device: ``cpu``, ``cuda`` or ``cuda:N``, the same for all systems.
         answers: what is compared with PEFT afterwards.
         facts: about the systems, for the JSON file.
+        processes: of these facts, the settings that systems in processes of their own ran with.
         keep: told all rows so far, so that a run that is cut off was not for nothing.
     """
 
@@ -73,7 +76,11 @@ class Bench:
     device: str = "cpu"
     answers: Answers = field(default_factory=Answers)
     facts: dict[str, object] = field(default_factory=dict)
+    processes: dict[str, object] = field(default_factory=dict)
     keep: Callable[[Sequence[Row]], object] = lambda rows: None
+
+    def __post_init__(self) -> None:
+        self.facts["processes"] = self.processes
 
     @asynccontextmanager
     async def systems(self, names: Sequence[str], *, store_url: str | None = None) -> AsyncIterator[dict[str, System]]:
@@ -85,9 +92,15 @@ class Bench:
                 deployed = await stack.enter_async_context(self.deployed(store_url))
             for name in sorted(names, key=SYSTEMS.index):
                 self.console.print(f"starting {name}", style="dim")
-                system = _OVER_GRPC[name](deployed) if deployed and name in _OVER_GRPC else self._peer(name)
+                system = _OVER_GRPC[name](deployed) if deployed and name in _OVER_GRPC else self.peer(name)
                 running[name] = await stack.enter_async_context(system)
+                self.note(name, running[name])
             yield running
+
+    def note(self, name: str, system: System) -> None:
+        """Write down what a running system's process was started with."""
+        if isinstance(system, ChildSystem):
+            self.processes[name] = system.facts
 
     def deployed(self, store_url: str | None = None) -> Deployed:
         """Our services, with these adapters and their twins."""
@@ -119,10 +132,12 @@ class Bench:
                 "conversations_keep_slots": settings.pin_slot,
                 "base_turns_keep_the_cache": settings.base_keeps_cache,
                 "flags": list(flags),
+                "threads": usable_cores(),
             }
             noted.setdefault("settings", {})[settings.name] = asked
 
-    def _peer(self, name: str) -> System:
+    def peer(self, name: str) -> System:
+        """A system of :data:`SYSTEMS` that needs no services."""
         peers: Mapping[str, Callable[[], System]] = {
             "engine": lambda: EngineInProcess(self.model, self.dtype, self.adapters, self.device),
             "peft-lora": lambda: PeftLora(self.model, self.dtype, self.adapters, self.device),

@@ -13,6 +13,7 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from harness import OUTPUT, REPOSITORY
@@ -27,8 +28,13 @@ def lines(rows: list[dict[str, Any]], x: str, y: str) -> Lines:
     found: Lines = defaultdict(list)
     for row in rows:
         values = {**row["details"], **row}
-        found[row["system"]].append((values[x], values[y]))
+        found[row["system"]].append((_middle(values[x]), _middle(values[y])))
     return {system: sorted(points) for system, points in found.items()}
+
+
+def _middle(value: float | list[float]) -> float:
+    """Of a figure that there is one of a round, the median."""
+    return median(value) if isinstance(value, list) else value
 
 
 def contexts(rows: list[dict[str, Any]]) -> Lines:

@@ -7,28 +7,29 @@ path (first token of an adapter whose conversation is in the store but not in th
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
-import statistics
-import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Literal, get_args
 
-from conversations import REQUESTS, conversation
-from harness import Row, Sample, describe_machine, show, write
-from main import ADAPTER, ADAPTERS, ask, demo_tokenizer
+from command import run_command
+from compare import progress_on
+from conversations import Renderer
+from correctness import Answers, key_of, with_verdicts
+from harness import Row, Sample, write
+from main import ADAPTERS, ANSWER_TOKENS, adapter_in
 from rich.console import Console
-from systems.served import Deployed, empty_store
+from rich.progress import Progress
+from systems.served import Deployed, Served, empty_store
+from tables import figure, markdown, rows_table
 
 from alora_serve.cli.local.deployment import DeploymentOptions
 from alora_serve.kv.lmdb import LmdbStore
 from alora_serve.kv.sealed import Protection, SealedStore
 from alora_serve.kv.store import KVStore, Put, StoreKey
-from alora_serve.types import ChatMessage, TokenIds
+from alora_serve.model.demo_model import ensure_demo_model
 
 SECRET = "the secret of this benchmark's store"
 PROTECTIONS: tuple[Protection, ...] = get_args(Protection)
@@ -42,8 +43,8 @@ def store_of(protection: Protection, url: str) -> KVStore:
     return bare if protection == "none" else SealedStore(bare, protection, (SECRET.encode(),))
 
 
-def measure_stores(rounds: int) -> dict[Protection, dict[Figure, float]]:
-    """Median bytes a second of writing and reading, by protection."""
+def measure_stores(rounds: int) -> dict[Protection, dict[Figure, list[float]]]:
+    """Bytes a second of writing and reading, by protection, one a round."""
     rates: dict[tuple[Protection, Figure], list[float]] = defaultdict(list)
     value = os.urandom(VALUE_BYTES)
     keys = [StoreKey(number.to_bytes(32, "big")) for number in range(VALUES)]
@@ -63,63 +64,62 @@ def measure_stores(rounds: int) -> dict[Protection, dict[Figure, float]]:
             store.close()
         rates[protection, "write"].append(VALUES * VALUE_BYTES / (written - began))
         rates[protection, "read"].append(VALUES * VALUE_BYTES / (read - written))
-    return {
-        protection: {figure: statistics.median(rates[protection, figure][1:]) for figure in get_args(Figure)}
-        for protection in PROTECTIONS
-    }
+    return {protection: {kind: rates[protection, kind][1:] for kind in get_args(Figure)} for protection in PROTECTIONS}
 
 
-async def measure_first_tokens(tokens: int, rounds: int, console: Console) -> list[Row]:
-    """A row a protection: the KV in the store, not in the worker."""
-    tokenizer = demo_tokenizer()
-
-    def count(messages: Sequence[ChatMessage]) -> TokenIds:
-        found: TokenIds = tokenizer(messages)
-        return found
-
+async def measure_first_tokens(tokens: int, rounds: int, progress: Progress) -> list[Row]:
+    """A row a protection: the KV in the store, not in the worker. Its answers are compared with cold PEFT's."""
+    model, adapter, answers = ensure_demo_model(), adapter_in(ADAPTERS), Answers()
+    renderer = Renderer(model)
     samples: dict[Protection, list[Sample]] = defaultdict(list)
     fetched: dict[Protection, int] = {}
+    task = progress.add_task("first tokens", total=(rounds + 1) * len(PROTECTIONS))
     async with AsyncExitStack() as stack:
-        running = {}
+        running: dict[Protection, Served] = {}
         for protection in PROTECTIONS:
             settings = {"store_protection": protection, "store_secrets": SECRET, "always_fetch": "true"}
             options = DeploymentOptions(adapter_roots=(ADAPTERS,), dtype="float32", settings=settings)
-            running[protection] = await stack.enter_async_context(Deployed(options, ()))
+            running[protection] = Served(await stack.enter_async_context(Deployed(options, [adapter])))
         for number in range(rounds + 1):
-            messages = conversation(REQUESTS, tokens, seed=tokens + number, count=count)
-            for protection in PROTECTIONS:
-                client = running[protection].client
-                handle = (await client.prefill(messages=messages)).handle
-                sample, finished = await ask(client, handle, ADAPTER)
-                fetched[protection] = finished.usage.fetched_bytes
-                samples[protection].append(sample)
-            console.print(f"round {number} of {rounds}", style="dim")
-    return [
-        Row(protection, len(handle.prefix_tokens), tuple(samples[protection][1:]), fetched[protection])
-        for protection in PROTECTIONS
-    ]
+            prefix = renderer.of_length(tokens, seed=tokens + number)
+            for protection, system in running.items():
+                await system.warm(prefix)
+                answer = await system.ask(prefix, adapter, ANSWER_TOKENS)
+                fetched[protection] = int(answer.notes["fetched_bytes"])
+                samples[protection].append(Sample(answer.first_token_seconds, answer.total_seconds))
+                if number == 1:
+                    answers.keep(key_of(Row(protection, tokens, ())), system, prefix, adapter, answer)
+                progress.advance(task)
+    progress.remove_task(task)
+    rows = [Row(name, tokens, tuple(samples[name][1:]), fetched[name]) for name in PROTECTIONS]
+    return with_verdicts(rows, await answers.judge(model, "float32", progress))
+
+
+async def run(arguments: argparse.Namespace, console: Console) -> Path:
+    """Measure, write, print."""
+    with progress_on(console) as progress:
+        rates = measure_stores(arguments.rounds)
+        rows = await measure_first_tokens(arguments.tokens, arguments.rounds, progress)
+    path = write("sealed", rows, {"store_bytes_per_second": {name: dict(found) for name, found in rates.items()}})
+    if not arguments.json:
+        gigabytes = [
+            [name, *(figure([rate / 1e9 for rate in found[kind]], 2) for kind in get_args(Figure))]
+            for name, found in rates.items()
+        ]
+        print("\nThe store alone, GB/s: medians (smallest-largest)\n")
+        print(markdown(("protection", *get_args(Figure)), gigabytes, words=("protection",)))
+        print("\nFirst token from the store, float32: medians (smallest-largest), seconds\n")
+        print(rows_table(rows, baseline="none"), end="\n\n")
+    return path
 
 
 def main() -> None:
-    """Parse flags, measure, print, write the file."""
+    """Parse flags and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048, help="length of the conversation")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds after one warm-up")
     parser.add_argument("--json", action="store_true", help="print the file's path alone")
-    arguments = parser.parse_args()
-    console = Console(stderr=True)
-    rates = measure_stores(arguments.rounds)
-    rows = asyncio.run(measure_first_tokens(arguments.tokens, arguments.rounds, console))
-    path = write("sealed", rows, {"store_bytes_per_second": {name: dict(found) for name, found in rates.items()}})
-    if not arguments.json:
-        console.print(f"{describe_machine()}, float32, SmolLM2-135M-Instruct")
-        for protection, found in rates.items():
-            console.print(
-                f"{protection:8} writes {found['write'] / 1e9:.2f} GB/s, reads {found['read'] / 1e9:.2f} GB/s"
-            )
-        table = Console(width=None if sys.stdout.isatty() else 150)
-        show(rows, baseline="none", console=table, title="First token from the store", by="first_token_seconds")
-    print(path)
+    run_command(run, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -8,18 +8,15 @@ without them. Medians over all steps, milliseconds, into build/bench/step-profil
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from statistics import median
 
 from command import run_command
 from compare import progress_on
 from harness import file_suffix, machine, write_json
 from lineup import Bench, add_machine_flags, open_bench
 from rich.console import Console
-from rich.table import Table
 from systems.engine import EngineInProcess
-from systems.step_timers import WHOLE
+from tables import figure, markdown
 
 WITHOUT_CLOCKS = "the same without clocks"
 ANSWER_TOKENS = 24
@@ -52,16 +49,14 @@ async def measure(bench: Bench, tokens: int, sequences: list[int], rounds: int) 
     return found
 
 
-def show(found: dict[int, Profile], console: Console, title: str) -> None:
-    """A column for each number of sequences."""
-    table = Table(title=title)
-    table.add_column("milliseconds")
-    for count in found:
-        table.add_column(f"{count} adapter{'s' if count > 1 else ''}", justify="right")
-    for kind in next(iter(found.values())):
-        figures = [f"{1e3 * median(profile[kind]):.1f}" for profile in found.values()]
-        table.add_row(kind, *figures, style="bold" if kind == WHOLE else None)
-    console.print(table)
+def table_of(found: dict[int, Profile]) -> str:
+    """A column for each number of sequences; medians with the smallest and the largest, in milliseconds."""
+    columns = ["milliseconds", *(f"{count} adapter{'s' if count > 1 else ''}" for count in found)]
+    rows = [
+        [kind, *(figure([1e3 * seconds for seconds in profile[kind]], 1) for profile in found.values())]
+        for kind in next(iter(found.values()))
+    ]
+    return markdown(columns, rows, words=("milliseconds",))
 
 
 async def run(arguments: argparse.Namespace, console: Console) -> Path:
@@ -75,7 +70,8 @@ async def run(arguments: argparse.Namespace, console: Console) -> Path:
     content = {"tokens": tokens, "dtype": bench.dtype, "machine": machine(), "seconds": found}
     path = write_json(f"step-profile{file_suffix(arguments)}", content)
     if not arguments.json:
-        show(found, Console(width=None if sys.stdout.isatty() else 120), f"A decode step on {tokens:,} tokens")
+        print(f"\nA decode step on {tokens:,} tokens, {bench.dtype}: medians (smallest-largest)\n")
+        print(table_of(found), end="\n\n")
     return path
 
 

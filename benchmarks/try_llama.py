@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,12 @@ from time import perf_counter
 from command import run_command
 from compare import progress_on
 from correctness import key_of, with_verdicts
-from harness import Row, Sample, file_suffix, show, write
+from harness import Row, Sample, file_suffix, write
 from lineup import Bench, add_machine_flags, open_bench
 from rich.console import Console
 from systems.base import Answer, System
 from systems.llama_trials import AS_IN_TABLES, TRIALS
+from tables import PREFILLS, rows_table
 
 from alora_serve.types import TokenIds
 
@@ -104,12 +104,8 @@ async def run(arguments: argparse.Namespace, console: Console) -> Path:
             rows = with_verdicts(rows, await bench.answers.judge(bench.model, bench.dtype, progress))
     path = write(name, rows, {"dtype": bench.dtype, "model": bench.model.name, **bench.facts})
     if not arguments.json:
-        wide = Console(width=None if sys.stdout.isatty() else 180)
-        show(rows, baseline=AS_IN_TABLES, console=wide, title="llama-server's settings", by="total_seconds")
-        for row in rows:
-            rates = row.details.get("prefill_tokens_per_second")
-            if isinstance(rates, Sequence):
-                wide.print(f"{row.what:7} {row.system}: prefill {mean(rates):,.0f} tokens/s")
+        print(f"\nllama-server's settings, {bench.dtype}: medians (smallest-largest), seconds\n")
+        print(rows_table(rows, baseline=AS_IN_TABLES, by="total_seconds", details=PREFILLS), end="\n\n")
     return path
 
 

@@ -1,25 +1,35 @@
 """Scenario c: eight clients on eight conversations, questions that arrive whether or not the last was answered.
 
 Arrivals are Poisson at a rate that doubles until the system is saturated at two rates: until it finishes less than nine
-tenths of what arrives, or the median first token takes over ten seconds. The conversations are warmed before.
+tenths of what arrives, or the median first token takes over ten seconds. The conversations are warmed before. At each
+rate the systems take turns, round after round, each round with arrivals of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, median
 from time import perf_counter
+from typing import Final
 
 from correctness import key_of
-from harness import Row, Sample
+from harness import Row, Sample, rounds_after
 from lineup import Bench
 from systems.base import Answer, System
 
+from alora_serve.types import TokenIds
+
 TITLE = "Open-loop arrivals, eight conversations, adapters drawn by Zipf's law"
 BASELINE = ""
-SYSTEMS = ("ours", "ours-twins", "peft-alora", "llama-8", "llama-8-best")
+SYSTEMS = ("ours", "ours-twins", "peft-lora", "peft-alora", "llama-8", "llama-8-best")
+DETAILS: Final[Mapping[str, tuple[str, int]]] = {
+    "finished a second": ("completed_per_second", 2),
+    "in flight": ("mean_in_flight", 1),
+}
+"""Further columns of the table: a figure a round."""
 SATURATED_SHARE = 0.9
 SATURATED_FIRST_TOKEN_SECONDS = 10.0
 
@@ -31,6 +41,7 @@ class Plan:
     Attributes:
         rates: questions a second, rising.
         seconds: how long questions arrive at each rate.
+        rounds: at each rate; fewer for a system that takes much longer to answer them (see ``rounds_after``).
         zipf: exponent; adapter k is drawn with weight 1 / k ** zipf.
     """
 
@@ -41,9 +52,10 @@ class Plan:
     answer_tokens: int = 16
     rates: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 8, 16)
     seconds: float = 30.0
+    rounds: int = 3
 
 
-QUICK = Plan(tokens=512, conversations=3, rates=(0.5, 2), seconds=6.0)
+QUICK = Plan(tokens=512, conversations=3, rates=(0.5, 2), seconds=6.0, rounds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +95,92 @@ def is_over(found: Sequence[bool]) -> bool:
     return list(found[-2:]) == [True, True]
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a round at one rate came to.
+
+    Attributes:
+        offered: questions a second, from the first to the last that came.
+        completed: answers a second, from the first to the last: the time that the last ones take is no lack of
+            throughput.
+        seconds: until the last answer was there.
+    """
+
+    samples: tuple[Sample, ...]
+    offered: float
+    completed: float
+    seconds: float
+
+    @property
+    def in_flight(self) -> float:
+        """Mean number of questions in the system, by Little's law: so many a second times the seconds of each."""
+        return self.completed * mean(sample.total_seconds for sample in self.samples)
+
+
+def row_of(system: str, tokens: int, rate: float, rounds: Sequence[Round], answer_tokens: int) -> Row:
+    """All rounds of a system at one rate: every answer's times, and what is a figure of a round in ``details``."""
+    samples = tuple(sample for one in rounds for sample in one.samples)
+    row = Row(system, tokens, samples, what=what_of(rate))
+    offered, completed = median(one.offered for one in rounds), median(one.completed for one in rounds)
+    details = {
+        "rate": rate,
+        "offered_per_second": [one.offered for one in rounds],
+        "completed_per_second": [one.completed for one in rounds],
+        "tokens_per_second": [one.completed * answer_tokens for one in rounds],
+        "mean_in_flight": [one.in_flight for one in rounds],
+        "saturated": saturated(offered, completed, row.median("first_token_seconds")),
+    }
+    return replace(row, details=details)
+
+
+def what_of(rate: float) -> str:
+    """What a row was asked, in words."""
+    return f"{rate:g}/s"
+
+
 async def run(bench: Bench, systems: dict[str, System], plan: Plan) -> list[Row]:
-    """A row for each system and rate; rates of one system follow each other, as each begins with an empty queue."""
+    """A row for each system and rate; each round of a system begins with an empty queue."""
     prefixes = [bench.renderer.of_length(plan.tokens, seed=7_000 + number) for number in range(plan.conversations)]
-    rows: list[Row] = []
-    task = bench.progress.add_task("arrivals", total=len(systems) * len(plan.rates))
     for system in systems.values():
         for prefix in prefixes:
             await system.warm(prefix)
             await system.ask(prefix, bench.adapters[0], 1)
-        found: list[bool] = []
-        for rate in plan.rates:
-            row = await _at_rate(bench, system, prefixes, rate, plan)
-            rows.append(row)
-            bench.keep(rows)
-            found.append(bool(row.details["saturated"]))
-            bench.progress.advance(task)
-            if is_over(found):
-                break
+    rows: list[Row] = []
+    found: dict[str, list[bool]] = {name: [] for name in systems}
+    task = bench.progress.add_task("arrivals", total=len(systems) * len(plan.rates) * plan.rounds)
+    for rate in plan.rates:
+        going = {name: system for name, system in systems.items() if not is_over(found[name])}
+        rounds: dict[str, list[Round]] = {name: [] for name in going}
+        left = dict.fromkeys(going, plan.rounds)
+        for number in range(plan.rounds):
+            schedule = arrivals(rate, plan, seed=int(1000 * rate) + 100_000 * number)
+            for name, system in going.items():
+                bench.progress.advance(task)
+                if not left[name]:
+                    continue
+                one = await _round(bench, system, prefixes, schedule, plan, what=what_of(rate), keeps=not number)
+                rounds[name].append(one)
+                # What takes so much longer than questions arrive is asked no more often than a slow fan-out.
+                left[name] = left[name] - 1 if number else rounds_after(one.seconds - plan.seconds, plan.rounds - 1)
+        for name, system in going.items():
+            rows.append(row_of(system.name, plan.tokens, rate, rounds[name], plan.answer_tokens))
+            found[name].append(bool(rows[-1].details["saturated"]))
+        bench.keep(rows)
     bench.progress.remove_task(task)
-    return rows
+    return sorted(rows, key=lambda row: [system.name for system in systems.values()].index(row.system))
 
 
-async def _at_rate(bench: Bench, system: System, prefixes: Sequence[tuple[int, ...]], rate: float, plan: Plan) -> Row:
-    schedule = arrivals(rate, plan, seed=int(1000 * rate))
+async def _round(
+    bench: Bench,
+    system: System,
+    prefixes: Sequence[TokenIds],
+    schedule: Sequence[Arrival],
+    plan: Plan,
+    *,
+    what: str,
+    keeps: bool,
+) -> Round:
+    """One schedule; ``keeps`` the first answers for the comparison with PEFT."""
     began = perf_counter()
 
     async def client(arrival: Arrival) -> tuple[Answer, float]:
@@ -116,21 +190,14 @@ async def _at_rate(bench: Bench, system: System, prefixes: Sequence[tuple[int, .
         return answer, perf_counter() - began
 
     answered = await asyncio.gather(*(client(arrival) for arrival in schedule))
-    samples = tuple(Sample(answer.first_token_seconds, answer.total_seconds) for answer, _ in answered)
-    row = Row(system.name, len(prefixes[0]), samples, what=f"{rate:g}/s")
-    # From first to last of each: the time that the last answers take is not a lack of throughput.
-    offered = per_second([arrival.at_seconds for arrival in schedule])
-    completed = per_second([finished for _, finished in answered])
-    for arrival, (answer, _) in list(zip(schedule, answered, strict=True))[:8]:
-        adapter = bench.adapters[arrival.adapter]
-        bench.answers.keep(key_of(row), system, prefixes[arrival.conversation], adapter, answer)
-    details = {
-        "rate": rate,
-        "offered_per_second": offered,
-        "completed_per_second": completed,
-        "tokens_per_second": completed * plan.answer_tokens,
-        # Little's law: arrivals a second times seconds in the system.
-        "mean_in_flight": completed * sum(sample.total_seconds for sample in samples) / len(samples),
-        "saturated": saturated(offered, completed, row.median("first_token_seconds")),
-    }
-    return Row(system.name, len(prefixes[0]), samples, what=row.what, details=details)
+    if keeps:
+        key = key_of(Row(system.name, plan.tokens, (), what=what))
+        for arrival, (answer, _) in list(zip(schedule, answered, strict=True))[:8]:
+            adapter = bench.adapters[arrival.adapter]
+            bench.answers.keep(key, system, prefixes[arrival.conversation], adapter, answer)
+    return Round(
+        samples=tuple(Sample(answer.first_token_seconds, answer.total_seconds) for answer, _ in answered),
+        offered=per_second([arrival.at_seconds for arrival in schedule]),
+        completed=per_second([finished for _, finished in answered]),
+        seconds=max(finished for _, finished in answered),
+    )

@@ -1,22 +1,23 @@
 """Scenario d: a worker that has just started, and a store that holds the conversations: LMDB and Valkey.
 
 Each round restarts the worker. Its very first question pays for what a fresh process pays for once; the next one, about
-another stored conversation, pays for fetching alone; the same again finds the prefix in the worker. llama-server, which
-keeps nothing outside its process, computes the conversation again after its restart.
+another stored conversation, pays for fetching alone; the same again finds the prefix in the worker. Peers keep nothing
+outside their process, and compute the conversation again after their restart: llama-server, PEFT with a plain LoRA, and
+PEFT with an aLoRA, whose cache of the conversation is gone as well.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from correctness import key_of
 from harness import Row, Sample
-from lineup import LLAMA, Bench
+from lineup import Bench
 from systems.base import Answer, System
 from systems.served import Served
 
@@ -24,7 +25,7 @@ from alora_serve.types import TokenIds
 
 TITLE = "A cold worker on a warm store"
 BASELINE = "llama-server, best case (one slot, serial)"
-SYSTEMS = ("ours", "llama")
+SYSTEMS = ("ours", "peft-lora", "peft-alora", "llama")
 FIRST, FETCHED, RESIDENT = "first question of the process", "prefix in the store", "prefix in the worker"
 
 
@@ -41,15 +42,17 @@ class Plan:
 QUICK = Plan(tokens=512, rounds=1)
 
 
-async def run(bench: Bench, plan: Plan, *, compare: bool) -> list[Row]:
-    """A row for each store and state of the worker, and llama-server's where it is to be compared with."""
+async def run(bench: Bench, plan: Plan, systems: Sequence[str]) -> list[Row]:
+    """A row for each store and state of the worker, and one for each peer."""
     rows: list[Row] = []
-    for store in plan.stores:
+    for store in plan.stores if "ours" in systems else ():
         with store_url(store) as url:
             rows += await _measure_store(bench, store, url, plan)
         bench.keep(rows)
-    if compare:
-        rows += await _measure_llama(bench, plan)
+    for name in systems:
+        if name != "ours":
+            rows.append(await _measure_peer(bench, name, plan))
+            bench.keep(rows)
     return rows
 
 
@@ -93,22 +96,23 @@ async def _measure_store(bench: Bench, store: str, url: str | None, plan: Plan) 
     return [Row(system.name, length, tuple(taken), fetched[what], what=what) for what, taken in samples.items()]
 
 
-async def _measure_llama(bench: Bench, plan: Plan) -> list[Row]:
-    settings = LLAMA["llama"]
+async def _measure_peer(bench: Bench, name: str, plan: Plan) -> Row:
+    """The first question of a process that has just started; the start itself is not timed, as it is not of ours."""
     samples: list[Sample] = []
-    length = 0
-    task = bench.progress.add_task("restarting llama-server", total=plan.rounds)
+    row = Row(name, plan.tokens, (), what=FIRST)
+    task = bench.progress.add_task(f"restarting {name}", total=plan.rounds)
     for number in range(plan.rounds):
         prefix = bench.renderer.of_length(plan.tokens, seed=9_000 + 2 * number)
-        length = len(prefix)
-        async with bench.llama(settings) as system:
+        async with bench.peer(name) as system:
+            bench.note(name, system)
+            row = replace(row, system=system.name)
             answer = await system.ask(prefix, bench.adapters[0], plan.answer_tokens)
         samples.append(Sample(answer.first_token_seconds, answer.total_seconds))
         if not number:
-            _keep(bench, system, FIRST, length, prefix, answer)
+            _keep(bench, system, FIRST, plan.tokens, prefix, answer)
         bench.progress.advance(task)
     bench.progress.remove_task(task)
-    return [Row(settings.name, length, tuple(samples), what=FIRST)]
+    return replace(row, samples=tuple(samples))
 
 
 def _keep(bench: Bench, system: System, what: str, length: int, prefix: TokenIds, answer: Answer) -> None:

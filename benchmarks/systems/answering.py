@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from process_settings import thread_settings, torch_threads
+
 
 def answer_lines(prepare: Callable[[dict[str, Any]], object]) -> None:
     """Serve until standard input ends.
@@ -31,7 +33,7 @@ async def _serve(target: object, replies: Any) -> None:
 async def _answer(target: object, request: dict[str, Any]) -> Mapping[str, object]:
     name = request.pop("do")
     if name == "ready":
-        return {"result": None}
+        return {"result": {"environment": thread_settings(os.environ), "torch_threads": torch_threads()}}
     try:
         result = getattr(target, name)(**request)
         return {"result": await result if inspect.isawaitable(result) else result}

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,17 +22,30 @@ _LINE_BYTES = 1 << 26
 _EXIT_SECONDS = 20.0
 _BENCHMARKS = Path(__file__).resolve().parent.parent
 
+Environment = Callable[[Mapping[str, str]], Mapping[str, str]]
+
+
+def our_environment(base: Mapping[str, str]) -> Mapping[str, str]:
+    """As the launcher starts our services."""
+    return service_environment(base, threads=0)
+
 
 class Child:
-    """One child process while the block runs; requests go to it one at a time, as to a program behind a lock."""
+    """One child process while the block runs; requests go to it one at a time, as to a program behind a lock.
 
-    def __init__(self, module: str, settings: Mapping[str, object]) -> None:
-        """``settings`` is the child's one argument, as JSON."""
+    Attributes:
+        facts: the child's environment, as far as figures depend on it, and its number of torch threads.
+    """
+
+    def __init__(self, module: str, settings: Mapping[str, object], environment: Environment = our_environment) -> None:
+        """``settings`` is the child's one argument, as JSON; ``environment`` makes its environment from ours."""
         # -P: the directory of a module must not stand in for packages of the same names.
         self._command = (sys.executable, "-P", "-m", module, json.dumps(settings))
         self._program = module
+        self._environment = environment
         self._lock = asyncio.Lock()
         self._process: Process | None = None
+        self.facts: dict[str, object] = {}
 
     async def __aenter__(self) -> Child:
         path = os.pathsep.join(filter(None, [str(_BENCHMARKS), os.environ.get("PYTHONPATH")]))
@@ -44,10 +57,10 @@ class Child:
             stdin=PIPE,
             stdout=PIPE,
             limit=_LINE_BYTES,
-            env=service_environment(here, threads=0),
+            env=self._environment(here),
         )
         try:
-            await self.ask({"do": "ready"})
+            self.facts = await self.ask({"do": "ready"})
         except BaseException:
             await self.__aexit__()
             raise
@@ -88,8 +101,13 @@ class Child:
 class ChildSystem:
     """A system that is one child, ready when the block begins and gone when it ends."""
 
-    def __init__(self, module: str, settings: Mapping[str, object]) -> None:
-        self._child = Child(module, settings)
+    def __init__(self, module: str, settings: Mapping[str, object], environment: Environment = our_environment) -> None:
+        self._child = Child(module, settings, environment)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What figures depend on, for the JSON file."""
+        return self._child.facts
 
     async def __aenter__(self) -> Self:
         await self._child.__aenter__()

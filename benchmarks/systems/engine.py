@@ -10,7 +10,7 @@ from statistics import median
 
 from adapters import Adapter
 from systems.base import Answer, FanOutAnswers, Warmed
-from systems.child import ChildSystem
+from systems.child import ChildSystem, Environment, our_environment
 
 from alora_serve.model.weights import WeightQuantization
 from alora_serve.types import TokenIds
@@ -39,6 +39,7 @@ class EngineInProcess(ChildSystem):
         adapters: Sequence[Adapter],
         device: str = "cpu",
         quantization: WeightQuantization = "none",
+        environment: Environment = our_environment,
     ) -> None:
         settings = {
             "model": str(model),
@@ -48,7 +49,7 @@ class EngineInProcess(ChildSystem):
             "roots": [str(adapters[0].directory.parent)],
             "adapters": [adapter.name for adapter in adapters],
         }
-        super().__init__(_PROGRAM, settings)
+        super().__init__(_PROGRAM, settings, environment)
 
     async def warm(self, prefix: TokenIds) -> Warmed:
         """Prefill; the conversation is resident then."""

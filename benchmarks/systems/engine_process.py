@@ -104,14 +104,15 @@ class InProcess:
     async def memory(self, prefix: Sequence[int], adapters: Sequence[str], max_tokens: int) -> dict[str, int]:
         """The most bytes of KV that a conversation and its adapters' answers have in use while they decode.
 
-        That is the conversation's resident KV and the running sequences' own, as far as it is given out: what an arena
-        holds beyond is room for others. Weights, adapters and activations are no KV.
+        That is the conversation's resident KV, without the room that its segment keeps for it to go on, and the slots
+        of the running sequences, whole. The room, a quarter of the conversation, is the same for 1 adapter and for 16
+        and would only make their ratio smaller. Weights, adapters and activations are no KV.
         """
-        before, most = self._core.cache.size_bytes, 0
+        before, most = self._core.cache.used_bytes, 0
 
         def look() -> None:
             nonlocal most
-            most = max(most, self._core.cache.size_bytes - before + self._core.engine.load.tail_bytes)
+            most = max(most, self._core.cache.used_bytes - before + self._core.engine.load.tail_bytes)
 
         handle = (await self._prefiller.prefill(Prompt(token_ids=tuple(prefix)))).handle
         began = perf_counter()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import socket
 from asyncio.subprocess import Process
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -20,6 +19,7 @@ from harness import OUTPUT
 from systems.base import Answer, FanOutAnswers, Warmed, in_turn
 from systems.llama_settings import LlamaSettings
 
+from alora_serve.cli.local.machine import usable_cores
 from alora_serve.types import TokenIds
 
 _READY_SECONDS = 120.0
@@ -48,7 +48,7 @@ class LlamaServer:
         self.command = [
             *(str(server), "--model", str(model), "--host", "127.0.0.1", "--port", str(self._port)),
             *("--parallel", str(settings.slots), "--ctx-size", str(settings.slots * settings.context_tokens)),
-            *("--threads", str(_cores()), "--lora-init-without-apply", "--no-webui"),
+            *("--threads", str(usable_cores()), "--lora-init-without-apply", "--no-webui"),
             *flags,
         ]
         self.command += ["--lora", ",".join(str(path) for _, path in adapters)]
@@ -92,6 +92,7 @@ class LlamaServer:
         notes = {
             "cached_tokens": float(timings.get("cache_n", 0)),
             "computed_tokens": float(timings.get("prompt_n", 0)),
+            "step_seconds": step_seconds(timings),
         }
         return Answer(tuple(answer["tokens"]), answer["first"] - began, answer["last"] - began, notes)
 
@@ -168,11 +169,15 @@ class LlamaServer:
             connection.close()
 
 
+def step_seconds(timings: Mapping[str, float]) -> float:
+    """Mean time between two tokens by llama-server's own clock, which no socket delays; 0 of a single token.
+
+    Its clock starts when the first token is there, so that n tokens are n - 1 steps.
+    """
+    return timings.get("predicted_ms", 0.0) / 1e3 / max(1.0, timings.get("predicted_n", 0) - 1)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,8 @@
 """Stock transformers and PEFT in a process of their own: the child of ``systems/peft.py``.
 
-Two ways to ask an adapter: a plain LoRA recomputes the whole prompt; an aLoRA continues on a deep copy of the base
-prefix's cache. The base model continues its cache too, in both.
+Two ways to ask adapters: a plain LoRA recomputes the whole prompt; an aLoRA continues on a deep copy of the base
+prefix's cache. The base model continues its cache too, in both. Several adapters asked at once are one batch of mixed
+adapters, as PEFT offers it.
 """
 
 from __future__ import annotations
@@ -54,21 +55,25 @@ class Peft:
         return {"computed_tokens": computed, "seconds": perf_counter() - began}
 
     @torch.inference_mode()
-    def recompute(self, prompt: list[int], adapter: str, max_tokens: int) -> dict[str, Any]:
-        """A plain LoRA, from the first token on."""
+    def recompute(self, prompts: list[list[int]], adapters: list[str], max_tokens: int) -> dict[str, Any]:
+        """Plain LoRAs, from the first token on; several are one batch."""
         began = perf_counter()
-        self._model.set_adapter(adapter)
         cache = DynamicCache(config=self._config)
-        return self._generate(prompt, 0, cache, max_tokens, began, activated=False)
+        return self._generate(prompts, 0, cache, max_tokens, began, activated=False, **self._turned_on(adapters))
 
     @torch.inference_mode()
-    def cached(self, prompt: list[int], base_tokens: int, adapter: str, max_tokens: int) -> dict[str, Any]:
-        """An aLoRA that turns on at ``base_tokens``."""
+    def cached(
+        self, prompts: list[list[int]], base_tokens: int, adapters: list[str], max_tokens: int
+    ) -> dict[str, Any]:
+        """ALoRAs that turn on at ``base_tokens``, where prompts are the same up to there; several are one batch."""
         began = perf_counter()
-        self._extend(prompt[:base_tokens])
-        self._model.set_adapter(adapter)
+        self._extend(prompts[0][:base_tokens])
         cache = copy.deepcopy(self._caches[-1][1])
-        return self._generate(prompt, base_tokens, cache, max_tokens, began, activated=True)
+        if len(prompts) > 1:
+            cache.batch_repeat_interleave(len(prompts))
+        return self._generate(
+            prompts, base_tokens, cache, max_tokens, began, activated=True, **self._turned_on(adapters)
+        )
 
     @torch.inference_mode()
     def base(self, prompt: list[int], max_tokens: int) -> dict[str, Any]:
@@ -77,7 +82,14 @@ class Peft:
         self._extend(prompt[:-1])
         cache = copy.deepcopy(self._caches[-1][1])
         with self._model.disable_adapter():
-            return self._generate(prompt, len(prompt) - 1, cache, max_tokens, began, activated=False)
+            return self._generate([prompt], len(prompt) - 1, cache, max_tokens, began, activated=False)
+
+    def _turned_on(self, adapters: list[str]) -> dict[str, Any]:
+        """One adapter is made the active one; for several the model is told at each call whose row is whose."""
+        if len(adapters) > 1:
+            return {"adapter_names": adapters}
+        self._model.set_adapter(adapters[0])
+        return {}
 
     def _extend(self, prefix: list[int]) -> int:
         """Make the cache of ``prefix`` the newest; the number of tokens computed for it."""
@@ -109,15 +121,39 @@ class Peft:
         return prefix[: shared[best]], cache
 
     def _generate(
-        self, prompt: list[int], start: int, cache: DynamicCache, max_tokens: int, began: float, *, activated: bool
+        self,
+        prompts: list[list[int]],
+        start: int,
+        cache: DynamicCache,
+        max_tokens: int,
+        began: float,
+        *,
+        activated: bool,
+        **told: Any,
     ) -> dict[str, Any]:
-        """Greedy. ``alora_offsets`` goes with every call: without it PEFT's aLoRA layers silently run base weights."""
-        ids = torch.tensor([prompt[start:]], device=self._device)
-        tokens: list[int] = []
+        """Greedy, all prompts in one batch.
+
+        ``alora_offsets``, from where on the adapter is on, counted from the end, goes with every call: without it
+        PEFT's aLoRA layers silently run base weights.
+
+        Args:
+            start: tokens of each prompt that ``cache`` has.
+            told: what else the model is told at each call.
+        """
+        rests = [prompt[start:] for prompt in prompts]
+        longest = max(map(len, rests))
+        # Padded on the left, so that every prompt's last token is the batch's last.
+        ids = torch.tensor([[0] * (longest - len(rest)) + rest for rest in rests], device=self._device)
+        is_token = torch.tensor([[position >= longest - len(rest) for position in range(longest)] for rest in rests])
+        mask = torch.cat([torch.ones(len(prompts), start, dtype=torch.bool), is_token], dim=1).to(self._device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
+        is_padded = not bool(mask.all())
+        lengths = list(map(len, rests))
+        tokens: list[list[int]] = [[] for _ in prompts]
         first = 0.0
         for _ in range(max_tokens):
-            positions = torch.arange(start, start + ids.shape[1], device=self._device)[None]
-            more = {"alora_offsets": [ids.shape[1]]} if activated else {}
+            more = {"alora_offsets": lengths} if activated else {}
+            more |= {"attention_mask": mask} if is_padded else {}
             out = self._model(
                 input_ids=ids,
                 cache=cache,
@@ -125,11 +161,14 @@ class Peft:
                 use_cache=True,
                 logits_to_keep=1,
                 **more,
+                **told,
             )
-            start += ids.shape[1]
             ids = out.logits[:, -1:].argmax(-1)
-            tokens.append(int(ids))
+            for answer, token in zip(tokens, ids[:, 0].tolist(), strict=True):
+                answer.append(token)
             first = first or perf_counter() - began
+            positions, lengths = positions[:, -1:] + 1, [1] * len(prompts)
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         return {"tokens": tokens, "first_token_seconds": first, "total_seconds": perf_counter() - began}
 
 

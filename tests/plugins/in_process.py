@@ -92,6 +92,9 @@ class CountingMetrics:
     def fetch_decision(self, decision: str) -> None:
         self.counts[f"decided to {decision}"] += 1
 
+    def measured_rates(self, fetch_bytes: Callable[[], float], prefill_tokens: Callable[[], float]) -> None:
+        self.rates = fetch_bytes, prefill_tokens
+
     def prefix_evicted(self, segments: int) -> None:
         self.counts["evicted segments"] += segments
 

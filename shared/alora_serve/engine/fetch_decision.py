@@ -13,7 +13,10 @@ Decision = Literal["fetch", "compute", "probe"]
 
 
 class FetchMetrics(Protocol):
-    """Counts decisions; implemented in ``metrics/``."""
+    """Counts decisions and tells what they are made from; implemented in ``metrics/``."""
+
+    def measured_rates(self, fetch_bytes: Callable[[], float], prefill_tokens: Callable[[], float]) -> None:
+        """Whenever asked, from any thread, both tell what was measured lately, a second; 0 before that."""
 
     def fetch_decision(self, decision: Decision) -> None:
         """``fetch``, ``compute``, or ``probe``: fetched although computing has been faster, to measure again."""
@@ -49,6 +52,7 @@ class FetchDecision:
         self._always = always
         self._clock = clock
         self._probed_at = clock()
+        metrics.measured_rates(fetch_bytes_per_second, compute_tokens_per_second)
 
     def should_fetch(self, tokens: int) -> bool:
         """Whether to ask the store for so many tokens' KV; counted."""

@@ -72,6 +72,12 @@ class PrefixCache:
             return self._size_bytes
 
     @property
+    def used_bytes(self) -> int:
+        """Bytes of these that are filled, or promised to a writer: the room that segments keep is left out."""
+        with self._lock:
+            return sum(segment.used for segment in self._names) * self._layout.bytes_per_token
+
+    @property
     def pinned_bytes(self) -> int:
         """Bytes of those that have holders; what is promised to a writer is among them."""
         return self._pinned_bytes

@@ -1,8 +1,9 @@
 """Every Prometheus metric, declared in one place. Algorithms report through small Protocols that these classes meet.
 
 Names begin with ``alora_``; counters end in ``_total``, durations in ``_seconds``, sizes in ``_bytes``. Only counters,
-histograms and gauges of a current state: rates and means are for PromQL. A label whose values the code knows is typed
-as a ``Literal`` of them, and its series are there from the start, at 0: ``increase()`` then sees the first event.
+histograms and gauges of a current state: rates and means are for PromQL, but for those that the code itself decides by.
+A label whose values the code knows is typed as a ``Literal`` of them, and its series are there from the start, at 0:
+``increase()`` then sees the first event.
 """
 
 from alora_serve.metrics.adapters import AdapterMetrics

@@ -41,6 +41,12 @@ class EngineMetrics:
         self._fetch_decisions = Counter(
             "alora_fetch_decisions_total", "Prefixes fetched or computed again.", ["decision"], registry=registry
         )
+        self._fetch_rate = Gauge(
+            "alora_measured_fetch_bytes_per_second", "KV from the store, as lately measured.", registry=registry
+        )
+        self._prefill_rate = Gauge(
+            "alora_measured_prefill_tokens_per_second", "Prompts computed, as lately measured.", registry=registry
+        )
         create_series(self._prefix_tokens, get_args(LookupOutcome))
         create_series(self._fetch_decisions, get_args(FetchDecision))
 
@@ -68,6 +74,11 @@ class EngineMetrics:
     def fetch_decision(self, decision: FetchDecision) -> None:
         """A prefix is fetched, or computed because that has been faster."""
         self._fetch_decisions.labels(decision).inc()
+
+    def measured_rates(self, fetch_bytes: Callable[[], float], prefill_tokens: Callable[[], float]) -> None:
+        """Ask there, whenever somebody looks, what these decisions are made from."""
+        self._fetch_rate.set_function(fetch_bytes)
+        self._prefill_rate.set_function(prefill_tokens)
 
     def prefix_evicted(self, segments: int) -> None:
         """Segments dropped for space."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import harness
 import pytest
+import torch
 from correctness import Question, Verdict, computed_together, key_of, summary, verdict, with_verdicts
-from harness import Correct, Row, Sample, rounds_after, show
-from rich.console import Console
+from harness import Correct, Row, Sample, rounds_after
 from systems.base import Answer, in_turn
 from systems.engine import shared_step_seconds
 
@@ -34,30 +34,22 @@ def test_no_system_is_asked_more_often_than_wanted() -> None:
     assert rounds_after(30.0, 1) == 1
 
 
-def test_the_table_compares_with_the_baseline_asked_the_same() -> None:
-    console = Console(width=200, record=True)
-    rows = [
-        row("slow", 8.0, what="1"),
-        row("fast", 2.0, what="1"),
-        row("slow", 30.0, what="5"),
-        row("fast", 2.0, what="5"),
-    ]
-
-    show(rows, baseline="slow", console=console, title="Rows", by="total_seconds")
-
-    lines = [line for line in console.export_text().splitlines() if " fast " in line]
-    assert [line.split()[-2] for line in lines] == ["4.0x", "15.0x"]
-
-
 def test_a_row_goes_to_the_file_with_every_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "OUTPUT", tmp_path / "bench")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "12345")
 
     path = harness.write("rows", [row("ours", 1.0, 3.0)], {"dtype": "bfloat16"})
 
     written = json.loads(path.read_text())
     assert written["dtype"] == "bfloat16"
     assert written["machine"]["cores"] >= 1
-    assert {"processor", "gpus", "versions", "commit"} <= written["machine"].keys()
+    assert {"processor", "gpus", "versions", "commit", "settings"} <= written["machine"].keys()
+    settings = written["machine"]["settings"]
+    assert settings["environment"]["MALLOC_TRIM_THRESHOLD_"] == "12345"
+    assert "HOME" not in settings["environment"]
+    assert settings["services"]["OMP_WAIT_POLICY"] == "passive"
+    assert settings["torch_threads"] == torch.get_num_threads()
     assert {"torch", "lmdb", "redis"} <= written["machine"]["versions"].keys()
     [first] = written["rows"]
     assert [sample["total_seconds"] for sample in first["samples"]] == [1.0, 3.0]

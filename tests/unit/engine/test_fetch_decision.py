@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -27,6 +28,9 @@ class Bench:
     def fetch_decision(self, decision: str) -> None:
         self.counts[decision] += 1
 
+    def measured_rates(self, fetch_bytes: Callable[[], float], prefill_tokens: Callable[[], float]) -> None:
+        self.told = fetch_bytes, prefill_tokens
+
 
 @pytest.mark.parametrize(("fetch_speed", "compute_speed"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1e9)])
 def test_what_is_not_measured_favours_fetching(fetch_speed: float, compute_speed: float) -> None:
@@ -42,6 +46,13 @@ def test_the_faster_way_is_taken(bytes_per_second: float, fetches: bool) -> None
     bench.fetch_speed, bench.compute_speed = bytes_per_second, 500.0
     assert bench.decision.should_fetch(64) is fetches
     assert bench.counts == {"fetch" if fetches else "compute": 1}
+
+
+def test_what_decisions_are_made_from_is_told_as_it_changes() -> None:
+    bench = Bench()
+    assert [rate() for rate in bench.told] == [0, 0]
+    bench.fetch_speed, bench.compute_speed = 1e9, 500.0
+    assert [rate() for rate in bench.told] == [1e9, 500.0]
 
 
 def test_where_it_is_wanted_a_slow_store_is_asked_all_the_same() -> None:

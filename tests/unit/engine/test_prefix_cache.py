@@ -115,8 +115,10 @@ def test_extending_a_conversation_costs_its_new_tokens_alone(cache: PrefixCache)
     first = _add(cache, CONVERSATION[:10])
     size = cache.size_bytes
     assert size == (10 + MIN_SLACK_TOKENS) * TOKEN_BYTES
+    assert cache.used_bytes == 10 * TOKEN_BYTES
     longer = _add(cache, CONVERSATION)
     assert cache.size_bytes == size
+    assert cache.used_bytes == 30 * TOKEN_BYTES
     assert longer.slices == (KVSlice(first.slices[0].segment, 0, 30),)
     _check(first, CONVERSATION)
 

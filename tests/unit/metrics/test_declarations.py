@@ -39,6 +39,7 @@ COUNTED_THINGS = (
     "_resident",
     "_state",
     "_loaded",
+    "_per_second",
 )
 
 

@@ -35,7 +35,10 @@ def test_what_would_cost_a_step_is_asked_for_when_somebody_looks(
     metrics, tokens = EngineMetrics(registry), [300]
     metrics.queued_prefill_tokens(lambda: tokens[0])
     metrics.prefix_pinned_bytes(lambda: 4096)
+    metrics.measured_rates(lambda: 1e9, lambda: 360.0)
     assert value("engine_queued_prefill_tokens") == 300
     tokens[0] = 0
     assert value("engine_queued_prefill_tokens") == 0
     assert value("prefix_pinned_bytes") == 4096
+    assert value("measured_fetch_bytes_per_second") == 1e9
+    assert value("measured_prefill_tokens_per_second") == 360
