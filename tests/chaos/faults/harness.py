@@ -214,7 +214,9 @@ async def new_conversations(running: Deployed, known: Iterable[Question] = ()) -
         await beginning
 
 
-async def questions(deployed: Deployed, tokens: int = 120, *, by_handle: bool = True) -> dict[Question, Read]:
+async def questions(
+    deployed: Deployed, tokens: int = 120, *, by_handle: bool = True, conversations: int = len(CONVERSATIONS)
+) -> dict[Question, Read]:
     """Several conversations, every kind of adapter, greedy and drawn; with their answers while all is well."""
     model = deployed.model
     asked = [
@@ -224,7 +226,7 @@ async def questions(deployed: Deployed, tokens: int = 120, *, by_handle: bool = 
         ("", SamplingParams(max_tokens=tokens, ignore_eos=True, presence_penalty=0.3, stop=("never said",))),
     ]
     made = []
-    for text in CONVERSATIONS:
+    for text in CONVERSATIONS[:conversations]:
         turns = (ChatMessage("user", text),)
         about = (await deployed.client.prefill(turns)).handle if by_handle else turns
         made += [Question(about, adapter, sampling) for adapter, sampling in asked]

@@ -15,6 +15,8 @@ from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, new_convers
 from faulty_network import CALM, FaultyNetwork
 
 KILL_EVERY_SECONDS = 2.0
+HANG_SECONDS: Final = 4.0
+"""Longer than a worker's silence is borne, shorter than what is left of an answer."""
 LEAST_RESUMED: Final = 20
 """Streams that go on elsewhere, of as many workers killed."""
 
@@ -63,23 +65,31 @@ async def prefills_killed(chaos: Chaos) -> list[Row]:
 
 
 async def worker_hangs(chaos: Chaos) -> list[Row]:
-    """SIGSTOP of a worker, and SIGCONT when its streams have long gone on elsewhere."""
+    """SIGSTOP of a worker, and SIGCONT while the streams it had go on elsewhere: it sends on what it had of them."""
     store = f"lmdb://{chaos.place('worker hangs')}"
     async with deployed(chaos.model, store, workers=2, **QUICK) as running:
-        load, rng = Load(running.local.router_address, await questions(running), chaos.rng("load")), chaos.rng("hang")
+        expected = await questions(running, tokens=chaos.pick(500, 1000), conversations=1)
+        load, rng = Load(running.local.router_address, expected, chaos.rng("load")), chaos.rng("hang")
+        hangs: list[tuple[float, float, float]] = []
+        resumed = 0.0
         async with load.running() as tally:
             for _ in range(chaos.pick(1, 5)):
                 await asyncio.sleep(1)
                 pid = running.local.processes[rng.choice(running.local.worker_names)].pid
                 tally.strike()
                 os.kill(pid, signal.SIGSTOP)
-                await asyncio.sleep(6)
+                await asyncio.sleep(HANG_SECONDS)
+                before, resumed = resumed, await running.metric("router", "alora_router_resumed_streams_total")
+                hangs.append((tally.faults[-1], time.monotonic(), resumed - before))
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-                await asyncio.sleep(2)
-        resumed = await running.metric("router", "alora_router_resumed_streams_total")
+                await asyncio.sleep(HANG_SECONDS)
         load.tally.expect(resumed > 0, "no stream was resumed")
-        return [load.tally.row("worker hangs", resumed_streams=resumed)]
+        # Of those that went on elsewhere, at most as many were over as ended between the two signals.
+        over = [sum(began < stopped < ended < woken for began, ended in tally.answered) for stopped, woken, _ in hangs]
+        awake = sum(max(0.0, left - done) for (_, _, left), done in zip(hangs, over, strict=True))
+        load.tally.expect(awake > 0, "no stream that went on elsewhere was still read when its worker woke up")
+        return [load.tally.row("worker hangs", resumed_streams=resumed, read_when_it_woke=awake)]
 
 
 async def last_prefill_gone(chaos: Chaos) -> list[Row]:
