@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from alora_serve.client import AsyncClient, ChatMessage, PrefixHandle, SamplingParams
+from alora_serve.client import ChatMessage, PrefixHandle, SamplingParams
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, AloraServeError
 from deployment import Deployed, ServedModel, deployed
 from faults.harness import QUICK, Chaos, Row, Scenario, Tally
@@ -124,7 +124,7 @@ async def ask_until(
     stop: asyncio.Event, running: Deployed, handle: PrefixHandle, name: str, versions: Versions, tally: Tally
 ) -> None:
     """Ask one adapter; while its files are broken, being refused with a reason is right."""
-    async with AsyncClient(running.local.router_address) as client:
+    async with running.another_client() as client:
         while not stop.is_set():
             began = time.monotonic()
             tally.requests += 1

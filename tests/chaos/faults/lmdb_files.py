@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from deployment import deployed
-from faults.harness import QUICK, CannotBreakError, Chaos, Load, Row, Scenario, new_conversations, questions
+from faults.conversations import new_conversations
+from faults.harness import PATIENT, QUICK, CannotBreakError, Chaos, Load, Row, Scenario, questions
 from faults.store_harness import FORGETFUL, PEACE_SECONDS, seconds_until_used, under
 
 
@@ -82,8 +83,7 @@ async def lmdb_truncated_while_stopped(chaos: Chaos) -> list[Row]:
             tally.strike()
             used_again = await seconds_until_used(running)
             await asyncio.sleep(PEACE_SECONDS)
-        tally.requests += fresh.requests
-        tally.failures += fresh.failures
+        tally.add(fresh)
         tally.expect(used_again != float("inf"), "the store was not used")
         return [load.tally.row("LMDB truncated while stopped", store_used_again_seconds=used_again)]
 
@@ -93,7 +93,8 @@ async def lmdb_truncated_live(chaos: Chaos) -> list[Row]:
     store = chaos.place("lmdb truncated live")
     async with deployed(chaos.model, f"lmdb://{store}", workers=2, **FORGETFUL, **QUICK) as running:
         expected = await questions(running, tokens=40)
-        load = Load(running.local.router_address, expected, chaos.rng("load"))
+        # The only base prefill may die as well.
+        load = Load(running.local.router_address, expected, chaos.rng("load"), retry=PATIENT)
         deaths = 0
         async with load.running() as tally:
             for _ in range(chaos.pick(1, 3)):

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 from typing import Final
 
-from alora_serve.client import AsyncClient, ChatMessage, RetryPolicy, SamplingParams, TokenChunk
+from alora_serve.client import AsyncClient, ChatMessage, SamplingParams, TokenChunk
 from alora_serve.errors import AloraServeError, OverloadedError
 from deployment import deployed
-from faults.harness import QUICK, Chaos, Row, Scenario
+from faults.harness import ONCE, QUICK, Chaos, Row, Scenario
 from tenants import key_of, write_access
 
 TURNS: Final = [ChatMessage("user", "The harbour lies still at night, and the lamps are lit. Who lit them?")]
@@ -31,7 +31,6 @@ LEAST_SAMPLES: Final = 20
 """Answers that a 95th percentile needs."""
 LONG_PROMPT_TOKENS: Final = 1900
 
-ONCE: Final = RetryPolicy(max_attempts=1)
 BATCH: Final = "8"
 QUEUE: Final = "32"
 

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Final
 
-from deployment import Deployed, another_router, deployed, host_and_port, metric_at
-from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, new_conversations, questions
+from deployment import WORKER, Deployed, another_router, deployed, host_and_port, metric_at
+from faults.conversations import new_conversations
+from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, questions
+from faults.store_harness import FORGETFUL, fetched_tokens
 from faulty_network import CALM, FaultyNetwork
 
 KILL_EVERY_SECONDS = 2.0
@@ -19,6 +21,10 @@ HANG_SECONDS: Final = 4.0
 """Longer than a worker's silence is borne, shorter than what is left of an answer."""
 LEAST_RESUMED: Final = 20
 """Streams that go on elsewhere, of as many workers killed."""
+LEAST_CAUGHT: Final = 10
+"""Prefills under way when theirs was killed, of as many."""
+LONG_PROMPT_TOKENS: Final = 1900
+"""Of a prefill that a kill finds in the middle."""
 
 
 async def _watched_kills(
@@ -54,14 +60,25 @@ async def workers_killed(chaos: Chaos) -> list[Row]:
 
 
 async def prefills_killed(chaos: Chaos) -> list[Row]:
-    """Two base prefills, one of them killed every two seconds, while new conversations come."""
+    """Two base prefills, one of them killed every two seconds, while conversations come whole and are prefilled anew.
+
+    Services keep nothing in memory: the worker, and the base prefill that is asked next, read what killed ones wrote.
+    """
     store = f"lmdb://{chaos.place('prefills killed')}"
-    async with deployed(chaos.model, store, workers=1, prefills=2, **QUICK) as running:
-        load = Load(running.local.router_address, await questions(running, tokens=20), chaos.rng("load"))
-        async with new_conversations(running) as fresh, load.running() as tally:
+    async with deployed(chaos.model, store, workers=1, prefills=2, **FORGETFUL, **QUICK) as running:
+        expected = await questions(running, tokens=20, by_handle=False)
+        load = Load(running.local.router_address, expected, chaos.rng("load"))
+        fetched = await fetched_tokens(running, WORKER)
+        beginning = new_conversations(running, prompt_tokens=LONG_PROMPT_TOKENS, clients=4)
+        async with beginning as fresh, load.running() as tally:
             fresh.faults = tally.faults
-            details = await _watched_kills(running, running.local.prefill_names, tally, chaos, chaos.pick(2, 20))
-        return [load.tally.row("base prefills killed", **details), fresh.row("base prefills killed: new conversations")]
+            details = await _watched_kills(running, running.local.prefill_names, tally, chaos, chaos.pick(3, 20))
+        retries = await running.metric("router", "alora_router_retries_total", role="base_prefill")
+        tally.expect(retries >= chaos.pick(1, LEAST_CAUGHT), f"kills caught only {retries:.0f} prefills under way")
+        fetched = await fetched_tokens(running, WORKER) - fetched
+        tally.expect(fetched > 0, "the worker read nothing of what base prefills wrote")
+        details |= {"retried_prefills": retries, "fetched_tokens": fetched}
+        return [tally.row("base prefills killed", **details), fresh.row("base prefills killed: new conversations")]
 
 
 async def worker_hangs(chaos: Chaos) -> list[Row]:

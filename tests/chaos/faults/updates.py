@@ -13,7 +13,7 @@ import torch
 
 from alora_serve.client import PrefixHandle
 from deployment import TINY_CONTEXT_TOKENS, WORKER, Deployed, ServedModel, deployed
-from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, answers, questions
+from faults.harness import PATIENT, QUICK, Chaos, Load, Row, Scenario, Tally, answers, questions
 from questions import Question, Read
 from tiny_models import FAMILIES, forced_gaps, greedy, largest_gap, load_peft, save_model
 
@@ -42,7 +42,7 @@ async def rolling_update(chaos: Chaos) -> list[Row]:
     """The same release again; answers are longer than a drain, so that streams go on elsewhere."""
     store = f"lmdb://{chaos.place('rolling update')}"
     async with deployed(chaos.model, store, workers=2, prefills=2, drain_seconds=2, **QUICK) as running:
-        load = Load(running.local.router_address, await questions(running), chaos.rng("load"))
+        load = Load(running.local.router_address, await questions(running), chaos.rng("load"), retry=PATIENT)
         async with load.running() as tally:
             await replaced(running, tally, everything(running), {})
         return [load.tally.row("rolling update", replaced=len(everything(running)))]
@@ -54,7 +54,7 @@ async def next_record_version(chaos: Chaos) -> list[Row]:
     path = os.pathsep.join([str(NEXT_RELEASE), *filter(None, [os.environ.get("PYTHONPATH")])])
     forgetful = {"prefix_cache_bytes": "1"}
     async with deployed(chaos.model, store, workers=2, prefills=2, drain_seconds=2, **forgetful, **QUICK) as running:
-        load = Load(running.local.router_address, await questions(running, TOKENS), chaos.rng("load"))
+        load = Load(running.local.router_address, await questions(running, TOKENS), chaos.rng("load"), retry=PATIENT)
         async with load.running() as tally:
             await replaced(running, tally, [WORKER], {"PYTHONPATH": path})
             misses = await running.metric(WORKER, "alora_store_miss_blocks_total", reason="version")
@@ -90,7 +90,7 @@ async def next_model(chaos: Chaos) -> list[Row]:
         drain_seconds=LONG_DRAIN_SECONDS,
         **QUICK,
     ) as running:
-        load = Load(running.local.router_address, first, chaos.rng("load"), accept=is_the_seconds)
+        load = Load(running.local.router_address, first, chaos.rng("load"), accept=is_the_seconds, retry=PATIENT)
         # One of each service first, so that either model has both throughout.
         order = ["prefill-2", "worker-2", "prefill", "worker-1", "router"]
         async with load.running() as tally:
@@ -115,7 +115,7 @@ async def mixed_dtypes(chaos: Chaos) -> list[Row]:
             others.append((question, found))
             return found.starts == 1
 
-        load = Load(running.local.router_address, greedy_only, chaos.rng("load"), accept=judged_later)
+        load = Load(running.local.router_address, greedy_only, chaos.rng("load"), accept=judged_later, retry=PATIENT)
         async with load.running() as tally:
             await replaced(running, tally, everything(running), {"ALORA_DTYPE": "bfloat16"})
     largest, tau = await asyncio.to_thread(gaps, chaos.model, others, list(greedy_only))
