@@ -25,14 +25,13 @@ from faults.store_harness import (
     under,
 )
 from faulty_network import CALM, FaultyNetwork, Weather
+from redis_groups import cluster, watched
 from redis_servers import (
     RedisProcess,
-    cluster,
     free_port,
     make_certificates,
     tls_server,
     valkey_server,
-    watched,
 )
 
 

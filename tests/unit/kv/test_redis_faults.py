@@ -16,7 +16,8 @@ from alora_serve.kv.guarded import GuardedStore
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import KVStore, Put
 from faulty_network import CALM, FaultyNetwork, Weather
-from redis_servers import Place, cluster, make_certificates, tls_server, until, valkey_server, watched
+from redis_groups import cluster, watched
+from redis_servers import Place, make_certificates, tls_server, until, valkey_server
 from store_peer import PATIENCE_SECONDS, RecordingMetrics, key_of, pattern, read
 
 KEYS = [key_of(number) for number in range(24)]
