@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from alora_serve.errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.guarded import GuardedStore
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import KVStore, Put
 from faulty_network import CALM, FaultyNetwork, Weather
 from redis_groups import cluster, watched
-from redis_servers import Place, make_certificates, tls_server, until, valkey_server
+from redis_servers import Place, RedisProcess, make_certificates, tls_server, until, valkey_server
 from store_peer import PATIENCE_SECONDS, RecordingMetrics, key_of, pattern, read
 
 KEYS = [key_of(number) for number in range(24)]
@@ -94,6 +94,48 @@ def test_a_server_that_takes_no_writes_is_there_and_no_breaker_opens() -> None:
         client.execute_command("REPLICAOF", "NO", "ONE")
         assert is_usable(store)
         store.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A store on several servers, over mutual TLS, and those that take writes."""
+
+    place: Place
+    masters: list[RedisProcess]
+
+    def tell(self, *command: object) -> None:
+        for master in self.masters:
+            with master.client() as client:
+                client.execute_command(*command)
+
+
+@pytest.fixture(params=["cluster", "sentinels"])
+def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Group]:
+    files = make_certificates(tmp_path)
+    if request.param == "cluster":
+        with cluster(tmp_path, certificates=files) as nodes:
+            yield Group(Place(f"rediss+cluster://127.0.0.1:{nodes[0].port}", files.mutual), nodes)
+        return
+    with watched(tmp_path, files) as servers:
+        yield Group(Place(servers.url, files.mutual), [servers.master])
+
+
+@pytest.mark.timeout(120)
+def test_a_group_that_is_full_takes_no_writes_or_forgets_is_read_and_used_again(group: Group) -> None:
+    redis = RedisStore(group.place.url, ttl_seconds=600, tls=group.place.tls)
+    store = GuardedStore(redis, failures_to_open=1, reset_seconds=60, metrics=RecordingMetrics())
+    assert is_usable(store)
+    for setting, worst, error in (("maxmemory", 1, StoreFullError), ("min-replicas-to-write", 9, StoreError)):
+        group.tell("CONFIG", "SET", setting, worst)
+        with pytest.raises(error):
+            store.put_many(PUTS, timeout_seconds=PATIENCE_SECONDS)
+        assert len(read(store, KEYS)) == len(KEYS)
+        group.tell("CONFIG", "SET", setting, 0)
+        assert is_usable(store)
+    group.tell("FLUSHALL")
+    assert read(store, KEYS) == {}
+    assert is_usable(store)
+    store.close()
 
 
 @pytest.mark.timeout(120)
