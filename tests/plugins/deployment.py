@@ -107,10 +107,10 @@ class ServedModel:
         return self.cold_answers([(adapter, prompt)], count)[0]
 
 
-def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
+def save_tiny_model(root: Path, *, seed: int = 0, context_tokens: int = TINY_CONTEXT_TOKENS) -> ServedModel:
     """A seeded tiny Llama and its adapters, in milliseconds; the answering one is an intrinsic."""
     config = FAMILIES["llama"]()
-    config.max_position_embeddings = TINY_CONTEXT_TOKENS
+    config.max_position_embeddings = context_tokens
     directory = save_model(root / "tiny-llama", config, seed=seed)
     invocations = {"guard": "<|guard|>\n<|guard|>", "answer": "<|start|>assistant\n"}
     adapters = root / "adapters"
