@@ -30,7 +30,6 @@ from alora_serve.types import (
     Usage,
 )
 from alora_serve.v1 import alora_pb2, types_pb2
-from deployment import host_and_port
 from fake_services import (
     FAST,
     FakePrefill,
@@ -47,7 +46,7 @@ from fake_services import (
     start_worker,
     until,
 )
-from faulty_network import CALM, FaultyNetwork
+from faulty_network import CALM, FaultyNetwork, host_and_port
 
 HELLO = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hi")])
 ASK = alora_pb2.GenerateRequest(prompt=HELLO, adapter="jailbreak")

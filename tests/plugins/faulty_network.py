@@ -33,6 +33,12 @@ class Weather:
 CALM = Weather()
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two parts."""
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
 class FaultyNetwork:
     """A proxy in front of one address while the block runs; ``weather`` may be set at any time."""
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Final
 
-from deployment import WORKER, Deployed, another_router, deployed, host_and_port, metric_at
+from deployment import WORKER, Deployed, another_router, deployed, metric_at
 from faults.conversations import new_conversations
 from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, questions
 from faults.store_harness import FORGETFUL, fetched_tokens
-from faulty_network import CALM, FaultyNetwork
+from faulty_network import CALM, FaultyNetwork, host_and_port
 
 KILL_EVERY_SECONDS = 2.0
 HANG_SECONDS: Final = 4.0
