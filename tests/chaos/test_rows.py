@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import run_chaos
+from faults.conversations import SHORT_ANSWER, new_prompt, wrong_answers
 from faults.harness import CannotBreakError, Chaos, Row, Scenario, Tally
+
+from deployment import save_tiny_model
 
 
 async def fine(chaos: Chaos) -> Sequence[Row]:
@@ -77,3 +80,11 @@ def test_what_was_not_shown_is_a_failure(scenario: Scenario, fault: str, ran: An
     assert status == 1
     assert rows[fault]["failed"] == 1
     assert rows["fine"]["failed"] == 0
+
+
+def test_a_new_conversation_answered_with_another_token_is_wrong(tmp_path: Path) -> None:
+    model, prompt = save_tiny_model(tmp_path), new_prompt(3, 82)
+    right = model.cold_tokens("", prompt, SHORT_ANSWER.max_tokens)
+    others = [model.cold_tokens("plain", prompt, SHORT_ANSWER.max_tokens), right[:-1], (*right[:-1], right[-1] ^ 1)]
+    assert wrong_answers(model, [(prompt, right)]) == []
+    assert len(wrong_answers(model, [(prompt, other) for other in others])) == len(others)

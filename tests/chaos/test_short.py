@@ -22,6 +22,7 @@ SHORT = (
     "adapters change",
     "overload",
     "noisy tenant",
+    "five hundred",
     "many requests",
 )
 """What other tests hold in miniature is not here: dead workers and routers (``tests/integration/test_failover.py``),

@@ -13,17 +13,8 @@ from alora_serve.kv.factory import open_store
 from alora_serve.kv.lmdb import LmdbStore
 from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import KVStore
-from redis_servers import (
-    Certificates,
-    Place,
-    RedisProcess,
-    Watched,
-    cluster,
-    make_certificates,
-    tls_server,
-    valkey_server,
-    watched,
-)
+from redis_groups import Watched, cluster, watched
+from redis_servers import Certificates, Place, RedisProcess, make_certificates, tls_server, valkey_server
 from store_peer import RecordingMetrics
 
 BUDGET_BYTES = 64 << 20
@@ -73,6 +64,22 @@ def redis_sentinel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched
         yield servers
 
 
+@pytest.fixture(scope="session")
+def redis_cluster_tls(
+    tmp_path_factory: pytest.TempPathFactory, certificates: Certificates
+) -> Iterator[list[RedisProcess]]:
+    """Three nodes that ask everybody for a certificate."""
+    with cluster(tmp_path_factory.mktemp("cluster-tls"), certificates=certificates) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="session")
+def redis_sentinel_tls(tmp_path_factory: pytest.TempPathFactory, certificates: Certificates) -> Iterator[Watched]:
+    """A master, a replica and three Sentinels, who ask everybody for a certificate."""
+    with watched(tmp_path_factory.mktemp("sentinel-tls"), certificates) as servers:
+        yield servers
+
+
 def emptied(*servers: RedisProcess | ValkeyServer) -> None:
     """Flush each."""
     for server in servers:
@@ -89,30 +96,34 @@ def emptied(*servers: RedisProcess | ValkeyServer) -> None:
         "redis-mutual-tls",
         "redis-cluster",
         "redis-sentinel",
+        "redis-cluster-tls",
+        "redis-sentinel-tls",
     ]
 )
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """Where an empty store is."""
-    match request.param:
+    kind, fixture = request.param, request.param.replace("-", "_")
+    files: Certificates = request.getfixturevalue("certificates")
+    match kind:
         case "lmdb":
             return Place(f"lmdb://{tmp_path}/store")
-        case "redis-cluster":
-            nodes: list[RedisProcess] = request.getfixturevalue("redis_cluster")
+        case "redis-cluster" | "redis-cluster-tls":
+            nodes: list[RedisProcess] = request.getfixturevalue(fixture)
             emptied(*nodes)
-            return Place(f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}")
-        case "redis-sentinel":
-            servers: Watched = request.getfixturevalue("redis_sentinel")
+            scheme, tls = ("rediss", files.mutual) if kind.endswith("tls") else ("redis", None)
+            return Place(f"{scheme}+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}", tls)
+        case "redis-sentinel" | "redis-sentinel-tls":
+            servers: Watched = request.getfixturevalue(fixture)
             emptied(servers.master)
-            return Place(servers.url)
+            return Place(servers.url, files.mutual if servers.is_tls else None)
         case "redis-tls" | "redis-mutual-tls":
-            files: Certificates = request.getfixturevalue("certificates")
-            server: RedisProcess = request.getfixturevalue(request.param.replace("-", "_"))
+            server: RedisProcess = request.getfixturevalue(fixture)
             emptied(server)
-            tls = files.mutual if request.param == "redis-mutual-tls" else files.trusted
+            tls = files.mutual if kind == "redis-mutual-tls" else files.trusted
             return Place(f"rediss://localhost:{server.port}/0", tls)
     valkey: ValkeyServer = request.getfixturevalue("valkey")
     emptied(valkey)
-    if request.param == "valkey-tcp":
+    if kind == "valkey-tcp":
         return Place(f"redis://{valkey.host}:{valkey.port}/0")
     return Place(f"unix://{valkey.unix_socket_path}?db=0")
 

@@ -93,20 +93,29 @@ async def test_a_stream_survives_the_death_of_its_worker(pair: Deployed, name: s
 
 
 async def test_a_stream_leaves_a_worker_that_hangs_and_never_hears_of_it_again(pair: Deployed) -> None:
-    question = await ask(pair, *ASKED["sampled"])
+    question = await ask(pair, "answer", SamplingParams(max_tokens=700, ignore_eos=True, temperature=1.0, seed=11))
     expected = await read(pair.client, question)
     before = await resumed(pair)
-    stopped: list[int] = []
+    waking: list[asyncio.Task[None]] = []
 
     async def hang() -> None:
-        stopped.append(pair.local.processes[await holder(pair)].pid)
-        os.kill(stopped[0], signal.SIGSTOP)
+        pid = pair.local.processes[await holder(pair)].pid
+        os.kill(pid, signal.SIGSTOP)
+        waking.append(asyncio.create_task(wake_once_resumed(pid)))
 
-    try:
-        same(await read(pair.client, question, then=hang), expected)
-        assert await resumed(pair) == before + 1
-    finally:
-        os.kill(stopped[0], signal.SIGCONT)
+    async def wake_once_resumed(pid: int) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while await resumed(pair) == before:  # noqa: ASYNC110  # asked over the network
+                    await asyncio.sleep(0.1)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    found = await read(pair.client, question, then=hang)
+    assert waking[0].done(), "it woke up only when the answer was over"
+    await waking[0]
+    same(found, expected)
+    assert await resumed(pair) == before + 1
     same(await read(pair.client, question), expected)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -45,6 +46,7 @@ from fake_services import (
     start_worker,
     until,
 )
+from faulty_network import CALM, FaultyNetwork, host_and_port
 
 HELLO = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hi")])
 ASK = alora_pb2.GenerateRequest(prompt=HELLO, adapter="jailbreak")
@@ -154,16 +156,51 @@ async def test_a_worker_that_dies_in_mid_stream_is_replaced_without_a_gap_or_a_r
 
 
 async def test_a_worker_that_hangs_is_left_for_another_and_what_it_says_later_is_dropped() -> None:
-    gate = asyncio.Event()
+    spoke, late, gate = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def speaks_to_nobody(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        async for event in after_one_token(spoke.wait)(request, attempt):
+            yield event
+        yield TokenChunk((99,), " wrong")
+        yield Finished(FinishReason.STOP, Usage(4, generated_tokens=2), Timings(), text="!!")
+        late.set()
+
+    async def gated(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        async for event in answer(request, attempt):
+            while isinstance(event, TokenChunk) and not gate.is_set():
+                await asyncio.sleep(0.05)
+                yield Heartbeat()
+            yield event
+
     workers = [FakeWorker(), FakeWorker()]
-    async with deployment([FakePrefill()], workers, limits=RouterLimits(silence_seconds=0.3)) as (router, servers):
-        (first, _), (second, _) = ranked(router, workers, servers[1:])
-        first.script = after_one_token(gate.wait)
-        events = await events_of(router.stub.Generate(ASK))
-        gate.set()
-        assert [event.chunk.text for event in events if event.HasField("chunk")] == ["Hello", " world"]
-        assert len(second.requests) == 1
-        await until(lambda: first.cancelled == 1)
+    servers = [await start_prefill(FakePrefill()), *[await start_worker(worker) for worker in workers]]
+    with ExitStack() as stack:
+        # Between the router and each worker: what is said while it is silent arrives once it no longer is.
+        networks = [stack.enter_context(FaultyNetwork(*host_and_port(server.address))) for server in servers[1:]]
+        behind = dict(zip((network.address for network in networks), zip(workers, networks, strict=True), strict=True))
+        async with router_on([servers[0].address], list(behind), limits=RouterLimits(silence_seconds=0.3)) as router:
+            await router.settled(1, 2)
+            (first, network), (second, _) = (
+                behind[address] for address in rendezvous_order(adapter_key("jailbreak"), behind)
+            )
+            first.script, second.script = speaks_to_nobody, gated
+            responses = aiter(router.stub.Generate(ASK))
+            events = [(await anext(responses)).event for _ in range(3)]
+            network.worsen(is_silent=True)
+            spoke.set()
+            await until(lambda: late.is_set() and len(second.requests) == 1)
+            network.weather = CALM
+            # On the same connection, so it comes after all that was said on it.
+            first.report(draining=True)
+            await until(lambda: any(snapshot.draining for snapshot in router.workers.snapshots()))
+            gate.set()
+            events += [response.event async for response in responses]
+    for server in servers:
+        await server.kill()
+    assert [event.chunk.text for event in events if event.HasField("chunk")] == ["Hello", " world"]
+    assert {event.attempt for event in events if event.HasField("chunk") and event.chunk.first_index} == {1}
+    assert [event.finished.text for event in events if event.HasField("finished")] == ["!"]
+    assert len(second.requests) == 1
 
 
 async def test_a_slow_worker_that_gives_signs_of_life_keeps_its_stream() -> None:

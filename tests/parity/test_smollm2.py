@@ -35,9 +35,8 @@ from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.types import ChatMessage, PrefillResult, Prompt, TokenIds
 from in_process import MemoryStore, Stack, open_stack
 from recorded_logits import generate_with_logits
-from tiny_models import forced_logits, greedy, largest_gap, load_peft, save_adapter
+from tiny_models import TAU, forced_logits, greedy, largest_gap, load_peft, save_adapter
 
-TAU = 0.25
 ANSWER_TOKENS = 24
 ROUNDING = 1e-4
 """Largest difference from float64's logits, which reach 36 here, with plain weights. On two processors with several

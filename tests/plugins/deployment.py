@@ -29,7 +29,7 @@ from alora_serve.types import EndpointStatus
 from alora_serve.v1.adapter_decode_pb2 import AdapterDecodeServiceWatchStatusRequest
 from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceStub
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
-from tiny_models import FAMILIES, greedy, load_peft, save_adapter, save_model
+from tiny_models import FAMILIES, MODERATE, greedy, load_peft, save_adapter, save_model
 
 ANSWER_TOKENS = 10
 GREEDY = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True)
@@ -107,17 +107,23 @@ class ServedModel:
         return self.cold_answers([(adapter, prompt)], count)[0]
 
 
-def save_tiny_model(root: Path, *, seed: int = 0) -> ServedModel:
-    """A seeded tiny Llama and its adapters, in milliseconds; the answering one is an intrinsic."""
+def save_tiny_model(
+    root: Path, *, seed: int = 0, context_tokens: int = TINY_CONTEXT_TOKENS, is_moderate: bool = False
+) -> ServedModel:
+    """A seeded tiny Llama and its adapters, in milliseconds; the answering one is an intrinsic.
+
+    One that is moderate magnifies rounding so little that the τ rule tells right from wrong in bfloat16.
+    """
     config = FAMILIES["llama"]()
-    config.max_position_embeddings = TINY_CONTEXT_TOKENS
-    directory = save_model(root / "tiny-llama", config, seed=seed)
+    config.max_position_embeddings = context_tokens
+    directory = save_model(root / "tiny-llama", config, seed=seed, **(MODERATE if is_moderate else {}))
+    strength = {"lora_alpha": 12 if is_moderate else 32, "target_modules": "all-linear"}
     invocations = {"guard": "<|guard|>\n<|guard|>", "answer": "<|start|>assistant\n"}
     adapters = root / "adapters"
     for number, (name, invocation) in enumerate(invocations.items()):
-        settings = {"target_modules": "all-linear", "alora_invocation_tokens": list(tokens_of(invocation, directory))}
-        save_adapter(directory, adapters / name, seed=number, **settings)
-    save_adapter(directory, adapters / "plain", seed=9, target_modules="all-linear")
+        tokens = list(tokens_of(invocation, directory))
+        save_adapter(directory, adapters / name, seed=number, alora_invocation_tokens=tokens, **strength)
+    save_adapter(directory, adapters / "plain", seed=9, **strength)
     (adapters / "answer" / "io.yaml").write_text(YES_OR_NO)
     return ServedModel(directory, (adapters,), "guard", "answer", "plain", invocations)
 
@@ -197,12 +203,6 @@ async def until_reused(client: AsyncClient, handle: PrefixHandle, adapter: str) 
             await client.generate(handle=handle, adapter=adapter, sampling=GREEDY).result()
         ).usage.cached_tokens:
             await asyncio.sleep(1)
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    """The two parts."""
-    host, _, port = address.rpartition(":")
-    return host, int(port)
 
 
 async def metric_at(metrics_address: str, name: str, **labels: str) -> float:

@@ -14,7 +14,8 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
-from deployment import PATIENCE_SECONDS, host_and_port
+from deployment import PATIENCE_SECONDS
+from faulty_network import host_and_port
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "deploy" / "envoy"
 

@@ -33,6 +33,12 @@ class Weather:
 CALM = Weather()
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two parts."""
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
 class FaultyNetwork:
     """A proxy in front of one address while the block runs; ``weather`` may be set at any time."""
 
@@ -43,6 +49,8 @@ class FaultyNetwork:
         self._changed = threading.Condition()
         self._connections: set[socket.socket] = set()
         self._closed = False
+        self.slowed_bytes = 0
+        """Passed on later than they came because of the weather."""
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     @property
@@ -121,6 +129,9 @@ class FaultyNetwork:
         with closing(source), suppress(OSError):
             while data := source.recv(_CHUNK_BYTES):
                 weather = self._weather
+                if weather.latency_seconds or weather.bytes_per_second:
+                    with self._changed:
+                        self.slowed_bytes += len(data)
                 time.sleep(weather.latency_seconds)
                 if weather.bytes_per_second:
                     time.sleep(len(data) / weather.bytes_per_second)

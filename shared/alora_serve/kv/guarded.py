@@ -113,7 +113,8 @@ class GuardedStore:
 
     Two, because a stopped process can block every writer of the LMDB store while reads go on. Only
     ``StoreUnavailableError`` and ``StoreTimeoutError`` of the store itself count; misses, a full store, other errors
-    and whatever a sink raises show that the store is there.
+    and whatever a sink raises show that the store is there. A call that is given no time says nothing of the store: it
+    ends with ``StoreTimeoutError`` before it is asked.
 
     Args:
         inner: the store to guard; closed with this one.
@@ -131,6 +132,7 @@ class GuardedStore:
 
     def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
         """See :class:`~alora_serve.kv.store.KVStore`."""
+        _require_time(timeout_seconds)
         watched = _WatchedSink(sink)
         sink_error: BaseException | None = None
         with self.reads.guard():
@@ -145,16 +147,19 @@ class GuardedStore:
 
     def contains_many(self, keys: Sequence[StoreKey], *, timeout_seconds: float) -> list[bool]:
         """See :class:`~alora_serve.kv.store.KVStore`."""
+        _require_time(timeout_seconds)
         with self.reads.guard():
             return self._inner.contains_many(keys, timeout_seconds=timeout_seconds)
 
     def put_many(self, puts: Sequence[Put], *, timeout_seconds: float) -> None:
         """See :class:`~alora_serve.kv.store.KVStore`."""
+        _require_time(timeout_seconds)
         with self.writes.guard():
             self._inner.put_many(puts, timeout_seconds=timeout_seconds)
 
     def delete_many(self, keys: Sequence[StoreKey], *, timeout_seconds: float) -> None:
         """See :class:`~alora_serve.kv.store.KVStore`."""
+        _require_time(timeout_seconds)
         with self.writes.guard():
             self._inner.delete_many(keys, timeout_seconds=timeout_seconds)
 
@@ -233,6 +238,11 @@ class _WatchedSink:
     def raised(self, error: BaseException) -> bool:
         """Whether the sink raised exactly this exception."""
         return any(error is own for own in self._errors)
+
+
+def _require_time(timeout_seconds: float) -> None:
+    if timeout_seconds <= 0:
+        raise StoreTimeoutError("no time was left to ask the store")
 
 
 def _outcome(error: BaseException) -> Outcome:

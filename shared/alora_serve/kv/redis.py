@@ -37,6 +37,8 @@ _WRITE_BYTES_PER_CHUNK = 8 << 20
 _SMALL_PER_CHUNK = 512
 _KEY_PREFIX = b"alora:"
 _MOVED: Final = (MovedError, AskError, TryAgainError)
+_ELSEWHERE: Final = (ReadOnlyError, *_MOVED)
+"""A server that answers, and is not the one to ask any more."""
 
 _Chunk = TypeVar("_Chunk")
 
@@ -209,10 +211,14 @@ class RedisStore:
 
     @contextmanager
     def _translating(self) -> Iterator[None]:
-        """Turn redis-py's errors into ours, and look anew for a server that is lost or not to be written to."""
+        """Turn redis-py's errors into ours, and look anew for a server that is lost or not the one to ask."""
         try:
             with _translated():
-                yield
+                try:
+                    yield
+                except _ELSEWHERE:
+                    self._topology.forget()
+                    raise
         except StoreUnavailableError:
             self._topology.forget()
             raise
@@ -225,7 +231,7 @@ def _translated() -> Iterator[None]:
         yield
     except RedisTimeoutError as error:
         raise StoreTimeoutError(f"Redis did not answer in the time given: {error}") from error
-    except (RedisConnectionError, OSError, ReadOnlyError, ClusterDownError, *_MOVED) as error:
+    except (RedisConnectionError, OSError, ClusterDownError) as error:
         raise StoreUnavailableError(f"Redis cannot be reached: {error}") from error
     except OutOfMemoryError as error:
         raise StoreFullError(f"Redis is full: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -10,20 +11,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from alora_serve.client import AsyncClient, ChatMessage, PrefixHandle, SamplingParams
+from alora_serve.client import ChatMessage, PrefixHandle, SamplingParams
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, AloraServeError
-from deployment import Deployed, ServedModel, deployed
+from deployment import PATIENCE_SECONDS, Deployed, ServedModel, deployed
 from faults.harness import QUICK, Chaos, Row, Scenario, Tally
 from questions import Question, read
 from tiny_models import save_adapter
 
-TOKENS: Final = 60
+TOKENS: Final = 120
+"""So many that files change beneath running answers."""
 TURNS: Final = [ChatMessage("user", "The mill stands by the brook, and its wheel turns. What turns?")]
 SAMPLING: Final = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
 WEIGHTS: Final = "adapter_model.safetensors"
 NAMES: Final = ("guard", "answer", "plain")
 SWAP_EVERY_SECONDS: Final = 0.7
-"""Less than an answer takes under load, so that files change beneath running ones."""
+SCAN_SECONDS: Final = 0.2
+"""How often a worker looks for changed files."""
 
 
 @dataclass(slots=True)
@@ -32,16 +35,34 @@ class Versions:
 
     Attributes:
         answers: by adapter and digest.
-        seen: versions that were served.
+        seen: answers of the adapter that is swapped: begun, ended, and with which version.
+        swaps: when its files were replaced, and which version they were before.
+        excused: adapters that may be refused from now on.
     """
 
     answers: Mapping[str, Mapping[str, tuple[int, ...]]]
-    seen: set[tuple[str, str]] = field(default_factory=set)
+    seen: list[tuple[float, float, str]] = field(default_factory=list)
+    swaps: list[tuple[float, str]] = field(default_factory=list)
+    excused: set[str] = field(default_factory=set)
 
     def is_right(self, adapter: str, digest: str, tokens: tuple[int, ...]) -> bool:
         """Whether that version answers so."""
-        self.seen.add((adapter, digest))
         return self.answers[adapter].get(digest) == tokens
+
+    @property
+    def outlived(self) -> list[str]:
+        """Of answers that began before their files were replaced, and went on with them when that had been noticed."""
+        noticed = 2 * SCAN_SECONDS
+        return [
+            digest
+            for began, ended, digest in self.seen
+            if any(began < at and at + noticed < ended and digest == before for at, before in self.swaps)
+        ]
+
+    @property
+    def are_shown(self) -> bool:
+        """Whether answers of both versions outlived their files."""
+        return len(set(self.outlived)) == 2
 
 
 def copied(model: ServedModel, root: Path) -> ServedModel:
@@ -70,11 +91,13 @@ async def changes_under_fire(chaos: Chaos) -> list[Row]:
     spare = place / "spare"
     shutil.copytree(chaos.model.roots[0], spare / "first")
     invocation = list(model.invocations["guard"])
-    settings = {"target_modules": "all-linear", "alora_invocation_tokens": invocation}
-    save_adapter(model.directory, spare / "second" / "guard", seed=77, **settings)
-    save_adapter(model.directory, spare / "other-shape", seed=78, **settings, r=4)
+    like = {"target_modules": "all-linear", "alora_invocation_tokens": invocation}
+    save_adapter(model.directory, spare / "second" / "guard", seed=77, **like)
+    save_adapter(model.directory, spare / "other-shape", seed=78, **like, r=4)
     second = replace(model, roots=(spare / "second",))
-    async with deployed(model, f"lmdb://{place}/kv", workers=2, adapter_scan_seconds="0.2", **QUICK) as running:
+    async with deployed(
+        model, f"lmdb://{place}/kv", workers=2, adapter_scan_seconds=str(SCAN_SECONDS), **QUICK
+    ) as running:
         handle = (await running.client.prefill(TURNS)).handle
         prompts = {name: model.prompt(handle, name) for name in NAMES}
         first_digest = await digest_of(running, "guard")
@@ -93,21 +116,27 @@ async def changes_under_fire(chaos: Chaos) -> list[Row]:
             asyncio.create_task(ask_until(stop, running, handle, name, versions, tally))
             for name, tally in (("guard", swapped), ("guard", swapped), ("answer", broken), ("plain", broken))
         ]
-        for number in range(chaos.pick(4, 30)):
-            source = spare / ("first" if number % 2 == 0 else "second") / "guard"
-            swap_weights(source / WEIGHTS, guard)
+        end = time.monotonic() + PATIENCE_SECONDS
+        for number in itertools.count():
+            # On a busy machine, answers may take as long as many swaps.
+            if number >= chaos.pick(4, 30) and (versions.are_shown or time.monotonic() > end):
+                break
             await asyncio.sleep(SWAP_EVERY_SECONDS)
+            source, before = ("first", second_digest) if number % 2 == 0 else ("second", first_digest)
+            versions.swaps.append((time.monotonic(), before))
+            swap_weights(spare / source / "guard" / WEIGHTS, guard)
+        versions.excused.add("answer")
         refusals = {
-            damage: await refused_while(running, handle, "answer", damage, model.roots[0], spare)
-            for damage in (corrupt, reshape, delete)
+            damage.does: await refused_while(running, handle, "answer", damage, model.roots[0], spare)
+            for damage in DAMAGES
         }
         stop.set()
         await asyncio.gather(*asking)
-        never = [digest for digest in (first_digest, second_digest) if ("guard", digest) not in versions.seen]
-        swapped.failures += [f"version {digest[:12]} was never served" for digest in never]
-        broken.failures += [f"not refused: {damage.__name__}" for damage, was in refusals.items() if not was]
+        swapped.expect(versions.are_shown, "no answer of each version ran on while its files were replaced")
+        for does, was_refused in refusals.items():
+            broken.expect(was_refused, f"not refused with its reason: {does.__name__}")
         return [
-            swapped.row("adapter's files replaced while it decodes", versions=2),
+            swapped.row("adapter's files replaced while it decodes", outlived_their_files=len(versions.outlived)),
             broken.row("another adapter corrupted, reshaped, deleted", refused_with_reason=sum(refusals.values())),
         ]
 
@@ -123,22 +152,25 @@ async def changed_from(running: Deployed, name: str, digest: str) -> str:
 async def ask_until(
     stop: asyncio.Event, running: Deployed, handle: PrefixHandle, name: str, versions: Versions, tally: Tally
 ) -> None:
-    """Ask one adapter; while its files are broken, being refused with a reason is right."""
-    async with AsyncClient(running.local.router_address) as client:
+    """Ask one adapter; while its files are broken, being refused in its name is right."""
+    async with running.another_client() as client:
         while not stop.is_set():
             began = time.monotonic()
             tally.requests += 1
             try:
                 found = await read(client, Question(handle, name, SAMPLING), timeout_seconds=60)
             except (AdapterNotFoundError, AdapterRefusedError) as error:
-                if name != "answer":
+                if name not in versions.excused or name not in str(error):
                     tally.failures.append(f"{name}: {error}")
                 await asyncio.sleep(0.1)
             except AloraServeError as error:
                 tally.failures.append(f"{name}: {type(error).__name__}: {error}")
             else:
-                tally.answered.append((began, time.monotonic()))
+                ended = time.monotonic()
+                tally.answered.append((began, ended))
                 tally.wrong += not versions.is_right(name, found.adapter_digest, found.tokens)
+                if name == "guard":
+                    versions.seen.append((began, ended, found.adapter_digest))
 
 
 def corrupt(adapter: Path, spare: Path) -> None:
@@ -160,19 +192,35 @@ def delete(adapter: Path, spare: Path) -> None:
     shutil.rmtree(adapter)
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What is done to an adapter, and the error, and a word of it, that its callers get for it."""
+
+    does: Callable[[Path, Path], None]
+    error: type[AloraServeError]
+    word: str
+
+
+DAMAGES: Final = (
+    Damage(corrupt, AdapterRefusedError, "not valid safetensors"),
+    Damage(reshape, AdapterRefusedError, "has shape"),
+    Damage(delete, AdapterNotFoundError, "answer"),
+)
+
+
 async def refused_while(
-    running: Deployed, handle: PrefixHandle, name: str, damage: Callable[[Path, Path], None], root: Path, spare: Path
+    running: Deployed, handle: PrefixHandle, name: str, damage: Damage, root: Path, spare: Path
 ) -> bool:
-    """Damage an adapter, wait until it is refused in words, and repair it; False where it was not refused."""
+    """Damage an adapter, wait until it is refused for it in words, and repair it; False where it was not refused."""
     adapter = root / name
-    damage(adapter, spare)
+    damage.does(adapter, spare)
     refused = False
     end = time.monotonic() + 15
     while not refused and time.monotonic() < end:
         try:
             await read(running.client, Question(handle, name, SAMPLING), timeout_seconds=30)
         except (AdapterNotFoundError, AdapterRefusedError) as error:
-            refused = name in str(error)
+            refused = isinstance(error, damage.error) and name in str(error) and damage.word in str(error)
         await asyncio.sleep(0.2)
     shutil.rmtree(adapter, ignore_errors=True)
     shutil.copytree(spare / "first" / name, adapter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import random
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from alora_serve.cli.local.process import RestartPolicy
-from alora_serve.client import AsyncClient, ChatMessage, PrefixHandle, RetryPolicy, SamplingParams
+from alora_serve.client import AsyncClient, ChatMessage, RetryPolicy, SamplingParams
 from alora_serve.errors import AloraServeError
 from deployment import BLOCK_TOKENS, Deployed, ServedModel
 from questions import Question, Read, read
@@ -22,8 +21,11 @@ from questions import Question, Read, read
 ANSWER_SECONDS = 60.0
 """Deadline of one request: longer than any fault lasts."""
 
-PATIENT = RetryPolicy(max_attempts=100, resume_seconds=ANSWER_SECONDS)
-"""For a router that is replaced: with one of them alone, there is nobody to ask for a second or two."""
+ONCE: Final = RetryPolicy(max_attempts=1)
+"""What a router does not save, its client sees."""
+
+PATIENT: Final = RetryPolicy(max_attempts=100, resume_seconds=ANSWER_SECONDS)
+"""For a router that is replaced, or all endpoints of a kind that die at once: for seconds there is nobody to ask."""
 
 CONVERSATIONS = (
     "The river is wide and slow, and boats go down it. Is it wide?",
@@ -108,6 +110,13 @@ class Tally:
         if not holds:
             self.failures.append(otherwise)
 
+    def add(self, other: Tally) -> None:
+        """What other clients have seen of the same."""
+        self.requests += other.requests
+        self.wrong += other.wrong
+        self.failures += other.failures
+        self.wrongs += other.wrongs
+
     def row(self, fault: str, **details: float | str) -> Row:
         """The figures. A fault after which nothing was answered again is a failure."""
         self.expect(self.recovery_seconds != float("inf"), "after a fault no request begun later was answered")
@@ -126,6 +135,7 @@ class Load:
         rng: draws questions; seeded.
         clients: how many.
         accept: judges answers that are not the expected ones; unset, they are wrong.
+        retry: what clients do by themselves.
     """
 
     def __init__(
@@ -135,6 +145,7 @@ class Load:
         rng: random.Random,
         clients: int = 4,
         accept: Callable[[Question, Read], bool] = lambda question, found: False,
+        retry: RetryPolicy = ONCE,
     ) -> None:
         self.tally = Tally()
         self._address = address
@@ -142,6 +153,7 @@ class Load:
         self._rng = rng
         self._clients = clients
         self._accept = accept
+        self._retry = retry
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Tally]:
@@ -156,7 +168,7 @@ class Load:
             await asyncio.gather(*asking)
 
     async def _ask_until(self, stop: asyncio.Event) -> None:
-        async with AsyncClient(self._address, retry=PATIENT) as client:
+        async with AsyncClient(self._address, retry=self._retry) as client:
             while not stop.is_set():
                 await self._ask(client, self._rng.choice(list(self._expected)))
 
@@ -176,45 +188,9 @@ class Load:
             tally.wrongs.append(f"{question.adapter or 'base'} {found.difference(self._expected[question])}")
 
 
-@asynccontextmanager
-async def new_conversations(running: Deployed, known: Iterable[Question] = ()) -> AsyncIterator[Tally]:
-    """A client that begins one conversation after the other while the block runs, and what it saw.
-
-    It warms the ``known`` ones again in between, so that what a store has lost comes back.
-    """
-    tally, stop = Tally(), asyncio.Event()
-    handles = [question.about for question in known if isinstance(question.about, PrefixHandle)]
-
-    async def begin(number: int) -> None:
-        tally.requests += 1
-        began = time.monotonic()
-        prompt: dict[str, Any] = {"token_ids": [5 + number % 200, 5 + number // 200 % 200, *range(10, 90)]}
-        if handles and number % 2:
-            prompt = {"handle": handles[number // 2 % len(handles)]}
-        try:
-            await running.client.prefill(timeout_seconds=ANSWER_SECONDS, **prompt)
-        except AloraServeError as error:
-            tally.failures.append(f"{type(error).__name__}: {error}")
-            await asyncio.sleep(0.05)
-        else:
-            tally.answered.append((began, time.monotonic()))
-
-    async def begin_until_stopped() -> None:
-        for number in itertools.count():
-            if stop.is_set():
-                return
-            await begin(number)
-
-    beginning = asyncio.create_task(begin_until_stopped())
-    try:
-        yield tally
-        await tally.recovered()
-    finally:
-        stop.set()
-        await beginning
-
-
-async def questions(deployed: Deployed, tokens: int = 120, *, by_handle: bool = True) -> dict[Question, Read]:
+async def questions(
+    deployed: Deployed, tokens: int = 120, *, by_handle: bool = True, conversations: int = len(CONVERSATIONS)
+) -> dict[Question, Read]:
     """Several conversations, every kind of adapter, greedy and drawn; with their answers while all is well."""
     model = deployed.model
     asked = [
@@ -224,7 +200,7 @@ async def questions(deployed: Deployed, tokens: int = 120, *, by_handle: bool = 
         ("", SamplingParams(max_tokens=tokens, ignore_eos=True, presence_penalty=0.3, stop=("never said",))),
     ]
     made = []
-    for text in CONVERSATIONS:
+    for text in CONVERSATIONS[:conversations]:
         turns = (ChatMessage("user", text),)
         about = (await deployed.client.prefill(turns)).handle if by_handle else turns
         made += [Question(about, adapter, sampling) for adapter, sampling in asked]

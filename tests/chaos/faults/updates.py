@@ -9,13 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import torch
-
-from alora_serve.client import PrefixHandle
-from deployment import TINY_CONTEXT_TOKENS, WORKER, Deployed, ServedModel, deployed
-from faults.harness import QUICK, Chaos, Load, Row, Scenario, Tally, answers, questions
+from alora_serve.client import ChatMessage, SamplingParams
+from deployment import TINY_CONTEXT_TOKENS, WORKER, Deployed, deployed, save_tiny_model
+from faults.harness import CONVERSATIONS, PATIENT, QUICK, Chaos, Load, Row, Scenario, Tally, answers, questions
+from faults.rounding import gaps, mistakes
 from questions import Question, Read
-from tiny_models import FAMILIES, forced_gaps, greedy, largest_gap, load_peft, save_model
+from tiny_models import FAMILIES, TAU, save_model
 
 PAUSE_SECONDS: Final = 1.0
 TOKENS: Final = 40
@@ -42,7 +41,7 @@ async def rolling_update(chaos: Chaos) -> list[Row]:
     """The same release again; answers are longer than a drain, so that streams go on elsewhere."""
     store = f"lmdb://{chaos.place('rolling update')}"
     async with deployed(chaos.model, store, workers=2, prefills=2, drain_seconds=2, **QUICK) as running:
-        load = Load(running.local.router_address, await questions(running), chaos.rng("load"))
+        load = Load(running.local.router_address, await questions(running), chaos.rng("load"), retry=PATIENT)
         async with load.running() as tally:
             await replaced(running, tally, everything(running), {})
         return [load.tally.row("rolling update", replaced=len(everything(running)))]
@@ -54,7 +53,7 @@ async def next_record_version(chaos: Chaos) -> list[Row]:
     path = os.pathsep.join([str(NEXT_RELEASE), *filter(None, [os.environ.get("PYTHONPATH")])])
     forgetful = {"prefix_cache_bytes": "1"}
     async with deployed(chaos.model, store, workers=2, prefills=2, drain_seconds=2, **forgetful, **QUICK) as running:
-        load = Load(running.local.router_address, await questions(running, TOKENS), chaos.rng("load"))
+        load = Load(running.local.router_address, await questions(running, TOKENS), chaos.rng("load"), retry=PATIENT)
         async with load.running() as tally:
             await replaced(running, tally, [WORKER], {"PYTHONPATH": path})
             misses = await running.metric(WORKER, "alora_store_miss_blocks_total", reason="version")
@@ -90,7 +89,7 @@ async def next_model(chaos: Chaos) -> list[Row]:
         drain_seconds=LONG_DRAIN_SECONDS,
         **QUICK,
     ) as running:
-        load = Load(running.local.router_address, first, chaos.rng("load"), accept=is_the_seconds)
+        load = Load(running.local.router_address, first, chaos.rng("load"), accept=is_the_seconds, retry=PATIENT)
         # One of each service first, so that either model has both throughout.
         order = ["prefill-2", "worker-2", "prefill", "worker-1", "router"]
         async with load.running() as tally:
@@ -102,64 +101,33 @@ async def next_model(chaos: Chaos) -> list[Row]:
 
 
 async def mixed_dtypes(chaos: Chaos) -> list[Row]:
-    """From float32 to bfloat16: no service reads the other's KV, and no token is further off than rounding explains."""
-    store = f"lmdb://{chaos.place('mixed dtypes')}"
+    """From float32 to bfloat16: no service reads the other's KV, and every token is right by the τ rule."""
+    place = chaos.place("mixed dtypes")
+    model = save_tiny_model(place, is_moderate=True)
     async with deployed(
-        chaos.model, store, workers=2, prefills=2, drain_seconds=2, prefix_cache_bytes="1", **QUICK
+        model, f"lmdb://{place}/kv", workers=2, prefills=2, drain_seconds=2, prefix_cache_bytes="1", **QUICK
     ) as running:
-        asked = await questions(running, TOKENS)
-        greedy_only = {q: found for q, found in asked.items() if not q.sampling.temperature and q.adapter}
+        greedy = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+        handles = [(await running.client.prefill((ChatMessage("user", text),))).handle for text in CONVERSATIONS]
+        asked = [Question(handle, name, greedy) for handle in handles for name in (model.appended, model.answering)]
         others: list[tuple[Question, Read]] = []
 
         def judged_later(question: Question, found: Read) -> bool:
             others.append((question, found))
-            return found.starts == 1
+            return found.starts == 1 and len(found.tokens) == TOKENS
 
-        load = Load(running.local.router_address, greedy_only, chaos.rng("load"), accept=judged_later)
+        expected = await answers(running, asked)
+        load = Load(running.local.router_address, expected, chaos.rng("load"), accept=judged_later, retry=PATIENT)
         async with load.running() as tally:
             await replaced(running, tally, everything(running), {"ALORA_DTYPE": "bfloat16"})
-    largest, tau = await asyncio.to_thread(gaps, chaos.model, others, list(greedy_only))
-    tally.wrong += sum(gap > tau for gap in largest)
-    if not others:
-        tally.failures.append("no answer was bfloat16's own")
-    details = {"rounded_answers": len(others), "largest_gap": round(max(largest, default=0.0), 3), "tau": round(tau, 3)}
-    return [load.tally.row("rolling update to another dtype", **details)]
-
-
-def gaps(
-    model: ServedModel, found: Sequence[tuple[Question, Read]], asked: Sequence[Question], tokens: int = TOKENS
-) -> tuple[list[float], float]:
-    """How far each answer's worst token lies below the best logit of cold stock PEFT, and how far it may.
-
-    Of stock PEFT in float32, or in bfloat16, which rounds without any code of ours: whichever is nearer, each given the
-    answer up to that token. Rounding alone moves logits of this model by up to 0.9, and with them the best token. It
-    may as far as twice what the answers that stock PEFT itself generates in bfloat16 lie below float32's best.
-    """
-    torch.set_num_threads(1)
-    [root] = model.roots
-    largest, stock = [], []
-    for adapter in {question.adapter for question in asked}:
-        exact, rounded = (
-            load_peft(model.directory, root / adapter, dtype) for dtype in (torch.float32, torch.bfloat16)
-        )
-        for question in asked:
-            if question.adapter == adapter:
-                prompt, start = _prompt(model, question)
-                stock.append(largest_gap(exact, prompt, greedy(rounded, prompt, tokens).tokens, start))
-        for question, answer in dict.fromkeys(found):
-            if question.adapter == adapter:
-                prompt, start = _prompt(model, question)
-                below = [forced_gaps(reference, prompt, answer.tokens, start) for reference in (exact, rounded)]
-                largest.append(float(torch.minimum(*below).max()))
-    return largest, 2 * max(stock)
-
-
-def _prompt(model: ServedModel, question: Question) -> tuple[tuple[int, ...], int]:
-    """All tokens before the answer, and where the invocation begins."""
-    if not isinstance(question.about, PrefixHandle):
-        raise TypeError("asked by handle alone")
-    prompt = model.prompt(question.about, question.adapter)
-    return prompt, len(prompt) - len(model.suffix(question.about, question.adapter))
+    largest = await asyncio.to_thread(gaps, model, others)
+    tally.wrong += sum(gap > TAU for gap in largest)
+    tally.expect(bool(others), "no answer was bfloat16's own")
+    wrong = await asyncio.to_thread(mistakes, model, asked)
+    tally.expect(min(wrong.values()) > TAU, f"the rule does not tell mistakes: {wrong}")
+    details = {"rounded_answers": len(others), "largest_gap": round(max(largest, default=0.0), 3)}
+    smallest = {mistake: round(gap, 2) for mistake, gap in wrong.items()}
+    return [load.tally.row("rolling update to another dtype", **details, **smallest)]
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {

@@ -143,6 +143,23 @@ def test_misses_never_open_it(guarded: GuardedStore) -> None:
     assert guarded.reads.state is BreakerState.CLOSED
 
 
+def test_a_call_that_is_given_no_time_never_reaches_the_store_nor_opens_it(
+    guarded: GuardedStore, inner: ScriptedStore
+) -> None:
+    inner.error = StoreTimeoutError("slow")
+    for call in (
+        lambda: guarded.get_many([KEY], lambda *_: None, timeout_seconds=0.0),
+        lambda: guarded.contains_many([KEY], timeout_seconds=0.0),
+        lambda: guarded.put_many([Put(KEY, b"value")], timeout_seconds=0.0),
+        lambda: guarded.delete_many([KEY], timeout_seconds=-1.0),
+    ):
+        for _ in range(FAILURES):
+            with pytest.raises(StoreTimeoutError, match="no time was left"):
+                call()
+    assert inner.calls == 0
+    assert (guarded.writes.state, guarded.reads.state) == (BreakerState.CLOSED, BreakerState.CLOSED)
+
+
 def test_blocked_writes_leave_reads_alone(guarded: GuardedStore, inner: ScriptedStore) -> None:
     inner.error = StoreTimeoutError("the writer lock is held")
     for _ in range(FAILURES):

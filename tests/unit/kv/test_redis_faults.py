@@ -9,20 +9,23 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from alora_serve.errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
+from alora_serve.kv.guarded import GuardedStore
 from alora_serve.kv.redis import RedisStore
-from alora_serve.kv.store import Put
+from alora_serve.kv.store import KVStore, Put
 from faulty_network import CALM, FaultyNetwork, Weather
-from redis_servers import Place, cluster, make_certificates, tls_server, until, valkey_server, watched
-from store_peer import PATIENCE_SECONDS, key_of, pattern, read
+from redis_groups import cluster, watched
+from redis_servers import Place, RedisProcess, make_certificates, tls_server, until, valkey_server
+from store_peer import PATIENCE_SECONDS, RecordingMetrics, key_of, pattern, read
 
 KEYS = [key_of(number) for number in range(24)]
 PUTS = [Put(key, pattern(key, 50_000)) for key in KEYS]
 LARGE = Put(key_of("large"), bytes(16 << 20))
 
 
-def is_usable(store: RedisStore) -> bool:
+def is_usable(store: KVStore) -> bool:
     """Everything can be written and read again."""
     try:
         store.put_many(PUTS, timeout_seconds=2.0)
@@ -76,6 +79,83 @@ def test_a_call_ends_by_its_deadline_and_the_next_one_works_in_better_weather(
     far.network.weather = CALM
     until(lambda: is_usable(store), "a store that works again")
     store.close()
+
+
+def test_a_server_that_takes_no_writes_is_there_and_no_breaker_opens() -> None:
+    with valkey_server() as server, server.client() as client:
+        redis = RedisStore(f"redis://{server.host}:{server.port}/0", ttl_seconds=600)
+        store = GuardedStore(redis, failures_to_open=2, reset_seconds=60, metrics=RecordingMetrics())
+        assert is_usable(store)
+        client.execute_command("REPLICAOF", "127.0.0.1", 1)
+        for _ in range(3):
+            with pytest.raises(StoreError, match="read only"):
+                store.put_many(PUTS, timeout_seconds=PATIENCE_SECONDS)
+        assert len(read(store, KEYS)) == len(KEYS)
+        client.execute_command("REPLICAOF", "NO", "ONE")
+        assert is_usable(store)
+        store.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A store on several servers, over mutual TLS, and those that take writes."""
+
+    place: Place
+    masters: list[RedisProcess]
+
+    def tell(self, *command: object) -> None:
+        for master in self.masters:
+            with master.client() as client:
+                client.execute_command(*command)
+
+
+@pytest.fixture(params=["cluster", "sentinels"])
+def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Group]:
+    files = make_certificates(tmp_path)
+    if request.param == "cluster":
+        with cluster(tmp_path, certificates=files) as nodes:
+            yield Group(Place(f"rediss+cluster://127.0.0.1:{nodes[0].port}", files.mutual), nodes)
+        return
+    with watched(tmp_path, files) as servers:
+        yield Group(Place(servers.url, files.mutual), [servers.master])
+
+
+@pytest.mark.timeout(120)
+def test_a_group_that_is_full_takes_no_writes_or_forgets_is_read_and_used_again(group: Group) -> None:
+    redis = RedisStore(group.place.url, ttl_seconds=600, tls=group.place.tls)
+    store = GuardedStore(redis, failures_to_open=1, reset_seconds=60, metrics=RecordingMetrics())
+    assert is_usable(store)
+    for setting, worst, error in (("maxmemory", 1, StoreFullError), ("min-replicas-to-write", 9, StoreError)):
+        group.tell("CONFIG", "SET", setting, worst)
+        with pytest.raises(error):
+            store.put_many(PUTS, timeout_seconds=PATIENCE_SECONDS)
+        assert len(read(store, KEYS)) == len(KEYS)
+        group.tell("CONFIG", "SET", setting, 0)
+        assert is_usable(store)
+    group.tell("FLUSHALL")
+    assert read(store, KEYS) == {}
+    assert is_usable(store)
+    store.close()
+
+
+@pytest.mark.timeout(120)
+def test_a_slot_that_moves_fails_one_write_and_is_found_at_the_next(tmp_path: Path) -> None:
+    with cluster(tmp_path) as nodes:
+        redis = RedisStore(f"redis+cluster://127.0.0.1:{nodes[0].port}", ttl_seconds=600)
+        store = GuardedStore(redis, failures_to_open=1, reset_seconds=60, metrics=RecordingMetrics())
+        assert is_usable(store)
+        slot = key_slot(b"alora:" + KEYS[0])
+        store.delete_many([key for key in KEYS if key_slot(b"alora:" + key) == slot], timeout_seconds=2.0)
+        owner = slot // (REDIS_CLUSTER_HASH_SLOTS // 3)
+        with nodes[(owner + 1) % 3].client() as client:
+            takes_over = client.execute_command("CLUSTER", "MYID")
+        for node in nodes:
+            with node.client() as client:
+                client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", takes_over)
+        with pytest.raises(StoreError, match=str(slot)):
+            store.put_many(PUTS, timeout_seconds=PATIENCE_SECONDS)
+        assert is_usable(store)
+        store.close()
 
 
 @pytest.mark.timeout(120)
