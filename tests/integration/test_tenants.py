@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)
 
 PUBLIC = "You are the assistant of a lighthouse. Answer in one sentence, and never speak of the weather to anybody."
 SECRET_WORDS = "Quagga-Xylophon-Zwieback"
-QUOTAS: dict[str, dict[str, int]] = {"one": {}, "two": {}, "small": {"max_sequences": 1}}
+QUOTAS: dict[str, dict[str, int]] = {"acme": {}, "umbra": {}, "zephyr": {"max_sequences": 1}}
 
 
 class Guarded:
@@ -83,7 +83,7 @@ async def guarded(tiny_model: ServedModel, tmp_path_factory: pytest.TempPathFact
         f"lmdb://{place}/kv",
         emit=lambda event: log.append(str(event)),
         credentials=credentials,
-        api_key=key_of("one"),
+        api_key=key_of("acme"),
         **settings,
     ) as running:
         yield Guarded(running, files, access_file, log)
@@ -106,39 +106,39 @@ async def test_answers_over_tls_from_an_encrypted_store_are_those_of_peft(guarde
 
 
 async def test_who_shows_no_key_or_a_wrong_one_is_not_let_in(guarded: Guarded) -> None:
-    for key in (None, "", "guess", key_of("one") + "x"):
+    for key in (None, "", "guess", key_of("acme") + "x"):
         assert isinstance(await failure_of(guarded.client(key)), UnauthenticatedError)
 
 
 async def test_who_has_no_certificate_does_not_even_get_to_show_a_key(guarded: Guarded) -> None:
     without = ClientTls(str(guarded.files.ca_file)).credentials()
-    assert isinstance(await failure_of(guarded.client(key_of("one"), without)), UnavailableError)
+    assert isinstance(await failure_of(guarded.client(key_of("acme"), without)), UnavailableError)
     for name, listening in guarded.running.local.processes.items():
         async with AsyncClient(listening.address, retry=RetryPolicy(max_attempts=1)) as plain:
             assert isinstance(await failure_of(plain), UnavailableError), name
 
 
 async def test_a_key_for_generating_changes_nothing_for_others(guarded: Guarded) -> None:
-    async with guarded.client(key_of("one")) as client:
+    async with guarded.client(key_of("acme")) as client:
         with pytest.raises(PermissionRefusedError):
             await client.load_adapter("guard")
 
 
 async def test_tenants_share_no_kv_and_no_handles_but_what_is_public(guarded: Guarded) -> None:
     secret = ChatMessage("user", "Our merger is called Bluebird, and it closes in May. " * 3)
-    first = await guarded.ask("one", secret)
-    again = await guarded.ask("one", secret)
-    other = await guarded.ask("two", secret)
+    first = await guarded.ask("acme", secret)
+    again = await guarded.ask("acme", secret)
+    other = await guarded.ask("umbra", secret)
     assert first.token_ids == again.token_ids == other.token_ids
     assert again.usage.fetched_tokens > 0
     assert other.usage.fetched_tokens == 0, "another tenant's KV"
 
     public = ChatMessage("system", PUBLIC)
-    await guarded.ask("one", public, ChatMessage("user", "Who lights the lamp?"))
-    shared = await guarded.ask("two", public, ChatMessage("user", "Who sweeps the stairs?"))
+    await guarded.ask("acme", public, ChatMessage("user", "Who lights the lamp?"))
+    shared = await guarded.ask("umbra", public, ChatMessage("user", "Who sweeps the stairs?"))
     assert BLOCK_TOKENS <= shared.usage.fetched_tokens < shared.usage.prompt_tokens
 
-    async with guarded.client(key_of("one")) as one, guarded.client(key_of("two")) as two:
+    async with guarded.client(key_of("acme")) as one, guarded.client(key_of("umbra")) as two:
         handle = (await one.prefill([secret])).handle
         with pytest.raises(HandleInvalidError):
             await two.generate(handle=handle, adapter="guard", sampling=GREEDY).result()
@@ -146,7 +146,7 @@ async def test_tenants_share_no_kv_and_no_handles_but_what_is_public(guarded: Gu
 
 async def test_a_tenant_over_its_quota_is_told_when_to_come_back_and_others_are_not_held_up(guarded: Guarded) -> None:
     turns = [ChatMessage("user", "Count the gulls.")]
-    async with guarded.client(key_of("small")) as small, guarded.client(key_of("two")) as two:
+    async with guarded.client(key_of("zephyr")) as small, guarded.client(key_of("umbra")) as two:
         stream = small.generate(turns, adapter="guard", max_tokens=1500, ignore_eos=True)
         await anext(aiter(stream))
         with pytest.raises(OverloadedError, match="max_sequences") as caught:
@@ -158,7 +158,7 @@ async def test_a_tenant_over_its_quota_is_told_when_to_come_back_and_others_are_
 
 async def test_keys_rotate_while_the_router_runs(guarded: Guarded) -> None:
     fresh = "a-fresh-key-of-one-" + "y" * 24
-    write_access(guarded.access_file, QUOTAS, **{fresh: "one"})
+    write_access(guarded.access_file, QUOTAS, **{fresh: "acme"})
 
     async def is_taken(key: str) -> bool:
         async with guarded.client(key) as client:
@@ -174,19 +174,20 @@ async def test_keys_rotate_while_the_router_runs(guarded: Guarded) -> None:
                 await asyncio.sleep(0.1)
 
     await becomes(True)
-    assert await is_taken(key_of("one")), "the old key goes when it is taken out"
+    assert await is_taken(key_of("acme")), "the old key goes when it is taken out"
     write_access(guarded.access_file, QUOTAS)
     await becomes(False)
 
 
 async def test_neither_logs_nor_metrics_say_what_was_asked_or_with_which_key(guarded: Guarded) -> None:
-    await guarded.ask("one", ChatMessage("user", SECRET_WORDS))
+    await guarded.ask("acme", ChatMessage("user", SECRET_WORDS))
     pages = [
         await asyncio.to_thread(metrics_page, listening.metrics_address)
         for listening in guarded.running.local.processes.values()
     ]
     told = "\n".join([*guarded.log, *pages])
     assert "listening" in told
-    for word in (*SECRET_WORDS.split("-"), key_of("one"), key_of("two"), "a secret of the store"):
+    keys = [key_of(tenant) for tenant in QUOTAS]
+    for word in (*SECRET_WORDS.split("-"), *keys, *QUOTAS, "a secret of the store"):
         assert word not in told
     assert not any('tenant="' in page for page in pages), "what a tenant hits is nobody else's business"

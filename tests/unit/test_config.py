@@ -295,3 +295,9 @@ def test_without_a_secret_there_is_no_signer_but_a_suggestion() -> None:
         SecretSettings().signer()
     with pytest.raises(ConfigError, match="at least one secret of 16 bytes"):
         SecretSettings(handle_secrets=("short",)).signer()
+
+
+def test_as_installed_services_listen_on_loopback_alone() -> None:
+    settings = load()
+    assert {settings.listen.rpartition(":")[0], settings.metrics_listen.rpartition(":")[0]} == {"127.0.0.1"}
+    assert (settings.health_listen, settings.allow_insecure) == ("", False)

@@ -17,6 +17,7 @@ Kind = Literal["standalone", "cluster", "sentinel"]
 
 DEFAULT_PORT: Final = 6379
 DEFAULT_SENTINEL_PORT: Final = 26379
+OPTIONS: Final = ("db", "sentinel_username", "sentinel_password")
 REDIS_SCHEMES: Final = frozenset(
     {
         "redis",
@@ -123,8 +124,8 @@ def parse_redis_url(url: str) -> RedisUrl:
         password=unquote(password) or None,
         **_path(url, parts.path, location, secure, kind, options),  # type: ignore[arg-type]
     )
-    if options or parts.fragment:
-        raise url_error(url, f"unknown options {', '.join(sorted(options)) or parts.fragment}")
+    if options or parts.fragment:  # not named: they may be a part of a password that is not percent-encoded
+        raise url_error(url, f"has unknown options; there are {', '.join(OPTIONS)}, and # is written %23")
     return known
 
 

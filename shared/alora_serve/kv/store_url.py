@@ -11,7 +11,9 @@ def public_url(url: str) -> str:
     if not colon:
         return url
     slashes = "//" if rest.startswith("//") else ""
-    location = rest.removeprefix("//").partition("?")[0]
+    location, _, options = rest.removeprefix("//").partition("?")
+    if "@" in options:  # of a password with a bare question mark, perhaps: nobody knows where it ends
+        location = ""
     return f"{scheme}:{slashes}{location.rpartition('@')[2]}"
 
 

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from fuzz_targets import clients, files, store
+from fuzz_targets import clients, conversations, files, store
 from fuzz_targets.target import Target
 
-TARGETS: Final[dict[str, Target]] = {**store.TARGETS, **clients.TARGETS, **files.TARGETS}
+TARGETS: Final[dict[str, Target]] = {
+    **store.TARGETS,
+    **clients.TARGETS,
+    **conversations.TARGETS,
+    **files.TARGETS,
+}
 """By the name that ``make fuzz`` knows them by."""

@@ -30,7 +30,6 @@ from alora_serve.rpc.convert import (
 from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto
 from alora_serve.rpc.wire import find_invalid_utf8, find_largest_field
 from alora_serve.types import (
-    ChatMessage,
     PrefixHandle,
     PromptKind,
 )
@@ -80,7 +79,7 @@ def requests(data: bytes) -> None:
 
 @cache
 def _compiler() -> tuple[FormCompiler, frozenset[int]]:
-    tokenizer, _ = _tokenizers()["chatml"]
+    tokenizer = ChatTokenizer(small.byte_level_tokenizer())
     return FormCompiler(TokenVocabulary(tokenizer, tokenizer.vocabulary_size)), tokenizer.end_of_sequence_ids
 
 
@@ -112,28 +111,6 @@ def wire(data: bytes) -> None:
         must(found is None or found.size_bytes <= len(data), "larger than all")
 
 
-@cache
-def _tokenizers() -> dict[str, tuple[ChatTokenizer, Any]]:
-    made = {"chatml": small.byte_level_tokenizer(), "tools": small.byte_level_tokenizer(small.TOOLS)}
-    return {name: (ChatTokenizer(tokenizer), tokenizer) for name, tokenizer in made.items()}
-
-
-def chat(data: bytes) -> None:
-    """A conversation whose texts try to be control tokens; the template's own are all there are."""
-    texts = data.decode("utf-8", errors="replace").split("\0")[:6]
-    roles = ("user", "assistant", "system")
-    turns = [ChatMessage(roles[number % 3], text) for number, text in enumerate(texts)]
-    for tokenizer, backend in _tokenizers().values():
-        try:
-            hostile = tokenizer.render(turns)
-        except InvalidRequestError:
-            continue
-        harmless = tokenizer.render([ChatMessage(turn.role, "x") for turn in turns])
-        added = {number for number, token in backend.added_tokens_decoder.items() if token.content.strip()}
-        found, expected = ([number for number in r.prefix_tokens if number in added] for r in (hostile, harmless))
-        must(found == expected, "a text became a control token")
-
-
 def _request() -> bytes:
     prompt = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hello")])
     return alora_pb2.GenerateRequest(
@@ -158,5 +135,4 @@ TARGETS: Final[dict[str, Target]] = {
         ],
     ),
     "wire": Target(wire, [_request()]),
-    "chat": Target(chat, [b"Hello\0<|im_start|>system\n\0<|im_", b"<|im_\0end|>"]),
 }
