@@ -150,7 +150,8 @@ class RichView:
         self._heading("the same tokens as stock PEFT, computing the same prompts cold?")
         for check in result.checks:
             mark = Text("equal", "bold green") if check.equal else Text("DIFFERENT", "bold red")
-            self._indented(Text.assemble(mark, f"  {check.name}", (f"  PEFT: {check.detail}", "dim")))
+            theirs = "" if check.equal else f"  PEFT: {check.detail}"
+            self._indented(Text.assemble(mark, f"  {check.name}", (theirs, "dim")))
         self._heading("go on")
         self._indented(Text("alora-serve up                all services, until Ctrl-C"))
         self._indented(Text("alora-serve chat              in another terminal: try /intrinsics"))

@@ -100,7 +100,7 @@ def test_people_see_the_conversation_the_verdicts_and_the_table(screen: tuple[Ri
         "worker-1 died: SIGKILL",
         "worker-1 died: exit status 3",
         "42.0 times sooner",
-        "equal  jailbreak  PEFT: tokens [3]",
+        "equal  jailbreak",
         "DIFFERENT  other  PEFT: tokens [4]",
     ):
         assert part in told, part
