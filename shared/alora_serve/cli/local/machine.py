@@ -59,7 +59,7 @@ def service_environment(base: Mapping[str, str], *, threads: int) -> dict[str, s
 
     Args:
         base: the user's own environment, whose values win.
-        threads: OpenMP threads of each process, whatever ``base`` says; 0 is what ``base`` says or, unset, one a core.
+        threads: of torch in each process, whatever ``base`` says; 0 is what ``base`` says or, unset, one a core.
     """
     defaults = {
         # Prefill and decode take turns more than they overlap, so each may use every core ...
@@ -76,5 +76,6 @@ def service_environment(base: Mapping[str, str], *, threads: int) -> dict[str, s
         # Log lines as they are written.
         "PYTHONUNBUFFERED": "1",
     }
-    chosen = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    # torch has as many threads as the smaller of the two says.
+    chosen = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
     return {**defaults, **base, **chosen}
