@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class Read:
     Attributes:
         starts: how often it was told that the stream starts.
         adapter_digest: with which version of the adapter.
+        longest_pause_seconds: before a piece of it.
     """
 
     tokens: tuple[int, ...]
@@ -40,6 +42,7 @@ class Read:
     logprobs: tuple[float, ...]
     starts: int
     adapter_digest: str = ""
+    longest_pause_seconds: float = 0.0
 
     def difference(self, other: Read) -> str:
         """Where it first differs, in words."""
@@ -66,6 +69,7 @@ async def read(
     tokens: list[int] = []
     logprobs: list[float] = []
     text, starts, digest = "", 0, ""
+    last, longest_pause = time.monotonic(), 0.0
     stream = client.generate(
         adapter=question.adapter,
         sampling=question.sampling,
@@ -78,6 +82,8 @@ async def read(
                 starts += 1
                 digest = event.adapter_digest
             case TokenChunk():
+                now = time.monotonic()
+                last, longest_pause = now, max(longest_pause, now - last)
                 tokens += event.token_ids
                 logprobs += event.logprobs
                 text += event.text
@@ -86,4 +92,4 @@ async def read(
                     then = None
             case Finished():
                 text += event.text
-    return Read(tuple(tokens), text, tuple(logprobs), starts, digest)
+    return Read(tuple(tokens), text, tuple(logprobs), starts, digest, longest_pause)

@@ -21,6 +21,9 @@ from questions import Question, Read, read
 ANSWER_SECONDS = 60.0
 """Deadline of one request: longer than any fault lasts."""
 
+INTERRUPTED_SECONDS: Final = 2.5
+"""A pause within an answer that is longer is that of a worker which is silent: it is left after 3."""
+
 ONCE: Final = RetryPolicy(max_attempts=1)
 """What a router does not save, its client sees."""
 
@@ -84,6 +87,8 @@ class Tally:
     wrongs: list[str] = field(default_factory=list)
     answered: list[tuple[float, float]] = field(default_factory=list)
     """When each answer was begun and ended."""
+    interrupted: list[tuple[float, float]] = field(default_factory=list)
+    """The same of those that paused as long as a worker's silence is borne: they go on elsewhere."""
     faults: list[float] = field(default_factory=list)
 
     def strike(self) -> None:
@@ -182,6 +187,8 @@ class Load:
             await asyncio.sleep(0.05)
             return
         tally.answered.append((began, time.monotonic()))
+        if found.longest_pause_seconds > INTERRUPTED_SECONDS:
+            tally.interrupted.append(tally.answered[-1])
         is_right = found.is_same_as(self._expected[question]) or self._accept(question, found)
         if not is_right:
             tally.wrong += 1
