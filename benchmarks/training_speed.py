@@ -105,7 +105,19 @@ def ours(task: Task, environment: Mapping[str, str], *, reuse: bool) -> Run:
         rows, output = Path(directory) / "rows.jsonl", Path(directory) / "adapter"
         rows.write_text("\n".join(task.rows) + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "alora_serve.cli.app", "train", "--recipe", str(RECIPE)]
-        command += ["--data", str(rows), "--output", str(output), "--validation", "0", "--threads", "1", "--json"]
+        command += [
+            "--model",
+            str(task.model),
+            "--data",
+            str(rows),
+            "--output",
+            str(output),
+            "--validation",
+            "0",
+            "--threads",
+            "1",
+            "--json",
+        ]
         command += ["--epochs", str(task.recipe.epochs), "--dtype", task.dtype, "--reuse" if reuse else "--no-reuse"]
         subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
         found: Mapping[str, Any] = json.loads((output / "training.json").read_text())
@@ -120,22 +132,21 @@ def trained(way: str, task: Task) -> Run:
     return ours(task, environment, reuse=way == "ours, kept KV")
 
 
-def task_of(file: Path, arguments: argparse.Namespace) -> Task:
+def task_of(file: Path, model: Path, *, rows: int, epochs: int, dtype: str) -> Task:
     """The first rows of a file."""
-    model = ensure_demo_model()
-    recipe = load_recipe(RECIPE, {"epochs": arguments.epochs, "validation_fraction": 0.0})
+    recipe = load_recipe(RECIPE, {"epochs": epochs, "validation_fraction": 0.0})
     encoder = RowEncoder(AutoTokenizer.from_pretrained(model), recipe)
-    lines = file.read_text(encoding="utf-8").splitlines()[: arguments.rows]
-    examples = [encoder.encode(row) for row in list(read_rows(file))[: arguments.rows]]
-    return Task(lines, examples, recipe, model, arguments.dtype)
+    lines = file.read_text(encoding="utf-8").splitlines()[:rows]
+    examples = [encoder.encode(row) for row in list(read_rows(file))[:rows]]
+    return Task(lines, examples, recipe, model, dtype)
 
 
 async def measure(arguments: argparse.Namespace, console: Console) -> Path:
     """Train everything in every way; the file that was written."""
-    results = []
+    results, model = [], ensure_demo_model()
     table = Table("rows", "mean prompt", "trained by", "CPU-seconds", "tokens/s", "faster", "loss, first and last step")
     for file in FILES.values():
-        task = task_of(file, arguments)
+        task = task_of(file, model, rows=arguments.rows, epochs=arguments.epochs, dtype=arguments.dtype)
         runs: dict[str, list[Run]] = {way: [] for way in WAYS}
         for number in range(arguments.rounds):
             for way in WAYS:
