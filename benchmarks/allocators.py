@@ -15,17 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic, perf_counter, sleep
+from time import monotonic, sleep
 from typing import Final
+
+from store_rates import write_and_read
 
 from alora_serve.kv.layout import PART_BYTES
 from alora_serve.kv.redis import RedisStore
-from alora_serve.kv.store import Put, StoreKey
 
 KEEPS_MEMORY: Final = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
-VALUES: Final = 64
 _START_SECONDS = 20.0
-_CALL_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -58,26 +57,14 @@ def measure_server(program: str, rounds: int, *, keeps_memory: bool, value_bytes
         RuntimeError: the server does not start, or a value comes back changed.
     """
     value = os.urandom(value_bytes)
-    keys = [StoreKey(number.to_bytes(32, "big")) for number in range(VALUES)]
     with _running(program, keeps_memory=keeps_memory) as socket:
         found = StoreRates(_describe(socket), keeps_memory)
         store = RedisStore(f"unix://{socket}", ttl_seconds=3600)
-        target = bytearray(value_bytes)
-
-        def copy(index: int, payload: memoryview) -> None:
-            target[:] = payload
-
         for number in range(1 + rounds):
-            began = perf_counter()
-            store.put_many([Put(key, value) for key in keys], timeout_seconds=_CALL_SECONDS)
-            written = perf_counter()
-            store.get_many(keys, copy, timeout_seconds=_CALL_SECONDS)
-            read = perf_counter()
-            if target != value:
-                raise RuntimeError(f"{found.server} changed a value")
+            write, read = write_and_read(store, value)
             if number:
-                found.write.append(VALUES * value_bytes / (written - began))
-                found.read.append(VALUES * value_bytes / (read - written))
+                found.write.append(write)
+                found.read.append(read)
         store.close()
     return found
 

@@ -11,7 +11,6 @@ import os
 from collections import defaultdict
 from contextlib import AsyncExitStack
 from pathlib import Path
-from time import perf_counter
 from typing import Literal, get_args
 
 from command import run_command
@@ -22,18 +21,19 @@ from harness import Row, Sample, write
 from main import ADAPTERS, ANSWER_TOKENS, adapter_in
 from rich.console import Console
 from rich.progress import Progress
+from store_rates import write_and_read
 from systems.served import Deployed, Served, empty_store
 from tables import figure, markdown, rows_table
 
 from alora_serve.cli.local.deployment import DeploymentOptions
 from alora_serve.kv.lmdb import LmdbStore
 from alora_serve.kv.sealed import Protection, SealedStore
-from alora_serve.kv.store import KVStore, Put, StoreKey
+from alora_serve.kv.store import KVStore
 from alora_serve.model.demo_model import ensure_demo_model
 
 SECRET = "the secret of this benchmark's store"
 PROTECTIONS: tuple[Protection, ...] = get_args(Protection)
-VALUES, VALUE_BYTES = 64, 1 << 20
+VALUE_BYTES = 1 << 20
 Figure = Literal["write", "read"]
 
 
@@ -47,23 +47,12 @@ def measure_stores(rounds: int) -> dict[Protection, dict[Figure, list[float]]]:
     """Bytes a second of writing and reading, by protection, one a round."""
     rates: dict[tuple[Protection, Figure], list[float]] = defaultdict(list)
     value = os.urandom(VALUE_BYTES)
-    keys = [StoreKey(number.to_bytes(32, "big")) for number in range(VALUES)]
-    target = bytearray(VALUE_BYTES)
-
-    def copy(index: int, found: memoryview) -> None:
-        target[: found.nbytes] = found
-
     for protection in PROTECTIONS * (rounds + 1):
         with empty_store() as url:
             store = store_of(protection, url)
-            began = perf_counter()
-            store.put_many([Put(key, value) for key in keys], timeout_seconds=60)
-            written = perf_counter()
-            store.get_many(keys, copy, timeout_seconds=60)
-            read = perf_counter()
+            for kind, rate in zip(get_args(Figure), write_and_read(store, value), strict=True):
+                rates[protection, kind].append(rate)
             store.close()
-        rates[protection, "write"].append(VALUES * VALUE_BYTES / (written - began))
-        rates[protection, "read"].append(VALUES * VALUE_BYTES / (read - written))
     return {protection: {kind: rates[protection, kind][1:] for kind in get_args(Figure)} for protection in PROTECTIONS}
 
 
