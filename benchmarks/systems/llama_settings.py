@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 SAME_DTYPE: Final[dict[str, tuple[str, ...]]] = {
-    # Its flash attention would copy a float32 cache to half precision at every layer of every step.
-    "float32": ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"),
+    "float32": ("--cache-type-k", "f32", "--cache-type-v", "f32"),
     "bfloat16": ("--cache-type-k", "bf16", "--cache-type-v", "bf16"),
 }
-"""Flags that keep KV and attention in the dtype of the weights; llama-server's own choice is half precision."""
+"""Flags that keep KV in the dtype of the weights; llama-server's own choice is half precision."""
 
 HALF_PRECISION_KV: Final = ("--cache-type-k", "f16", "--cache-type-v", "f16", "--flash-attn", "on")
+
+WITHOUT_FLASH_ATTENTION: Final = ("--flash-attn", "off")
 
 ALL_LAYERS_ON_GPU: Final = ("--n-gpu-layers", "999")
 
@@ -45,7 +46,14 @@ class LlamaSettings:
     def all_flags(self, dtype: str, device: str = "cpu") -> tuple[str, ...]:
         """What is given to it besides model, adapters, slots and threads."""
         placed = () if device == "cpu" else ALL_LAYERS_ON_GPU
-        return (*(SAME_DTYPE[dtype] if self.kv_flags is None else self.kv_flags), *placed, *self.flags)
+        return (*(_same_dtype(dtype, device) if self.kv_flags is None else self.kv_flags), *placed, *self.flags)
+
+
+def _same_dtype(dtype: str, device: str) -> tuple[str, ...]:
+    # Flash attention would copy a float32 cache to half precision at every layer of every step; with a bfloat16 one it
+    # takes a processor 1.3 times as long (docs/adr/0015).
+    slow = dtype == "float32" or device == "cpu"
+    return (*SAME_DTYPE[dtype], *(WITHOUT_FLASH_ATTENTION if slow else ()))
 
 
 BEST_CASE: Final = LlamaSettings("llama-server, best case (one slot, serial)", flags=("--cache-ram", "0"))

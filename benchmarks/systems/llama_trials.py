@@ -37,6 +37,7 @@ TRIALS: Final[Mapping[str, tuple[LlamaSettings, ...]]] = {
         _more(BEST_CASE, "micro-batches of 128", "--ubatch-size", "128"),
         _more(BEST_CASE, "micro-batches of 2,048", "--ubatch-size", "2048"),
         _more(BEST_CASE, "weights not repacked", "--no-repack"),
+        _more(BEST_CASE, "flash attention", "--flash-attn", "on"),
         _half(BEST_CASE, "KV in half precision, flash attention", "on"),
         _half(BEST_CASE, "KV in half precision, without", "off"),
     ),

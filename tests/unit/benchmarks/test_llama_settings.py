@@ -4,7 +4,6 @@ import dataclasses
 
 import lineup
 import pytest
-from systems.llama_settings import SAME_DTYPE
 from systems.llama_trials import AS_IN_TABLES, TRIALS
 
 
@@ -17,9 +16,16 @@ def test_llama_server_keeps_kv_in_the_dtype_that_all_systems_compute_in(name: st
     assert flags[flags.index("--cache-type-v") + 1] == cache
 
 
-def test_in_float32_its_flash_attention_is_off_as_that_computes_in_half_precision() -> None:
-    assert SAME_DTYPE["float32"][-2:] == ("--flash-attn", "off")
-    assert "--flash-attn" not in SAME_DTYPE["bfloat16"]
+@pytest.mark.parametrize(
+    ("dtype", "device", "is_off"),
+    [("float32", "cpu", True), ("float32", "cuda", True), ("bfloat16", "cpu", True), ("bfloat16", "cuda", False)],
+)
+def test_flash_attention_is_off_where_it_would_take_longer_or_copy_to_half_precision(
+    dtype: str, device: str, is_off: bool
+) -> None:
+    flags = lineup.LLAMA["llama"].all_flags(dtype, device)
+
+    assert ("--flash-attn" in flags and flags[flags.index("--flash-attn") + 1] == "off") == is_off
 
 
 def test_half_precision_is_the_best_case_in_all_else() -> None:
