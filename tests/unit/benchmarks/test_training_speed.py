@@ -7,24 +7,17 @@ from pathlib import Path
 import pytest
 from plain_peft_training import train
 from training_speed import FILES, WAYS, task_of, trained
-from transformers import LlamaConfig
 
 from small_tokenizers import CHATML, byte_level_tokenizer
-from tiny_models import save_model
+from tiny_models import FAMILIES, save_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "tiny-llama"
     tokenizer = byte_level_tokenizer(CHATML)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = FAMILIES["llama"]()
+    config.vocab_size = len(tokenizer)
     save_model(directory, config)
     tokenizer.save_pretrained(directory)
     return directory
