@@ -41,7 +41,11 @@ class Recipe(BaseModel):
     weight_decay: float = Field(0.01, ge=0.0)
     validation_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     max_tokens: int = Field(1024, ge=8, description="Rows with longer prompts are left out of training.")
-    limit: int | None = Field(None, ge=1, description="Train on at most this many rows, drawn by the split's seed.")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="Train on the first rows only: those of the data that are not held out and not too long.",
+    )
     seed: int = Field(0, ge=0, description="Of initialisation, order and dropout.")
     split_seed: int = Field(0, ge=0, description="Of the validation split; the same for all seeds.")
 
