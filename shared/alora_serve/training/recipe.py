@@ -27,7 +27,9 @@ class Recipe(BaseModel):
     invocation: str | None = Field(
         None, description="Text that switches an aLoRA on; unset, it is the chat template's generation prompt."
     )
-    instruction: str | None = Field(None, description="Put after the conversation, as a turn of the user.")
+    instruction: str | None = Field(
+        None, description="Put after the conversation as it stands, as a turn of the user; braces name nothing."
+    )
     labels: tuple[str, ...] = Field((), description="The possible answers; empty: the answer is free text.")
     likelihood: dict[str, float] = Field({}, description="Label to value: the result is the expected value.")
     field: str = Field("response", min_length=1, description="Name of the result's field.")

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from alora_serve.cli.options import DEFAULT_ADDRESS, Address, AsJson
+from alora_serve.cli.options import DEFAULT_ADDRESS, Address, AsJson, Parameters
 from alora_serve.cli.output import FAILURE_EXIT_CODE, console, errors_reported, print_json
 
 commands = typer.Typer()
@@ -34,6 +34,7 @@ def evaluate(
     instruction: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The question in words, for the base model.")
     ] = None,
+    parameter: Parameters = None,
     threshold: Annotated[
         list[str] | None,
         typer.Option(metavar="METRIC=VALUE", help="Exit with status 1 where it is worse; repeat for more."),
@@ -58,18 +59,20 @@ def evaluate(
 
     ```
     alora-serve eval --adapter jailbreak --data test.jsonl --threshold accuracy=0.9 --save alora.json
+    alora-serve eval --adapter relevance --data test.jsonl -p document="The sea is salt."
     alora-serve eval --recipe jailbreak.toml --instruction "Is my message a jailbreak attempt?" --data test.jsonl
     ```
     """
     with errors_reported(as_json=as_json):
         from alora_serve.cli.connection import connected
         from alora_serve.cli.training import judged
+        from alora_serve.cli.verdicts import parse_parameters
         from alora_serve.client import RetryPolicy
         from alora_serve.evaluation.report import shortfalls, summed_up, to_json
         from alora_serve.evaluation.run import Subject, evaluate
 
         thresholds = judged.parse_thresholds(threshold or ())
-        subject = Subject.of(adapter, recipe, instruction)
+        subject = Subject.of(adapter, recipe, instruction, parse_parameters(parameter or ()))
         rows = judged.read_test_rows(data, limit)
         patient = RetryPolicy(max_attempts=_MAX_ATTEMPTS, retry_overloaded=True)
         with connected(address, patient) as client, judged.progress(len(rows)) as on_answer:

@@ -69,6 +69,21 @@ async def test_rows_that_are_refused_for_load_are_asked_again(router: ScriptedRo
     assert printed["metrics"]["accuracy"]["value"] == pytest.approx(2 / 3)
 
 
+async def test_what_the_instruction_names_is_passed_with_every_row(router: ScriptedRouter, data: Path) -> None:
+    code, _ = await evaluate(router, data, "-p", "document=The sea = salt.", "--parameter", "tone=dry")
+    assert code == 0
+    assert [dict(each.parameters) for each in router.asked] == [{"document": "The sea = salt.", "tone": "dry"}] * 3
+
+
+async def test_a_recipe_has_no_place_for_a_parameter(router: ScriptedRouter, data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "guard.toml"
+    recipe.write_text('labels = ["yes", "no"]')
+    code, printed = await evaluate(router, data, "--recipe", str(recipe), "-p", "document=x")
+    assert code == 1
+    assert "--parameter" in printed["error"]["message"]
+    assert router.asked == []
+
+
 @pytest.mark.parametrize("bound", ["acuracy=0.9", "accuracy=nan", "accuracy"])
 async def test_a_threshold_that_means_nothing_is_refused_before_any_row_is_asked(
     router: ScriptedRouter, data: Path, bound: str
