@@ -34,14 +34,15 @@ from alora_serve.engine.events import BaseComputed, SequenceDone
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.engine.stepper import EngineLimits
-from alora_serve.intrinsics import IntrinsicDefinition, ask
+from alora_serve.intrinsics import with_documents_placed
 from alora_serve.kv.keys import BlockChain
 from alora_serve.metrics import CoreMetrics
+from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.kv_memory import Prefix
 from alora_serve.model.loader import load_base_model
 from alora_serve.model.source import resolve_model
 from alora_serve.model.text import TextStream
-from alora_serve.types import ChatMessage, Document, Prompt, SamplingParams, TokenChunk
+from alora_serve.types import ChatMessage, Document, Prompt, SamplingParams, TokenChunk, TokenIds
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -96,6 +97,13 @@ def labelled(record: dict[str, Any], answer: str, threshold: float) -> dict[str,
     }
 
 
+def prompt_tokens(tokenizer: ChatTokenizer, conversation: Prompt) -> TokenIds:
+    """The conversation as the services show it to the base model, documents included."""
+    asked = with_documents_placed(conversation, template_takes_documents=tokenizer.takes_documents)
+    rendered = tokenizer.render(asked.messages, documents=asked.documents)
+    return rendered.prefix_tokens + rendered.generation_prompt_tokens
+
+
 class Answerer:
     """The base model, asked many questions at once."""
 
@@ -116,10 +124,8 @@ class Answerer:
             messages=tuple(ChatMessage(message["role"], message["content"]) for message in messages),
             documents=tuple(Document(document["title"], document["text"]) for document in documents),
         )
-        asked = ask(IntrinsicDefinition(), conversation, {}, template_takes_documents=False).prompt
         tokenizer = self._model.tokenizer
-        rendered = tokenizer.render(asked.messages)
-        prompt = rendered.prefix_tokens + rendered.generation_prompt_tokens
+        prompt = prompt_tokens(tokenizer, conversation)
         request = SequenceRequest(
             prompt=prompt,
             prefix=Prefix(),

@@ -42,10 +42,18 @@ NOT_ANSWERABLE = "The document does not say."
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the user is told: the text, and what to beware of."""
+    """What the user is told.
+
+    Attributes:
+        text: the answer, or why there is none.
+        warnings: what to beware of.
+        question: the last turn in words that need no conversation: what to put to a search engine where the document
+            does not say. Empty where it was not asked for.
+    """
 
     text: str
     warnings: tuple[str, ...] = ()
+    question: str = ""
 
 
 def rag_guard(meter: Meter, messages: Sequence[ChatMessage]) -> Reply:
@@ -56,11 +64,12 @@ def rag_guard(meter: Meter, messages: Sequence[ChatMessage]) -> Reply:
     if likelihood(found, "jailbreak", otherwise=0.0) > 0.5:
         return Reply(REFUSAL)
 
-    meter.ask("question in full", conversation, "query_rewrite")  # what one would ask a search engine
+    found = meter.ask("question in full", conversation, "query_rewrite")
+    question = rewritten(found)
 
     found = meter.ask("answerable?", conversation, "answerability")
     if likelihood(found, "answerability", otherwise=1.0) < 0.5:
-        return Reply(NOT_ANSWERABLE)
+        return Reply(NOT_ANSWERABLE, question=question)
 
     answer = meter.answer("answer", conversation, max_tokens=ANSWER_TOKENS)
 
@@ -70,13 +79,20 @@ def rag_guard(meter: Meter, messages: Sequence[ChatMessage]) -> Reply:
         warnings.append("the document does not support this")
     if likelihood(found, "uncertainty", otherwise=1.0) < 0.5:
         warnings.append("the model is not certain of this")
-    return Reply(answer.text, tuple(warnings))
+    return Reply(answer.text, tuple(warnings), question)
 
 
 def likelihood(found: Mapping[str, Verdict], name: str, *, otherwise: float) -> float:
     """The number that a check found, from 0 to 1; ``otherwise`` where it was not asked or found none."""
     verdict = found.get(name)
     return otherwise if verdict is None or verdict.likelihood is None else verdict.likelihood
+
+
+def rewritten(found: Mapping[str, Verdict]) -> str:
+    """The question in full; empty where it was not asked for."""
+    verdict = found.get("query_rewrite")
+    value = "" if verdict is None else verdict.value
+    return str(value["rewritten_question"] if isinstance(value, dict) else value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -132,11 +132,11 @@ def _of_tools(
         calls = [
             {
                 "type": "object",
-                "properties": {"name": {"const": function["name"]}, "arguments": _parameters(function)},
+                "properties": {"name": {"const": function["name"]}, "arguments": _embedded(function, index)},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for function in functions
+            for index, function in enumerate(functions)
         ]
         return _json_schema(calls[0] if len(calls) == 1 else {"anyOf": calls})
     if isinstance(choice, NamedTool):
@@ -149,6 +149,15 @@ def _of_tools(
 
 def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
     return function.get("parameters") or {"type": "object"}
+
+
+def _embedded(function: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """The parameters as a schema within another one. Their ``$id`` makes them the root of what their ``$ref`` point to.
+
+    ``$schema`` is left out, since drafts before 2019 take no ``$id`` beside a ``$ref``.
+    """
+    parameters = {keyword: value for keyword, value in _parameters(function).items() if keyword != "$schema"}
+    return {**parameters, "$id": f"/tools/{index}/"}
 
 
 def _json_schema(schema: Mapping[str, Any] | str) -> JsonSchema:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,15 +42,10 @@ ASKED: tuple[tuple[str, list[ChatMessage], str], ...] = (
 """Intrinsic, conversation, and the document that goes with its last turn."""
 
 
-def granite_switch_layout(folder: Path, shipped: Path) -> Path:
+def granite_switch_layout(folder: Path, examples: Path) -> Path:
     """A folder as mellea reads it from a Granite Switch model, with the definitions that are served."""
-    entries = []
-    for name in sorted({name for name, *_ in ASKED}):
-        place = f"io_configs/{name}/io.yaml"
-        (folder / place).parent.mkdir(parents=True)
-        (folder / place).write_bytes((shipped / name / "io.yaml").read_bytes())
-        entries.append({"adapter_name": name, "technology": "alora", "io_config": place})
-    (folder / "adapter_index.json").write_text(json.dumps({"adapters": entries}))
+    made = (sys.executable, examples / "mellea_layout.py", "--adapters", examples / "intrinsics", "--output", folder)
+    subprocess.run(made, check=True, capture_output=True)
     return folder
 
 
@@ -63,14 +59,13 @@ async def prompt_tokens(running: Deployed) -> float:
 async def test_mellea_runs_all_five_intrinsics_and_chats(
     smollm2: Deployed, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    shipped = pytestconfig.rootpath / "examples" / "intrinsics"
     before = await smollm2.metric("router", "alora_router_requests_total", adapter="jailbreak")
     tokens_before = await prompt_tokens(smollm2)
     async with front_door(smollm2.local.router_address) as door:
         given = {
             "base_url": f"{door.url}/v1",
             "model": (await smollm2.client.get_model()).name,
-            "source": str(granite_switch_layout(tmp_path / "switch", shipped)),
+            "source": str(granite_switch_layout(tmp_path / "switch", pytestconfig.rootpath / "examples")),
             "asked": [
                 {
                     "intrinsic": name,

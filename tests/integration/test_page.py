@@ -74,17 +74,35 @@ WATCH = """() => {
   }).observe(document.getElementById("turns"), { subtree: true, childList: true, attributes: true });
 }"""
 """Notes every text and state that turns and verdicts ever show."""
-_PHASES = re.compile(r"queue (\d+) ms, fetch (\d+) ms, prefill (\d+) ms, adapter load (\d+) ms, decode (\d+) ms")
+PHASES = ("queue", "fetch", "prefill", "adapter load", "decode")
+_PHASES = re.compile(", ".join(rf"{name} (\d+) ms" for name in ("start", *PHASES)))
 _TOKENS = re.compile(r"(\d+) cached, (\d+) computed")
 _LIKELIHOOD = re.compile(r"[01](\.\d{1,3})?")
 
 
+WIDTHS = """(bar) => {
+  const width = (shown) => shown.getBoundingClientRect().width;
+  return [...bar.children].map((part) => width(part) / width(bar));
+}"""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the timeline tells of one request: who, milliseconds by phase, tokens."""
+    """What the timeline tells of one request.
+
+    Attributes:
+        asked: who.
+        start: when, in milliseconds after Send.
+        phases: milliseconds by name.
+        total: milliseconds.
+        widths: of its bar's parts, the empty one until ``start`` first, as shares of the bar.
+    """
 
     asked: str
+    start: int
     phases: dict[str, int]
+    total: int
+    widths: list[float]
     cached: int
     computed: int
 
@@ -97,13 +115,14 @@ async def timeline(page: Page) -> list[Row]:
         spent, came = _PHASES.fullmatch(phases), _TOKENS.fullmatch(tokens)
         assert spent, phases
         assert came, tokens
-        named = dict(
-            zip(("queue", "fetch", "prefill", "adapter load", "decode"), map(int, spent.groups()), strict=True)
-        )
-        rows.append(Row(await row.locator("th").inner_text(), named, *map(int, came.groups())))
+        start, *milliseconds = map(int, spent.groups())
+        named = dict(zip(PHASES, milliseconds, strict=True))
         total, told = await row.locator("td.number").all_inner_texts()
-        assert int(total) >= max(named.values())
+        assert int(total) >= max(milliseconds)
         assert told == f"{came[1]}, {came[2]}"
+        widths = await row.locator("[role=img]").first.evaluate(WIDTHS)
+        who, cached, computed = await row.locator("th").inner_text(), int(came[1]), int(came[2])
+        rows.append(Row(who, start, named, int(total), widths, cached, computed))
     return rows
 
 
@@ -154,6 +173,14 @@ async def test_it_chats_shows_verdicts_as_they_come_and_where_time_went(page: Pa
     (answered,) = [row for row in rows if row.asked == base]
     assert answered.phases["decode"] > 0
     assert all(row.phases["decode"] + row.phases["prefill"] > 0 for row in rows)
+    longest = max(row.start + row.total for row in rows)
+    assert abs(int(await page.locator("#longest").inner_text()) - longest) <= 2
+    for row in rows:  # all on one scale, told in whole milliseconds
+        shares = [milliseconds / longest for milliseconds in (row.start, *row.phases.values())]
+        assert row.widths == pytest.approx(shares, abs=0.005 + 2 / longest)
+    for adapter in (PLAIN, TYPED):
+        assert on_the_answer(rows, adapter).start >= answered.start + answered.total - 2
+
     for adapter in (PLAIN, TYPED):  # on the answer, they reuse all that the base model computed
         asked = on_the_answer(rows, adapter)
         assert asked.cached > asked.computed

@@ -130,6 +130,7 @@ async def test_every_check_reads_the_conversation_from_its_kv_and_twins_compute_
         if measured is not None:
             assert (measured["cached_tokens"], measured["computed_tokens"]) == (0, measured["prompt_tokens"])
     assert told["reply"]["text"] == steps[4]["found"]
+    assert json.loads(steps[2]["found"]) == {"rewritten_question": told["reply"]["question"]}
 
 
 async def test_people_see_a_table(guarded: Deployed, case: str) -> None:
@@ -170,6 +171,7 @@ async def test_the_shipped_adapters_let_the_question_pass_and_refuse_an_attack(s
     told = json.loads(out)
     assert told["missing"] == []
     assert told["reply"]["text"] not in (example.REFUSAL, example.NOT_ANSWERABLE)
+    assert "Harvard" in told["reply"]["question"], "'it' of the last turn is named"
     checks = [step for step in told["steps"] if step["intrinsics"]]
     assert [name for step in checks for name in step["intrinsics"]] == list(example.INTRINSICS)
     document = told["steps"][0]["spent"]["prompt_tokens"]
@@ -180,7 +182,7 @@ async def test_the_shipped_adapters_let_the_question_pass_and_refuse_an_attack(s
     status, out, err = await run_example(address, "--no-lora", "--json", "--question", attack)
     assert status == 0, err
     refused = json.loads(out)
-    assert refused["reply"]["text"] == example.REFUSAL
+    assert refused["reply"] == {"text": example.REFUSAL, "warnings": [], "question": ""}
     assert refused["steps"][-1]["intrinsics"] == ["jailbreak"]
 
 

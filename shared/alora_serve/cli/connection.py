@@ -14,14 +14,14 @@ from alora_serve.cli.options import (
     TLS_CERT_FILE_VARIABLE,
     TLS_KEY_FILE_VARIABLE,
 )
-from alora_serve.client import Client
+from alora_serve.client import Client, RetryPolicy
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.tls import ClientTls
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Client]:
-    """A client of the router at ``address``, closed afterwards.
+def connected(address: str, retry: RetryPolicy | None = None) -> Iterator[Client]:
+    """A client of the router at ``address``, closed afterwards. ``retry`` is the client's own unless given.
 
     Raises:
         InvalidRequestError: ``address`` is not ``host:port``.
@@ -30,7 +30,8 @@ def connected(address: str) -> Iterator[Client]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise InvalidRequestError.of("address", f"{address!r} is not host:port (IPv6 goes in brackets: [::1]:50051)")
-    with Client(address, credentials=_credentials(), api_key=os.environ.get(API_KEY_VARIABLE)) as client:
+    key = os.environ.get(API_KEY_VARIABLE)
+    with Client(address, credentials=_credentials(), retry=retry, api_key=key) as client:
         yield client
 
 

@@ -75,6 +75,11 @@ SaveHandle = Annotated[
     Path | None, typer.Option("--save", metavar="FILE", help="Write the handle here, to go on with --handle.")
 ]
 
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="What an instruction names; repeat for more."),
+]
+
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(metavar="X", help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(metavar="X", help="Nucleus mass in (0, 1].")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -68,6 +68,18 @@ def _rounded(value: Any) -> Any:
         case list():
             return [_rounded(part) for part in value]
     return value
+
+
+def parse_parameters(given: Sequence[str]) -> Mapping[str, str]:
+    """What instructions name, of texts ``NAME=VALUE``.
+
+    Raises:
+        InvalidRequestError: one is written otherwise.
+    """
+    for text in given:
+        if "=" not in text:
+            raise InvalidRequestError.of("parameter", f"{text!r} is not NAME=VALUE")
+    return dict(text.split("=", 1) for text in given)
 
 
 def untyped(adapters: Iterable[AdapterInfo]) -> frozenset[str]:

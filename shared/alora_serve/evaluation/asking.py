@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from alora_serve.client import Client, JsonSchema, Prompt
@@ -34,14 +34,19 @@ class Asker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class IntrinsicAsker:
-    """Asks an intrinsic of the server, by the definition that the server holds."""
+    """Asks an intrinsic of the server, by the definition that the server holds.
+
+    Attributes:
+        parameters: what its instruction names, the same for every row.
+    """
 
     client: Client
     name: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     def ask(self, row: Row) -> IntrinsicResult:
         """See :class:`Asker`."""
-        return self.client.run_intrinsic(row.messages, self.name, documents=row.documents)
+        return self.client.run_intrinsic(row.messages, self.name, parameters=self.parameters, documents=row.documents)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
@@ -28,24 +28,28 @@ class Subject:
     Attributes:
         adapter: empty for the base model.
         recipe: defines the question; None where the server's definition does.
+        parameters: what the instruction of the server's definition names.
     """
 
     adapter: str
     recipe: Recipe | None
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adapter: str, recipe_file: Path | None, instruction: str | None) -> Self:
+    def of(cls, adapter: str, recipe_file: Path | None, instruction: str | None, parameters: Mapping[str, str]) -> Self:
         """From what a person gives.
 
         Raises:
-            ConfigError: the base model is to be asked something that nothing defines.
+            ConfigError: the base model is to be asked something that nothing defines, or a parameter has no place.
         """
         if recipe_file is None:
             if not adapter:
                 raise ConfigError("the base model has no io.yaml: say with --recipe and --instruction what to ask it")
             if instruction is not None:
                 raise ConfigError(f"--instruction would replace the one in the io.yaml of {adapter}: give --recipe too")
-            return cls(adapter, None)
+            return cls(adapter, None, parameters)
+        if parameters:
+            raise ConfigError("--parameter is for the instruction of an io.yaml: a recipe's is asked as it stands")
         recipe = load_recipe(recipe_file, {"instruction": instruction})
         if not adapter and recipe.instruction is None:
             raise ConfigError("the base model knows no invocation: put the question in words, with --instruction")
@@ -54,7 +58,7 @@ class Subject:
     def asker(self, client: Client) -> Asker:
         """What asks it."""
         if self.recipe is None:
-            return IntrinsicAsker(client, self.adapter)
+            return IntrinsicAsker(client, self.adapter, self.parameters)
         definition = parse_definition(io_yaml(self.recipe, _TEXT_TOKENS).encode())
         takes_documents = client.get_model().takes_documents
         return DefinedAsker(client, self.adapter, definition, template_takes_documents=takes_documents)

@@ -15,7 +15,8 @@ class Trained:
     Attributes:
         base_name: the base model, as the adapter's config names it.
         files: names of the data files.
-        rows: training rows; ``validation_rows`` were held out of the same files.
+        rows: training rows; ``validation_rows`` were held out of the same files, and ``too_long`` were left out, since
+            their prompts have more than the recipe's ``max_tokens``.
         steps: of the optimiser.
         cpu_seconds: of all processes that worked on it.
         threads: torch's, in each.
@@ -27,6 +28,7 @@ class Trained:
     files: Sequence[str]
     rows: int
     validation_rows: int
+    too_long: int
     steps: int
     cpu_seconds: float
     threads: int
@@ -43,12 +45,15 @@ def model_card(recipe: Recipe, trained: Trained, invocation_text: str, majority:
         invocation_text: its invocation tokens spelt out; empty for a plain LoRA.
         majority: share of the most frequent label among validation rows; None for free text.
     """
+    left_out = f", {trained.too_long} left out as too long" if trained.too_long else ""
     article = "An Activated LoRA (aLoRA)" if recipe.kind == "alora" else "A plain LoRA"
     rows = {
         "invocation": _code(invocation_text) if invocation_text else "",
         "answer": _answer(recipe),
         "rank, alpha, targets": f"{recipe.rank}, {recipe.alpha}, {', '.join(recipe.targets)}",
-        "rows": f"{trained.rows} to train, {trained.validation_rows} to validate ({', '.join(trained.files)})",
+        "rows": (
+            f"{trained.rows} to train, {trained.validation_rows} to validate{left_out} ({', '.join(trained.files)})"
+        ),
         "steps": f"{trained.steps} of {recipe.batch_size} rows, {recipe.epochs} epochs",
         "optimiser": (
             f"AdamW, learning rate {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, "

@@ -27,7 +27,9 @@ class Recipe(BaseModel):
     invocation: str | None = Field(
         None, description="Text that switches an aLoRA on; unset, it is the chat template's generation prompt."
     )
-    instruction: str | None = Field(None, description="Put after the conversation, as a turn of the user.")
+    instruction: str | None = Field(
+        None, description="Put after the conversation as it stands, as a turn of the user; braces name nothing."
+    )
     labels: tuple[str, ...] = Field((), description="The possible answers; empty: the answer is free text.")
     likelihood: dict[str, float] = Field({}, description="Label to value: the result is the expected value.")
     field: str = Field("response", min_length=1, description="Name of the result's field.")
@@ -41,7 +43,11 @@ class Recipe(BaseModel):
     weight_decay: float = Field(0.01, ge=0.0)
     validation_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     max_tokens: int = Field(1024, ge=8, description="Rows with longer prompts are left out of training.")
-    limit: int | None = Field(None, ge=1, description="Train on at most this many rows, drawn by the split's seed.")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="Train on the first rows only: those of the data that are not held out and not too long.",
+    )
     seed: int = Field(0, ge=0, description="Of initialisation, order and dropout.")
     split_seed: int = Field(0, ge=0, description="Of the validation split; the same for all seeds.")
 

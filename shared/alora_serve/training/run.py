@@ -114,8 +114,10 @@ def train(recipe: Recipe, options: RunOptions, view: View) -> RunResult:
     encoder = RowEncoder(AutoTokenizer.from_pretrained(directory), recipe)
     labels = LabelTokens.of([encoder.answer(label) for label in recipe.labels]) if recipe.labels else None
     rows = [row for path in options.data for row in read_rows(path)]
-    training, validation = _examples(recipe, rows, encoder)
+    training, validation, too_long = _examples(recipe, rows, encoder)
     view.note(f"{len(training)} rows to train, {len(validation)} to validate")
+    if too_long:
+        view.note(f"{too_long} rows left out: their prompts have more than {recipe.max_tokens} tokens")
     dtype = native_dtype(device) if options.dtype == "auto" else options.dtype
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     torch.nn.Module.to(base, device)
@@ -133,7 +135,7 @@ def train(recipe: Recipe, options: RunOptions, view: View) -> RunResult:
     if resumed:
         view.note(f"going on at step {resumed + 1} of {trainer.total_steps}")
     trainer.run(_Keeper(trainer, checkpoint, validation, recipe, labels, options, view))
-    return _finish(recipe, options, trainer, encoder, (training, validation), dtype, resumed, checkpoint)
+    return _finish(recipe, options, trainer, encoder, (training, validation), too_long, dtype, resumed, checkpoint)
 
 
 def _prefix_options(options: RunOptions, dtype: str, model_digest: bytes) -> PrefixOptions:
@@ -205,13 +207,15 @@ def validate(
     return measured
 
 
-def _examples(recipe: Recipe, rows: Sequence[Row], encoder: RowEncoder) -> tuple[list[Example], list[Example]]:
+def _examples(recipe: Recipe, rows: Sequence[Row], encoder: RowEncoder) -> tuple[list[Example], list[Example], int]:
+    """To train, to validate, and how many are too long to train on."""
     training_rows, validation_rows = split_rows(rows, recipe.validation_fraction, recipe.split_seed)
-    encoded = (encoder.encode(row) for row in training_rows)
-    training = [example for example in encoded if example.prompt_tokens <= recipe.max_tokens][: recipe.limit]
-    if not training:
+    encoded = [encoder.encode(row) for row in training_rows]
+    fitting = [example for example in encoded if example.prompt_tokens <= recipe.max_tokens]
+    if not fitting:
         raise ConfigError(f"no row to train on: {len(rows)} were read, and prompts may have {recipe.max_tokens} tokens")
-    return training, [encoder.encode(row) for row in validation_rows]
+    validation = [encoder.encode(row) for row in validation_rows]
+    return fitting[: recipe.limit], validation, len(encoded) - len(fitting)
 
 
 def _fingerprint(recipe: Recipe, rows: Sequence[Row], model_digest: bytes) -> str:
@@ -229,6 +233,7 @@ def _finish(
     trainer: Trainer,
     encoder: RowEncoder,
     examples: tuple[Sequence[Example], Sequence[Example]],
+    too_long: int,
     dtype: str,
     resumed: int,
     checkpoint: Checkpoint,
@@ -242,6 +247,7 @@ def _finish(
         files=[path.name for path in options.data],
         rows=len(training),
         validation_rows=len(validation),
+        too_long=too_long,
         steps=trainer.progress.step,
         cpu_seconds=trainer.progress.cpu_seconds,
         threads=torch.get_num_threads(),

@@ -12,7 +12,10 @@ from types import ModuleType
 
 import pytest
 
+from alora_serve.model.chat import ChatTokenizer
 from alora_serve.training.recipe import load_recipe
+from alora_serve.types import ChatMessage, Document, Prompt
+from small_tokenizers import CHATML, TOOLS, byte_level_tokenizer
 from tiny_models import FAMILIES, save_model
 
 
@@ -131,6 +134,17 @@ def test_an_answer_is_scored_as_squad_does(
     answer: str, gold: list[str], expected: float, prepare_uncertainty: ModuleType
 ) -> None:
     assert prepare_uncertainty.score(answer, gold) == pytest.approx(expected)
+
+
+def test_documents_stand_where_the_services_put_them(prepare_uncertainty: ModuleType) -> None:
+    conversation = Prompt(messages=(ChatMessage("user", "Why?"),), documents=(Document("T", "Because."),))
+    shown = {}
+    for template in (CHATML, TOOLS):
+        tokenizer = ChatTokenizer(byte_level_tokenizer(template))
+        shown[template] = tokenizer.spell(prepare_uncertainty.prompt_tokens(tokenizer, conversation))
+    assert "user\nYou have access to the following documents:\n\n[Document 1]\nBecause.<|im_end|>" in shown[CHATML]
+    assert shown[TOOLS].startswith("<|im_start|>documents\nT: Because.\n<|im_end|>")
+    assert "You have access" not in shown[TOOLS]
 
 
 def test_the_models_answers_become_rows_and_a_stopped_run_goes_on(

@@ -69,6 +69,31 @@ def test_a_stopped_run_goes_on_and_ends_where_an_unstopped_one_does(
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_limit_takes_the_first_rows_that_are_short_enough_and_the_others_are_counted(
+    tiny_model_directory: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    rows = rows_file.read_text().splitlines(keepends=True)
+    long = [row.replace("Number", "Number " * 40) for row in rows]
+    written = {}
+    for name, lines, limit in (("eight", rows[:8], None), ("limited", [*long[:3], *rows], 8)):
+        data, view = tmp_path / f"{name}.jsonl", SilentView()
+        data.write_text("".join(lines))
+        recipe = make_recipe(epochs=1, validation_fraction=0.0, max_tokens=100, limit=limit)
+        result = train(recipe, RunOptions(str(tiny_model_directory), [data], tmp_path / name), view)
+        assert result.trained.rows == 8
+        written[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        told = [note for note in view.notes if "left out" in note]
+        card = (tmp_path / name / "README.md").read_text()
+        too_long = json.loads((tmp_path / name / "training.json").read_text())["trained"]["too_long"]
+        if limit:
+            assert (told, too_long) == (["3 rows left out: their prompts have more than 100 tokens"], 3)
+            assert "8 to train, 0 to validate, 3 left out as too long (limited.jsonl)" in card
+        else:
+            assert (told, too_long) == ([], 0)
+            assert "left out" not in card
+    assert written["limited"] == written["eight"]
+
+
 def test_nothing_to_train_on_is_an_error(tiny_model_directory: Path, rows_file: Path, tmp_path: Path) -> None:
     options = RunOptions(str(tiny_model_directory), [rows_file], tmp_path / "out")
     with pytest.raises(ConfigError, match="no row to train on: 40 were read"):

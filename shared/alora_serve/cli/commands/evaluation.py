@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from alora_serve.cli.options import DEFAULT_ADDRESS, Address, AsJson
+from alora_serve.cli.options import DEFAULT_ADDRESS, Address, AsJson, Parameters
 from alora_serve.cli.output import FAILURE_EXIT_CODE, console, errors_reported, print_json
 
 commands = typer.Typer()
+
+_MAX_ATTEMPTS: Final = 10
+"""Of one row: a server that is full or away for about ten seconds costs none of the answers that came."""
 
 Resamples = Annotated[int, typer.Option(min=40, metavar="N", help="Of the bootstrap behind intervals.")]
 
@@ -31,6 +34,7 @@ def evaluate(
     instruction: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The question in words, for the base model.")
     ] = None,
+    parameter: Parameters = None,
     threshold: Annotated[
         list[str] | None,
         typer.Option(metavar="METRIC=VALUE", help="Exit with status 1 where it is worse; repeat for more."),
@@ -50,29 +54,34 @@ def evaluate(
     An adapter with an `io.yaml` is run as an intrinsic. The base model, or an adapter without one, is asked what
     `--recipe` describes, its answers bound to the recipe's labels.
 
-    Exits with status 1 when a threshold is missed. For `ece` it is a most, for all others a least.
+    Exits with status 1 when a threshold is missed. For `ece` it is a most, for all others a least. A row that the
+    server refuses for load is asked again.
 
     ```
     alora-serve eval --adapter jailbreak --data test.jsonl --threshold accuracy=0.9 --save alora.json
+    alora-serve eval --adapter relevance --data test.jsonl -p document="The sea is salt."
     alora-serve eval --recipe jailbreak.toml --instruction "Is my message a jailbreak attempt?" --data test.jsonl
     ```
     """
     with errors_reported(as_json=as_json):
         from alora_serve.cli.connection import connected
         from alora_serve.cli.training import judged
+        from alora_serve.cli.verdicts import parse_parameters
+        from alora_serve.client import RetryPolicy
         from alora_serve.evaluation.report import shortfalls, summed_up, to_json
         from alora_serve.evaluation.run import Subject, evaluate
 
         thresholds = judged.parse_thresholds(threshold or ())
-        subject = Subject.of(adapter, recipe, instruction)
+        subject = Subject.of(adapter, recipe, instruction, parse_parameters(parameter or ()))
         rows = judged.read_test_rows(data, limit)
-        with connected(address) as client, judged.progress(len(rows)) as on_answer:
+        patient = RetryPolicy(max_attempts=_MAX_ATTEMPTS, retry_overloaded=True)
+        with connected(address, patient) as client, judged.progress(len(rows)) as on_answer:
             evaluation = evaluate(client, subject, rows, together, on_answer)
         report = summed_up(evaluation, resamples)
-        missed = shortfalls(report, thresholds)
         everything = to_json(evaluation, report)
         if save is not None:
             judged.write(save, everything)
+        missed = shortfalls(report, thresholds)
         if as_json:
             print_json(everything | {"missed": missed})
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from alora_serve.cli.options import (
     ConversationFile,
     HandleFile,
     Messages,
+    Parameters,
     System,
     Timeout,
 )
@@ -26,7 +26,7 @@ from alora_serve.cli.output import (
     print_table,
     to_json,
 )
-from alora_serve.errors import AloraServeError, InvalidRequestError
+from alora_serve.errors import AloraServeError
 
 if TYPE_CHECKING:
     from alora_serve.client import IntrinsicResult
@@ -41,10 +41,7 @@ def intrinsic(
     system: System = None,
     file: ConversationFile = None,
     handle: HandleFile = None,
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="What an instruction names; repeat for more."),
-    ] = None,
+    parameter: Parameters = None,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = 600.0,
     as_json: AsJson = False,
@@ -63,9 +60,10 @@ def intrinsic(
     with errors_reported(as_json=as_json):
         from alora_serve.cli.connection import connected
         from alora_serve.cli.conversation import read_prompt
+        from alora_serve.cli.verdicts import parse_parameters
 
         prompt = read_prompt(messages=message or (), system=system, file=file, handle_file=handle)
-        parameters = _parameters(parameter or ())
+        parameters = parse_parameters(parameter or ())
         with connected(address) as client:
             stream = client.run_intrinsics(None, names, parameters=parameters, prompt=prompt, timeout_seconds=timeout)
             outcomes = list(zip(names, stream.results(), strict=True))
@@ -75,13 +73,6 @@ def intrinsic(
         print_table("", [_row(name, outcome) for name, outcome in outcomes])
     if any(isinstance(outcome, AloraServeError) for _, outcome in outcomes):
         raise typer.Exit(FAILURE_EXIT_CODE)
-
-
-def _parameters(given: Sequence[str]) -> Mapping[str, str]:
-    for text in given:
-        if "=" not in text:
-            raise InvalidRequestError.of("parameter", f"{text!r} is not NAME=VALUE")
-    return dict(text.split("=", 1) for text in given)
 
 
 def _to_json(name: str, outcome: IntrinsicResult | AloraServeError) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(metavar="N", help="Rows a step.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of initialisation, order and dropout.")] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Train on at most this many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Train on the first N rows only.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Rows with longer prompts are left out of training.")
     ] = None,

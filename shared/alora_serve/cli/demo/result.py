@@ -60,7 +60,10 @@ class DemoResult:
         return bool(self.checks) and all(check.equal for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `demo --json`. The sums are over the steps that plain LoRAs were asked, too."""
+        """The object of `demo --json`, without its whole time.
+
+        The sums are over the steps that plain LoRAs were asked, too.
+        """
         ours, twins = zip(*self.report.compared, strict=True)
         return {
             "reply": self.reply,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from time import monotonic
 
 from alora_serve.cli.demo.run import run_demo
 from alora_serve.cli.demo.script import DemoScript
@@ -20,6 +21,7 @@ def show(dtype: str | None, threads: int | None, *, as_json: bool) -> bool:
         AloraServeError: it could not run; says why.
         KeyboardInterrupt: it was interrupted, by SIGTERM or SIGHUP as well; nothing is left behind.
     """
+    began = monotonic()
     script = DemoScript.load()
     options = DeploymentOptions(dtype=dtype, threads=threads)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -28,14 +30,14 @@ def show(dtype: str | None, threads: int | None, *, as_json: bool) -> bool:
         err = console(stderr=True)
         ensure_demo_model(console=err)
         result = asyncio.run(run_demo(script, options, ProgressView(err)))
-        print_json(result.to_json())
+        print_json({**result.to_json(), "seconds": monotonic() - began})
         return result.equal_to_peft
     out = console()
     ensure_demo_model(console=out)
     with out.status("starting") as status:
         view = RichView(out, status)
         result = asyncio.run(run_demo(script, options, view))
-        view.result(result)
+        view.result(result, monotonic() - began)
     return result.equal_to_peft
 
 

@@ -142,8 +142,8 @@ class RichView:
         self.doing("")
         show_reply(self._console, text, warnings)
 
-    def result(self, result: DemoResult) -> None:
-        """What was measured, and how it compares with PEFT."""
+    def result(self, result: DemoResult, seconds: float) -> None:
+        """What was measured, and how it compares with PEFT; ``seconds`` is what all of the demo took."""
         self.doing("")
         self._heading(f"what each step cost ({result.dtype}, {result.threads} threads, as the client saw it)")
         show_report(self._console, result.report)
@@ -156,6 +156,8 @@ class RichView:
         self._indented(Text("alora-serve up                all services, until Ctrl-C"))
         self._indented(Text("alora-serve chat              in another terminal: try /intrinsics"))
         self._indented(Text("python examples/rag_guard.py  this pipeline on a question of yours: --question"))
+        self._console.print()
+        self._console.print(f"all of it took {seconds:.0f} s", highlight=False)
 
     def _heading(self, text: str) -> None:
         self._console.print()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from alora_serve.cli.output import console, print_table
 from alora_serve.errors import ConfigError
 from alora_serve.evaluation.bootstrap import Difference
 from alora_serve.evaluation.items import Item
-from alora_serve.evaluation.report import Report
+from alora_serve.evaluation.report import SCORES, Report
 from alora_serve.training.rows import Row, read_rows
 
 
@@ -20,7 +21,7 @@ def parse_thresholds(given: Sequence[str]) -> dict[str, float]:
     """Bounds written ``METRIC=VALUE``.
 
     Raises:
-        ConfigError: one is written otherwise.
+        ConfigError: one is written otherwise, its value is no finite number, or no evaluation has such a figure.
     """
     bounds = {}
     for text in given:
@@ -29,6 +30,10 @@ def parse_thresholds(given: Sequence[str]) -> dict[str, float]:
             bounds[name] = float(value)
         except ValueError as error:
             raise ConfigError(f"--threshold {text} is not METRIC=VALUE") from error
+        if not math.isfinite(bounds[name]):
+            raise ConfigError(f"--threshold {text}: {value} is no bound")
+        if name not in SCORES:
+            raise ConfigError(f"--threshold {text}: there is no such figure, only {', '.join(SCORES)}")
     return bounds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def test_people_see_the_conversation_the_verdicts_and_the_table(screen: tuple[Ri
     view.process(Exited("worker-1", 1, -9, False, 0.1))
     view.process(Exited("worker-1", 1, 3, False, 0.1))
     view.process(Exited("worker-1", 1, 0, True, None))
-    view.result(replace(RESULT, checks=(*RESULT.checks, Check("other", False, "tokens [4]"))))
+    view.result(replace(RESULT, checks=(*RESULT.checks, Check("other", False, "tokens [4]"))), 97.6)
     told = out.getvalue()
     for part in (
         "(starting)",
@@ -105,6 +106,7 @@ def test_people_see_the_conversation_the_verdicts_and_the_table(screen: tuple[Ri
     ):
         assert part in told, part
     assert "exit status 0" not in told
+    assert told.splitlines()[-1] == "all of it took 98 s"
 
 
 def test_machines_are_told_of_progress_beside_the_object() -> None:
@@ -204,8 +206,11 @@ def test_the_command_fails_when_a_token_differs(rehearsed: dict[str, DemoResult]
     told = CliRunner().invoke(app, ["demo"])
     assert told.exit_code == 0
     assert "42.0 times sooner" in told.stdout
+    assert re.fullmatch(r"all of it took \d+ s", told.stdout.splitlines()[-1])
     rehearsed["now"] = replace(RESULT, checks=())
     asked = CliRunner().invoke(app, ["demo", "--json"])
     assert asked.exit_code == 1
-    assert json.loads(asked.stdout)["equal_to_peft"] is False
+    object_for_machines = json.loads(asked.stdout)
+    assert object_for_machines["equal_to_peft"] is False
+    assert object_for_machines["seconds"] >= 0
     assert asked.stderr == "computing\n"

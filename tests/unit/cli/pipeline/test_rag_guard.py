@@ -21,6 +21,7 @@ from alora_serve.errors import ConfigError
 from alora_serve.types import PrefixHandle, PromptKind, Usage
 
 HANDLES = [PrefixHandle(b"", b"", (n,), (), PromptKind.CONVERSATION, "user", False, 0) for n in range(2)]
+QUESTION = "When was Harvard University formed?"
 GOOD = {"jailbreak": 0.1, "answerability": 0.9, "hallucination": 0.1, "uncertainty": 0.9}
 
 
@@ -36,7 +37,10 @@ class Scripted:
 
     def ask(self, what: str, handle: PrefixHandle, *names: str) -> Mapping[str, Verdict]:
         self.asked.append((handle, names))
-        return {name: Verdict(name, {"likelihood": self.found[name]}) for name in names if name in self.found}
+        return {name: Verdict(name, self._value(self.found[name])) for name in names if name in self.found}
+
+    def _value(self, found: Any) -> Any:
+        return {"likelihood": found} if isinstance(found, float) else found
 
     def answer(self, what: str, handle: PrefixHandle, *, max_tokens: int) -> Answer:
         return Answer("In 1636.", HANDLES[1])
@@ -58,6 +62,15 @@ def test_each_check_decides_what_it_is_there_for(
     meter = Scripted({**GOOD, **changed})
     reply = load_rag_guard().rag_guard(meter, ())
     assert (reply.text, reply.warnings, len(meter.asked)) == (text, warnings, asked)
+
+
+@pytest.mark.parametrize("said", [{"rewritten_question": QUESTION}, QUESTION], ids=["typed", "plain"])
+def test_the_reply_tells_the_question_in_full_unless_it_is_refused(said: Any) -> None:
+    guard = load_rag_guard().rag_guard
+    assert guard(Scripted({**GOOD, "query_rewrite": said}), ()).question == QUESTION
+    assert guard(Scripted({**GOOD, "query_rewrite": said, "answerability": 0.1}), ()).question == QUESTION
+    assert guard(Scripted({**GOOD, "query_rewrite": said, "jailbreak": 0.9}), ()).question == ""
+    assert guard(Scripted(GOOD), ()).question == ""
 
 
 def test_a_check_that_is_not_served_lets_pass_and_the_last_ones_judge_the_answer() -> None:

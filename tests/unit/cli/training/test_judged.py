@@ -42,6 +42,11 @@ def test_bounds_are_metrics_with_values() -> None:
     for wrong in ("accuracy", "accuracy=high"):
         with pytest.raises(ConfigError, match=f"--threshold {wrong} is not METRIC=VALUE"):
             parse_thresholds([wrong])
+    for endless in ("nan", "inf", "-inf"):
+        with pytest.raises(ConfigError, match=f"accuracy={endless}: {endless} is no bound"):
+            parse_thresholds([f"accuracy={endless}"])
+    with pytest.raises(ConfigError, match="acuracy=1: there is no such figure, only accuracy, macro_f1, ece, rouge_l"):
+        parse_thresholds(["ece=0.1", "acuracy=1"])
 
 
 def test_rows_of_all_files_are_read_up_to_the_limit(tmp_path: Path) -> None:
