@@ -6,6 +6,7 @@ itself. No command is ever retried: the caller can recompute, and sooner than a 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ class RedisStore:
         tls: for ``rediss``.
         ttl_seconds: a full block not written for so long expires.
         evict_first_ttl_seconds: the same for a partial tail: Redis knows no other order of eviction.
-        parallel: connections that one call may use.
+        parallel: connections that one call may use; unset: one a core, but two to four.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class RedisStore:
         *,
         ttl_seconds: float,
         evict_first_ttl_seconds: float | None = None,
-        parallel: int = 2,
+        parallel: int | None = None,
         tls: TlsFiles | None = None,
     ) -> None:
         self._topology = open_topology(parse_redis_url(url), tls or TlsFiles())
@@ -71,7 +72,7 @@ class RedisStore:
         self._evict_first_ttl_milliseconds = _milliseconds(
             ttl_seconds / 4 if evict_first_ttl_seconds is None else evict_first_ttl_seconds
         )
-        self._helpers = parallel - 1
+        self._helpers = (parallel or _connections()) - 1
         self._executor = ThreadPoolExecutor(max(self._helpers, 1), thread_name_prefix="redis-store")
 
     def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
@@ -237,6 +238,11 @@ def _translated() -> Iterator[None]:
         raise StoreFullError(f"Redis is full: {error}") from error
     except RedisError as error:
         raise StoreError(f"Redis: {error}") from error
+
+
+def _connections() -> int:
+    """Two hide each other's waiting even on one core; more than four would wait for Python's lock to check values."""
+    return min(max(os.cpu_count() or 1, 2), 4)
 
 
 def _read_all(link: Link, replies: int) -> None:

@@ -268,20 +268,54 @@ def test_one_command_a_key_and_nothing_else_not_even_on_connecting(store: RedisS
     assert calls == {f"cmdstat_{name}": 20 for name in ("set", "get", "exists", "unlink")}
 
 
-def test_a_call_spreads_over_several_connections_and_keeps_them(store: RedisStore) -> None:
+@pytest.mark.parametrize(
+    ("cores", "parallel", "connections"), [(1, None, 2), (3, None, 3), (64, None, 4), (None, None, 2), (1, 5, 5)]
+)
+def test_a_call_spreads_over_several_connections_and_keeps_them(
+    server: ValkeyServer, monkeypatch: pytest.MonkeyPatch, cores: int | None, parallel: int | None, connections: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    store = RedisStore(f"redis://{server.host}:{server.port}/0", ttl_seconds=600, parallel=parallel)
     keys = [key_of(number) for number in range(64)]
     put(store, *(Put(key, VALUE) for key in keys))
-    both = threading.Barrier(2)
-    names: set[str] = set()
+    together = threading.Barrier(connections)
+    lock, names = threading.Lock(), set[str]()
 
     def sink(index: int, value: memoryview) -> None:
-        if len(names) < 2:
+        with lock:
+            is_first = threading.current_thread().name not in names
             names.add(threading.current_thread().name)
-            both.wait(PATIENCE_SECONDS)
+        if is_first:
+            together.wait(PATIENCE_SECONDS)
 
     store.get_many(keys, sink, timeout_seconds=PATIENCE_SECONDS)
-    assert len(names) == 2
-    assert len(pool_of(store)._idle) == 2
+    assert len(names) == connections
+    assert len(pool_of(store)._idle) == connections
+    store.close()
+
+
+def test_a_call_does_not_wait_for_connections_that_others_use(server: ValkeyServer) -> None:
+    store = RedisStore(f"redis://{server.host}:{server.port}/0", ttl_seconds=600, parallel=4)
+    keys = [key_of(number) for number in range(64)]
+    put(store, *(Put(key, VALUE) for key in keys))
+    all_read, busy = threading.Barrier(5), threading.Event()
+
+    def hold(index: int, value: memoryview) -> None:
+        if index % 8 == 0 and not busy.is_set():
+            all_read.wait(PATIENCE_SECONDS)
+            all_read.wait(PATIENCE_SECONDS)
+
+    long = threading.Thread(
+        target=store.get_many, args=(keys, hold), kwargs={"timeout_seconds": PATIENCE_SECONDS}, daemon=True
+    )
+    long.start()
+    all_read.wait(PATIENCE_SECONDS)  # all four are in the middle of it
+    busy.set()
+    assert len(read(store, keys)) == len(keys)
+    all_read.wait(PATIENCE_SECONDS)
+    long.join(PATIENCE_SECONDS)
+    assert not long.is_alive()
+    store.close()
 
 
 def test_a_connection_with_replies_still_to_come_is_not_used_again(server: ValkeyServer) -> None:
