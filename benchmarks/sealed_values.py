@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from command import run_command
 from compare import progress_on
@@ -31,6 +31,7 @@ from alora_serve.kv.sealed import Protection, SealedStore
 from alora_serve.kv.store import KVStore
 from alora_serve.model.demo_model import ensure_demo_model
 
+DTYPE: Final = "float32"
 SECRET = "the secret of this benchmark's store"
 PROTECTIONS: tuple[Protection, ...] = get_args(Protection)
 VALUE_BYTES = 1 << 20
@@ -67,7 +68,7 @@ async def measure_first_tokens(tokens: int, rounds: int, progress: Progress) -> 
         running: dict[Protection, Served] = {}
         for protection in PROTECTIONS:
             settings = {"store_protection": protection, "store_secrets": SECRET, "always_fetch": "true"}
-            options = DeploymentOptions(adapter_roots=(ADAPTERS,), dtype="float32", settings=settings)
+            options = DeploymentOptions(adapter_roots=(ADAPTERS,), dtype=DTYPE, settings=settings)
             running[protection] = Served(await stack.enter_async_context(Deployed(options, [adapter])))
         for number in range(rounds + 1):
             prefix = renderer.of_length(tokens, seed=tokens + number)
@@ -81,7 +82,7 @@ async def measure_first_tokens(tokens: int, rounds: int, progress: Progress) -> 
                 progress.advance(task)
     progress.remove_task(task)
     rows = [Row(name, tokens, tuple(samples[name][1:]), fetched[name]) for name in PROTECTIONS]
-    return with_verdicts(rows, await answers.judge(model, "float32", progress))
+    return with_verdicts(rows, await answers.judge(model, DTYPE, progress))
 
 
 async def run(arguments: argparse.Namespace, console: Console) -> Path:
@@ -89,7 +90,8 @@ async def run(arguments: argparse.Namespace, console: Console) -> Path:
     with progress_on(console) as progress:
         rates = measure_stores(arguments.rounds)
         rows = await measure_first_tokens(arguments.tokens, arguments.rounds, progress)
-    path = write("sealed", rows, {"store_bytes_per_second": {name: dict(found) for name, found in rates.items()}})
+    facts = {"dtype": DTYPE, "store_bytes_per_second": {name: dict(found) for name, found in rates.items()}}
+    path = write("sealed", rows, facts)
     if not arguments.json:
         gigabytes = [
             [name, *(figure([rate / 1e9 for rate in found[kind]], 2) for kind in get_args(Figure))]
@@ -97,7 +99,7 @@ async def run(arguments: argparse.Namespace, console: Console) -> Path:
         ]
         print("\nThe store alone, GB/s: medians (smallest-largest)\n")
         print(markdown(("protection", *get_args(Figure)), gigabytes, words=("protection",)))
-        print("\nFirst token from the store, float32: medians (smallest-largest), seconds\n")
+        print(f"\nFirst token from the store, {DTYPE}: medians (smallest-largest), seconds\n")
         print(rows_table(rows, baseline="none"), end="\n\n")
     return path
 

@@ -179,7 +179,7 @@ async def measure(arguments: argparse.Namespace, console: Console) -> Path:
         )
     if not arguments.json:
         console.print(table)
-    return write_json("training", {"machine": machine(), "results": results})
+    return write_json("training", {"dtype": arguments.dtype, "machine": machine(), "results": results})
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ class EndpointSnapshot:
         in_flight_at_report: ``in_flight`` when that report came.
         places: sequences that fit its batch; 0 is unknown.
         pending_tokens: prompt tokens that it has to run, of its last report and of picks since.
+        expected_tokens: of picks since its last report, by key: what only it can count, once it has tokenized them.
         pace: what it measured of itself.
         prefixes: fingerprints of what its memory holds, from its last report.
         coming_adapters: adapters of requests in flight there: in memory, or on their way.
@@ -63,6 +64,7 @@ class EndpointSnapshot:
     in_flight_at_report: int = 0
     places: int = 0
     pending_tokens: int = 0
+    expected_tokens: Mapping[bytes, int] = field(default_factory=dict)
     pace: Pace = UNKNOWN_PACE
     prefixes: Collection[int] = frozenset()
     coming_adapters: Collection[str] = frozenset()
@@ -80,6 +82,10 @@ class EndpointSnapshot:
     def lacks_adapter(self, adapter: str) -> bool:
         """Its weights would have to be loaded first."""
         return bool(adapter) and adapter not in self.coming_adapters and not self.adapters[adapter].resident
+
+    def tokens_ahead(self, key: bytes) -> int:
+        """Prompt tokens that it has to run before those of a request, which shares what is expected under its key."""
+        return self.pending_tokens + sum(self.expected_tokens.values()) - self.expected_tokens.get(key, 0)
 
     def resident_tokens(self, longest_first: Sequence[int]) -> int:
         """Tokens of a prefix that are in its memory or on their way there, as far as its fingerprints tell."""
@@ -104,6 +110,8 @@ class Demand:
         fingerprints: of its prefix, shortest first; see :mod:`alora_serve.kv.fingerprints`.
         prefix_tokens: whose KV an endpoint may have, or fetch.
         computed_tokens: prompt tokens that no memory and no store can have the KV of.
+        expected_tokens: prompt tokens that will probably have to be run, guessed before anybody tokenized them. What is
+            sent after it waits for them; where they themselves would be quicker is not judged by a guess.
     """
 
     key: bytes
@@ -114,6 +122,7 @@ class Demand:
     fingerprints: Sequence[int] = ()
     prefix_tokens: int = 0
     computed_tokens: int = 0
+    expected_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +213,7 @@ def _predictions(endpoints: list[EndpointSnapshot], demand: Demand, typical: Pac
             endpoint.pace.filled(typical),
             load=endpoint.load,
             places=endpoint.places,
-            pending_tokens=endpoint.pending_tokens,
+            pending_tokens=endpoint.tokens_ahead(demand.key),
             adapter_missing=endpoint.lacks_adapter(demand.adapter),
             missing_tokens=demand.prefix_tokens - endpoint.resident_tokens(longest_first),
             computed_tokens=demand.computed_tokens,

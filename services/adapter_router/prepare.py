@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapter_router.access.quotas import Quotas
@@ -107,6 +107,8 @@ class Preparer:
             skip_store=not self._quotas.may_store(call.tenant),
         )
         demand = self._prefill_demand(prompt, adapter, call)
+        if tokenize_only:
+            demand = replace(demand, expected_tokens=0)
         result = prefill_result_from_proto(await self._prefilling.prefill(demand, request, call))
         self._quotas.charge(call.tenant, result.usage)
         return result

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from adapter_router.admission import RouterLimits
-from adapter_router.affinity import adapter_key, conversation_key, rendezvous_order
+from adapter_router.affinity import adapter_key, conversation_key, opening_key, rendezvous_order
 from alora_serve.errors import (
     AdapterNotFoundError,
     AdapterRefusedError,
@@ -27,7 +27,7 @@ from alora_serve.errors import (
 )
 from alora_serve.rpc.convert import handle_from_proto, handle_to_proto, model_from_proto
 from alora_serve.rpc.status import error_from_rpc
-from alora_serve.types import EndpointStatus, GenerateRequest, StreamEvent
+from alora_serve.types import ChatMessage, EndpointStatus, GenerateRequest, StreamEvent
 from alora_serve.v1 import alora_pb2, types_pb2
 from fake_services import (
     ADAPTERS,
@@ -218,6 +218,43 @@ async def test_a_prefill_is_only_made_for_a_model_that_a_worker_has() -> None:
             await events_of(router.stub.Generate(ask(types_pb2.Prompt(messages=[message]))))
         assert not lonely.requests
         assert len(paired.requests) == 8
+
+
+async def test_a_long_prompt_does_not_wait_behind_another_that_was_just_sent() -> None:
+    """Both prefer the same base prefill, which has not reported the first when the second comes."""
+    release = asyncio.Event()
+    prefills = [FakePrefill(EndpointStatus(model(), prefill_tokens_per_second=1000)) for _ in range(2)]
+    for prefill in prefills:
+        prefill.before = release.wait
+    async with deployment(prefills, [FakeWorker()]) as (router, servers):
+        addresses = [server.address for server in servers[:2]]
+        asked = [(ChatMessage("user", f"{number}: " + "long " * 2000),) for number in range(20)]
+        near = [each for each in asked if rendezvous_order(opening_key(each), addresses)[0] == addresses[0]][:2]
+        calls = []
+        for (message,) in near:
+            prompt = types_pb2.Prompt(messages=[types_pb2.Message(role=message.role, content=message.content)])
+            calls.append(asyncio.create_task(events_of(router.stub.Generate(ask(prompt)))))
+            await until(lambda: sum(len(prefill.requests) for prefill in prefills) == len(calls))
+        assert [len(prefill.requests) for prefill in prefills] == [1, 1]
+        release.set()
+        await asyncio.gather(*calls)
+
+
+async def test_what_is_only_tokenized_keeps_nobody_waiting() -> None:
+    release = asyncio.Event()
+    prefill = FakePrefill(EndpointStatus(model(), prefill_tokens_per_second=1000))
+    prefill.before = release.wait
+    async with deployment([prefill], [FakeWorker()]) as (router, _):
+        prompt = types_pb2.Prompt(text="long " * 2000)
+        for adapter, waited_for in (("plain", False), ("jailbreak", True)):
+            call = asyncio.create_task(events_of(router.stub.Generate(ask(prompt, adapter))))
+            await until(lambda: len(prefill.requests) == 1)
+            (snapshot,) = router.prefills.snapshots()
+            assert (snapshot.tokens_ahead(b"another's") > 0) == waited_for
+            release.set()
+            await call
+            release.clear()
+            prefill.requests.clear()
 
 
 async def test_an_adapter_keeps_its_worker_and_a_base_conversation_its_own() -> None:

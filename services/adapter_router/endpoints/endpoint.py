@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar, get_args
 
@@ -59,7 +60,7 @@ class Endpoint(Generic[StubT]):
         self._coming_adapters: Counter[str] = Counter()
         self._coming_prefixes: Counter[int] = Counter()
         self._ended: list[Demand] = []
-        self._unreported_tokens = 0
+        self._unreported: list[Demand] = []
         self._snapshot: EndpointSnapshot | None = None
 
     @property
@@ -89,13 +90,14 @@ class Endpoint(Generic[StubT]):
         self.in_flight += 1
         self._coming_adapters[demand.adapter] += 1
         self._coming_prefixes.update(demand.fingerprints)
-        self._unreported_tokens += demand.computed_tokens
+        self._unreported.append(demand)
         self._snapshot = None
 
     def give_back(self, demand: Demand) -> None:
         """A request that was sent here has ended."""
         self.in_flight -= 1
         self._ended.append(demand)
+        self._unreported = [sent for sent in self._unreported if sent is not demand]
         self._snapshot = None
 
     def report(self, status: EndpointStatus) -> bool:
@@ -108,7 +110,7 @@ class Endpoint(Generic[StubT]):
         self.silent.clear()
         self._pace = Pace.of(status)
         self._in_flight_at_report = self.in_flight
-        self._unreported_tokens = 0
+        self._unreported.clear()
         for demand in self._ended:
             self._coming_adapters -= Counter([demand.adapter])
             self._coming_prefixes.subtract(demand.fingerprints)
@@ -132,12 +134,22 @@ class Endpoint(Generic[StubT]):
             reported_load=status.running + status.queued,
             in_flight_at_report=self._in_flight_at_report,
             places=status.max_running,
-            pending_tokens=status.pending_prefill_tokens + self._unreported_tokens,
+            pending_tokens=status.pending_prefill_tokens + sum(sent.computed_tokens for sent in self._unreported),
+            expected_tokens=_expected_tokens(self._unreported),
             pace=self._pace,
             prefixes=digest.fingerprints if digest.stride_tokens == STRIDE_TOKENS else frozenset(),
             coming_adapters=self._coming_adapters.keys(),
             coming_prefixes=self._coming_prefixes.keys(),
         )
+
+
+def _expected_tokens(sent: Iterable[Demand]) -> dict[bytes, int]:
+    """By key; those of one conversation are run once."""
+    expected: dict[bytes, int] = {}
+    for demand in sent:
+        if demand.expected_tokens:
+            expected[demand.key] = max(demand.expected_tokens, expected.get(demand.key, 0))
+    return expected
 
 
 def _role(status: EndpointStatus) -> tuple[object, ...]:

@@ -6,9 +6,10 @@ itself. No command is ever retried: the caller can recompute, and sooner than a 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -54,7 +55,7 @@ class RedisStore:
         tls: for ``rediss``.
         ttl_seconds: a full block not written for so long expires.
         evict_first_ttl_seconds: the same for a partial tail: Redis knows no other order of eviction.
-        parallel: connections that one call may use.
+        parallel: connections that one call may use; unset: one a core, but two to four.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class RedisStore:
         *,
         ttl_seconds: float,
         evict_first_ttl_seconds: float | None = None,
-        parallel: int = 2,
+        parallel: int | None = None,
         tls: TlsFiles | None = None,
     ) -> None:
         self._topology = open_topology(parse_redis_url(url), tls or TlsFiles())
@@ -71,7 +72,7 @@ class RedisStore:
         self._evict_first_ttl_milliseconds = _milliseconds(
             ttl_seconds / 4 if evict_first_ttl_seconds is None else evict_first_ttl_seconds
         )
-        self._helpers = parallel - 1
+        self._helpers = (parallel or _connections()) - 1
         self._executor = ThreadPoolExecutor(max(self._helpers, 1), thread_name_prefix="redis-store")
 
     def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
@@ -115,8 +116,8 @@ class RedisStore:
 
         last = list({put.key: put for put in puts}.values())
         placed = self._placed([put.key for put in last], deadline)
-        chunks = [(pool, chunk) for pool, indices in placed.items() for chunk in _by_bytes([last[i] for i in indices])]
-        self._spread(chunks, write, deadline)
+        chunks = {pool: _by_bytes([last[index] for index in indices]) for pool, indices in placed.items()}
+        self._spread(_by_turns(chunks), write, deadline)
 
     def delete_many(self, keys: Sequence[StoreKey], *, timeout_seconds: float) -> None:
         """See :class:`~alora_serve.kv.store.KVStore`."""
@@ -148,11 +149,12 @@ class RedisStore:
         return placed
 
     def _chunks(self, keys: Sequence[StoreKey], size: int, deadline: float) -> list[tuple[LinkPool, list[int]]]:
-        return [
-            (pool, indices[start : start + size])
-            for pool, indices in self._placed(keys, deadline).items()
-            for start in range(0, len(indices), size)
-        ]
+        return _by_turns(
+            {
+                pool: [indices[start : start + size] for start in range(0, len(indices), size)]
+                for pool, indices in self._placed(keys, deadline).items()
+            }
+        )
 
     def _found(self, link: Link) -> Any:
         """A reply about one key; None for a key whose slot has moved: a miss once, then the new place is known."""
@@ -239,6 +241,11 @@ def _translated() -> Iterator[None]:
         raise StoreError(f"Redis: {error}") from error
 
 
+def _connections() -> int:
+    """Two hide each other's waiting even on one core; more than four would wait for Python's lock to check values."""
+    return min(max(os.cpu_count() or 1, 2), 4)
+
+
 def _read_all(link: Link, replies: int) -> None:
     """Read every reply, so that the connection stays usable, and raise the first that is an error."""
     refusal: ResponseError | None = None
@@ -249,6 +256,12 @@ def _read_all(link: Link, replies: int) -> None:
             refusal = refusal or error
     if refusal is not None:
         raise refusal
+
+
+def _by_turns(chunks: Mapping[LinkPool, Sequence[_Chunk]]) -> list[tuple[LinkPool, _Chunk]]:
+    """One of each node of a cluster, then the next: all work at once, and a call cut short has done its first keys."""
+    longest = max(map(len, chunks.values()), default=0)
+    return [(pool, own[turn]) for turn in range(longest) for pool, own in chunks.items() if turn < len(own)]
 
 
 def _by_bytes(puts: Sequence[Put]) -> list[list[Put]]:

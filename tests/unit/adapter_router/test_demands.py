@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from adapter_router.affinity import adapter_key, conversation_key, opening_key
 from adapter_router.demands import Demands
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
-from alora_serve.types import ChatMessage, Prompt
+from alora_serve.types import ChatMessage, Document, Prompt
 from fake_services import adapter, handle, model
 
 NAMES = PrefixFingerprints(b"salt")
@@ -54,3 +56,29 @@ def test_a_prefill_is_close_to_its_conversation_by_what_is_known_of_it() -> None
     continued = DEMANDS.prefill(Prompt(messages=messages, handle=HANDLE), MODELS)
     assert (continued.key, continued.fingerprints) == (conversation_key(TOKENS), PRINTS)
     assert continued.model_digests == MODELS
+
+
+def expected_tokens(**prompt: Any) -> int:
+    return DEMANDS.prefill(Prompt(**prompt), MODELS).expected_tokens
+
+
+def test_a_prefill_is_expected_to_run_what_is_new() -> None:
+    def turn(role: str, tokens: int) -> ChatMessage:
+        return ChatMessage(role, "four" * tokens)
+
+    asked = (turn("system", 100), turn("user", 20))
+    assert expected_tokens(messages=asked) == 120
+    assert expected_tokens(messages=asked, documents=(Document("title", "four" * 500),)) == 620
+    answered = (*asked, turn("assistant", 7), turn("user", 3))
+    assert expected_tokens(messages=answered) == 10, "the rest was prefilled for the turn before"
+    assert expected_tokens(messages=answered, documents=(Document("title", "four" * 500),)) == 10
+    assert expected_tokens(messages=(turn("user", 3),), handle=HANDLE) == 3
+    assert expected_tokens(handle=HANDLE) == 0
+    assert expected_tokens(text="four" * 9) == 9
+    assert expected_tokens(text="四" * 8) == 6, "bytes, not characters"
+    assert expected_tokens(token_ids=TOKENS) == len(TOKENS)
+
+
+def test_a_generation_is_expected_to_run_only_what_it_certainly_does() -> None:
+    demands = [DEMANDS.generation(HANDLE, each) for each in (None, adapter("a"), adapter("p", "lora"))]
+    assert [demand.expected_tokens for demand in demands] == [0, 0, 0]

