@@ -57,6 +57,7 @@ async def main(settings: Settings) -> int:
             max_message_bytes=servicer.max_message_bytes,
             health=health,
             authorize=access.authorize,
+            essential=[prefills.looking, workers.looking],
         )
 
 
