@@ -14,11 +14,17 @@ from openai_front.serving import NAME, serve
 
 async def main(settings: Settings) -> int:
     """Connect to the router, serve, drain; the process's exit status."""
-    registry, in_flight = service_registry(), InFlightCalls()
+    registry, in_flight = service_registry(), InFlightCalls(settings.http_max_requests)
     router = Router(settings.router_address, settings.router_tls())
     try:
         endpoints = Endpoints(router, settings.write_timeout_seconds)
-        app = build_app(endpoints, registry, in_flight, with_page=settings.page)
+        app = build_app(
+            endpoints,
+            registry,
+            in_flight,
+            with_page=settings.page,
+            read_timeout_seconds=settings.read_timeout_seconds,
+        )
         return await serve(app, settings, registry, in_flight)
     finally:
         await router.close()

@@ -18,6 +18,9 @@ from alora_serve.errors import ConfigError
 from alora_serve.rpc.channels import is_this_machine, server_options
 from alora_serve.rpc.health import HealthServicer
 
+PROBE_BYTES: Final = 4096
+"""A probe asks with a service's name."""
+
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -64,7 +67,7 @@ def serve_metrics(address: str, registry: CollectorRegistry) -> tuple[WSGIServer
 
 async def serve_probes(address: str, health: HealthServicer) -> tuple[grpc.aio.Server, str]:
     """A running server of health alone, and its address: what it says is no secret, and a probe has no certificate."""
-    server = grpc.aio.server(options=server_options())
+    server = grpc.aio.server(options=server_options(PROBE_BYTES))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     try:
         port = server.add_insecure_port(address)
