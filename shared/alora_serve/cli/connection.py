@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import grpc
 
@@ -14,13 +15,16 @@ from alora_serve.cli.options import (
     TLS_CERT_FILE_VARIABLE,
     TLS_KEY_FILE_VARIABLE,
 )
-from alora_serve.client import Client
+from alora_serve.client import Client, RetryPolicy
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.tls import ClientTls
 
+AT_A_TERMINAL: Final = RetryPolicy(begin_seconds=3.0)
+"""Who mistyped an address is told soon."""
+
 
 @contextmanager
-def connected(address: str) -> Iterator[Client]:
+def connected(address: str, retry: RetryPolicy = AT_A_TERMINAL) -> Iterator[Client]:
     """A client of the router at ``address``, closed afterwards.
 
     Raises:
@@ -30,7 +34,8 @@ def connected(address: str) -> Iterator[Client]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise InvalidRequestError.of("address", f"{address!r} is not host:port (IPv6 goes in brackets: [::1]:50051)")
-    with Client(address, credentials=_credentials(), api_key=os.environ.get(API_KEY_VARIABLE)) as client:
+    key = os.environ.get(API_KEY_VARIABLE)
+    with Client(address, retry=retry, credentials=_credentials(), api_key=key) as client:
         yield client
 
 

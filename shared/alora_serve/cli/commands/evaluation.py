@@ -60,13 +60,14 @@ def evaluate(
     with errors_reported(as_json=as_json):
         from alora_serve.cli.connection import connected
         from alora_serve.cli.training import judged
+        from alora_serve.client import RetryPolicy
         from alora_serve.evaluation.report import shortfalls, summed_up, to_json
         from alora_serve.evaluation.run import Subject, evaluate
 
         thresholds = judged.parse_thresholds(threshold or ())
         subject = Subject.of(adapter, recipe, instruction)
         rows = judged.read_test_rows(data, limit)
-        with connected(address) as client, judged.progress(len(rows)) as on_answer:
+        with connected(address, RetryPolicy()) as client, judged.progress(len(rows)) as on_answer:
             evaluation = evaluate(client, subject, rows, together, on_answer)
         report = summed_up(evaluation, resamples)
         missed = shortfalls(report, thresholds)
