@@ -67,6 +67,7 @@ async def serve(
     max_message_bytes: Callable[[], int],
     health: HealthServicer | None = None,
     on_drain: Callable[[], None] = lambda: None,
+    may_recover: Callable[[], bool] = lambda: True,
     cleanup: Sequence[Callable[[], Awaitable[None]]] = (),
     essential: Sequence[asyncio.Future[Any]] = (),
     authorize: Authorize | None = None,
@@ -90,6 +91,7 @@ async def serve(
         max_message_bytes: the largest request taken now; a larger one is INVALID_ARGUMENT.
         health: of these services, where the caller decides when they serve; unset: from the start.
         on_drain: called when the drain begins, to tell routers.
+        may_recover: whether what hangs in it, if anything does, may go on yet; else it says that it is not alive.
         cleanup: run one after the other at the end, also after a failure.
         essential: what the service can't do without, such as its engine: when one ends, so does the process.
         authorize: says who may call what; unset: everybody may.
@@ -105,6 +107,7 @@ async def serve(
     in_flight, loop = InFlightCalls(), asyncio.get_running_loop()
     TaskMetrics(registry).watch(lambda: len(asyncio.all_tasks(loop)))
     health = health or HealthServicer(service.full_name for service in services)
+    health.live_while(may_recover)
     interceptor = CallInterceptor(
         observer,
         in_flight,

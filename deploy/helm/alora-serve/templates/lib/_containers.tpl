@@ -40,7 +40,7 @@ imagePullSecrets:
 
 {{/*
 Probes speak to the plain-text port of health alone, which needs no certificate. "liveness" says that the process
-answers, whatever becomes of store, model or peers. It first answers once weights are read and hashed: until then the
+answers, and its engine has not hung for over a minute, whatever becomes of store, model or peers. It first answers once weights are read and hashed: until then the
 start-up probe waits.
 */}}
 {{- define "alora-serve.probes" -}}
