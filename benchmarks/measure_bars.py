@@ -118,8 +118,10 @@ def _take_rows(rows: Sequence[Row], names: dict[str, str], samples: Samples) -> 
         row = fan_out.find(rows, names[system], adapters)
         samples[name] = [sample.total_seconds for sample in row.samples]
         keys[name] = key_of(row)
+    # However many adapters are asked afterwards, it is one prefill of that length.
     for name, system in (("prefill", "ours"), ("llama_prefill", "llama"), ("llama_half_prefill", "llama-f16")):
-        samples[name] = list(fan_out.find(rows, names[system], 5).details["prefill_tokens_per_second"])
+        its = [row for row in rows if row.system == names[system]]
+        samples[name] = [rate for row in its for rate in row.details["prefill_tokens_per_second"]]
     return keys
 
 

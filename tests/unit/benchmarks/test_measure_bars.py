@@ -25,13 +25,22 @@ ADAPTERS = [Adapter(f"a{number}", Path(f"a{number}"), Path(f"a{number}-lora"), (
 
 def test_bars_are_measured_under_the_names_that_the_table_has() -> None:
     names = {system: system for system in measure_bars.SYSTEMS}
-    details = {"prefill_tokens_per_second": [900.0]}
     rows = [
-        Row(system, 2048, (Sample(0.1, 1.0),), adapters=count, details=details) for system in names for count in (5, 16)
+        Row(
+            system,
+            2048,
+            (Sample(0.1, 1.0),),
+            adapters=count,
+            details={"prefill_tokens_per_second": [900.0 + count, 910.0 + count]},
+        )
+        for system in names
+        for count in (5, 16)
     ]
     samples: measure_bars.Samples = {}
 
     measure_bars._take_rows(rows, names, samples)
+    for prefills in ("prefill", "llama_prefill", "llama_half_prefill"):
+        assert samples[prefills] == [905.0, 915.0, 916.0, 926.0], "those of 16 adapters, too"
     elsewhere = ("step_16", "step_1", "step_base", "llama_step", "llama_half_step", "bytes_16", "bytes_1")
     samples |= {name: [1.0] for name in (*elsewhere, "ttft_stored", "ttft_2048", "ttft_6144", "ttft_512")}
 
