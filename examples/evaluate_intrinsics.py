@@ -138,12 +138,12 @@ def test_rows(asked: TestSet, arguments: argparse.Namespace) -> list[Row]:
 
 def subjects(task: str, arguments: argparse.Namespace) -> Iterable[tuple[str, Subject]]:
     """Who is asked about a task: the base model, and every adapter that is trained."""
-    yield f"{task}-{BASE}", Subject.of("", RECIPES / f"{task}.toml", IN_WORDS[task])
+    yield f"{task}-{BASE}", Subject.of("", RECIPES / f"{task}.toml", IN_WORDS[task], {})
     for kind in KINDS:
         for seed in arguments.seeds:
             name = f"{task}-{kind}-{seed}"
             if (arguments.state / name / DONE).is_file():
-                yield name, Subject.of(name, None, None)
+                yield name, Subject.of(name, None, None, {})
 
 
 def judge(client: Client, arguments: argparse.Namespace, results: Results) -> None:

@@ -12,13 +12,8 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-
-def technology(config: dict[str, Any]) -> str:
-    """What mellea calls the kind of an adapter with this ``adapter_config.json``."""
-    is_alora = config.get("alora_invocation_tokens") or config.get("invocation_string")
-    return "alora" if is_alora else "lora"
+from alora_serve.adapters.config import parse_adapter_config
 
 
 def write_layout(adapters: Path, output: Path) -> list[str]:
@@ -29,8 +24,8 @@ def write_layout(adapters: Path, output: Path) -> list[str]:
         place = Path("io_configs", name, "io.yaml")
         (output / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(definition, output / place)
-        config = json.loads((definition.parent / "adapter_config.json").read_text(encoding="utf-8"))
-        entries.append({"adapter_name": name, "technology": technology(config), "io_config": place.as_posix()})
+        config = parse_adapter_config((definition.parent / "adapter_config.json").read_bytes())
+        entries.append({"adapter_name": name, "technology": config.kind, "io_config": place.as_posix()})
     if not entries:
         raise SystemExit(f"no directory of {adapters} holds an io.yaml")
     index = json.dumps({"adapters": entries}, indent=2)

@@ -35,7 +35,7 @@ from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.engine.stepper import EngineLimits
 from alora_serve.intrinsics import with_documents_placed
-from alora_serve.kv.keys import BlockChain
+from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.kv_memory import Prefix
@@ -129,7 +129,7 @@ class Answerer:
         request = SequenceRequest(
             prompt=prompt,
             prefix=Prefix(),
-            chain=BlockChain(bytes(32), prompt, _BLOCK_TOKENS),
+            chain=BlockChain(BlockHash(bytes(32)), prompt, _BLOCK_TOKENS),
             sampling=self._sampling,
             answer=Answer(TextStream(tokenizer.decode, ()), self._sampling.max_tokens, tokenizer.end_of_sequence_ids),
         )

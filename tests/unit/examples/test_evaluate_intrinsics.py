@@ -48,6 +48,19 @@ def state(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_asked_are_the_base_model_in_words_and_every_adapter_that_is_trained(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    for name in ("jailbreak-alora-0", "jailbreak-lora-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / script.DONE).touch()
+    (tmp_path / "jailbreak-alora-1").mkdir()  # not trained to its end
+    asked = dict(script.subjects("jailbreak", script.parse_arguments(["--state", str(tmp_path)])))
+    assert list(asked) == ["jailbreak-base", "jailbreak-alora-0", "jailbreak-lora-2"]
+    assert asked["jailbreak-base"].recipe.instruction == script.IN_WORDS["jailbreak"]
+    assert [subject.adapter for subject in asked.values()] == ["", "jailbreak-alora-0", "jailbreak-lora-2"]
+
+
 def test_the_table_has_means_over_seeds_differences_and_times(
     script: ModuleType, state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

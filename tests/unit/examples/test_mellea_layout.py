@@ -37,7 +37,8 @@ def test_adapters_of_the_old_format_are_aloras_and_those_without_a_definition_ar
 ) -> None:
     for name, config in (("old", {"invocation_string": "<|x|>"}), ("plain", {}), ("undefined", {})):
         (tmp_path / "adapters" / name).mkdir(parents=True)
-        (tmp_path / "adapters" / name / "adapter_config.json").write_text(json.dumps(config))
+        saved = {"peft_type": "LORA", "target_modules": ["q_proj"], **config}
+        (tmp_path / "adapters" / name / "adapter_config.json").write_text(json.dumps(saved))
         if name != "undefined":
             (tmp_path / "adapters" / name / "io.yaml").write_text("model: ~")
     assert script.write_layout(tmp_path / "adapters", tmp_path / "out") == ["old", "plain"]
