@@ -75,9 +75,26 @@ def json_schema(schema: Any) -> JsonSchema:
 
 # --- JSON schemas -----------------------------------------------------------------------------------------------------
 
-names = st.text(st.sampled_from('ab"\\/ é😀$'), min_size=1, max_size=4)
+names = st.text(st.sampled_from('ab"\\/ é😀$\n\t'), min_size=1, max_size=4)
 values = st.none() | st.booleans() | st.integers(-99, 99) | names
 lengths = st.tuples(st.integers(0, 3), st.integers(0, 4)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+class_parts = [
+    "!-~",
+    "\\x20-\\x7e",
+    "\\x00-\\x1f",
+    "\x0b-\x1f",
+    "\\x01",
+    "\\x7f",
+    '"',
+    "\\\\",
+    "\\n",
+    "é",
+    "\\]",
+    "0-9",
+]
+patterns = st.tuples(
+    st.sampled_from(["[a", "[^"]), st.lists(st.sampled_from(class_parts), min_size=1, max_size=3), st.sampled_from("12")
+).map(lambda parts: f"^{parts[0]}{''.join(parts[1])}]{{{parts[2]}}}$")
 leaves = st.one_of(
     st.sampled_from([{"type": "boolean"}, {"type": "integer"}, {"type": ["string", "null"], "maxLength": 2}]),
     st.tuples(st.integers(-50, 50), st.integers(0, 99)).map(
@@ -87,9 +104,11 @@ leaves = st.one_of(
     st.integers(-3, 3).map(lambda low: {"type": "number", "exclusiveMinimum": low, "maximum": low + 1.5}),
     lengths.map(lambda pair: {"type": "string", "minLength": pair[0], "maxLength": pair[1]}),
     st.sampled_from(["^[a-c]{1,3}$", "^(yes|no)$", "^[^ ]$"]).map(lambda regex: {"type": "string", "pattern": regex}),
+    patterns.map(lambda regex: {"type": "string", "pattern": regex}),
     st.sampled_from(["date", "time", "ipv4", "uuid"]).map(lambda name: {"type": "string", "format": name}),
     st.lists(values, min_size=1, max_size=3, unique_by=repr).map(lambda members: {"enum": members}),
     values.map(lambda value: {"const": value}),
+    st.text(st.sampled_from("a\x01\x0b\x1f\x7f"), min_size=1, max_size=2).map(lambda text: {"const": text}),
 )
 
 
@@ -115,7 +134,7 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
             lambda parts: {
                 "type": "object",
                 "properties": parts[0],
-                "patternProperties": {"^x[0-9]$": parts[1]},
+                "patternProperties": {"^x[0-9]$": parts[1], '^y[^"]$': parts[1]},
                 "additionalProperties": False,
             }
         ),
@@ -154,19 +173,24 @@ def test_an_answer_that_stops_parses_and_validates(
 ) -> None:
     """200 schemas, 20 at a time in one batch, each with the base model or some adapter."""
 
-    async def run() -> list[Answer]:
+    async def run() -> list[Answer | BaseException]:
         async with open_stack(model, MemoryStore(), adapters) as stack:
             prefilled = await stack.prefill(PROMPT)
             return await asyncio.gather(
                 *(
                     bound(stack, prefilled, json_schema(schema), name, temperature=heat, seed=seed, sample_index=index)
                     for index, (schema, name, heat) in enumerate(asked)
-                )
+                ),
+                return_exceptions=True,
             )
 
     stopped = 0
     for (schema, _, _), answer in zip(asked, asyncio.run(run()), strict=True):
-        if answer.finished.finish_reason is FinishReason.STOP:
+        if not isinstance(answer, Answer):
+            assert isinstance(answer, InvalidRequestError)
+            assert "'const' at" in str(answer)
+            assert "control characters" in str(answer)
+        elif answer.finished.finish_reason is FinishReason.STOP:
             jsonschema.validate(json.loads(answer.text), schema)
             stopped += 1
         else:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final
 
 from llguidance import LLMatcher
 
 from alora_serve.errors import InvalidRequestError
+from alora_serve.model.structure.schemas import check_schema, narrow_schema, schemas_in
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
 
 FIELD: Final = "sampling.structured_output"
 MAX_COMPLAINT_CHARACTERS: Final = 500
 
-_NAMED_SCHEMAS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-"""Keywords whose value's keys are names, not keywords."""
-_PLAIN_VALUES: Final = ("const", "enum", "default", "examples")
-"""Keywords whose value is no schema."""
 _UNIMPLEMENTED: Final = re.compile(r"Unimplemented keys: (\[.*\])")
 
 
@@ -59,11 +56,13 @@ def complaint(form: StructuredOutput, message: str) -> InvalidRequestError:
 
 
 def _json_grammar(schema: str, field: str) -> str:
-    _check(json.loads(schema), field)
+    document = json.loads(schema)
+    check_schema(document, field)
+    narrow_schema(document, field)
     try:
         # Overrides win over what a schema says in "x-guidance": it may not switch off what would refuse it.
         return LLMatcher.grammar_from_json_schema(
-            "{}" if schema.strip() == "true" else schema,
+            "{}" if document is True else json.dumps(document),
             overrides={
                 # Left free, a small model may write white space until its tokens are used up.
                 "whitespace_flexible": True,
@@ -85,42 +84,8 @@ def _literally(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-def _check(schema: Any, field: str) -> None:
-    """Refuse what llguidance would not, and cannot hold to."""
-    if schema is False:
-        raise InvalidRequestError.of(field, "false allows no answer")
-    for path, inner in _schemas(schema, ""):
-        least, required = inner.get("minProperties"), inner.get("required")
-        known = len(set(required)) if isinstance(required, list) else 0
-        if isinstance(least, int) and least > known + 1:
-            # A grammar cannot see that two names are the same, and JSON would keep one of them.
-            raise InvalidRequestError.of(
-                field, f"'minProperties' at {path or '/'} is not supported beyond the properties that are required"
-            )
-
-
-def _schemas(value: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every schema within a schema, itself included, with its JSON pointer."""
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _schemas(item, f"{path}/{index}")
-    if not isinstance(value, dict):
-        return
-    yield path, value
-    for keyword, inner in value.items():
-        if keyword in _NAMED_SCHEMAS and isinstance(inner, dict):
-            for name, schema in inner.items():
-                yield from _schemas(schema, f"{path}/{keyword}/{_escaped(name)}")
-        elif keyword not in _PLAIN_VALUES:
-            yield from _schemas(inner, f"{path}/{_escaped(keyword)}")
-
-
 def _places(schema: Any, keywords: set[str]) -> Iterator[tuple[str, str]]:
     """Where the keywords stand in a schema."""
-    for path, inner in _schemas(schema, ""):
+    for path, inner in schemas_in(schema):
         for keyword in sorted(keywords & inner.keys()):
             yield path or "/", keyword
-
-
-def _escaped(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")

@@ -16,37 +16,8 @@ from alora_serve.model.structure.compiler import FormCompiler
 from alora_serve.model.structure.constraint import Constraint
 from alora_serve.model.structure.vocabulary import TokenVocabulary
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
+from held_forms import COMPILER, END, TOKENIZER, VOCABULARY, allowed, holds, refusal, schema
 from small_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
-
-TOKENIZER = ChatTokenizer(byte_level_tokenizer())
-VOCABULARY = TokenVocabulary(TOKENIZER, TOKENIZER.vocabulary_size + 7)
-COMPILER = FormCompiler(VOCABULARY)
-[END] = TOKENIZER.end_of_sequence_ids
-
-
-def holds(form: StructuredOutput, text: str) -> bool:
-    """Whether a text has a form, each of its tokens being allowed after those before."""
-    constraint = Constraint(COMPILER.compile(form), frozenset([END]))
-    for token in VOCABULARY.tokens.greedy_tokenize(text):
-        if not allowed(constraint, token):
-            return False
-        constraint.push(token)
-    return constraint.is_complete or allowed(constraint, END)
-
-
-def allowed(constraint: Constraint, token: int) -> bool:
-    return bool(constraint.mask()[token >> 3] >> (token & 7) & 1)
-
-
-def schema(**keywords: Any) -> JsonSchema:
-    return JsonSchema(json.dumps(keywords))
-
-
-def refusal(form: StructuredOutput) -> InvalidRequestError:
-    with pytest.raises(InvalidRequestError) as caught:
-        COMPILER.compile(form)
-    return caught.value
-
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
@@ -94,6 +65,16 @@ def test_a_keyword_that_is_not_held_to_is_named_with_its_place(keyword: str, pla
         (schema(oneOf=[{"type": "string"}, {"maxLength": 3, "type": "string"}]), "use 'anyOf'"),
         (schema(type="object", minProperties=2), "'minProperties' at /"),
         (schema(properties={"a": {"minProperties": 3, "required": ["b"]}}), "'minProperties' at /properties/a"),
+        (schema(const="a\x01"), "'const' at / is not supported with control characters"),
+        (schema(const={"a": ["b", {"\x7f": 1}]}), "'const' at / is not supported with control characters"),
+        (schema(items={"enum": ["yes", "no\x0b"]}), "'enum' at /items is not supported with control characters"),
+        (schema(properties={"a\x1fb": {}}), "'properties' at / is not supported with control characters"),
+        (schema(required=["\x00"]), "'required' at / is not supported with control characters"),
+        (schema(enum=[3, -9007199254740993]), "'enum' at / is not supported with an integer beyond 9007199254740992"),
+        (
+            schema(properties={"a": {"pattern": "(?ix)a #["}}),
+            "the flag 'x' is not supported in a pattern at /properties/a",
+        ),
         (JsonSchema("false"), "allows no answer"),
         (JsonSchema(r'{"const": "\ud800"}'), "is not JSON"),
         (JsonSchema('{"maximum": 1e999}'), "is not JSON"),
@@ -154,6 +135,8 @@ def test_a_schema_may_not_switch_off_what_refuses_it() -> None:
             ["{}", '{"x1": 1, "x2": 2}'],
             ['{"x1": "a"}', '{"y1": 1}'],
         ),
+        (schema(enum=["\b\t\n\f\r", 9007199254740992]), [r'"\b\t\n\f\r"', "9007199254740992"], [r'"\u0008\t\n\f\r"']),
+        (schema(const={"\n": None}), [r'{"\n":null}'], ['{"":null}']),
         (schema(type="string"), [r'"\n\"\\"', '"é😀"'], [r'"\u0041"', r'"\ud800"', '"\n"']),
         (Regex("a|bc"), ["a", "bc"], ["", "ab", "abc", "b"]),
         (Choice(("a.c", "x|y", "[é]\n", "😀")), ["a.c", "x|y", "[é]\n", "😀"], ["abc", "x", "y", "a.cx"]),

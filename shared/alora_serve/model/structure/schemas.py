@@ -1,0 +1,95 @@
+"""JSON schemas before they are compiled: what llguidance would take and not hold to is refused, or narrowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from alora_serve.errors import InvalidRequestError
+from alora_serve.model.structure.patterns import UNWRITABLE, narrowed
+
+_NAMED_SCHEMAS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords whose value's keys are names, not keywords."""
+_PLAIN_VALUES: Final = ("const", "enum", "default", "examples")
+"""Keywords whose value is no schema."""
+_MAX_INTEGER: Final = 1 << 53
+"""llguidance takes numbers as 64-bit floats, which have every integer up to here."""
+
+
+def schemas_in(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema within a schema, itself included, with its JSON pointer."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from schemas_in(item, f"{path}/{index}")
+    if not isinstance(value, dict):
+        return
+    yield path, value
+    for keyword, inner in value.items():
+        if keyword in _NAMED_SCHEMAS and isinstance(inner, dict):
+            for name, schema in inner.items():
+                yield from schemas_in(schema, f"{path}/{keyword}/{escaped(name)}")
+        elif keyword not in _PLAIN_VALUES:
+            yield from schemas_in(inner, f"{path}/{escaped(keyword)}")
+
+
+def escaped(name: str) -> str:
+    """A name as a part of a JSON pointer."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def check_schema(schema: Any, field: str) -> None:
+    """Refuse what llguidance would not, and cannot hold to.
+
+    Raises:
+        InvalidRequestError: of ``field``; names the keyword and its place.
+    """
+    if schema is False:
+        raise InvalidRequestError.of(field, "false allows no answer")
+    for path, inner in schemas_in(schema):
+        for keyword, complaint in _complaints(inner):
+            raise InvalidRequestError.of(field, f"{keyword!r} at {path or '/'} is not supported {complaint}")
+
+
+def narrow_schema(schema: Any, field: str) -> None:
+    """Take out of its patterns, in place, what an answer cannot have.
+
+    Raises:
+        InvalidRequestError: of ``field``; a pattern has a flag that JSON Schema does not know.
+    """
+    for path, inner in list(schemas_in(schema)):
+        try:
+            if isinstance(inner.get("pattern"), str):
+                inner["pattern"] = narrowed(inner["pattern"])
+            if isinstance(named := inner.get("patternProperties"), dict):
+                inner["patternProperties"] = {narrowed(pattern): value for pattern, value in named.items()}
+        except ValueError as error:
+            raise InvalidRequestError.of(field, f"{error} in a pattern at {path or '/'}") from error
+
+
+def _complaints(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keywords of this schema itself that cannot be held to, and why."""
+    least, required = schema.get("minProperties"), schema.get("required")
+    known = len(set(required)) if isinstance(required, list) else 0
+    if isinstance(least, int) and least > known + 1:
+        # A grammar cannot see that two names are the same, and JSON would keep one of them.
+        yield "minProperties", "beyond the properties that are required"
+    for keyword in ("const", "enum", "required", "properties"):
+        value = schema.get(keyword)
+        told = list(value) if keyword == "properties" and isinstance(value, dict) else value
+        for plain in _plain_values(told):
+            if isinstance(plain, str) and UNWRITABLE.search(plain):
+                yield keyword, "with control characters other than \\b, \\t, \\n, \\f and \\r"
+            if isinstance(plain, int) and abs(plain) > _MAX_INTEGER:
+                yield keyword, f"with an integer beyond {_MAX_INTEGER}"
+
+
+def _plain_values(value: Any) -> Iterator[Any]:
+    """Texts, numbers and names within a JSON value."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _plain_values(item)
+    else:
+        yield value
