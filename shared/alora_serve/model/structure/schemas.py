@@ -16,6 +16,18 @@ _MAX_INTEGER: Final = 1 << 53
 """llguidance takes numbers as 64-bit floats, which have every integer up to here."""
 
 
+_REAL_DAY: Final = (
+    "^(?:"
+    # Years that four divides, of those that a hundred divides only each fourth: these alone have a 29 February.
+    "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)-"
+    "|(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)-(?:0[13-9]|1|02-[01]|02-2[0-8])"
+    ")"
+)
+_REAL_SECOND: Final = ":[0-9]{2}:[0-5]"
+_STRICTER_FORMATS: Final = {"date": [_REAL_DAY], "time": [_REAL_SECOND], "date-time": [_REAL_DAY, _REAL_SECOND]}
+"""Patterns that leave of a format what there is: llguidance also takes 2023-02-29, 0000-01-01 and 12:00:60Z for one."""
+
+
 def schemas_in(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every schema within a schema, itself included, with its JSON pointer."""
     if isinstance(value, list):
@@ -51,7 +63,7 @@ def check_schema(schema: Any, field: str) -> None:
 
 
 def narrow_schema(schema: Any, field: str) -> None:
-    """Take out of its patterns, in place, what an answer cannot have.
+    """Take out of its patterns, in place, what an answer cannot have, and out of its formats what there is not.
 
     Raises:
         InvalidRequestError: of ``field``; a pattern has a flag that JSON Schema does not know.
@@ -64,6 +76,9 @@ def narrow_schema(schema: Any, field: str) -> None:
                 inner["patternProperties"] = {narrowed(pattern): value for pattern, value in named.items()}
         except ValueError as error:
             raise InvalidRequestError.of(field, f"{error} in a pattern at {path or '/'}") from error
+        stricter = _STRICTER_FORMATS.get(str(inner.get("format")), [])
+        if stricter and isinstance(every := inner.get("allOf", []), list):
+            inner["allOf"] = [*every, *({"pattern": pattern} for pattern in stricter)]
 
 
 def _complaints(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:

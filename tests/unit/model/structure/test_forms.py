@@ -148,6 +148,44 @@ def test_a_form_takes_what_it_should_and_nothing_else(form: StructuredOutput, go
     assert [text for text in bad if holds(form, text)] == []
 
 
+FORMATS = {
+    "date": (
+        ["2024-02-29", "2000-02-29", "2023-04-30", "0001-12-31"],
+        ["2023-02-29", "1900-02-29", "2023-04-31", "2023-13-01", "2023-1-1", "0000-01-01", "2023-01-01 "],
+    ),
+    "time": (
+        ["00:00:00Z", "23:59:59.25+01:00", "12:00:00z"],
+        ["24:00:00Z", "12:60:00Z", "12:00:60Z", "12:00:00", "12:00Z", "12:00:00+24:00"],
+    ),
+    "date-time": (
+        ["2024-02-29T12:00:00Z", "2023-01-01t00:00:00.5-08:00"],
+        ["2023-02-29T12:00:00Z", "2023-01-01T12:00:60Z", "2023-01-01 12:00:00Z", "2023-01-01", "2023-01-01T12:00:00"],
+    ),
+    "duration": (["P1Y2M3D", "PT36H", "P2W", "P1DT1M"], ["P", "1D", "P1S", "PT", "P1W1D"]),
+    "email": (["a.b+c@example.org", "a@[127.0.0.1]"], ["a", "@b", "a@", "a b@c", "a@b@c", "a@-b"]),
+    "hostname": (["a", "a-1.example"], ["-a", "a-", "a..b", "a_b", "", "a" * 64]),
+    "ipv4": (["0.0.0.0", "255.10.9.1"], ["256.0.0.1", "1.2.3", "01.2.3.4", "1.2.3.4.5"]),
+    "ipv6": (["::", "::1", "1:2:3:4:5:6:7:8", "fe80::a:b"], [":", "1::2::3", "1:2:3:4:5:6:7:8:9", "g::", "12345::"]),
+    "uuid": (["0123abCD-0123-4567-89ab-0123456789ab"], ["0123abcd0123456789ab0123456789ab", "g" * 36, "-" * 36]),
+    "uri": (["https://a.example:80/b?c=%20#d", "urn:a:b"], ["a", "https://a b", "https://a/%2", "a:\\b", "://a"]),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_takes_what_there_is_of_it_and_nothing_else(name: str) -> None:
+    good, bad = FORMATS[name]
+    form = schema(type="string", format=name)
+    assert [text for text in good if not holds(form, json.dumps(text))] == []
+    assert [text for text in bad if holds(form, json.dumps(text))] == []
+
+
+def test_a_format_adds_to_what_else_a_schema_says() -> None:
+    form = schema(properties={"a": {"format": "date", "allOf": [{"pattern": "^2"}], "pattern": "9$"}}, required=["a"])
+    assert holds(form, '{"a": "2024-02-29"}')
+    assert holds(form, '{"a": 3}'), "a format is one of strings"
+    assert [day for day in ("2023-02-29", "1999-01-29", "2024-02-28") if holds(form, json.dumps({"a": day}))] == []
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=4, unique=True), st.text(max_size=6))
 def test_choices_are_taken_letter_by_letter(values: list[str], other: str) -> None:
