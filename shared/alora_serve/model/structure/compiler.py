@@ -11,7 +11,7 @@ from typing import Final
 from llguidance import LLMatcher, LLParserLimits
 
 from alora_serve.errors import AloraServeError
-from alora_serve.model.structure.forms import complaint, grammar_of
+from alora_serve.model.structure.forms import complaint, grammar_of, refusal
 from alora_serve.model.structure.vocabulary import TokenVocabulary
 from alora_serve.types import StructuredOutput
 
@@ -84,7 +84,7 @@ class FormCompiler:
     def _compile(self, form: StructuredOutput) -> CompiledForm:
         matcher = LLMatcher(self._vocabulary.tokens, grammar_of(form), log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise complaint(form, matcher.get_error())
+            raise refusal(form, matcher.get_error())
         first = matcher.deep_copy()
         if not any(first.compute_bitmask()) or first.is_error():
             raise complaint(form, "it allows no answer")

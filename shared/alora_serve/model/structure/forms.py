@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Final
 
 from llguidance import LLMatcher
 
 from alora_serve.errors import InvalidRequestError
-from alora_serve.model.structure.schemas import check_schema, narrow_schema, schemas_in
+from alora_serve.model.structure.places import UNSATISFIABLE, place_of_fault
+from alora_serve.model.structure.schemas import CONTROL_CHARACTERS, check_schema, keyword_places, narrow_schema
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
 
 FIELD: Final = "sampling.structured_output"
@@ -33,7 +33,7 @@ def grammar_of(form: StructuredOutput) -> str:
     """
     match form:
         case JsonSchema(schema):
-            return _json_grammar(schema, field_of(form))
+            return _grammar_of_schema(schema, field_of(form))
         case Regex(pattern):
             return LLMatcher.grammar_from_regex(pattern)
         case Grammar(grammar):
@@ -42,50 +42,68 @@ def grammar_of(form: StructuredOutput) -> str:
             return LLMatcher.grammar_from_regex("|".join(map(_literally, values)))
 
 
+def refusal(form: StructuredOutput, message: str) -> InvalidRequestError:
+    """What llguidance says about a form that it does not compile; of a schema, with the place in it."""
+    if not isinstance(form, JsonSchema):
+        return complaint(form, message)
+    schema = json.loads(form.schema)
+    if unimplemented := _UNIMPLEMENTED.search(message):
+        places = keyword_places(schema, set(json.loads(unimplemented[1])))
+        return complaint(form, "; ".join(f"{keyword!r} at {path} is not supported" for path, keyword in places))
+    # As it was given, in whose words it may find its fault; if it has none so, the fault is in what was left of it.
+    given = _said_of(schema)
+    if not given:
+        narrow_schema(schema, field_of(form))
+    path, said = place_of_fault(schema, given or message, _said_of)
+    if not given and said.startswith(UNSATISFIABLE):
+        said = f"it allows no string without {CONTROL_CHARACTERS}"
+    return complaint(form, f"at {path or '/'}: {_described(said)}")
+
+
 def complaint(form: StructuredOutput, message: str) -> InvalidRequestError:
     """What llguidance says about a form, as an error of the field."""
-    unimplemented = _UNIMPLEMENTED.search(message)
-    if unimplemented and isinstance(form, JsonSchema):
-        places = _places(json.loads(form.schema), set(json.loads(unimplemented[1])))
-        description = "; ".join(f"{keyword!r} at {path} is not supported" for path, keyword in places) or message
-    elif "coerce_one_of" in message:
-        description = "'oneOf' is supported only where no value fits two of its schemas; use 'anyOf'"
-    else:
-        description = " ".join(message.replace("<non-verbose/>", "").split())
-    return InvalidRequestError.of(field_of(form), description[:MAX_COMPLAINT_CHARACTERS])
+    return InvalidRequestError.of(field_of(form), _described(message)[:MAX_COMPLAINT_CHARACTERS])
 
 
-def _json_grammar(schema: str, field: str) -> str:
-    document = json.loads(schema)
-    check_schema(document, field)
-    narrow_schema(document, field)
+def _described(message: str) -> str:
+    if "coerce_one_of" in message:
+        return "'oneOf' is supported only where no value fits two of its schemas; use 'anyOf'"
+    return " ".join(message.replace("<non-verbose/>", "").split())
+
+
+def _grammar_of_schema(text: str, field: str) -> str:
+    schema = json.loads(text)
+    check_schema(schema, field)
+    narrow_schema(schema, field)
     try:
-        # Overrides win over what a schema says in "x-guidance": it may not switch off what would refuse it.
-        return LLMatcher.grammar_from_json_schema(
-            "{}" if document is True else json.dumps(document),
-            overrides={
-                # Left free, a small model may write white space until its tokens are used up.
-                "whitespace_flexible": True,
-                "whitespace_pattern": " ?",
-                "item_separator": ",",
-                "key_separator": ":",
-                "lenient": False,
-                "coerce_one_of": False,
-                # No \uXXXX: a key spelt with one would be a declared one in disguise.
-                "json_allowed_escapes": '"\\bfnrt',
-            },
-        )
+        return _json_grammar(schema)
     except ValueError as error:  # what Python's parser takes and others do not, such as half a character
         raise InvalidRequestError.of(field, f"is not JSON: {error}") from error
+
+
+def _said_of(schema: Any) -> str:
+    """What llguidance says about a schema; empty where it compiles."""
+    return LLMatcher.validate_grammar(_json_grammar(schema))
+
+
+def _json_grammar(schema: Any) -> str:
+    # Overrides win over what a schema says in "x-guidance": it may not switch off what would refuse it.
+    return LLMatcher.grammar_from_json_schema(
+        "{}" if schema is True else json.dumps(schema),
+        overrides={
+            # Left free, a small model may write white space until its tokens are used up.
+            "whitespace_flexible": True,
+            "whitespace_pattern": " ?",
+            "item_separator": ",",
+            "key_separator": ":",
+            "lenient": False,
+            "coerce_one_of": False,
+            # No \uXXXX: a key spelt with one would be a declared one in disguise.
+            "json_allowed_escapes": '"\\bfnrt',
+        },
+    )
 
 
 def _literally(text: str) -> str:
     """A regular expression of the text alone."""
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
-
-
-def _places(schema: Any, keywords: set[str]) -> Iterator[tuple[str, str]]:
-    """Where the keywords stand in a schema."""
-    for path, inner in schemas_in(schema):
-        for keyword in sorted(keywords & inner.keys()):
-            yield path or "/", keyword

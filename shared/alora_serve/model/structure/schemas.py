@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, Final
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.model.structure.patterns import UNWRITABLE, narrowed
+
+CONTROL_CHARACTERS: Final = "control characters other than \\b, \\t, \\n, \\f and \\r"
+"""What no string of an answer has."""
 
 _NAMED_SCHEMAS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose value's keys are names, not keywords."""
@@ -47,6 +50,13 @@ def schemas_in(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]
 def escaped(name: str) -> str:
     """A name as a part of a JSON pointer."""
     return name.replace("~", "~0").replace("/", "~1")
+
+
+def keyword_places(schema: Any, keywords: Set[str]) -> Iterator[tuple[str, str]]:
+    """Where the keywords stand in a schema: JSON pointer and keyword."""
+    for path, inner in schemas_in(schema):
+        for keyword in sorted(keywords & inner.keys()):
+            yield path or "/", keyword
 
 
 def check_schema(schema: Any, field: str) -> None:
@@ -93,7 +103,7 @@ def _complaints(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
         told = list(value) if keyword == "properties" and isinstance(value, dict) else value
         for plain in _plain_values(told):
             if isinstance(plain, str) and UNWRITABLE.search(plain):
-                yield keyword, "with control characters other than \\b, \\t, \\n, \\f and \\r"
+                yield keyword, f"with {CONTROL_CHARACTERS}"
             if isinstance(plain, int) and abs(plain) > _MAX_INTEGER:
                 yield keyword, f"with an integer beyond {_MAX_INTEGER}"
 
