@@ -99,7 +99,7 @@ ChoiceOption = Annotated[
 ]
 GrammarOption = Annotated[
     str | None,
-    typer.Option("--grammar", metavar="FILE|TEXT", help="The answer is of this Lark grammar, a file or its text."),
+    typer.Option("--grammar", metavar="FILE|TEXT", help="The answer is of this grammar, a file or its text."),
 ]
 TopLogprobs = Annotated[
     int, typer.Option(min=0, max=20, metavar="N", help="Also tell the N most likely tokens in each token's place.")

@@ -22,7 +22,10 @@ class Regex:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """Text of this context-free grammar, in Lark's syntax as llguidance takes it; ``start`` is its first rule."""
+    """Text of this context-free grammar, in Lark's syntax as llguidance takes it; ``start`` is its first rule.
+
+    Or in llama.cpp's EBNF, whose rules are written with ``::=``; ``root`` is its first rule.
+    """
 
     grammar: str
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from llguidance import LLMatcher
 
 from alora_serve.errors import InvalidRequestError
+from alora_serve.model.structure.ebnf import is_ebnf, lark_of
 from alora_serve.model.structure.places import UNSATISFIABLE, place_of_fault
 from alora_serve.model.structure.schemas import CONTROL_CHARACTERS, check_schema, keyword_places, narrow_schema
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
@@ -29,7 +30,7 @@ def grammar_of(form: StructuredOutput) -> str:
     """The form in llguidance's own language.
 
     Raises:
-        InvalidRequestError: a JSON schema that asks for what cannot be held to.
+        InvalidRequestError: a JSON schema that asks for what cannot be held to; malformed EBNF.
     """
     match form:
         case JsonSchema(schema):
@@ -37,7 +38,7 @@ def grammar_of(form: StructuredOutput) -> str:
         case Regex(pattern):
             return LLMatcher.grammar_from_regex(pattern)
         case Grammar(grammar):
-            return LLMatcher.grammar_from_lark(grammar)
+            return LLMatcher.grammar_from_lark(_lark(grammar, field_of(form)))
         case Choice(values):
             return LLMatcher.grammar_from_regex("|".join(map(_literally, values)))
 
@@ -102,6 +103,13 @@ def _json_grammar(schema: Any) -> str:
             "json_allowed_escapes": '"\\bfnrt',
         },
     )
+
+
+def _lark(grammar: str, field: str) -> str:
+    try:
+        return lark_of(grammar) if is_ebnf(grammar) else grammar
+    except ValueError as error:
+        raise InvalidRequestError.of(field, f"as EBNF: {error}") from error
 
 
 def _literally(text: str) -> str:
