@@ -50,7 +50,11 @@ class Answer:
         return self._ending(token_ids[-1], restored.stop_string) if token_ids else None
 
     def push(self, token_id: int) -> tuple[str, Ending | None]:
-        """Take the next token; the text that is now certain, and the ending, if this is the last one."""
+        """Take the next token; the text that is now certain, and the ending, if this is the last one.
+
+        Raises:
+            AloraServeError: the form of the answer cannot be followed.
+        """
         self._num_tokens += 1
         if self.constraint is not None:
             self.constraint.push(token_id)

@@ -266,8 +266,6 @@ class Engine:
         if sequence.in_base_phase or sequence.request.sampling is None:
             sequence.tell_published(tail=True)
         now = monotonic()
-        answer, ending = sequence.request.answer, ended.ending
-        held_back = answer.text.finish() if answer is not None and not (ending and ending.stop_string) else ""
         first = sequence.first_token_at or now
         stats = SequenceStats(
             queue_seconds=sequence.started_at - sequence.submitted_at,
@@ -278,7 +276,7 @@ class Engine:
             generated_tokens=len(sequence.generated),
         )
         self._leave(sequence)
-        sequence.sink(SequenceDone(ending, held_back, tuple(sequence.generated), stats))
+        sequence.sink(SequenceDone(ended.ending, ended.held_back, tuple(sequence.generated), stats))
 
     def _fail(self, sequence: Sequence, error: AloraServeError) -> None:
         self._leave(sequence)

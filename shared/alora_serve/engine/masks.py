@@ -37,7 +37,5 @@ def _mask(constraint: Constraint | None) -> Mask | AloraServeError:
         return None
     try:
         return constraint.mask()
-    except AloraServeError as error:
+    except AloraServeError as error:  # it ends this answer and no other
         return error
-    except BaseException as error:  # noqa: BLE001  # such as a panic in Rust: it must end this answer and no other
-        return AloraServeError(f"the form of the answer cannot be followed: {error!r}")

@@ -50,10 +50,14 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A sequence has run to its end in this step, or to an error. Without either, it is a prefill."""
+    """A sequence has run to its end in this step, or to an error. Without either, it is a prefill.
+
+    ``held_back`` is the last of its text, which might have been the beginning of a stop string.
+    """
 
     sequence: Sequence
     ending: Ending | None = None
+    held_back: str = ""
     error: AloraServeError | None = None
 
 
@@ -141,13 +145,20 @@ class Stepper:
             if isinstance(mask, AloraServeError):
                 finish(Ended(sequence, error=mask))
                 continue
-            ending = _deliver(sequence, choice)
-            if ending is not None:
-                finish(Ended(sequence, ending))
+            try:
+                ended = _deliver(sequence, choice)
+            except AloraServeError as error:  # of this answer's form
+                ended = Ended(sequence, error=error)
+            if ended is not None:
+                finish(ended)
 
 
-def _deliver(sequence: Sequence, choice: Chosen) -> Ending | None:
-    """Append a token and send it; what it comes to, if it is the last."""
+def _deliver(sequence: Sequence, choice: Chosen) -> Ended | None:
+    """Append a token and send it; what it comes to, if it is the last.
+
+    Raises:
+        AloraServeError: the form of the answer cannot be followed.
+    """
     answer = sequence.request.answer
     if answer is None:
         raise RuntimeError("a prefill has no tokens to deliver")
@@ -162,4 +173,6 @@ def _deliver(sequence: Sequence, choice: Chosen) -> Ending | None:
         top = (answer.likely(choice.top),) if choice.top else ()
         chunk = replace(chunk, logprobs=(choice.logprob,), token_bytes=spelt, top_logprobs=top)
     sequence.sink(chunk)
-    return ending
+    if ending is None:
+        return None
+    return Ended(sequence, ending, held_back="" if ending.stop_string else answer.text.finish())

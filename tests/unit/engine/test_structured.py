@@ -16,11 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alora_serve.errors import InvalidRequestError
+from alora_serve.errors import AloraServeError, InvalidRequestError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
 from alora_serve.model.structure import compiler as compiling
+from alora_serve.model.structure.compiler import CompiledForm
 from alora_serve.model.structure.constraint import Constraint
+from alora_serve.model.text import TextStream
 from alora_serve.types import (
     ChatMessage,
     Choice,
@@ -428,6 +430,69 @@ async def test_an_answer_that_cannot_go_on_fails_alone(
     assert [violation.field for violation in broken.violations] == ["sampling.structured_output.regex"]
     assert isinstance(fine, Answer)
     assert len(fine.tokens) == 100
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it: no Exception."""
+
+
+class FaultyMatcher:
+    """A matcher one of whose calls breaks, the third time it is made."""
+
+    def __init__(self, matcher: Any, call: str, error: BaseException) -> None:
+        self._matcher, self._call, self._error, self._calls = matcher, call, error, 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._call:
+            self._calls += 1
+            if self._calls == 3:
+                raise self._error
+        return getattr(self._matcher, name)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("poisoned"), PanicException("index out of bounds")])
+@pytest.mark.parametrize("call", ["consume_tokens", "compute_bitmask", "is_stopped"])
+async def test_a_fault_in_following_a_form_ends_that_answer_alone(
+    stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
+) -> None:
+    """Whether while its mask is computed, its token taken, or asked whether that was the last."""
+    faulty, sound = Regex("[a-z]{9}"), Regex("[0-9]{30}")
+    expected = [await bound(stack, prefilled, form, max_tokens=30) for form in (sound, None)]
+    matcher = CompiledForm.matcher
+
+    def broken(form: CompiledForm) -> Any:
+        return FaultyMatcher(matcher(form), call, error) if form.form == faulty else matcher(form)
+
+    monkeypatch.setattr(CompiledForm, "matcher", broken)
+    alone, *others = await asyncio.gather(
+        *(bound(stack, prefilled, form, max_tokens=30) for form in (faulty, sound, None)), return_exceptions=True
+    )
+    assert isinstance(alone, AloraServeError)
+    assert f"the form of the answer cannot be followed: {error!r}" in str(alone)
+    assert [answer.tokens for answer in others if isinstance(answer, Answer)] == [answer.tokens for answer in expected]
+    assert not stack.core.engine.ended.done()
+
+
+async def test_a_fault_in_the_last_of_the_text_ends_that_answer_alone(
+    stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text held back for a stop string is asked about once more at the end."""
+    finish = TextStream.finish
+
+    def broken(text: TextStream) -> str:
+        if text._stop:
+            raise AloraServeError("the form of the answer cannot be followed")
+        return finish(text)
+
+    monkeypatch.setattr(TextStream, "finish", broken)
+    alone, other = await asyncio.gather(
+        bound(stack, prefilled, Regex("[a-z]{3}"), stop=("!",)),
+        bound(stack, prefilled, Regex("[a-z]{9}")),
+        return_exceptions=True,
+    )
+    assert isinstance(alone, AloraServeError)
+    assert isinstance(other, Answer)
+    assert len(other.text) == 9
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
-from alora_serve.errors import InvalidRequestError
+from alora_serve.errors import AloraServeError, InvalidRequestError
 from alora_serve.model.structure.compiler import CompiledForm
 from alora_serve.model.structure.forms import complaint
 
 
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Whatever fails is an answer's own error. A panic in Rust is no Exception, and would end more than the answer."""
+    try:
+        yield
+    except AloraServeError:
+        raise
+    except BaseException as error:
+        raise AloraServeError(f"the form of the answer cannot be followed: {error!r}") from error
+
+
 class Constraint:
-    """Follows one answer. Its state is a function of the form and the tokens; one thread at a time."""
+    """Follows one answer. Its state is a function of the form and the tokens; one thread at a time.
+
+    All but its making may raise an ``AloraServeError``, and nothing else: what defects in llguidance come to.
+    """
 
     def __init__(self, form: CompiledForm, end_ids: frozenset[int]) -> None:
         """Stand before the first token. ``end_ids`` are the tokens that end the answer, where it is complete."""
@@ -26,28 +41,35 @@ class Constraint:
         self._matcher = form.matcher()
         self._text: LLMatcher | None = None
 
+    @_contained()
     def restore(self, token_ids: Sequence[int]) -> None:
         """Go on after these tokens.
 
         Raises:
             InvalidRequestError: they are no beginning of an answer of this form.
         """
-        self._follow(token_ids)
+        if not self._consume(token_ids):
+            self._start_afresh()
         if self._matcher.is_error():
             raise InvalidRequestError.of("resume.generated_token_ids", "they do not have the form of structured_output")
 
+    @_contained()
     def push(self, token_id: int) -> None:
-        """Go on after a token that :meth:`mask` allowed."""
-        self._follow((token_id,))  # what fails shows in the next mask
+        """Go on after a token that :meth:`mask` allowed. Takes microseconds; what fails shows in the next mask."""
+        self._consume((token_id,))
 
     @property
+    @_contained()
     def is_complete(self) -> bool:
         """The answer has the form, and nothing can be added to it."""
         matcher = self._matcher
         return matcher.is_stopped() and matcher.is_accepting() and not matcher.is_error()
 
+    @_contained()
     def mask(self) -> bytes:
-        """A bit for each token id, little-endian: whether it may come next. Takes microseconds, at first milliseconds.
+        """A bit for each token id, little-endian: whether it may come next.
+
+        Takes microseconds, at first milliseconds, and compiles the form anew where other answers used up its limits.
 
         Raises:
             InvalidRequestError: no token may, or the form has become too complex.
@@ -71,20 +93,21 @@ class Constraint:
             raise complaint(self._form.form, "no token of this model can go on with the answer")
         return packed.tobytes()
 
+    @_contained()
     def advance(self, text: str) -> None:
         """See :class:`alora_serve.model.text.TextGate`."""
         self._text = self._with_text(self._text or self._form.matcher(), text)
 
+    @_contained()
     def may_end(self, text: str) -> bool:
         """See :class:`alora_serve.model.text.TextGate`."""
         matcher = self._with_text((self._text or self._form.matcher()).deep_copy(), text)
         return matcher.is_accepting() and not matcher.is_error()
 
-    def _follow(self, token_ids: Sequence[int]) -> None:
+    def _consume(self, token_ids: Sequence[int]) -> bool:
         new = [token_id for token_id in token_ids if token_id not in self._end_ids]
         self._tokens += new
-        if not self._matcher.consume_tokens(new):
-            self._start_afresh()
+        return self._matcher.consume_tokens(new)
 
     def _start_afresh(self) -> None:
         """Compile the form anew and catch up: what answers before this one needed may have used up its limits."""

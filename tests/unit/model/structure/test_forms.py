@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alora_serve.errors import InvalidRequestError, UnimplementedFeatureError
+from alora_serve.errors import AloraServeError, InvalidRequestError, UnimplementedFeatureError
 from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.structure import compiler as compiling
-from alora_serve.model.structure.compiler import FormCompiler
+from alora_serve.model.structure.compiler import CompiledForm, FormCompiler
 from alora_serve.model.structure.constraint import Constraint
 from alora_serve.model.structure.vocabulary import TokenVocabulary
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
@@ -232,6 +233,49 @@ def test_what_other_answers_used_up_of_a_forms_limits_is_no_answers_fault(monkey
     for text in ("aj" * 20, "kt" * 20, "09" * 20, "ja" * 20):
         assert follow(compiler, form, text).is_complete
     assert compiler.compile(form) is not first
+
+
+def test_a_token_is_taken_without_compiling_and_the_next_mask_catches_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are taken between two steps of everybody's; masks have a thread of their own."""
+    monkeypatch.setattr(compiling, "_LIMITS", compiling.LLParserLimits(max_lexer_states=70, verbose_errors=False))
+    compiler, form = FormCompiler(VOCABULARY), Regex("[a-j]{40}|[k-t]{40}|[0-9]{40}")
+    late = Constraint(compiler.compile(form), frozenset([END]))
+    for text in ("aj" * 20, "kt" * 20):
+        assert follow(compiler, form, text).is_complete
+    used_up = compiler.compile(form)
+    tokens = VOCABULARY.tokens.greedy_tokenize("09" * 20)
+    for token in tokens[:-1]:
+        late.push(token)
+    assert compiler.compile(form) is used_up
+    assert allowed(late, tokens[-1])
+    assert compiler.compile(form) is not used_up
+    late.push(tokens[-1])
+    assert late.is_complete
+
+
+@pytest.mark.parametrize("call", ["restore", "push", "mask", "is_complete", "advance", "may_end"])
+def test_whatever_fails_in_llguidance_is_an_error_of_the_answer(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    class PanicException(BaseException):
+        """As pyo3 raises it: no Exception."""
+
+    def panic(*_: object) -> NoReturn:
+        raise PanicException("index out of bounds")
+
+    matcher = SimpleNamespace(
+        consume_tokens=panic, compute_bitmask=panic, is_stopped=panic, is_accepting=panic, deep_copy=panic
+    )
+    monkeypatch.setattr(CompiledForm, "matcher", lambda form: matcher)
+    constraint = Constraint(COMPILER.compile(Regex("a")), frozenset([END]))
+    calls = {
+        "restore": lambda: constraint.restore([1]),
+        "push": lambda: constraint.push(1),
+        "mask": constraint.mask,
+        "is_complete": lambda: constraint.is_complete,
+        "advance": lambda: constraint.advance("a"),
+        "may_end": lambda: constraint.may_end("a"),
+    }
+    with pytest.raises(AloraServeError, match="cannot be followed: PanicException"):
+        calls[call]()
 
 
 def test_an_answer_that_needs_more_than_the_limits_by_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
