@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits
 
@@ -17,6 +18,12 @@ from alora_serve.types import StructuredOutput
 
 MAX_COMPILED: Final = 64
 """Forms kept. Each takes up to some tens of MB where it is as complex as the limits allow; usually well below one."""
+
+_STACK_BYTES: Final = 256 << 20
+"""llguidance calls itself for each schema or rule within another. A form may hold more of them than a usual stack of
+8 MiB takes, and the process would end. 64 MiB do for 128 KiB of references; memory is used as it is needed."""
+_stack_size_lock: Final = threading.Lock()
+_T = TypeVar("_T")
 
 _LIMITS: Final = LLParserLimits(
     # The rest are llguidance's defaults, at which nothing compiles for longer than about a second, nor masks for
@@ -69,7 +76,7 @@ class FormCompiler:
                 self._compiled.popitem(last=False)
         if known is None:
             try:
-                compiled.set_result(self._compile(form))
+                compiled.set_result(_on_a_large_stack(lambda: self._compile(form)))
             except BaseException as error:  # noqa: BLE001  # whoever waits for it is told the same
                 self.forget(form)
                 # A panic in Rust is no Exception, and would pass by everything that keeps a request's errors its own.
@@ -89,3 +96,22 @@ class FormCompiler:
         if not any(first.compute_bitmask()) or first.is_error():
             raise complaint(form, "it allows no answer")
         return CompiledForm(form, self._vocabulary, self, matcher)
+
+
+def _on_a_large_stack(call: Callable[[], _T]) -> _T:
+    """Make a call in a thread of its own, and return what it does."""
+    done = Future[_T]()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # noqa: BLE001  # whoever waits raises it
+            done.set_exception(error)
+
+    with _stack_size_lock:  # the size is the process's, of all threads to come
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="compile").start()
+        finally:
+            threading.stack_size(usual)
+    return done.result()

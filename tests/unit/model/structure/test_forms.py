@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -216,6 +219,30 @@ def test_a_form_is_compiled_once_and_the_oldest_is_forgotten(monkeypatch: pytest
     compiler.compile(Regex("d"))
     compiler.compile(Regex("e"))
     assert compiler.compile(Regex("a")) is not first
+
+
+DEEP = """
+import json
+from alora_serve.errors import InvalidRequestError
+from alora_serve.types import Grammar, JsonSchema
+from held_forms import holds, refusal
+
+def chain(last):
+    links = {f"d{index}": {"items": {"$ref": f"#/$defs/d{index + 1}"}} for index in range(2500)}
+    return JsonSchema(json.dumps({"$ref": "#/$defs/d0", "$defs": {**links, "d2500": last}}))
+
+assert holds(chain({}), "[]")
+assert "strin" in str(refusal(chain({"type": "strin"})))
+for rule in "rT":
+    rules = [f"start: {rule}0", *(f"{rule}{index}: {rule}{index + 1}" for index in range(6000)), f'{rule}6000: "a"']
+    assert holds(Grammar("\\n".join(rules)), "a")
+"""
+
+
+def test_what_nests_deeper_than_a_usual_stack_ends_no_process() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", DEEP], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def follow(compiler: FormCompiler, form: StructuredOutput, text: str) -> Constraint:
