@@ -24,7 +24,12 @@ class Settings(ServerSettings, FrontDoorSettings):
         if bool(self.router_tls_cert_file) != bool(self.router_tls_key_file):
             raise ConfigError("router_tls_cert_file and router_tls_key_file go together")
         if self.router_tls_ca_file:
-            return ClientTls(self.router_tls_ca_file, self.router_tls_cert_file, self.router_tls_key_file)
+            return ClientTls(
+                self.router_tls_ca_file,
+                self.router_tls_cert_file,
+                self.router_tls_key_file,
+                self.router_tls_server_name,
+            )
         if self.router_tls_cert_file:
             raise ConfigError("router_tls_cert_file needs router_tls_ca_file: certificates are shown over TLS alone")
         if not (self.allow_insecure or is_this_machine(self.router_address)):

@@ -65,4 +65,4 @@ class Router:
         if self._tls is None:
             return AsyncClient(self._address)
         self._versions = self._tls.versions()  # before reading: what changes meanwhile is read again
-        return AsyncClient(self._address, credentials=self._tls.credentials())
+        return AsyncClient(self._address, credentials=self._tls.credentials(), server_name=self._tls.server_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -285,11 +286,46 @@ def test_certificates_name_what_they_are_verified_by(render: Any) -> None:
         certificate = _named(manifests, "Certificate", f"-{component}")["spec"]
         assert peer in certificate["dnsNames"]
         assert certificate["usages"] == ["server auth", "client auth"]  # to the router, and to the store
-    router = _named(manifests, "Certificate", "-router")["spec"]
-    assert {"r-alora-serve-router", "alora.example.com"} <= set(router["dnsNames"])
-    assert router["issuerRef"]["name"] == "company"
     assert _named(manifests, "Certificate", "-router-peer")["spec"]["usages"] == ["client auth"]
     assert "r-alora-serve-store" in _named(manifests, "Certificate", "-store")["spec"]["dnsNames"]
+
+
+def _server_names(manifests: list[dict[str, Any]]) -> set[str]:
+    """What the front door, helm test and the gateway find in the router's certificate."""
+    pods = [_named(manifests, "Deployment", "-openai-front")["spec"]["template"], _named(manifests, "Pod", "-test")]
+    told = {e["name"]: e.get("value", "") for pod in pods for e in pod["spec"]["containers"][0]["env"]}
+    addresses = {told["ALORA_ROUTER_ADDRESS"], told["ALORA_ADDRESS"]}
+    chosen = [told.get(name) for name in ("ALORA_ROUTER_TLS_SERVER_NAME", "ALORA_CLIENT_TLS_SERVER_NAME")]
+    names = {name for name in chosen if name} or {address.rpartition(":")[0] for address in addresses}
+    return names | {_named(manifests, "BackendTLSPolicy", "-router")["spec"]["validation"]["hostname"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "issuer", "names"),
+    [
+        ("", "internal", None),
+        ("routerServerName=alora.internal", "internal", {"alora.internal"}),
+        ("certManager.routerIssuerRef.name=public", "public", {"alora.example.com"}),
+        ("certManager.routerIssuerRef.name=public,tls.routerServerName=alora.org", "public", {"alora.org"}),
+    ],
+)
+def test_the_routers_certificate_is_verified_by_a_name_in_it_and_a_public_issuer_sees_no_names_of_the_cluster(
+    given: str, issuer: str, names: set[str] | None, render: Any
+) -> None:
+    public = "tls.certManager.routerDnsNames={alora.example.com},openaiFront.enabled=true"
+    manifests = render("gateway-tls", "--set", f"{public},tls.{given}" if given else public)
+    certificate = _named(manifests, "Certificate", "-router")["spec"]
+    assert certificate["issuerRef"]["name"] == issuer
+    expected = _server_names(manifests)
+    assert expected <= set(certificate["dnsNames"])
+    assert expected == (names or {"r-alora-serve-router", "r-alora-serve-router.serving.svc"})
+    assert any(".svc" in name for name in certificate["dnsNames"]) == (issuer == "internal")
+
+
+def test_another_issuer_of_the_routers_certificate_needs_names_to_put_in_it(render: Any) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        render("tls-cert-manager", "--set", "tests.enabled=false,tls.certManager.routerDnsNames=null")
+    assert "needs tls.certManager.routerDnsNames" in refused.value.stderr
 
 
 def test_every_mounted_certificate_is_one_that_is_issued(render: Any) -> None:

@@ -229,18 +229,20 @@ async def test_it_speaks_tls_to_both_sides_and_takes_up_new_certificates(tiny: D
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
 
-    def issue() -> None:
-        certificate = authority.issue_cert("127.0.0.1")
-        certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
-        certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    def issue(name: str) -> dict[str, str]:
+        certificate = authority.issue_cert(name)
+        certificate.private_key_pem.write_to_path(str(tmp_path / f"{name}.key"))
+        certificate.cert_chain_pems[0].write_to_path(str(tmp_path / f"{name}.pem"))
+        return {"tls_cert_file": str(tmp_path / f"{name}.pem"), "tls_key_file": str(tmp_path / f"{name}.key")}
 
-    issue()
-    own = {"tls_cert_file": str(tmp_path / "cert.pem"), "tls_key_file": str(tmp_path / "key.pem")}
+    public = "alora.example.com"
+    its_own, routers = issue("127.0.0.1"), issue(public)
+    to_router = {"router_tls_ca_file": str(tmp_path / "ca.pem"), "router_tls_server_name": public}
     trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
     processes = tiny.local.processes
     async with (
-        another_router([processes["prefill"].address], [processes[WORKER].address], **own) as router,
-        front_door(router.address, router_tls_ca_file=str(tmp_path / "ca.pem"), **own) as door,
+        another_router([processes["prefill"].address], [processes[WORKER].address], **routers) as router,
+        front_door(router.address, **to_router, **its_own) as door,
     ):
 
         async def serial() -> int:
@@ -253,7 +255,7 @@ async def test_it_speaks_tls_to_both_sides_and_takes_up_new_certificates(tiny: D
             answer = await http.post("/v1/chat/completions", json={"model": MODEL, "messages": ASK, "max_tokens": 2})
             assert answer.status_code == 200, answer.text
         before = await serial()
-        issue()
+        issue("127.0.0.1")
         assert await serial() != before
 
 

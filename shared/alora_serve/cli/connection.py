@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import grpc
+from typing import Final
 
 from alora_serve.cli.options import (
     API_KEY_VARIABLE,
     TLS_CA_FILE_VARIABLE,
     TLS_CERT_FILE_VARIABLE,
     TLS_KEY_FILE_VARIABLE,
+    TLS_SERVER_NAME_VARIABLE,
 )
 from alora_serve.client import Client, RetryPolicy
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.tls import ClientTls
+
+_TLS_VARIABLES: Final = (
+    TLS_CA_FILE_VARIABLE,
+    TLS_CERT_FILE_VARIABLE,
+    TLS_KEY_FILE_VARIABLE,
+    TLS_SERVER_NAME_VARIABLE,
+)
 
 
 @contextmanager
@@ -30,14 +37,12 @@ def connected(address: str, retry: RetryPolicy | None = None) -> Iterator[Client
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise InvalidRequestError.of("address", f"{address!r} is not host:port (IPv6 goes in brackets: [::1]:50051)")
-    key = os.environ.get(API_KEY_VARIABLE)
-    with Client(address, credentials=_credentials(), retry=retry, api_key=key) as client:
+    tls = ClientTls(*(os.environ.get(name, "") for name in _TLS_VARIABLES))
+    with Client(
+        address,
+        credentials=tls.credentials() if tls.ca_file else None,
+        server_name=tls.server_name,
+        retry=retry,
+        api_key=os.environ.get(API_KEY_VARIABLE),
+    ) as client:
         yield client
-
-
-def _credentials() -> grpc.ChannelCredentials | None:
-    ca_file = os.environ.get(TLS_CA_FILE_VARIABLE, "")
-    if not ca_file:
-        return None
-    mine = (os.environ.get(name, "") for name in (TLS_CERT_FILE_VARIABLE, TLS_KEY_FILE_VARIABLE))
-    return ClientTls(ca_file, *mine).credentials()

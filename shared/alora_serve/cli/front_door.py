@@ -7,7 +7,12 @@ import os
 import sys
 from typing import NoReturn
 
-from alora_serve.cli.options import TLS_CA_FILE_VARIABLE, TLS_CERT_FILE_VARIABLE, TLS_KEY_FILE_VARIABLE
+from alora_serve.cli.options import (
+    TLS_CA_FILE_VARIABLE,
+    TLS_CERT_FILE_VARIABLE,
+    TLS_KEY_FILE_VARIABLE,
+    TLS_SERVER_NAME_VARIABLE,
+)
 from alora_serve.config import env_name, flag_name
 from alora_serve.errors import ConfigError
 
@@ -15,6 +20,7 @@ _TLS_SETTINGS = {
     TLS_CA_FILE_VARIABLE: "router_tls_ca_file",
     TLS_CERT_FILE_VARIABLE: "router_tls_cert_file",
     TLS_KEY_FILE_VARIABLE: "router_tls_key_file",
+    TLS_SERVER_NAME_VARIABLE: "router_tls_server_name",
 }
 """How the command line reaches a router is how the front door does, unless its own settings say otherwise."""
 

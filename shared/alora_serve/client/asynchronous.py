@@ -76,6 +76,7 @@ class AsyncClient:
         address: str,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str = "",
         retry: RetryPolicy | None = None,
         api_key: str | None = None,
     ) -> None:
@@ -84,10 +85,11 @@ class AsyncClient:
         Args:
             address: ``host:port`` of a router. One on this machine is reached directly, whatever proxy is set.
             credentials: for TLS; None is plain text.
+            server_name: the name in the router's certificate, where it is not that of ``address``.
             retry: see :class:`RetryPolicy`.
             api_key: shown with every call, where the router asks for one. Without TLS, the network reads it.
         """
-        options = public_options(address)
+        options = public_options(address, server_name=server_name)
         self._address = address
         self._channel = (
             grpc.aio.insecure_channel(address, options)

@@ -267,6 +267,7 @@ class FrontDoorSettings(SettingsGroup):
     router_tls_ca_file: str = Field("", description="PEM certificates that sign the router's; empty: no TLS to it.")
     router_tls_cert_file: str = Field("", description="PEM certificate chain to show it, read again when it changes.")
     router_tls_key_file: str = Field("", description="Its private key.")
+    router_tls_server_name: str = Field("", description="Name in the router's certificate; empty: its address.")
     http_idle_seconds: float = Field(75.0, gt=0, description="How long a connection without a request stays open.")
     page: bool = Field(True, description="Serve the page /ui.")
 

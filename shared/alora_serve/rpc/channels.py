@@ -97,8 +97,13 @@ def internal_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Opt
     ]
 
 
-def public_options(target: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Option]:
-    """Arguments of a user's channel to the router at ``target``; proxies in the environment are honoured elsewhere."""
+def public_options(
+    target: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES, *, server_name: str = ""
+) -> list[Option]:
+    """Arguments of a user's channel to the router at ``target``; proxies in the environment are honoured elsewhere.
+
+    ``server_name``: the name in the router's certificate, where it is not that of ``target``.
+    """
     return [
         *_channel_options(PUBLIC_KEEPALIVE_MILLISECONDS, max_message_bytes),
         # A proxy cannot reach this machine's loopback, yet grpc would send calls to it there.
@@ -106,7 +111,12 @@ def public_options(target: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) 
         # A router that restarts is found again soon; the defaults wait up to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        *_expected(server_name),
     ]
+
+
+def _expected(server_name: str) -> list[Option]:
+    return [("grpc.ssl_target_name_override", server_name)] if server_name else []
 
 
 _SCHEME: Final = re.compile(r"(dns|ipv4|ipv6):(//[^/]*/)?")
@@ -139,6 +149,4 @@ def internal_channel(
     options = internal_options(max_message_bytes)
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
-    if tls.server_name:
-        options.append(("grpc.ssl_target_name_override", tls.server_name))
-    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options + _expected(tls.server_name))

@@ -52,10 +52,12 @@ def test_it_reaches_the_router_as_the_command_line_does_unless_told_otherwise(
 ) -> None:
     monkeypatch.setenv("ALORA_CLIENT_TLS_CA_FILE", "ca.pem")
     monkeypatch.setenv("ALORA_CLIENT_TLS_CERT_FILE", "cert.pem")
+    monkeypatch.setenv("ALORA_CLIENT_TLS_SERVER_NAME", "alora.example.com")
     monkeypatch.setenv("ALORA_ROUTER_TLS_CERT_FILE", "own.pem")
     with pytest.raises(Became):
         become_front_door("router:50051", "127.0.0.1:0", log_format="json")
     assert flags(became)["--router-tls-ca-file"] == "ca.pem"
+    assert flags(became)["--router-tls-server-name"] == "alora.example.com"
     assert "--router-tls-cert-file" not in flags(became)
 
 

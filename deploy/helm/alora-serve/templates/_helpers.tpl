@@ -128,6 +128,22 @@ and name them: --set secrets.existingSecret=%s
 {{- .Values.tls.peerServerName | default (printf "%s-peers.%s.svc" (include "alora-serve.fullname" .) .Release.Namespace) -}}
 {{- end }}
 
+{{/*
+The name that the router is verified by; empty: the one it is called by. What another issuer signs has no name of the
+cluster, since public ones know none.
+*/}}
+{{- define "alora-serve.routerServerName" -}}
+{{- $tls := .Values.tls -}}
+{{- if $tls.enabled -}}
+{{- if $tls.routerServerName -}}
+{{- $tls.routerServerName -}}
+{{- else if and $tls.certManager.enabled $tls.certManager.routerIssuerRef -}}
+{{- $needed := "tls.certManager.routerIssuerRef needs tls.certManager.routerDnsNames: it signs no name of the cluster" -}}
+{{- required $needed $tls.certManager.routerDnsNames | first -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{/* The secret of a certificate. (dict "ctx" $ "certificate" "base-prefill") */}}
 {{- define "alora-serve.tlsSecret" -}}
 {{- $key := .certificate | replace "-" " " | title | nospace | untitle -}}

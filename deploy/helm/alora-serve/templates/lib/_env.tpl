@@ -154,6 +154,9 @@ a test compares them. A setting that changes changes the pod template, and so re
 - {name: ALORA_ROUTER_ADDRESS, value: "{{ $router }}:{{ .ctx.Values.router.service.port }}"}
 {{- if .ctx.Values.tls.enabled }}
 - {name: ALORA_ROUTER_TLS_CA_FILE, value: /etc/alora-serve/router-ca/ca.crt}
+{{- with include "alora-serve.routerServerName" .ctx }}
+- {name: ALORA_ROUTER_TLS_SERVER_NAME, value: {{ . | quote }}}
+{{- end }}
 {{- if .values.routerClientSecret }}
 - {name: ALORA_ROUTER_TLS_CERT_FILE, value: /etc/alora-serve/router-client/tls.crt}
 - {name: ALORA_ROUTER_TLS_KEY_FILE, value: /etc/alora-serve/router-client/tls.key}
