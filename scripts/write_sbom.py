@@ -1,4 +1,4 @@
-"""Writes a bill of materials (CycloneDX) of each image: its Python packages, as cyclonedx-py finds them, and Debian's.
+"""Writes a bill of materials (CycloneDX) of each image: Python, its packages, as cyclonedx-py finds them, and Debian's.
 
 ``python scripts/write_sbom.py IMAGE...`` needs root, buildah, and what ``scripts/fetch_tools.py images`` fetches. It
 looks for images where ``scripts/build_images.py`` puts them, and writes ``build/sbom/NAME.cdx.json``.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[1]
 CYCLONEDX = ROOT / "build" / "tools" / "images" / "bin" / "cyclonedx-py"
+PREFIXES = ("venv", "usr/local")
+PYTHON_VERSION = re.compile(r'^#define PY_VERSION\s+"([^"]+)"', re.MULTILINE)
 DPKG_FORMAT = "${db:Status-Status} ${Package} ${Version} ${Architecture}\n"
 
 
@@ -32,9 +35,32 @@ def mounted(image: str) -> Iterator[Path]:
         _output("buildah", "rm", container)
 
 
+def site_packages(files: Path) -> list[Path]:
+    """Where packages of Python lie: in ``/venv``, and beside a Python that is not Debian's. That one's are dpkg's."""
+    return sorted(path for prefix in PREFIXES for path in files.glob(f"{prefix}/lib/python3.*/site-packages"))
+
+
+def interpreters(files: Path) -> list[dict[str, Any]]:
+    """Components for a Python that is not Debian's, by what its headers say: it is not run."""
+    headers = files.glob("usr/local/include/python3.*/patchlevel.h")
+    found = [PYTHON_VERSION.search(header.read_text()) for header in headers]
+    return [
+        {
+            "bom-ref": f"python:{version[1]}",
+            "type": "platform",
+            "name": "python",
+            "version": version[1],
+            "cpe": f"cpe:2.3:a:python:python:{version[1]}:*:*:*:*:*:*:*",
+            "purl": f"pkg:generic/python@{version[1]}",
+        }
+        for version in found
+        if version is not None
+    ]
+
+
 def python_packages(files: Path) -> dict[str, Any]:
-    """A bill of what is installed in ``/venv``, if there is one; its interpreter is not run."""
-    paths = [str(path) for path in files.glob("venv/lib/python3.*/site-packages")]
+    """A bill of what is installed in :func:`site_packages`; no interpreter of the image is run."""
+    paths = [str(path) for path in site_packages(files)]
     with tempfile.TemporaryDirectory() as work:
         interpreter = Path(work) / "python"  # cyclonedx-py asks one for its path, and reads what lies there
         interpreter.write_text(f"#!/bin/sh\necho '{json.dumps([work, *paths])}'\n")
@@ -67,7 +93,7 @@ def bill_of(image: str, files: Path) -> dict[str, Any]:
     """The whole bill, of a container image of this name."""
     bill = python_packages(files)
     bill["metadata"]["component"] = {"bom-ref": "image", "type": "container", "name": image}
-    bill["components"] = [*bill.get("components", []), *debian_packages(files)]
+    bill["components"] = [*bill.get("components", []), *interpreters(files), *debian_packages(files)]
     return bill
 
 

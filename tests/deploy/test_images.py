@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,24 @@ def test_no_service_of_compose_may_do_more_than_it_must(compose: dict[str, Any])
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+
+
+def test_images_keep_nothing_of_their_base_that_installs(tmp_path: Path) -> None:
+    """The step itself, on an environment as the official image has it, and then on one that has nothing to remove."""
+    [stage] = re.findall(
+        r"^FROM \$\{PYTHON_IMAGE\} AS runtime$(.+?)^FROM runtime", DOCKERFILE.read_text(), re.MULTILINE | re.DOTALL
+    )
+    [step] = re.findall(r"^RUN (.+?[^\\])$", stage, re.MULTILINE | re.DOTALL)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
+    [library] = (tmp_path / "lib").glob("python3.*")
+    (library / "ensurepip").mkdir()
+    assert (library / "site-packages" / "pip").exists()
+    for _ in range(2):
+        command = step.replace("/usr/local", str(tmp_path))
+        subprocess.run(["sh", "-euc", command], env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, check=True)
+        left = {path.name for path in library.rglob("*")}
+        assert not left & {"pip", "setuptools", "wheel", "ensurepip"}
+    assert not list((tmp_path / "bin").glob("pip*"))
 
 
 def test_images_have_the_torch_that_the_project_asks_for() -> None:
