@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 from adapter_decode.config import AdapterDecodeSettings
 from adapter_decode.scan import open_registry, scan_forever
@@ -14,25 +15,28 @@ from alora_serve.engine.prefiller import Prefiller
 from alora_serve.engine.rates import RecentMean
 from alora_serve.engine.scorer import Scorer
 from alora_serve.engine.startup import start_core
-from alora_serve.metrics import (
-    AdapterMetrics,
-    CoreMetrics,
-    InferenceExtensionMetrics,
-    RequestMetrics,
-    RpcMetrics,
-    service_registry,
-)
+from alora_serve.metrics import AdapterMetrics, CoreMetrics, InferenceExtensionMetrics, RequestMetrics, RpcMetrics
 from alora_serve.rpc.channels import message_bytes_for_context
 from alora_serve.rpc.load_reports import LoadReporter
+from alora_serve.rpc.monitoring import Monitoring, monitored
+from alora_serve.rpc.prefill_servicer import SERVICE as PREFILL_SERVICE
 from alora_serve.rpc.prefill_servicer import BasePrefillServicer
 from alora_serve.rpc.server import Service, run_service, serve
 from alora_serve.types import EndpointStatus
 from alora_serve.v1.adapter_decode_pb2_grpc import add_AdapterDecodeServiceServicer_to_server
 
+SERVICE: Final = "alora_serve.v1.AdapterDecodeService"
+
 
 async def main(settings: AdapterDecodeSettings) -> int:
     """Load, serve, drain; the process's exit status."""
-    registry = service_registry()
+    names = [SERVICE, PREFILL_SERVICE] if settings.workers_prefill else [SERVICE]
+    async with monitored(settings, names) as monitoring:
+        return await _load_and_serve(settings, monitoring)
+
+
+async def _load_and_serve(settings: AdapterDecodeSettings, monitoring: Monitoring) -> int:
+    registry = monitoring.registry
     started = await asyncio.to_thread(start_core, settings, CoreMetrics(registry))
     core = started.core
     load_seconds = RecentMean()
@@ -51,9 +55,7 @@ async def main(settings: AdapterDecodeSettings) -> int:
     decoder, scorer = Decoder(core, adapters, started.signer), Scorer(core, adapters, started.signer)
     await asyncio.to_thread(decoder.warm)
     servicer = AdapterDecodeServicer(decoder, scorer, adapters, status, core.is_alive, metrics)
-    services = [
-        Service("alora_serve.v1.AdapterDecodeService", partial(add_AdapterDecodeServiceServicer_to_server, servicer))
-    ]
+    services = [Service(SERVICE, partial(add_AdapterDecodeServiceServicer_to_server, servicer))]
     if settings.workers_prefill:
         standing_in = BasePrefillServicer(Prefiller(core, started.signer), status, core.is_alive, metrics)
         services.append(standing_in.service())
@@ -62,8 +64,8 @@ async def main(settings: AdapterDecodeSettings) -> int:
         "adapter-decode",
         settings,
         services,
+        monitoring=monitoring,
         observer=RpcMetrics(registry),
-        registry=registry,
         max_message_bytes=partial(message_bytes_for_context, core.model.context_tokens),
         on_drain=draining.set,
         cleanup=[core.drain, partial(asyncio.to_thread, started.close)],

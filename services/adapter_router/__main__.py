@@ -10,8 +10,8 @@ from adapter_router.config import Settings
 from adapter_router.peers import prefill_pool, worker_pool
 from adapter_router.prefilling import Prefilling
 from adapter_router.servicer import AloraServicer
-from alora_serve.metrics import RequestMetrics, RouterMetrics, RpcMetrics, service_registry
-from alora_serve.rpc.health import HealthServicer
+from alora_serve.metrics import RequestMetrics, RouterMetrics, RpcMetrics
+from alora_serve.rpc.monitoring import Monitoring, monitored
 from alora_serve.rpc.server import Service, run_service, serve
 from alora_serve.rpc.tls import ClientTls
 from alora_serve.v1.alora_pb2_grpc import add_AloraServiceServicer_to_server
@@ -22,14 +22,18 @@ SERVICE: Final = "alora_serve.v1.AloraService"
 async def main(settings: Settings) -> int:
     """Find the endpoints, serve, drain; the process's exit status."""
     settings.check_endpoints()
-    registry = service_registry()
+    async with monitored(settings, [SERVICE], serving=False) as monitoring:
+        return await _route(settings, monitoring)
+
+
+async def _route(settings: Settings, monitoring: Monitoring) -> int:
+    registry = monitoring.registry
     access, quotas = settings.access()
     tls = ClientTls.of_peers(settings)
     metrics, options = RouterMetrics(registry), settings.endpoint_options()
-    health = HealthServicer([SERVICE], serving=False)
 
     def tell_health() -> None:
-        health.set_serving(bool(live_models(prefilling.snapshots(), workers.snapshots())))
+        monitoring.health.set_serving(bool(live_models(prefilling.snapshots(), workers.snapshots())))
 
     prefills = prefill_pool(settings.base_prefill_endpoints, options, metrics, on_change=tell_health, tls=tls)
     workers = worker_pool(settings.decode_endpoints, options, metrics, on_change=tell_health, tls=tls)
@@ -52,10 +56,9 @@ async def main(settings: Settings) -> int:
             "adapter-router",
             settings,
             [Service(SERVICE, partial(add_AloraServiceServicer_to_server, servicer))],
+            monitoring=monitoring,
             observer=RpcMetrics(registry),
-            registry=registry,
             max_message_bytes=servicer.max_message_bytes,
-            health=health,
             authorize=access.authorize,
         )
 

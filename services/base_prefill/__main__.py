@@ -7,10 +7,11 @@ from functools import partial
 
 from alora_serve.engine.prefiller import Prefiller
 from alora_serve.engine.startup import start_core
-from alora_serve.metrics import CoreMetrics, RequestMetrics, RpcMetrics, service_registry
+from alora_serve.metrics import CoreMetrics, RequestMetrics, RpcMetrics
 from alora_serve.rpc.channels import message_bytes_for_context
 from alora_serve.rpc.load_reports import LoadReporter
-from alora_serve.rpc.prefill_servicer import BasePrefillServicer
+from alora_serve.rpc.monitoring import Monitoring, monitored
+from alora_serve.rpc.prefill_servicer import SERVICE, BasePrefillServicer
 from alora_serve.rpc.server import run_service, serve
 from alora_serve.types import EndpointStatus
 from base_prefill.config import BasePrefillSettings
@@ -18,7 +19,12 @@ from base_prefill.config import BasePrefillSettings
 
 async def main(settings: BasePrefillSettings) -> int:
     """Load, serve, drain; the process's exit status."""
-    registry = service_registry()
+    async with monitored(settings, [SERVICE]) as monitoring:
+        return await _load_and_serve(settings, monitoring)
+
+
+async def _load_and_serve(settings: BasePrefillSettings, monitoring: Monitoring) -> int:
+    registry = monitoring.registry
     started = await asyncio.to_thread(start_core, settings, CoreMetrics(registry))
     core, draining = started.core, asyncio.Event()
 
@@ -31,8 +37,8 @@ async def main(settings: BasePrefillSettings) -> int:
         "base-prefill",
         settings,
         [servicer.service()],
+        monitoring=monitoring,
         observer=RpcMetrics(registry),
-        registry=registry,
         max_message_bytes=partial(message_bytes_for_context, core.model.context_tokens),
         on_drain=draining.set,
         cleanup=[core.drain, partial(asyncio.to_thread, started.close)],

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from alora_serve.metrics import service_registry
 from alora_serve.rpc.in_flight import InFlightCalls
+from alora_serve.rpc.monitoring import monitored
 from alora_serve.rpc.server import run_service
 from openai_front.app import build_app
 from openai_front.config import Settings
 from openai_front.endpoints import Endpoints
 from openai_front.router import Router
-from openai_front.serving import NAME, serve
+from openai_front.serving import NAME, SERVICE, serve
 
 
 async def main(settings: Settings) -> int:
     """Connect to the router, serve, drain; the process's exit status."""
-    registry, in_flight = service_registry(), InFlightCalls()
-    router = Router(settings.router_address, settings.router_tls())
+    in_flight, router = InFlightCalls(), Router(settings.router_address, settings.router_tls())
     try:
-        endpoints = Endpoints(router, settings.write_timeout_seconds)
-        app = build_app(endpoints, registry, in_flight, with_page=settings.page)
-        return await serve(app, settings, registry, in_flight)
+        async with monitored(settings, [SERVICE]) as monitoring:
+            endpoints = Endpoints(router, settings.write_timeout_seconds)
+            app = build_app(endpoints, monitoring.registry, in_flight, with_page=settings.page)
+            return await serve(app, settings, monitoring, in_flight)
     finally:
         await router.close()
 

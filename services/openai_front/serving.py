@@ -14,15 +14,14 @@ from typing import Final
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
 
 from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import ConfigError
-from alora_serve.metrics import CertificateMetrics, TaskMetrics
+from alora_serve.metrics import CertificateMetrics
 from alora_serve.rpc.certificates import expiry_seconds
-from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
-from alora_serve.rpc.listening import host_and_port, listens_with_tls, serve_metrics, serve_probes, stop_on_signals
+from alora_serve.rpc.listening import host_and_port, listens_with_tls, stop_on_signals
+from alora_serve.rpc.monitoring import Monitoring
 from openai_front.config import Settings
 
 NAME: Final = "openai-front"
@@ -32,7 +31,7 @@ SERVICE: Final = "openai_front"
 log = structlog.stdlib.get_logger(__name__)
 
 
-async def serve(app: FastAPI, settings: Settings, registry: CollectorRegistry, in_flight: InFlightCalls) -> int:
+async def serve(app: FastAPI, settings: Settings, monitoring: Monitoring, in_flight: InFlightCalls) -> int:
     """Serve until SIGTERM or SIGINT, then drain; returns the process's exit status.
 
     The line on standard output, and the drain, are those of :func:`alora_serve.rpc.server.serve`.
@@ -40,39 +39,26 @@ async def serve(app: FastAPI, settings: Settings, registry: CollectorRegistry, i
     Raises:
         ConfigError: an address cannot be bound, or a certificate read.
     """
-    stop, loop = stop_on_signals(), asyncio.get_running_loop()
-    TaskMetrics(registry).watch(lambda: len(asyncio.all_tasks(loop)))
-    health = HealthServicer([SERVICE])
-    tls = _tls(settings, CertificateMetrics(registry)) if listens_with_tls(settings) else None
+    stop = stop_on_signals()
+    tls = _tls(settings, CertificateMetrics(monitoring.registry)) if listens_with_tls(settings) else None
     with _bound(settings.listen) as bound:
-        metrics_server, metrics_address = serve_metrics(settings.metrics_listen, registry)
-        addresses = {
-            "address": f"{host_and_port(settings.listen)[0]}:{bound.getsockname()[1]}",
-            "metrics_address": metrics_address,
-        }
-        probed = None
-        try:
-            if settings.health_listen:
-                probed, addresses["health_address"] = await serve_probes(settings.health_listen, health)
-            server = http_server(app, settings, tls)
-            serving = asyncio.ensure_future(server.serve(sockets=[bound]))
-            print(json.dumps({"event": "listening", "service": NAME, **addresses}), flush=True)
-            log.info("listening", **addresses)
-            stopping = asyncio.ensure_future(stop.wait())
-            await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            health.shut_down()
-            log.info("draining", seconds=settings.drain_seconds)
-            if left := await in_flight.drain(settings.drain_seconds):
-                log.warning("drain_cut_short", requests=left)
-            server.should_exit = True
-            await serving
-            failed = not stop.is_set()
-        finally:
-            if probed is not None:
-                await probed.stop(None)
-            metrics_server.shutdown()
-            metrics_server.server_close()
+        address = f"{host_and_port(settings.listen)[0]}:{bound.getsockname()[1]}"
+        addresses = {"address": address, **monitoring.addresses}
+        server = http_server(app, settings, tls)
+        serving = asyncio.ensure_future(server.serve(sockets=[bound]))
+        monitoring.health.start()
+        print(json.dumps({"event": "listening", "service": NAME, **addresses}), flush=True)
+        log.info("listening", **addresses)
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        monitoring.health.shut_down()
+        log.info("draining", seconds=settings.drain_seconds)
+        if left := await in_flight.drain(settings.drain_seconds):
+            log.warning("drain_cut_short", requests=left)
+        server.should_exit = True
+        await serving
+        failed = not stop.is_set()
     log.info("stopped")
     return int(failed)
 

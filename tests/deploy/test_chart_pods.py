@@ -122,7 +122,7 @@ def test_probes_speak_to_the_plain_text_health_port(component: str, values: str,
 def test_liveness_asks_whether_the_process_answers_and_readiness_whether_it_serves(component: str, render: Any) -> None:
     container = _pod(render("minimal"), component)["containers"][0]
     assert container["livenessProbe"]["grpc"]["service"] == "liveness"
-    assert container["startupProbe"]["grpc"]["service"] == "liveness"
+    assert container["startupProbe"]["grpc"]["service"] == "startup", "which serves once the model is loaded"
     assert container["readinessProbe"]["grpc"]["service"] == SERVICES[component]
 
 

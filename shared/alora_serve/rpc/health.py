@@ -19,21 +19,26 @@ OVERALL = ""
 """The name that asks about the process as a whole."""
 
 LIVENESS = "liveness"
-"""The name that asks whether the process still answers at all: it does, whatever it serves."""
+"""The name that asks whether the process still answers at all: it does, while it loads and whatever it serves."""
+
+STARTUP = "startup"
+"""The name that asks whether the process has loaded and takes calls, whatever it has lost since."""
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Serving until :meth:`shut_down`, except while it is told otherwise. Belongs to one event loop."""
 
-    def __init__(self, services: Iterable[str], *, serving: bool = True) -> None:
+    def __init__(self, services: Iterable[str], *, serving: bool = True, started: bool = True) -> None:
         """Begin; the process as a whole and all its services have one status.
 
         Args:
             services: full names, as in ``alora_serve.v1.AloraService``.
-            serving: False until the process has what it needs to answer.
+            serving: False until the process has what it needs of others to answer.
+            started: False until it takes calls: see :meth:`start`.
         """
-        self._services = frozenset([OVERALL, LIVENESS, *services])
+        self._services = frozenset([OVERALL, LIVENESS, STARTUP, *services])
         self._serving = serving
+        self._started = started
         self._shutting_down = False
         self._changed = asyncio.Event()
 
@@ -61,6 +66,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
                 yield _Status(status=status)
             await changed.wait()
 
+    def start(self) -> None:
+        """The process has loaded, and takes calls."""
+        self._started = True
+        self._tell()
+
     def set_serving(self, serving: bool) -> None:
         """The process has, or has lost, what it needs to answer. Nothing serves again after :meth:`shut_down`."""
         self._serving = serving
@@ -80,4 +90,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             return _Status.SERVICE_UNKNOWN
         if service == LIVENESS:
             return _Status.SERVING
-        return _Status.SERVING if self._serving and not self._shutting_down else _Status.NOT_SERVING
+        if service == STARTUP:
+            return _Status.SERVING if self._started else _Status.NOT_SERVING
+        serves = self._started and self._serving and not self._shutting_down
+        return _Status.SERVING if serves else _Status.NOT_SERVING

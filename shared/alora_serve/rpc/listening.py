@@ -1,4 +1,4 @@
-"""Where a process listens and when it ends, whatever it speaks: signals, metrics, probes, the rule on plain text."""
+"""Where a process listens and when it ends, whatever it speaks: signals, addresses, the rule on plain text."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ import os
 import signal
 from types import FrameType
 from typing import Final
-from wsgiref.simple_server import WSGIServer
-
-import grpc
-from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
-from prometheus_client import CollectorRegistry, start_http_server
 
 from alora_serve.config import ServerSettings
 from alora_serve.errors import ConfigError
-from alora_serve.rpc.channels import is_this_machine, server_options
-from alora_serve.rpc.health import HealthServicer
+from alora_serve.rpc.channels import is_this_machine
 
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -50,30 +44,6 @@ def stop_on_signals() -> asyncio.Event:
     for number in _ENDING:
         loop.add_signal_handler(number, on_signal)
     return stop
-
-
-def serve_metrics(address: str, registry: CollectorRegistry) -> tuple[WSGIServer, str]:
-    """The running server, and its address with the port that was taken."""
-    host, port = host_and_port(address)
-    try:
-        server, _ = start_http_server(port, host.strip("[]"), registry)
-    except OSError as error:
-        raise ConfigError(f"metrics_listen={address}: cannot be bound: {error}") from error
-    return server, f"{host}:{server.server_port}"
-
-
-async def serve_probes(address: str, health: HealthServicer) -> tuple[grpc.aio.Server, str]:
-    """A running server of health alone, and its address: what it says is no secret, and a probe has no certificate."""
-    server = grpc.aio.server(options=server_options())
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"health_listen={address}: cannot be bound: in use, or not an address of this machine"
-        ) from error
-    await server.start()
-    return server, f"{host_and_port(address)[0]}:{port}"
 
 
 def host_and_port(address: str) -> tuple[str, int]:

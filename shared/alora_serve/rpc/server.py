@@ -13,25 +13,17 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # nor has this one
-from prometheus_client import CollectorRegistry
 
 from alora_serve.config import ServerSettings, run_with_settings
 from alora_serve.errors import AloraServeError, ConfigError
 from alora_serve.logging import configure_logging
-from alora_serve.metrics import CertificateMetrics, TaskMetrics
+from alora_serve.metrics import CertificateMetrics
 from alora_serve.rpc.certificates import watch_client_certificates
 from alora_serve.rpc.channels import server_options
-from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.interceptors import Authorize, CallInterceptor, CallObserver, LoadReports
-from alora_serve.rpc.listening import (
-    end_on_signals,
-    host_and_port,
-    listens_with_tls,
-    serve_metrics,
-    serve_probes,
-    stop_on_signals,
-)
+from alora_serve.rpc.listening import end_on_signals, host_and_port, listens_with_tls, stop_on_signals
+from alora_serve.rpc.monitoring import Monitoring
 from alora_serve.rpc.tls import ServerTls
 from alora_serve.telemetry import tracing
 
@@ -62,10 +54,9 @@ async def serve(
     settings: ServerSettings,
     services: Sequence[Service],
     *,
+    monitoring: Monitoring,
     observer: CallObserver,
-    registry: CollectorRegistry,
     max_message_bytes: Callable[[], int],
-    health: HealthServicer | None = None,
     on_drain: Callable[[], None] = lambda: None,
     cleanup: Sequence[Callable[[], Awaitable[None]]] = (),
     essential: Sequence[asyncio.Future[Any]] = (),
@@ -74,7 +65,7 @@ async def serve(
 ) -> int:
     """Serve until SIGTERM or SIGINT, then drain and clean up; returns the process's exit status.
 
-    Once calls are taken, one JSON line goes to standard output for whoever started the process:
+    Once calls are taken, health says so, and one JSON line goes to standard output for whoever started the process:
     ``{"event": "listening", "service": name, "address": "host:port", "metrics_address": "host:port"}``, and with
     ``settings.health_listen`` its address as ``health_address``.
 
@@ -85,10 +76,9 @@ async def serve(
         name: of the service, for the line above and the log.
         settings: where to listen and how to end.
         services: what to serve, besides health and reflection.
+        monitoring: how the process is watched already; its health names these services.
         observer: counts calls.
-        registry: what ``/metrics`` shows.
         max_message_bytes: the largest request taken now; a larger one is INVALID_ARGUMENT.
-        health: of these services, where the caller decides when they serve; unset: from the start.
         on_drain: called when the drain begins, to tell routers.
         cleanup: run one after the other at the end, also after a failure.
         essential: what the service can't do without, such as its engine: when one ends, so does the process.
@@ -102,9 +92,7 @@ async def serve(
         ConfigError: an address cannot be bound.
     """
     stop = stop_on_signals()
-    in_flight, loop = InFlightCalls(), asyncio.get_running_loop()
-    TaskMetrics(registry).watch(lambda: len(asyncio.all_tasks(loop)))
-    health = health or HealthServicer(service.full_name for service in services)
+    in_flight, health = InFlightCalls(), monitoring.health
     interceptor = CallInterceptor(
         observer,
         in_flight,
@@ -121,19 +109,14 @@ async def serve(
         names = [service.full_name for service in services]
         reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], server)
     try:
-        tls, certificates = _tls(settings), CertificateMetrics(registry)
+        tls, certificates = _tls(settings), CertificateMetrics(monitoring.registry)
         if tls is not None:
             certificates.watch("server", tls.expires_at)
         watch_client_certificates(settings, certificates)
-        address = _bind(server, settings, tls)
-        metrics_server, metrics_address = serve_metrics(settings.metrics_listen, registry)
-        addresses = {"address": address, "metrics_address": metrics_address}
-        probed = None
+        addresses = {"address": _bind(server, settings, tls), **monitoring.addresses}
         try:
-            if settings.health_listen:
-                probed, health_address = await serve_probes(settings.health_listen, health)
-                addresses["health_address"] = health_address
             await server.start()
+            health.start()
             print(json.dumps({"event": "listening", "service": name, **addresses}), flush=True)
             log.info("listening", **addresses)
             failed = await _first(stop, essential)
@@ -145,10 +128,6 @@ async def serve(
                 log.warning("drain_cut_short", calls=left)
         finally:
             await server.stop(FINAL_GRACE_SECONDS)
-            if probed is not None:
-                await probed.stop(None)
-            metrics_server.shutdown()
-            metrics_server.server_close()
     finally:
         await _clean_up(cleanup)
     log.info("stopped")

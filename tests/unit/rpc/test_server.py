@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from alora_serve.cli.probe import health_of
 from alora_serve.rpc.channels import MAX_MESSAGE_BYTES, internal_channel
+from alora_serve.rpc.health import LIVENESS, STARTUP
 from alora_serve.v1 import base_prefill_pb2 as pb2
 from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceStub
 
@@ -27,14 +29,16 @@ SERVICE = "alora_serve.v1.BasePrefillService"
 TIMEOUT_SECONDS = 30.0
 
 PROGRAM = '''
-import asyncio, sys
+import asyncio, os, sys
 from functools import partial
-from prometheus_client import CollectorRegistry
 from alora_serve.config import ServerSettings
 from alora_serve.metrics import RpcMetrics
+from alora_serve.rpc.monitoring import monitored
 from alora_serve.rpc.server import Service, run_service, serve
 from alora_serve.v1 import base_prefill_pb2 as pb2
 from alora_serve.v1.base_prefill_pb2_grpc import BasePrefillServiceServicer, add_BasePrefillServiceServicer_to_server
+
+SERVICE = "alora_serve.v1.BasePrefillService"
 
 class Servicer(BasePrefillServiceServicer):
     """Prefill answers when `request_id` is "quick", and otherwise when a SIGUSR1 arrives."""
@@ -59,16 +63,18 @@ async def main(settings):
         print(word, flush=True)
     async def fail():
         raise RuntimeError("a broken hook")
-    registry = CollectorRegistry()
-    return await serve(
-        "probe", settings,
-        [Service("alora_serve.v1.BasePrefillService",
-                 partial(add_BasePrefillServiceServicer_to_server, Servicer()))],
-        observer=RpcMetrics(registry), registry=registry, max_message_bytes=lambda: 1 << 20,
-        on_drain=lambda: print("drain", flush=True),
-        cleanup=[fail, partial(say, "first"), partial(say, "second")],
-        essential=[crash],
-    )
+    async with monitored(settings, [SERVICE]) as monitoring:
+        if "LOADING" in os.environ:
+            print("loading", *map(monitoring.addresses.get, ["health_address", "metrics_address"]), flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+        return await serve(
+            "probe", settings,
+            [Service(SERVICE, partial(add_BasePrefillServiceServicer_to_server, Servicer()))],
+            monitoring=monitoring, observer=RpcMetrics(monitoring.registry), max_message_bytes=lambda: 1 << 20,
+            on_drain=lambda: print("drain", flush=True),
+            cleanup=[fail, partial(say, "first"), partial(say, "second")],
+            essential=[crash],
+        )
 
 run_service("probe", ServerSettings, main)
 '''
@@ -77,9 +83,10 @@ run_service("probe", ServerSettings, main)
 class Process:
     """A running server and what it said about itself."""
 
-    def __init__(self, *flags: str) -> None:
-        command = [sys.executable, "-c", PROGRAM, *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, *flags: str, **variables: str) -> None:
+        command, pipe = [sys.executable, "-c", PROGRAM, *flags], subprocess.PIPE
+        environment = {**os.environ, **variables}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -99,8 +106,8 @@ class Process:
 
 
 @contextmanager
-def running(*flags: str) -> Iterator[Process]:
-    process = Process(*flags)
+def running(*flags: str, **variables: str) -> Iterator[Process]:
+    process = Process(*flags, **variables)
     try:
         yield process
     finally:
@@ -183,6 +190,32 @@ async def test_health_has_a_port_of_its_own_where_nothing_else_is_served() -> No
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         process.process.send_signal(signal.SIGTERM)
         assert process.end()[0] == 0
+
+
+def test_a_process_that_loads_is_alive_and_watched_and_does_not_serve_before_it_takes_calls() -> None:
+    with running("--health-listen=127.0.0.1:0", LOADING="1") as process:
+        word, health_address, metrics_address = process.line().split()
+        assert word == "loading"
+        names = (LIVENESS, STARTUP, SERVICE, "")
+        told = {name: health_of(health_address, name, TIMEOUT_SECONDS) for name in names}
+        assert told == {LIVENESS: "SERVING", STARTUP: "NOT_SERVING", SERVICE: "NOT_SERVING", "": "NOT_SERVING"}
+        assert "alora_tasks" in scrape(metrics_address)
+        assert process.process.stdin is not None
+        process.process.stdin.write("\n")
+        process.process.stdin.flush()
+        assert process.listening()["health_address"] == health_address
+        assert {health_of(health_address, name, TIMEOUT_SECONDS) for name in names} == {"SERVING"}
+        process.process.send_signal(signal.SIGTERM)
+        assert process.end()[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_process_that_loads_at_once(number: signal.Signals) -> None:
+    with running("--health-listen=127.0.0.1:0", LOADING="1") as process:
+        health_address = process.line().split()[1]
+        assert health_of(health_address, LIVENESS, TIMEOUT_SECONDS) == "SERVING"
+        process.process.send_signal(number)
+        assert process.end()[:2] == (-number, [])
 
 
 async def test_drain_says_not_serving_refuses_new_calls_finishes_running_ones_and_cleans_up_in_order() -> None:
@@ -299,7 +332,7 @@ def test_a_taken_port_stops_the_start_by_name(setting: str, taken: str) -> None:
     assert status == 2
     assert f"{setting}={taken}" in log
     assert "Traceback" not in log.partition("error: ")[2]
-    assert words == ["first", "second"]
+    assert words == (["first", "second"] if setting == "listen" else []), "the others are bound before it has loaded"
 
 
 def test_a_wrong_setting_stops_the_start_by_name() -> None:

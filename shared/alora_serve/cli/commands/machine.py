@@ -98,7 +98,11 @@ def http(
 def probe(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="A gRPC server, such as `health_listen`.")],
     service: Annotated[
-        str, typer.Option(metavar="NAME", help="Whose health: empty is the process's own; `liveness`: it answers.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Whose health: empty is the process's own; `liveness`: it answers; `startup`: it has loaded.",
+        ),
     ] = "",
     timeout: Timeout = 2.0,
     as_json: AsJson = False,

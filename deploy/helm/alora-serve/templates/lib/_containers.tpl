@@ -40,12 +40,12 @@ imagePullSecrets:
 
 {{/*
 Probes speak to the plain-text port of health alone, which needs no certificate. "liveness" says that the process
-answers, whatever becomes of store, model or peers. It first answers once weights are read and hashed: until then the
-start-up probe waits.
+answers, whatever becomes of store, model or peers, "startup" that it has loaded and takes calls: until weights are read
+and hashed, the start-up probe waits.
 */}}
 {{- define "alora-serve.probes" -}}
 startupProbe:
-  grpc: {port: 50052, service: liveness}
+  grpc: {port: 50052, service: startup}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: {{ max 1 (div (int .values.startupSeconds) 5) }}
