@@ -87,6 +87,8 @@ class EndpointSet(Generic[StubT]):
         self._log = structlog.get_logger(__name__).bind(role=service)  # "service" is the process in every line
 
     async def __aenter__(self) -> Self:
+        if self._targets:
+            self._announce()  # none is healthy yet: without a series of that, no alert could tell
         await self.refresh()
         self._resolving = asyncio.create_task(self._resolve_forever(), name=f"resolve {self.service}")
         return self

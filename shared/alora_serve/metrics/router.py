@@ -24,7 +24,7 @@ class RouterMetrics:
         self._resumes = Counter(
             "alora_router_resumed_streams_total", "Streams that went on from the middle.", ["role"], registry=registry
         )
-        # No series before there are such endpoints: 0 healthy ones is an alert, and a router may have none on purpose.
+        # No series before such endpoints are looked for: 0 healthy ones is an alert, and some look for none.
         self._endpoints = Gauge("alora_router_endpoints", "Endpoints by state.", ["role", "state"], registry=registry)
         self._in_flight = Gauge("alora_router_in_flight", "Requests in the router.", registry=registry)
         self._requests = Counter("alora_router_requests_total", "Requests by adapter.", ["adapter"], registry=registry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -53,6 +54,27 @@ async def test_an_endpoint_is_healthy_once_its_status_stream_answers() -> None:
         assert snapshot.serves("jailbreak")
         assert not snapshot.serves("broken")
     await server.kill()
+
+
+async def test_that_none_is_healthy_is_told_before_any_was_found_and_of_none_that_nobody_looks_for() -> None:
+    registry, asked = CollectorRegistry(), asyncio.Event()
+
+    async def unanswered(_target: str) -> frozenset[str]:
+        asked.set()
+        await asyncio.Event().wait()
+        return frozenset()
+
+    async def enter() -> None:
+        metrics = RouterMetrics(registry)
+        async with endpoint_sets(["base-prefill:50051"], [], resolve=unanswered, metrics=metrics):
+            pass
+
+    entering = asyncio.ensure_future(enter())
+    await asked.wait()
+    for role, count in (("base_prefill", 0.0), ("adapter_decode", None)):
+        for state in ("healthy", "draining", "down"):
+            assert registry.get_sample_value("alora_router_endpoints", {"role": role, "state": state}) == count
+    entering.cancel()
 
 
 async def test_a_base_prefill_is_watched_the_same_way() -> None:
