@@ -91,7 +91,8 @@ def test_a_service_runs_as_nobody_in_particular(service: str, inside: Callable[.
 
 
 def test_a_service_tells_its_health(service: str) -> None:
-    assert inspected(service)["Healthcheck"]["Test"] == ["CMD", "alora-serve", "probe", "127.0.0.1:50052"]
+    asked = ["CMD", "python", "-m", "alora_serve.cli.probe", "127.0.0.1:50052"]
+    assert inspected(service)["Healthcheck"]["Test"] == asked
 
 
 def test_a_service_has_no_build_tools_and_no_caches(service: str, inside: Callable[..., str]) -> None:

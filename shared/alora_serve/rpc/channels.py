@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 
-from alora_serve.rpc.tls import ClientTls
+if TYPE_CHECKING:  # else a probe, which opens a channel every few seconds, would read all settings' classes each time
+    from alora_serve.rpc.tls import ClientTls
 
 Option = tuple[str, int | str]
 

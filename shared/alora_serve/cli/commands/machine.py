@@ -115,14 +115,14 @@ def probe(
     ```
     """
     with errors_reported(as_json=as_json):
-        from alora_serve.cli.probe import health_of
+        from alora_serve.cli.probe import SERVING, health_of
 
         status = health_of(address, service, timeout)
         if as_json:
             print_json({"address": address, "service": service, "status": status})
         else:
             typer.echo(status)
-        if status != "SERVING":
+        if status != SERVING:
             raise typer.Exit(FAILURE_EXIT_CODE)
 
 
