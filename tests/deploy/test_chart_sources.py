@@ -1,21 +1,17 @@
-"""Where the chart's pods have models and adapters from: claims, the hub, S3; the hub's command is run against a hub."""
+"""Where the chart's pods have models and adapters from: claims, the hub, S3; the hub's copies come from a hub."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-COMMIT = "c" * 40
+from fake_hub import FakeHub, fake_hub, fetched
+
 FILES = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
@@ -65,68 +61,29 @@ def test_a_claim_is_mounted_read_only(component: str, render: Any) -> None:
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_hub_is_asked_by_its_own_command(render: Any) -> None:
+def test_the_hub_is_asked_for_what_values_name(render: Any) -> None:
     model, adapters = (
         _init_container(render, name, "--set", "model.hub.endpoint=https://hub.internal") for name in OF_HUB
     )
     includes = [f"--include=*.{ending}" for ending in ("json", "safetensors", "model", "txt", "jinja")]
     assert model["command"] == [
-        *("hf", "download", "ibm-granite/granite-3.3-2b-instruct", "--revision=main"),
-        *(f"--local-dir={CACHE}/models/granite-3.3-2b-instruct", *includes),
+        *("python", "-m", "alora_serve.model.hub_copy", "ibm-granite/granite-3.3-2b-instruct", "--revision=main"),
+        *(f"--root={CACHE}/models/granite-3.3-2b-instruct", *includes),
     ]
     alike = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HOME": "/tmp/huggingface"}
     assert _told(model) == alike | {"HF_ENDPOINT": "https://hub.internal", "HF_TOKEN": ("hub-token", "token")}
     assert adapters["command"] == [
-        *("hf", "download", "example/certainty", "--revision=main", f"--local-dir={CACHE}/adapters/hub/certainty"),
+        *("python", "-m", "alora_serve.model.hub_copy", "example/certainty", "--revision=main"),
+        *(f"--root={CACHE}/adapters/hub", "--folder=certainty"),
         *(f"--include=*.{ending}" for ending in ("json", "safetensors", "yaml")),
     ]
     assert _told(adapters) == alike
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """As much of a hub as a download asks for: a commit, its files, and each of them."""
-
-    asked_with: set[str | None]
-    """Tokens."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        body = self._content(self.path.partition("?")[0])
-        if body is None:
-            self.send_error(404)
-            return
-        self.asked_with.add(self.headers.get("Authorization"))
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def _content(self, path: str) -> bytes | None:
-        if path.endswith("/revision/main"):
-            return json.dumps({"id": "a/b", "sha": COMMIT, "siblings": []}).encode()
-        if path.endswith(f"/tree/{COMMIT}"):
-            files = {name: {"size": len(text), "oid": hashlib.sha1(text).hexdigest()} for name, text in FILES.items()}
-            return json.dumps([{"type": "file", "path": name, **told} for name, told in files.items()]).encode()
-        return FILES.get(path.rpartition(f"/resolve/{COMMIT}/")[2])
-
-    def log_message(self, *_: Any) -> None:
-        """Says nothing."""
-
-
 @pytest.fixture
-def hub() -> Iterator[ThreadingHTTPServer]:
-    _Hub.asked_with = set()
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def hub() -> Iterator[FakeHub]:
+    with fake_hub(main=FILES) as hub:
+        yield hub
 
 
 @pytest.mark.parametrize(
@@ -137,20 +94,19 @@ def hub() -> Iterator[ThreadingHTTPServer]:
     ],
 )
 def test_what_services_read_comes_from_the_hub(
-    name: str, value: str, endings: tuple[str, ...], render: Any, hub: ThreadingHTTPServer, tmp_path: Path
+    name: str, value: str, endings: tuple[str, ...], render: Any, hub: FakeHub, tmp_path: Path
 ) -> None:
-    container = _init_container(render, name, "--set", f"{value}=http://127.0.0.1:{hub.server_port}")
+    container = _init_container(render, name, "--set", f"{value}={hub.endpoint}")
     command = [word.replace(CACHE, str(tmp_path / "cache")) for word in container["command"]]
     variables = {key: told if isinstance(told, str) else TOKEN for key, told in _told(container).items()}
-    variables["HF_HOME"] = str(tmp_path / "home")
+    environment = hub.environment(tmp_path) | variables | {"HF_HOME": str(tmp_path / "home")}
     program = Path(sys.executable).with_name(command[0])
-    environment = {key: told for key, told in os.environ.items() if not key.startswith("HF_")} | variables
     done = subprocess.run([program, *command[1:]], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    [folder] = [Path(word.partition("=")[2]) for word in command if word.startswith("--local-dir=")]
-    fetched = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert fetched == {file: content for file, content in FILES.items() if file.rpartition(".")[2] in endings}
-    assert _Hub.asked_with == {f"Bearer {TOKEN}" if name == OF_HUB[0] else None}
+    folder = {OF_HUB[0]: "models/granite-3.3-2b-instruct", OF_HUB[1]: "adapters/hub/certainty"}[name]
+    wanted = {file: content for file, content in FILES.items() if file.rpartition(".")[2] in endings}
+    assert fetched(tmp_path / "cache" / folder) == wanted
+    assert hub.asked_with == {f"Bearer {TOKEN}" if name == OF_HUB[0] else None}
 
 
 # --- S3 ---------------------------------------------------------------------------------------------------------------

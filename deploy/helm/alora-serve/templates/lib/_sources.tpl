@@ -97,17 +97,21 @@ imagePullPolicy: {{ .ctx.Values.demoImage.pullPolicy }}
 args: [/var/cache/alora-serve/demo]
 {{- end }}
 
-{{/* The prefill image, which every cluster has anyway, brings the hub's own command. */}}
+{{/* The prefill image, which every cluster has anyway, brings the hub's client. */}}
 {{- define "alora-serve.hubInit" -}}
 {{- $hub := .item.hub -}}
 image: {{ include "alora-serve.image" (dict "ctx" .ctx "image" .ctx.Values.basePrefill.image) }}
 imagePullPolicy: {{ .ctx.Values.basePrefill.image.pullPolicy }}
 command:
-  - hf
-  - download
+  - python
+  - -m
+  - alora_serve.model.hub_copy
   - {{ required (printf "source hub of %s needs hub.repo" .item.name) $hub.repo }}
   - --revision={{ $hub.revision | default "main" }}
-  - --local-dir={{ .path }}{{ with $hub.folder }}/{{ . }}{{ end }}
+  - --root={{ .path }}
+  {{- with $hub.folder }}
+  - --folder={{ . }}
+  {{- end }}
   {{- range $hub.include | default (list "*.json" "*.safetensors" "*.yaml") }}
   - --include={{ . }}
   {{- end }}
