@@ -41,8 +41,11 @@ def plan(
     ] = None,
     step_sequences: Annotated[int, typer.Option(min=1, metavar="N", help="In that step.")] = 16,
     fetch_rate: Annotated[
-        float, typer.Option(min=1.0, metavar="X", help="Bytes a second from store to worker. LMDB; Valkey: 6e8.")
-    ] = 2.6e9,
+        float | None,
+        typer.Option(
+            min=1.0, metavar="X", help="Bytes a second from store to worker; unset 2.6e9, LMDB's. Valkey: 6e8."
+        ),
+    ] = None,
     core_price: Annotated[float, typer.Option(min=0.0, metavar="X", help="Of a core for an hour, or of a GPU.")] = 0.04,
     cores: Annotated[int, typer.Option(min=1, metavar="N", help="Cores, or GPUs, that a process computes on.")] = 2,
     prefix_cache_gib: Annotated[
@@ -50,15 +53,16 @@ def plan(
     ] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Work out memory, processes and price for a model and a load, from its config and measured rates. Loads nothing.
+    """Work out memory, processes and price for a model and a load, from its config and rates. Loads nothing.
 
     KV a token is what the services will report. The store's size is for all conversations, with a quarter added.
     Processes are planned to be 70 % busy; a call's seconds are those of a process in a full batch, so a lone request's
     first token comes sooner than they suggest. *Recomputed* is what the same calls take with plain LoRA adapters, which
     compute the conversation for every call.
 
-    Rates depend on model and machine: give yours; without them, the plan says where to read them. The demo model in
-    float32 has those of two cores (360 tokens/s, 0.128 s for 16 sequences on 2,048 tokens; docs/performance.md).
+    Rates depend on model and machine: give yours; without them, the plan says where to read them. For the demo model in
+    float32, and for the store, those of another machine stand in, and the plan says so: two cores of an AMD EPYC
+    (360 tokens/s, 0.128 s for 16 sequences on 2,048 tokens; docs/performance.md).
 
     ```
     alora-serve plan demo --dtype float32
@@ -69,7 +73,7 @@ def plan(
     """
     with errors_reported(as_json=as_json):
         from alora_serve.cli.plan.show import show
-        from alora_serve.cli.plan.sizing import Load, Rates, make_plan
+        from alora_serve.cli.plan.sizing import Load, make_plan, rates_from
         from alora_serve.model.demo_model import MODEL_NAME, ensure_demo_model
         from alora_serve.model.shape import read_model_shape
 
@@ -77,8 +81,7 @@ def plan(
             shape = replace(read_model_shape(ensure_demo_model()), name=MODEL_NAME)
         else:
             shape = read_model_shape(Path(model).expanduser())
-        if shape.parameters == _DEMO_PARAMETERS and dtype == "float32":
-            prefill_rate, step_seconds = prefill_rate or 360.0, step_seconds or 0.128
+        demo = shape.parameters == _DEMO_PARAMETERS and dtype == "float32"
         made = make_plan(
             shape,
             dtype=dtype,
@@ -91,9 +94,7 @@ def plan(
                 answer_tokens=answer_tokens,
                 calls_per_second=calls_per_second,
             ),
-            rates=Rates(prefill_rate, step_seconds, step_sequences, fetch_rate)
-            if prefill_rate and step_seconds
-            else None,
+            rates=rates_from(prefill_rate, step_seconds, step_sequences, fetch_rate, demo=demo),
             hour_price=core_price * cores,
             prefix_cache_bytes=round(prefix_cache_gib * (1 << 30)),
         )

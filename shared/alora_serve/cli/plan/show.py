@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alora_serve.cli.output import console, print_table
-from alora_serve.cli.plan.sizing import BUSY_SHARE, Effort, Plan
+from alora_serve.cli.plan.sizing import BUSY_SHARE, REFERENCE_MACHINE, Effort, Plan, Rates
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NO_RATES = """\
@@ -35,18 +35,24 @@ def show(plan: Plan) -> None:
     if plan.rates is None or plan.reused is None or plan.recomputed is None:
         console().print(_NO_RATES, soft_wrap=True, markup=False)
         return
-    _rows(
-        "measured rates of a process",
-        {
-            "prefill": f"{plan.rates.prefill_tokens_per_second:,.0f} tokens/s",
-            f"decode step of {plan.rates.step_sequences} sequences": f"{plan.rates.step_seconds * 1000:,.1f} ms",
-            "fetch from the store": f"{_size(round(plan.rates.fetch_bytes_per_second))}/s",
-        },
-    )
+    print_table("rates of a process", _origins(plan.rates))
     print_table(
         f"{load.calls_per_second:g} adapter calls a second, {load.adapters} a turn, processes {BUSY_SHARE:.0%} busy",
         _compared(plan.reused, plan.recomputed),
     )
+
+
+def _origins(rates: Rates) -> list[dict[str, str]]:
+    def row(what: str, value: str, name: str) -> dict[str, str]:
+        return {"": what, "value": value, "from": default if name in rates.defaults else "given"}
+
+    default = f"default: {REFERENCE_MACHINE}"
+    step = f"decode step of {rates.step_sequences} sequences"
+    return [
+        row("prefill", f"{rates.prefill_tokens_per_second:,.0f} tokens/s", "prefill_tokens_per_second"),
+        row(step, f"{rates.step_seconds * 1000:,.1f} ms", "step_seconds"),
+        row("fetch from the store", f"{_size(round(rates.fetch_bytes_per_second))}/s", "fetch_bytes_per_second"),
+    ]
 
 
 def _compared(reused: Effort, recomputed: Effort) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from alora_serve.kv.layout import ITEM_BYTES
@@ -40,18 +40,46 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one process was measured to do with this model on its machine.
+    """What one process does with this model on its machine.
 
     Attributes:
         prefill_tokens_per_second: prompt tokens through the model.
         step_seconds: a decode step of ``step_sequences`` sequences, each with an adapter.
         fetch_bytes_per_second: KV from the store into a worker.
+        defaults: names of those that nobody gave, and that another machine has: :data:`REFERENCE_MACHINE`.
     """
 
     prefill_tokens_per_second: float
     step_seconds: float
     step_sequences: int
     fetch_bytes_per_second: float
+    defaults: tuple[str, ...] = ()
+
+
+REFERENCE_MACHINE: Final = "two cores of an AMD EPYC"
+REFERENCE_RATES: Final = Rates(
+    prefill_tokens_per_second=360.0, step_seconds=0.128, step_sequences=16, fetch_bytes_per_second=2.6e9
+)
+"""Those of the demo model in float32 there, and of its LMDB: docs/performance.md."""
+
+
+def rates_from(
+    prefill_rate: float | None, step_seconds: float | None, step_sequences: int, fetch_rate: float | None, *, demo: bool
+) -> Rates | None:
+    """The rates that were given, and the reference's where they may stand in: for the store's, and for the demo model.
+
+    ``demo``: it is the demo model in float32. None where a rate of the model is not known.
+    """
+    if not demo and (prefill_rate is None or step_seconds is None):
+        return None
+    given = {
+        "prefill_tokens_per_second": prefill_rate,
+        "step_seconds": step_seconds,
+        "fetch_bytes_per_second": fetch_rate,
+    }
+    measured = {name: rate for name, rate in given.items() if rate is not None}
+    defaults = tuple(name for name in given if name not in measured)
+    return replace(REFERENCE_RATES, **measured, step_sequences=step_sequences, defaults=defaults)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,18 +35,25 @@ def test_rates_give_processes_and_price_for_people_and_machines(plan: Any) -> No
     options = ("--prefill-rate", "1000", "--step-seconds", "0.1", "--core-price", "3", "--cores", "1")
     told = plan(*options)
     assert "price of 1,000 calls" in told.stdout
+    lines = {
+        what: line for line in told.stdout.splitlines() for what in ("prefill ", "step of", "fetch") if what in line
+    }
+    assert {what for what, line in lines.items() if "│ given" in line} == {"prefill ", "step of"}
+    assert "default: two cores of an AMD EPYC" in lines["fetch"], "which nobody gave"
     made = json.loads(plan(*options, "--json").stdout)
     assert made["rates"]["step_sequences"] == 16
+    assert made["rates"]["defaults"] == ["fetch_bytes_per_second"]
     assert made["recomputed"]["worker_seconds"] == pytest.approx(2048 / 1000 + 8 / 1000 + 16 * 0.1 / 16)
     assert made["recomputed"]["price_per_1000_calls"] == pytest.approx(made["recomputed"]["worker_seconds"] * 3 / 3.6)
 
 
-def test_the_demo_model_is_planned_by_its_measured_rates(demo_model_directory: Path) -> None:
+def test_the_demo_model_is_planned_by_the_rates_of_another_machine_which_say_so(demo_model_directory: Path) -> None:
     told = CliRunner().invoke(app, ["plan", str(demo_model_directory), "--dtype", "float32", "--json"])
     made = json.loads(told.stdout)
     assert made["memory"]["kv_per_token"]["float32"] == 46_080
     assert made["parameters"] == 134_515_008
     assert made["rates"]["prefill_tokens_per_second"] == 360
+    assert len(made["rates"]["defaults"]) == 3
     assert made["recomputed"]["price_per_1000_calls"] > 15 * made["reused"]["price_per_1000_calls"]
 
 
