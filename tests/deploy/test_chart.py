@@ -115,6 +115,9 @@ def test_no_object_of_values_takes_unknown_keys(schema: dict[str, Any]) -> None:
         "store.external.url=http://x",
         "secrets.handleSecrets[0]=short",
         "monitoring.prometheusRule.runbookBase=docs/operations.md",
+        "monitoring.prometheusRule.objectives.firstTokenSeconds=2",
+        "monitoring.prometheusRule.objectives.lateShare=1",
+        "monitoring.prometheusRule.objectives.failed=0",
     ],
 )
 def test_a_wrong_value_is_refused(helm: str, wrong: str, chart_helm: Callable[..., str]) -> None:

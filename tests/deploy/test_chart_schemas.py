@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client.utils import floatToGoString
+
+from alora_serve.metrics.buckets import REQUEST_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 HELM = ROOT / "deploy" / "helm"
@@ -111,6 +115,24 @@ def test_rules_and_dashboards_are_those_of_the_files(render: Any) -> None:
     assert shown == {
         path.name: json.loads(path.read_text()) for path in (CHART / "files" / "dashboards").glob("*.json")
     }
+
+
+@pytest.mark.parametrize("seconds", REQUEST_SECONDS)
+def test_alerts_hold_the_service_to_the_objectives_of_the_values(seconds: float, render: Any) -> None:
+    objectives = {"firstTokenSeconds": seconds, "lateShare": 0.02, "failedShare": 0.0005}
+    manifests = render("hpa", "--set-json", f"monitoring.prometheusRule.objectives={json.dumps(objectives)}")
+    rules = [rule for spec in _rules(manifests) for group in spec["groups"] for rule in group["rules"]]
+    recorded = {rule["record"]: rule["expr"] for rule in rules if "record" in rule}
+    assert recorded["alora:first_tokens_late:objective"] == "vector(0.02)"
+    assert recorded["alora:requests_failed:objective"] == "vector(0.0005)"
+    late = {name: text for name, text in recorded.items() if name.startswith("alora:first_tokens_late:ratio")}
+    assert len(late) == 5
+    for text in late.values():
+        assert re.findall(r'le="([^"]+)"', text) == [floatToGoString(seconds)], "as /metrics writes it"
+    budgets = [rule["expr"] for rule in rules if "Budget" in rule.get("alert", "")]
+    assert len(budgets) == 4
+    bounds = [bound for text in budgets for bound in re.findall(r"> (?:[\d.]+ \* )?(\S+)", text)]
+    assert all(bound.startswith("scalar(alora:") for bound in bounds), "no number of their own"
 
 
 @pytest.mark.parametrize("base", [RUNBOOK, ""])
