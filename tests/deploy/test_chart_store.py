@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,33 @@ def _round_trip(url: str, tls: TlsFiles | None = None) -> bytes:
     finally:
         store.close()
     return found[0]
+
+
+@pytest.mark.parametrize(
+    ("maxmemory", "limit", "fits"),
+    [
+        ("10gb", "3Gi", False),
+        ("4gb", "5Gi", True),
+        ("4097mb", "5Gi", False),
+        ("1200mb", "1.5Gi", True),
+        ("1300mb", "1.5Gi", False),
+        ("2gb", "2500M", False),
+        ("2gb", "2700M", True),
+        ("2gb", 2684354560, True),
+    ],
+)
+def test_what_the_store_may_fill_fits_its_memory_limit(
+    maxmemory: str, limit: str | int, fits: bool, render: Any
+) -> None:
+    """Else the kernel ends it once it is full, and all KV is gone."""
+    valkey = {"maxmemory": maxmemory, "resources": {"limits": {"memory": limit}}}
+    arguments = ("minimal", "--set-json", f"store.valkey={json.dumps(valkey)}")
+    if fits:
+        assert maxmemory in _container(render(*arguments))["command"]
+        return
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        render(*arguments)
+    assert f"store.valkey.maxmemory, {maxmemory}, must be at most four fifths" in refused.value.stderr
 
 
 def test_the_store_starts_and_keeps_values(render: Any, tmp_path: Path) -> None:

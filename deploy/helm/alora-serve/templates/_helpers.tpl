@@ -82,12 +82,13 @@ and name them: --set secrets.existingSecret=%s
 {{- if kindIs "string" . }}{{ . }}{{ else if kindIs "slice" . }}{{ join "," . }}{{ else }}{{ toJson . }}{{ end -}}
 {{- end }}
 
-{{/* A size such as 512Mi in bytes. */}}
+{{/* A size such as 512Mi or 1.5Gi, or a number, in bytes. */}}
 {{- define "alora-serve.bytes" -}}
 {{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 -}}
 {{- $units = merge $units (dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776) -}}
-{{- $number := regexFind "^[0-9]+" (toString .) -}}
-{{- mul (int64 $number) (index $units (trimPrefix $number (toString .))) -}}
+{{- $size := kindIs "string" . | ternary (toString .) (printf "%.0f" (float64 .)) -}}
+{{- $number := regexFind "^[0-9.]+" $size -}}
+{{- mulf (float64 $number) (index $units (trimPrefix $number $size)) | int64 -}}
 {{- end }}
 
 {{/* Settings of a component: the release's, then its own. */}}

@@ -126,6 +126,17 @@
 {{- $size -}}
 {{- end }}
 
+{{/* A limit that Valkey's KV fills would end in the same kill: buffers, connections and fragmentation take a fifth. */}}
+{{- define "alora-serve.valkeyMemory" -}}
+{{- $size := .maxmemory | trimSuffix "b" | upper | printf "%si" | include "alora-serve.bytes" | int64 -}}
+{{- $limit := dig "limits" "memory" "" .resources -}}
+{{- if and $limit (gt (mul 5 $size) (mul 4 (include "alora-serve.bytes" $limit | int64))) -}}
+{{- $problem := "store.valkey.maxmemory, %s, must be at most four fifths of the store's memory limit, %v" -}}
+{{- fail (printf $problem .maxmemory $limit) -}}
+{{- end -}}
+{{- .maxmemory -}}
+{{- end }}
+
 {{/* Whether model services write into their cache volume: where the store lies there. */}}
 {{- define "alora-serve.cacheIsWritten" -}}
 {{- if and (eq .Values.store.type "lmdb") (eq .Values.store.lmdb.medium "Cache") }}true{{ end }}
