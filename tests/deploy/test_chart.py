@@ -212,6 +212,20 @@ def test_the_dtype_is_set_and_never_detected(render: Any) -> None:
             assert _variables(container)["ALORA_DTYPE"] == "float32"
 
 
+def test_no_single_pod_as_installed_is_needed_to_take_a_request(render: Any) -> None:
+    """The store's loss costs time alone."""
+    manifests = render("minimal")
+    alone = {
+        manifest["metadata"]["name"].removeprefix("r-alora-serve-")
+        for manifest in manifests
+        if manifest["kind"] == "Deployment" and manifest["spec"]["replicas"] == 1
+    }
+    assert alone == {"base-prefill", "store"}
+    for name, container in _containers(manifests):
+        if name.endswith(("router", "adapter-decode")):
+            assert _variables(container)["ALORA_WORKERS_PREFILL"] == "true", "who stand in for base prefill"
+
+
 def test_numbers_stay_numbers(render: Any) -> None:
     """YAML's numbers are floating point to Helm, and 4294967296 would become 4.294967296e+09."""
     manifests = render(
