@@ -43,6 +43,13 @@ def test_no_image_volumes_where_kubernetes_has_none(render: Any) -> None:
     assert "needs Kubernetes 1.31" in refused.value.stderr
 
 
+def test_no_part_of_an_image_volume_where_kubernetes_mounts_all_of_it(render: Any) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        render("oci-image-volume", kubernetes="1.32")
+    assert "image.subPath of intrinsics needs Kubernetes 1.33" in refused.value.stderr
+    assert render("oci-image-volume", "--set", "adapters[0].image.subPath=", kubernetes="1.32")
+
+
 def _notes(chart_helm: Callable[..., str], *arguments: str) -> str:
     """What an installation says. Only Helm 4 shows it without a cluster."""
     values = str(CHART / "ci" / "minimal-values.yaml")

@@ -257,6 +257,27 @@ def test_an_air_gapped_release_has_one_registry_and_downloads_nothing(render: An
         assert "initContainers" not in pod, name
 
 
+@pytest.mark.parametrize(
+    ("reference", "mirrored"),
+    [
+        ("registry.example.com/models/granite:1", "registry.internal:5000/mirror/models/granite:1"),
+        ("localhost:5000/granite:1", "registry.internal:5000/mirror/granite:1"),
+        ("models/granite:1", "registry.internal:5000/mirror/models/granite:1"),
+        ("granite@sha256:0123", "registry.internal:5000/mirror/granite@sha256:0123"),
+    ],
+)
+def test_the_image_of_a_volume_comes_from_the_one_registry_too(reference: str, mirrored: str, render: Any) -> None:
+    def references(*arguments: str) -> set[str]:
+        source = f"model.image.reference={reference},adapters[0].image.reference={reference}"
+        pods = _pods(render("oci-image-volume", "--set", source, *arguments))
+        return {
+            volume["image"]["reference"] for _, pod in pods for volume in pod.get("volumes", []) if "image" in volume
+        }
+
+    assert references("--set", "global.imageRegistry=registry.internal:5000/mirror/") == {mirrored}
+    assert references() == {reference}
+
+
 @pytest.mark.parametrize("component", MODEL_SERVICES)
 def test_only_an_init_container_that_was_asked_for_downloads(component: str, values: str, render: Any) -> None:
     pod = _pod(render(values), component)

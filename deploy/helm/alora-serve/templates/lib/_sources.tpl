@@ -50,13 +50,25 @@ Models and adapters: where each source puts them. An item is .Values.model or an
 {{- else if eq .item.source "image" }}
 {{- if semverCompare "<1.31.0-0" $ctx.Capabilities.KubeVersion.Version }}
 {{- fail (printf "source image of %s needs Kubernetes 1.31 or newer: use pvc, hub or s3" .item.name) }}
+{{- else if and .item.image.subPath (semverCompare "<1.33.0-0" $ctx.Capabilities.KubeVersion.Version) }}
+{{- fail (printf "image.subPath of %s needs Kubernetes 1.33 or newer: give it an image of its own" .item.name) }}
 {{- end }}
 - name: {{ .folder }}-{{ .item.name | lower | replace "." "-" }}
   image:
-    reference: {{ required (printf "source image of %s needs image.reference" .item.name) .item.image.reference }}
+    {{- $reference := required (printf "source image of %s needs image.reference" .item.name) .item.image.reference }}
+    reference: {{ include "alora-serve.volumeReference" (dict "ctx" $ctx "reference" $reference) }}
     pullPolicy: {{ .item.image.pullPolicy | default "IfNotPresent" }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* As given, but from the one registry there is; a host is what has a dot or a port, as Docker reads it. */}}
+{{- define "alora-serve.volumeReference" -}}
+{{- with .ctx.Values.global.imageRegistry -}}
+{{- trimSuffix "/" . }}/{{ regexReplaceAll "^(localhost|[^/]*[.:][^/]*)/" $.reference "" -}}
+{{- else -}}
+{{- .reference -}}
+{{- end -}}
 {{- end }}
 
 {{- define "alora-serve.sourceMounts" -}}
