@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +149,29 @@ def test_an_alert_links_to_its_section_of_the_runbook_or_has_no_link(base: str, 
         assert told == {"runbook_url" if base else "runbook": section}
 
 
+def _checkov(python: Path, manifests: Mapping[str, list[dict[str, Any]]], folder: Path) -> tuple[int, str]:
+    """Its exit status for these, by name, and what it says."""
+    for name, rendered in manifests.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump_all(rendered))
+    command = [python, "-m", "checkov.main", "--config-file", str(HELM / "checkov.yaml"), "--directory", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    return result.returncode, result.stdout + result.stderr
+
+
 def test_checkov_finds_nothing_that_is_not_explained(
     every_values: list[str], render: Any, python: Path, tmp_path: Path
 ) -> None:
-    for values in every_values:
-        (tmp_path / f"{values}.yaml").write_text(yaml.safe_dump_all(render(values)))
-    command = [python, "-m", "checkov.main", "--config-file", str(HELM / "checkov.yaml"), "--directory", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    status, told = _checkov(python, {values: render(values) for values in every_values}, tmp_path)
+    assert status == 0, told
+
+
+def test_checkov_would_find_a_container_that_may_do_more_than_it_must(
+    render: Any, python: Path, tmp_path: Path
+) -> None:
+    manifests = json.loads(json.dumps(render("minimal")))
+    router = next(m for m in manifests if m["kind"] == "Deployment" and m["metadata"]["name"].endswith("-router"))
+    router["spec"]["template"]["spec"]["containers"][0]["securityContext"] = {"privileged": True}
+    status, told = _checkov(python, {"minimal": manifests}, tmp_path)
+    assert status == 1
+    assert {"CKV_K8S_16", "CKV_K8S_22"} <= set(re.findall(r"CKV\w+", told)), told
+    assert set(re.findall(r"\S+\.(r-alora-serve-\S+)", told)) == {"r-alora-serve-router"}, told

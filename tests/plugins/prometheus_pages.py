@@ -13,8 +13,10 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 DASHBOARDS = Path(__file__).resolve().parents[2] / "deploy" / "grafana" / "dashboards"
-FLAT_LINE = "\nor on () label_replace"
-"""What draws a line at 0 where there is nothing."""
+ZERO = re.compile(r"\s*or on \(\) (vector\(0\)|label_replace\(vector\(0\).*)")
+"""What draws a 0 where there is nothing."""
+FAILED = 'code=~"UNAVAILABLE|INTERNAL|UNKNOWN|DEADLINE_EXCEEDED"'
+"""Of calls that there are none of while all is well."""
 
 
 def pages() -> dict[str, dict[str, Any]]:
@@ -73,11 +75,13 @@ def filled_in(expression: str, variables: dict[str, str]) -> str:
     return re.sub(r"\$(\w+)", lambda found: variables[found[1]], expression)
 
 
+def bare(expression: str) -> str:
+    """What an expression shows of what there is: without zeros for what there is not, and of calls of any status."""
+    return ZERO.sub("", expression).replace(FAILED, 'code=~".+"')
+
+
 def empty_queries(prometheus: Scraper) -> list[str]:
     """Queries of dashboards that never gave a number."""
     chosen = {name: prometheus.variables(page) for name, page in pages().items()}
-    asked = [
-        (f"{name}: {panel}", filled_in(expression.partition(FLAT_LINE)[0], chosen[name]))
-        for name, panel, expression in queries()
-    ]
+    asked = [(f"{name}: {panel}", filled_in(bare(expression), chosen[name])) for name, panel, expression in queries()]
     return [f"{where}: {expression}" for where, expression in asked if not prometheus.has_values(expression)]
