@@ -32,23 +32,30 @@ def tracing(service: str) -> Iterator[None]:
 
     Read are ``OTEL_EXPORTER_OTLP_ENDPOINT`` or ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``, without which there are no
     traces, and all that the SDK and its exporter read. Spans wait in a bounded queue for a thread that sends them: what
-    it cannot send in time is dropped, and no request ever waits for it.
+    it cannot send in time is dropped, and no request ever waits for it. A variable whose value is not served costs the
+    traces, which is logged, and not the service: operators of a cluster set such variables for all that runs there.
 
     Args:
         service: ``service.name``, unless the environment says otherwise.
-
-    Raises:
-        ConfigError: a variable has a value that is not served.
     """
-    if not _is_wanted():
+    provider = _provider(service)
+    if provider is None:
         yield
         return
-    provider = _open_provider(service)
     try:
         with spans_by(provider):
             yield
     finally:
         _close(provider)
+
+
+def _provider(service: str) -> TracerProvider | None:
+    """None: traces are not wanted, or cannot be sent as the environment says."""
+    try:
+        return _open_provider(service) if _is_wanted() else None
+    except ConfigError as error:
+        _log.error("no traces", problem=str(error))
+        return None
 
 
 def _is_wanted() -> bool:
@@ -83,11 +90,14 @@ def _find_exporter() -> Callable[[], SpanExporter]:
     names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
     protocol = next((value for name in names if (value := os.environ.get(name, "").strip())), "grpc")
     if protocol not in _EXPORTERS:
-        raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: one of {', '.join(_EXPORTERS)}")
+        raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: set it to one of {', '.join(_EXPORTERS)}")
     found = entry_points(group="opentelemetry_traces_exporter", name=_EXPORTERS[protocol])
     if not found:
         package = f"opentelemetry-exporter-{_EXPORTERS[protocol].replace('_', '-')}"
-        raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} needs the package {package}")
+        raise ConfigError(
+            f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} needs the package {package}: set it to grpc, and the endpoint to "
+            "the collector's port for that (4317), or install the package"
+        )
     exporter: Callable[[], SpanExporter] = next(iter(found)).load()
     return exporter
 

@@ -192,6 +192,15 @@ async def test_health_has_a_port_of_its_own_where_nothing_else_is_served() -> No
         assert process.end()[0] == 0
 
 
+def test_a_service_starts_where_traces_cannot_leave_as_the_environment_says() -> None:
+    traces = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
+    with running(**traces) as process:
+        assert process.listening()["event"] == "listening"
+        process.process.send_signal(signal.SIGTERM)
+        status, _, log = process.end()
+        assert (status, "no traces" in log) == (0, True)
+
+
 def test_a_process_that_loads_is_alive_and_watched_and_does_not_serve_before_it_takes_calls() -> None:
     with running("--health-listen=127.0.0.1:0", LOADING="1") as process:
         word, health_address, metrics_address = process.line().split()
