@@ -57,8 +57,7 @@ class TextStream:
         self._decode = decode
         self._gate = gate if stop else None
         self._stop = tuple(sorted(set(stop), key=len, reverse=True))
-        self._stop_prefixes = frozenset(string[:end] for string in self._stop for end in range(1, len(string)))
-        self._longest_prefix = max(map(len, self._stop_prefixes), default=0)
+        self._longest_stop = max(map(len, self._stop), default=0)
         # The window: tokens [0, read) are already in the text and stand here only as context, because what a token
         # adds depends on its neighbours (leading spaces, characters of several tokens); [read, ...) are held.
         self._window: list[int] = []
@@ -157,8 +156,9 @@ class TextStream:
             self._passed = found[0] + 1
 
     def _possible_stop_length(self) -> int:
-        """Length of the longest end of the pending text with which a stop string begins."""
-        for length in range(min(self._longest_prefix, len(self._pending)), 0, -1):
-            if self._pending[-length:] in self._stop_prefixes:
+        """Length of the longest end of the pending text with which a stop string begins, and goes on after it."""
+        for length in range(min(self._longest_stop - 1, len(self._pending)), 0, -1):
+            end = self._pending[-length:]
+            if any(len(string) > length and string.startswith(end) for string in self._stop):
                 return length
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.structure.compiler import FormCompiler
 from alora_serve.model.structure.constraint import Constraint
 from alora_serve.model.structure.vocabulary import TokenVocabulary
+from alora_serve.model.text import TextStream
 from alora_serve.rpc.convert import (
     decode_from_proto,
     fan_out_from_proto,
@@ -30,6 +31,7 @@ from alora_serve.rpc.convert import (
 from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto
 from alora_serve.rpc.wire import find_invalid_utf8, find_largest_field
 from alora_serve.types import (
+    GenerateRequest,
     PrefixHandle,
     PromptKind,
 )
@@ -58,7 +60,7 @@ def handle(data: bytes) -> None:
 
 
 def requests(data: bytes) -> None:
-    """Requests of the public API and of workers."""
+    """Requests of the public API and of workers; the text of an answer begins as a worker is told."""
     parsers: list[tuple[Any, Callable[[Any], object]]] = [
         (alora_pb2.GenerateRequest, generate_from_proto),
         (alora_pb2.FanOutRequest, fan_out_from_proto),
@@ -72,9 +74,16 @@ def requests(data: bytes) -> None:
         except DecodeError:
             continue
         try:
-            parse(message)
+            parsed = parse(message)
         except AloraServeError as error:
             must(error.status in ("INVALID_ARGUMENT", "UNIMPLEMENTED"), str(error))
+        else:
+            if isinstance(parsed, GenerateRequest):
+                TextStream(_letters, parsed.sampling.stop).push(range(128))
+
+
+def _letters(token_ids: Sequence[int]) -> str:
+    return "".join(map(chr, token_ids))
 
 
 @cache
@@ -118,13 +127,19 @@ def _request() -> bytes:
     ).SerializeToString()
 
 
+def _decode(stop: str) -> bytes:
+    return adapter_decode_pb2.DecodeRequest(
+        handle=handle_to_proto(_ISSUED), sampling=types_pb2.SamplingParams(stop=[stop])
+    ).SerializeToString()
+
+
 def _handle() -> bytes:
     return handle_to_proto(_ISSUED).SerializeToString()
 
 
 TARGETS: Final[dict[str, Target]] = {
     "handle": Target(handle, [_handle()]),
-    "requests": Target(requests, [_request()]),
+    "requests": Target(requests, [_request(), _decode("ab"), _decode("x" * 40_000)]),
     "forms": Target(
         forms,
         [

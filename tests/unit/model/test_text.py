@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -136,6 +137,17 @@ def test_text_that_waited_in_vain_comes_at_the_end() -> None:
     assert push(stream, "xab") == TextDelta("x")
     assert stream.finish() == "ab"
     assert stream.finish() == ""
+
+
+def test_a_long_stop_string_takes_as_much_memory_as_it_has_text() -> None:
+    stop = "a" * 5000 + "b"
+    tracemalloc.start()
+    stream = TextStream(characters, [stop])
+    assert push(stream, stop[1:-1] + "c") == TextDelta(stop[1:-1] + "c")
+    assert push(stream, "a" * 100) == TextDelta("")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 100 * len(stop)  # a set of its beginnings takes 12 MB
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ MAX_TEMPERATURE: Final = 100.0
 MAX_PENALTY: Final = 2.0
 MAX_LOGIT_BIAS: Final = 100.0
 MAX_STOP_STRINGS: Final = 16
+MAX_STOP_CHARACTERS: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
 MAX_SAMPLES: Final = 64
 
@@ -126,6 +127,11 @@ def _check_ranges(params: SamplingParams, violations: Violations, field: str) ->
     )
     for index, stop in enumerate(params.stop):
         require(stop != "", f"{field}.stop[{index}]", "is empty, which would stop before any text")
+        require(
+            len(stop) <= MAX_STOP_CHARACTERS,
+            f"{field}.stop[{index}]",
+            f"{len(stop)} characters are more than {MAX_STOP_CHARACTERS}",
+        )
 
 
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:

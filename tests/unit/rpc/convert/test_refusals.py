@@ -60,9 +60,10 @@ def test_a_logit_bias_out_of_range_is_named_by_token(bias: float) -> None:
     assert fields(caught.value) == ["sampling.logit_bias[7]"]
 
 
-def test_an_empty_stop_string_is_named_by_position() -> None:
+@pytest.mark.parametrize("stop", ["", "x" * 1025])
+def test_a_stop_string_that_is_empty_or_too_long_is_named_by_position(stop: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        convert.sampling_from_proto(types_pb2.SamplingParams(stop=["a", ""]))
+        convert.sampling_from_proto(types_pb2.SamplingParams(stop=["a", stop]))
     assert fields(caught.value) == ["sampling.stop[1]"]
 
 
@@ -76,7 +77,7 @@ def test_the_edges_of_every_range_are_inside() -> None:
             presence_penalty=-2,
             frequency_penalty=2,
             logit_bias={0: -100, 1: 100},
-            stop=["x"] * 16,
+            stop=["x" * 1024] * 16,
             n=1,
         )
     )
