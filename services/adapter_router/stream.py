@@ -188,7 +188,7 @@ class DecodeStream:
             invocation_start=started.invocation_start if started.HasField("invocation_start") else None,
             adapter_digest=AdapterDigest(started.adapter_digest),
         )
-        return replace(self._request, resume=resume)
+        return replace(self._request, resume=resume, is_taken_over=True)
 
     def _tokens(self) -> TokenIds:
         return unpack_token_ids(bytes(self.delivered), "delivered")

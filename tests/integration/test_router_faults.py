@@ -148,8 +148,10 @@ async def test_a_worker_that_dies_in_mid_stream_is_replaced_without_a_gap_or_a_r
         assert kinds(events) == ["started", "heartbeat", "chunk", "heartbeat", "chunk", "finished"]
         chunks = [event for event in events if event.HasField("chunk")]
         assert [(e.chunk.text, e.chunk.first_index, e.attempt) for e in chunks] == [("Hello", 0, 0), (" world", 1, 1)]
-        resume = decode_from_proto(second.requests[0]).resume
-        assert resume == Resume((10,), None, AdapterDigest(b"jailbreak".hex()))
+        again = decode_from_proto(second.requests[0])
+        assert again.resume == Resume((10,), None, AdapterDigest(b"jailbreak".hex()))
+        assert again.is_taken_over
+        assert not first.requests[0].taken_over
         assert first.requests[0].sampling.seed == second.requests[0].resume.seed
         assert router.metric("alora_router_resumed_streams_total", role="adapter_decode") == 1
         assert router.metric("alora_time_to_first_token_seconds_count") == 1
@@ -293,6 +295,18 @@ async def test_another_router_goes_on_with_a_stream() -> None:
         assert [event.chunk.text for event in events if event.HasField("chunk")] == [" world"]
         assert worker.requests[0].resume == resume
         assert worker.requests[0].sampling.seed == 7
+        assert not worker.requests[0].taken_over
+
+
+async def test_a_client_s_resume_that_one_worker_refuses_is_not_the_router_s_own_at_the_next() -> None:
+    workers = [FakeWorker(), FakeWorker()]
+    async with deployment([FakePrefill()], workers) as (router, servers):
+        (first, _), (second, _) = ranked(router, workers, servers[1:])
+        first.script = stopping_before(Started, and_then=full())
+        resume = types_pb2.Resume(generated_token_ids=pack_token_ids((10,)), adapter_digest=b"jailbreak".hex(), seed=7)
+        request = alora_pb2.GenerateRequest(prompt=HELLO, adapter="jailbreak", resume=resume)
+        assert kinds(await events_of(router.stub.Generate(request)))[-1] == "finished"
+        assert [(request.attempt, request.taken_over) for request in second.requests] == [(1, False)]
 
 
 async def test_a_fan_out_goes_on_with_the_targets_that_had_not_ended() -> None:

@@ -18,7 +18,8 @@ class RetryPolicy:
         backoff_seconds: longest pause before the first repetition; doubles with each. Pauses are drawn from its half.
         max_backoff_seconds: where doubling ends.
         resume_seconds: how long a stream that has begun looks for a router to go on with.
-        retry_overloaded: also repeat calls refused for load, after the time the server asked for.
+        retry_overloaded: also repeat calls refused for load, after the time the server asked for; a stream that has
+            begun always does.
     """
 
     max_attempts: int = 3
@@ -67,16 +68,15 @@ class Retries:
 
     def _pause_seconds(self, error: AloraServeError) -> float | None:
         policy = self._policy
-        if self._is_over():
-            return None
-        if not isinstance(error, UnavailableError) and not (
-            policy.retry_overloaded and isinstance(error, OverloadedError)
-        ):
+        # Who has read half of a stream is not sent away for a full queue: many come at once when a router is lost.
+        waits_for_room = policy.retry_overloaded or self._resume_until is not None
+        if not isinstance(error, UnavailableError) and not (waits_for_room and isinstance(error, OverloadedError)):
             return None
         longest = min(policy.max_backoff_seconds, policy.backoff_seconds * 2.0 ** min(self._failures - 1, 30))
-        return max(error.retry_after_seconds or 0.0, random.uniform(longest / 2, longest))
+        pause = max(error.retry_after_seconds or 0.0, random.uniform(longest / 2, longest))
+        return None if self._is_over_after(pause) else pause
 
-    def _is_over(self) -> bool:
+    def _is_over_after(self, pause_seconds: float) -> bool:
         if self._resume_until is None or self._policy.max_attempts == 1:
             return self._failures >= self._policy.max_attempts
-        return time.monotonic() >= self._resume_until
+        return time.monotonic() + pause_seconds >= self._resume_until

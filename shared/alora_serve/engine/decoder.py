@@ -78,7 +78,8 @@ class Decoder:
         self._signer.verify(request.handle, tenant_salt=salt, field="handle")
         check_model(request.handle, self._model_digest)
         with ExitStack() as held:
-            held.enter_context(self._core.engine.place(request.tenant, is_begun=request.resume is not None))
+            is_begun, is_taken_over = request.resume is not None, request.is_taken_over
+            held.enter_context(self._core.engine.place(request.tenant, is_begun=is_begun, is_taken_over=is_taken_over))
             adapter = None
             if request.adapter:
                 acquiring = held.enter_context(self._acquiring(request))
@@ -126,6 +127,7 @@ class Decoder:
                 generated=generated,
                 answer=answer,
                 tenant=request.tenant,
+                is_taken_over=request.is_taken_over,
             )
             writes: list[asyncio.Task[StoreResult]] = []
             submitted = monotonic()

@@ -10,7 +10,6 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Protocol
@@ -90,6 +89,8 @@ class Engine:
         self._running: list[Sequence] = []
         self._ids = itertools.count()
         self._places = Places(limits.max_sequences, limits.max_queue, limits.tenant_share)
+        self.place = self._places.hold
+        """A place in batch or queue, held while a block runs: see :meth:`Places.hold`."""
         self.rates = StepRates()
         self.pulse = Pulse(self.rates, limits.max_step_tokens)
         self._tail_bytes = 0
@@ -120,10 +121,6 @@ class Engine:
             waiting_adapters=adapters_of(waiting),
             rates=replace(self.rates),
         )
-
-    def place(self, tenant: str = "", *, is_begun: bool = False) -> AbstractContextManager[None]:
-        """A place in batch or queue, held while the block runs: see :meth:`Places.hold`."""
-        return self._places.hold(tenant, is_begun=is_begun)
 
     def submit(self, request: SequenceRequest, sink: Sink) -> SequenceId:
         """Queue a sequence; the caller holds a :meth:`place`. The pin on ``request.prefix`` passes to the engine.

@@ -17,14 +17,15 @@ class Places:
     """Places in batch and queue together. Thread-safe.
 
     Args:
-        running: places in the batch.
+        running: places in the batch, and as many beyond the queue for streams that began elsewhere.
         waiting: places in the queue.
         tenant_share: how much of all places one tenant may hold; those of no tenant may hold all.
     """
 
     def __init__(self, running: int, waiting: int, tenant_share: float = 1.0) -> None:
         self._limit = running + waiting
-        self._tenant_limit = max(1, int(self._limit * tenant_share))
+        self._surplus = running
+        self._tenant_share = tenant_share
         self._held: Counter[str] = Counter()
         self._waiting = waiting
         self._taken = 0
@@ -37,11 +38,12 @@ class Places:
         return self._taken
 
     @contextmanager
-    def hold(self, tenant: str = "", *, is_begun: bool = False) -> Iterator[None]:
+    def hold(self, tenant: str = "", *, is_begun: bool = False, is_taken_over: bool = False) -> Iterator[None]:
         """One place while the block runs. Taken before a prefix is loaded, so that a burst cannot fill memory.
 
-        A stream that has begun elsewhere (``is_begun``) is never refused: its client has read half of it. Those are as
-        many as the batches of lost workers held.
+        A stream that has begun elsewhere (``is_begun``) finds room for a batch more, of which its tenant may have its
+        share: what a lost router's clients were reading. It is they who say so, hence the bound. One that our router
+        has from a worker it lost (``is_taken_over``) is never refused: there are as many as that worker had places.
 
         Raises:
             OverloadedError: all places are taken, or all that one tenant may have; says when to retry.
@@ -50,12 +52,13 @@ class Places:
         with self._lock:
             if self._closed:
                 raise UnavailableError("the engine is shutting down; ask another endpoint")
-            if self._taken >= self._limit and not is_begun:
+            limit = self._limit + self._surplus if is_begun else self._limit
+            if self._taken >= limit and not is_taken_over:
                 raise OverloadedError(
                     f"{self._waiting} requests wait already; retry later or on another endpoint",
                     retry_after_seconds=RETRY_AFTER_SECONDS,
                 )
-            if tenant and self._held[tenant] >= self._tenant_limit and not is_begun:
+            if tenant and self._held[tenant] >= max(1, int(limit * self._tenant_share)) and not is_taken_over:
                 raise OverloadedError(
                     f"{self._held[tenant]} requests of this tenant are here already; retry later",
                     retry_after_seconds=RETRY_AFTER_SECONDS,

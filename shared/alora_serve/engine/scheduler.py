@@ -63,8 +63,8 @@ def next_to_run(
 ) -> list[Sequence]:
     """Who is given the free places of the batch, in order.
 
-    Streams that have begun elsewhere come first: somebody has read half of them. Then whoever's tenant has the fewest
-    in the batch, and of those the first to come.
+    Streams that were taken over from a lost worker come first: they had their place, and somebody has read half of
+    them. Then whoever's tenant has the fewest in the batch, and of those the first to come.
 
     Args:
         waiting: in the order of their coming.
@@ -79,7 +79,7 @@ def next_to_run(
         fit = [one for one in left if not one.request.tenant or held[one.request.tenant] < tenant_places]
         if not fit:
             break
-        best = min(fit, key=lambda one: (not one.request.generated, held[one.request.tenant]))
+        best = min(fit, key=lambda one: (not one.request.is_taken_over, held[one.request.tenant]))
         left.remove(best)
         held[best.request.tenant] += 1
         chosen.append(best)

@@ -47,6 +47,7 @@ class SequenceRequest:
         chain: block names of the prompt's base tokens.
         answer: what generated tokens come to and where they end, ``generated`` taken; None for a prefill.
         tenant: for whom; tenants share the batch fairly.
+        is_taken_over: as in :class:`~alora_serve.types.GenerateRequest`; it is the next to run.
     """
 
     prompt: TokenIds
@@ -58,6 +59,7 @@ class SequenceRequest:
     generated: TokenIds = ()
     answer: Answer | None = None
     tenant: str = ""
+    is_taken_over: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -78,6 +78,7 @@ class GenerateRequest:
         adapter: its name; empty is the base model.
         tenant: for whom, as the router authenticated it; empty without tenants.
         skip_store: nothing new is written to the store.
+        is_taken_over: the router goes on with what a worker, lost since, had taken in; never a client's word.
     """
 
     handle: PrefixHandle
@@ -87,6 +88,7 @@ class GenerateRequest:
     request_id: str = ""
     tenant: str = ""
     skip_store: bool = False
+    is_taken_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -344,7 +344,7 @@ class ScriptedRouter(AloraServiceServicer):
             yield response
 
     async def _answers(self, request: Any) -> AsyncIterator[types_pb2.GenerationEvent]:
-        resume = read_resume(request.resume, Violations(), field="resume") if request.HasField("resume") else None
+        resume = read_resume(request.resume, 256, Violations(), field="resume") if request.HasField("resume") else None
         async for event in answer(GenerateRequest(handle(), resume=resume), 0):
             yield event_to_proto(event)
 

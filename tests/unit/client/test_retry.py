@@ -62,6 +62,14 @@ def test_a_stream_that_has_begun_looks_for_a_router_by_time_and_not_by_attempts(
         too_late.pause_after(GONE)
 
 
+def test_a_stream_that_has_begun_waits_for_room_as_long_as_for_a_router() -> None:
+    retries = Retries(RetryPolicy(resume_seconds=60.0), None)
+    retries.received(1)
+    assert retries.pause_after(FULL) >= 1.5
+    with pytest.raises(OverloadedError):
+        retries.pause_after(OverloadedError("full", retry_after_seconds=60.0))
+
+
 def test_only_more_tokens_than_before_begin_the_count_anew() -> None:
     retries = Retries(RetryPolicy(resume_seconds=0.0), None)
     retries.received(0)

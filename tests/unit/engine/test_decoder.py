@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ import pytest
 
 from alora_serve.engine import decoder as decoder_module
 from alora_serve.engine.core import CoreOptions
+from alora_serve.engine.events import Sink
+from alora_serve.engine.sequence import SequenceId, SequenceRequest
+from alora_serve.engine.stepper import EngineLimits
 from alora_serve.errors import (
     AdapterNotFoundError,
     AdapterRefusedError,
     HandleInvalidError,
     InvalidRequestError,
     ModelMismatchError,
+    OverloadedError,
     StoreUnavailableError,
 )
 from alora_serve.handles import HandleSigner
@@ -410,6 +415,35 @@ async def test_a_request_given_up_while_it_fetches_ends_the_fetch(
             while any(segment.pins for segment in cold.core.cache._names):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     assert handed == []
+
+
+async def test_resumes_of_clients_are_bounded_and_what_the_router_takes_over_is_not(
+    model: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = CoreOptions(block_tokens=16, limits=EngineLimits(max_sequences=1, max_queue=0))
+    async with open_stack(model, FaultyStore(), options=options) as small, AsyncExitStack() as held:
+        submitted, submit = list[SequenceRequest](), small.core.engine.submit
+
+        def note(request: SequenceRequest, sink: Sink) -> SequenceId:
+            submitted.append(request)
+            return submit(request, sink)
+
+        monkeypatch.setattr(small.core.engine, "submit", note)
+        handle = (await small.prefill(Prompt(messages=CONVERSATION))).handle
+        resumed = GenerateRequest(handle, resume=Resume((1,), None, AdapterDigest("")))
+
+        async def begin(request: GenerateRequest) -> None:
+            events = await held.enter_async_context(aclosing(small.decoder.decode(request)))
+            async for event in events:
+                if isinstance(event, TokenChunk):
+                    return
+
+        await begin(resumed)
+        await begin(resumed)
+        with pytest.raises(OverloadedError):
+            await begin(resumed)
+        await begin(replace(resumed, is_taken_over=True))
+        assert [request.is_taken_over for request in submitted[1:]] == [False, False, True]
 
 
 async def test_a_resume_with_tokens_of_no_vocabulary_is_refused(stack: Stack, prefilled: PrefillResult) -> None:

@@ -125,8 +125,8 @@ def test_without_tenants_it_is_as_if_all_were_one_s(pending: list[int], budget: 
     assert share_step(pending, budget) == share_step(pending, budget, None, ["acme"] * len(pending))
 
 
-def one(tenant: str, number: int = 0, *, begun: bool = False) -> Any:
-    return SimpleNamespace(number=number, request=SimpleNamespace(tenant=tenant, generated=(1,) if begun else ()))
+def one(tenant: str, number: int = 0, *, taken_over: bool = False) -> Any:
+    return SimpleNamespace(number=number, request=SimpleNamespace(tenant=tenant, is_taken_over=taken_over))
 
 
 @given(st.lists(tenants, max_size=40), st.lists(tenants, max_size=20), st.integers(0, 20), st.integers(1, 10))
@@ -147,8 +147,8 @@ def test_places_go_to_whoever_has_fewest_and_nobody_has_more_than_its_share(
 
 
 @given(st.lists(st.booleans(), max_size=20), st.integers(0, 20))
-def test_streams_that_have_begun_elsewhere_come_first_and_then_in_order(begun: list[bool], places: int) -> None:
-    waiting = [one("", number, begun=is_begun) for number, is_begun in enumerate(begun)]
+def test_streams_taken_over_from_a_lost_worker_come_first_and_then_in_order(lost: list[bool], places: int) -> None:
+    waiting = [one("", number, taken_over=was_lost) for number, was_lost in enumerate(lost)]
     chosen = next_to_run(waiting, [], places, 1)
-    expected = sorted(waiting, key=lambda sequence: (not sequence.request.generated, sequence.number))[:places]
+    expected = sorted(waiting, key=lambda sequence: (not sequence.request.is_taken_over, sequence.number))[:places]
     assert [sequence.number for sequence in chosen] == [sequence.number for sequence in expected]

@@ -141,7 +141,8 @@ def _read_resume(
         return sampling, None
     seed = request.resume.seed
     violations.require(sampling.seed in (None, seed), f"{field}.seed", f"{seed} is not sampling.seed {sampling.seed}")
-    return dataclasses.replace(sampling, seed=seed), read_resume(request.resume, violations, field=field)
+    resume = read_resume(request.resume, sampling.max_tokens, violations, field=field)
+    return dataclasses.replace(sampling, seed=seed), resume
 
 
 def fan_out_to_proto(fan_out: FanOut) -> alora_pb2.FanOutRequest:
@@ -239,6 +240,7 @@ def decode_from_proto(request: adapter_decode_pb2.DecodeRequest) -> GenerateRequ
         request_id=request.request_id,
         tenant=request.tenant,
         skip_store=request.skip_store,
+        is_taken_over=request.taken_over,
     )
 
 
@@ -258,4 +260,5 @@ def decode_to_proto(request: GenerateRequest, *, attempt: int = 0) -> adapter_de
         attempt=attempt,
         tenant=request.tenant,
         skip_store=request.skip_store,
+        taken_over=request.is_taken_over,
     )

@@ -125,7 +125,7 @@ def _check_ranges(params: SamplingParams, violations: Violations, field: str) ->
         f"{field}.ignore_eos",
         "structured_output says where the answer ends: leave one of them unset",
     )
-    for index, stop in enumerate(params.stop):
+    for index, stop in enumerate(params.stop[:MAX_STOP_STRINGS]):
         require(stop != "", f"{field}.stop[{index}]", "is empty, which would stop before any text")
         require(
             len(stop) <= MAX_STOP_CHARACTERS,
@@ -157,13 +157,18 @@ def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
     )
 
 
-def read_resume(message: types_pb2.Resume, violations: Violations, *, field: str) -> Resume:
-    """Where the stream stood; notes what is wrong. Its seed belongs to the sampling parameters."""
+def read_resume(message: types_pb2.Resume, max_tokens: int, violations: Violations, *, field: str) -> Resume:
+    """Where a stream of at most ``max_tokens`` stood; notes what is wrong. The sampling parameters have its seed."""
     tokens: TokenIds = ()
+    path = f"{field}.generated_token_ids"
     try:
-        tokens = unpack_token_ids(message.generated_token_ids, f"{field}.generated_token_ids")
+        tokens = unpack_token_ids(message.generated_token_ids, path)
     except InvalidRequestError as error:
         violations.extend(error.violations)
+    else:
+        given = len(tokens)
+        violations.require(given > 0, path, "has no tokens: nothing was delivered that could be gone on with")
+        violations.require(given <= max_tokens, path, f"{given} tokens are more than max_tokens {max_tokens}")
     return Resume(
         generated_tokens=tokens,
         invocation_start=message.invocation_start if message.HasField("invocation_start") else None,

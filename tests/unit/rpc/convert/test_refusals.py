@@ -268,11 +268,23 @@ def test_a_resume_with_another_seed_than_the_request_is_named() -> None:
     request = alora_pb2.GenerateRequest(
         prompt=types_pb2.Prompt(token_ids=TOKENS),
         sampling=types_pb2.SamplingParams(seed=1),
-        resume=types_pb2.Resume(seed=2),
+        resume=types_pb2.Resume(generated_token_ids=TOKENS, seed=2),
     )
     with pytest.raises(InvalidRequestError) as caught:
         convert.generate_from_proto(request)
     assert fields(caught.value) == ["resume.seed"]
+
+
+@pytest.mark.parametrize(("tokens", "why"), [(0, "has no tokens"), (4, "4 tokens are more than max_tokens 3")])
+def test_a_resume_of_nothing_or_of_more_than_was_asked_for_is_refused(tokens: int, why: str) -> None:
+    request = alora_pb2.GenerateRequest(
+        prompt=types_pb2.Prompt(token_ids=TOKENS),
+        sampling=types_pb2.SamplingParams(max_tokens=3),
+        resume=types_pb2.Resume(generated_token_ids=TOKENS * tokens),
+    )
+    with pytest.raises(InvalidRequestError, match=why) as caught:
+        convert.generate_from_proto(request)
+    assert fields(caught.value) == ["resume.generated_token_ids"]
 
 
 def test_loading_and_unloading_no_adapter_is_refused() -> None:

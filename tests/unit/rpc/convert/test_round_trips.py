@@ -55,6 +55,7 @@ logprobs = st.floats(-(2.0**100), 0, width=32).map(float)
 digest = st.binary(min_size=32, max_size=32)
 adapter_digest = text.map(AdapterDigest)
 token_ids = st.lists(uint32, max_size=6).map(tuple)
+resumes = st.builds(Resume, token_ids.filter(bool), st.none() | uint32, adapter_digest)
 counts = st.dictionaries(text, uint32, max_size=3)
 
 
@@ -321,14 +322,20 @@ def test_targets_without_sampling_take_the_common_one() -> None:
     assert [(target.sampling.max_tokens, target.sampling.sample_index) for target in targets] == [(3, 0), (7, 1)]
 
 
-@given(handles, text, samplings, uint32, st.none() | st.builds(Resume, token_ids, st.none() | uint32, adapter_digest))
+@given(handles, text, samplings, uint32, st.none() | resumes, st.booleans())
 def test_decode_requests(
-    handle: PrefixHandle, adapter: str, sampling: SamplingParams, sample_index: int, resume: Resume | None
+    handle: PrefixHandle,
+    adapter: str,
+    sampling: SamplingParams,
+    sample_index: int,
+    resume: Resume | None,
+    is_taken_over: bool,
 ) -> None:
     sampling = dataclasses.replace(sampling, sample_index=sample_index)
-    if resume is not None and sampling.seed is None:
-        sampling = dataclasses.replace(sampling, seed=1)
-    request = GenerateRequest(handle, adapter, sampling, resume, "id")
+    if resume is not None:
+        max_tokens = max(sampling.max_tokens, len(resume.generated_tokens))
+        sampling = dataclasses.replace(sampling, seed=sampling.seed or 1, max_tokens=max_tokens)
+    request = GenerateRequest(handle, adapter, sampling, resume, "id", is_taken_over=is_taken_over)
     message = convert.decode_to_proto(request, attempt=2)
     assert convert.decode_from_proto(message) == request
     assert message.attempt == 2
@@ -336,7 +343,8 @@ def test_decode_requests(
 
 def test_a_resumed_stream_goes_on_with_its_seed() -> None:
     message = adapter_decode_pb2.DecodeRequest(
-        handle=types_pb2.PrefixHandle(kind=types_pb2.PROMPT_KIND_TOKENS), resume=types_pb2.Resume(seed=5)
+        handle=types_pb2.PrefixHandle(kind=types_pb2.PROMPT_KIND_TOKENS),
+        resume=types_pb2.Resume(generated_token_ids=b"\5\0\0\0", seed=5),
     )
     assert convert.decode_from_proto(message).sampling.seed == 5
     message.sampling.seed = 6
