@@ -60,6 +60,7 @@ async def _route(settings: Settings, monitoring: Monitoring) -> int:
             observer=RpcMetrics(registry),
             max_message_bytes=servicer.max_message_bytes,
             authorize=access.authorize,
+            essential=[prefills.looking, workers.looking],
         )
 
 

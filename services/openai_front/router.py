@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Final
 
 from alora_serve.client import AsyncClient, ModelInfo
-from alora_serve.config.file_version import FileVersion
+from alora_serve.config.reloaded import Reloaded
 from alora_serve.rpc.tls import ClientTls
 
 MODEL_SECONDS: Final = 5.0
@@ -26,18 +27,13 @@ class Router:
         Raises:
             ConfigError: a certificate cannot be read.
         """
-        self._address = address
-        self._tls = tls
-        self._versions: tuple[FileVersion | None, ...] | None = None
-        self._client = self._connect()
+        # What runs on an old connection keeps it open until it ends.
+        self._connection = Reloaded(tls.files if tls else (), partial(_connect, address, tls))
         self._model: tuple[float, ModelInfo] | None = None
 
     def as_caller(self, api_key: str | None, request_id: str) -> AsyncClient:
-        """A client that speaks for one request."""
-        if self._tls is not None and self._tls.versions() != self._versions:
-            # What runs on the old connection keeps it open until it ends.
-            self._client = self._connect()
-        return self._client.on_behalf_of(api_key=api_key, request_id=request_id)
+        """A client that speaks for one request; with certificates that cannot be read now, by those before them."""
+        return self._connection.content.on_behalf_of(api_key=api_key, request_id=request_id)
 
     async def model(self, caller: AsyncClient) -> ModelInfo:
         """The base model.
@@ -55,14 +51,14 @@ class Router:
         Raises:
             UnavailableError: it does not in time.
         """
-        await self._client.wait_ready(timeout_seconds)
+        await self._connection.content.wait_ready(timeout_seconds)
 
     async def close(self) -> None:
         """Close the connection; what still runs is cancelled."""
-        await self._client.close()
+        await self._connection.content.close()
 
-    def _connect(self) -> AsyncClient:
-        if self._tls is None:
-            return AsyncClient(self._address)
-        self._versions = self._tls.versions()  # before reading: what changes meanwhile is read again
-        return AsyncClient(self._address, credentials=self._tls.credentials(), server_name=self._tls.server_name)
+
+def _connect(address: str, tls: ClientTls | None) -> AsyncClient:
+    if tls is None:
+        return AsyncClient(address)
+    return AsyncClient(address, credentials=tls.credentials(), server_name=tls.server_name)

@@ -22,7 +22,7 @@ from grpc import aio
 from adapter_router.endpoints.endpoint import STATES, Endpoint, EndpointOptions
 from adapter_router.endpoints.resolver import Resolver, resolve_target
 from adapter_router.policy import Demand, EndpointSnapshot, eligible, pick
-from alora_serve.errors import AloraServeError, UnavailableError
+from alora_serve.errors import AloraServeError, ConfigError, UnavailableError
 from alora_serve.metrics import EndpointRole, RouterMetrics
 from alora_serve.types import EndpointStatus, ModelInfo
 
@@ -41,7 +41,12 @@ class Lease(Generic[StubT]):
 
 
 class EndpointSet(Generic[StubT]):
-    """All endpoints of one service. An async context manager: entering looks the targets up and starts the watches."""
+    """All endpoints of one service. An async context manager: entering looks the targets up and starts the watches.
+
+    ``looking`` is the task that looks them up again and again; it ends with the context, or by a defect.
+    """
+
+    looking: asyncio.Task[None]
 
     def __init__(
         self,
@@ -83,22 +88,19 @@ class EndpointSet(Generic[StubT]):
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self._resolving: asyncio.Task[None] | None = None
         self._log = structlog.get_logger(__name__).bind(role=service)  # "service" is the process in every line
 
     async def __aenter__(self) -> Self:
         if self._targets:
             self._announce()  # none is healthy yet: without a series of that, no alert could tell
         await self.refresh()
-        self._resolving = asyncio.create_task(self._resolve_forever(), name=f"resolve {self.service}")
+        self.looking = asyncio.create_task(self._resolve_forever(), name=f"resolve {self.service}")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [*self._watches.values(), *self._closing]
-        tasks += [self._resolving] if self._resolving is not None else []
-        for task in tasks:
+        for task in (tasks := [*self._watches.values(), *self._closing, self.looking]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for endpoint in self._members.values():
@@ -162,7 +164,10 @@ class EndpointSet(Generic[StubT]):
         self._metrics.resumed(self.service)
 
     async def refresh(self) -> None:
-        """Look every target up once; add what is new, retire what is gone. A failed look-up keeps what was known."""
+        """Look every target up once; add what is new, retire what is gone. A failed look-up keeps what was known.
+
+        Raises ConfigError when a file that connections are made with cannot be read.
+        """
         for target in self._targets:
             try:
                 self._known[target] = await self._resolve(target)
@@ -172,7 +177,7 @@ class EndpointSet(Generic[StubT]):
         for address in self._members.keys() - wanted:
             self._retire(address)
         for address in sorted(wanted - self._members.keys()):
-            self._admit(address)
+            self._admit(address, self._connect(address))
 
     # --- picking ------------------------------------------------------------------------------------------------------
 
@@ -204,20 +209,25 @@ class EndpointSet(Generic[StubT]):
     async def _resolve_forever(self) -> None:
         while True:
             await asyncio.sleep(self._options.resolve_seconds)
-            if self._certificates() != self._connected_with:
-                self._reconnect()
-            await self.refresh()
+            for look in (self._reconnect, self.refresh):
+                try:
+                    await look()
+                except ConfigError as error:
+                    self._log.error("cannot connect, old connections stay for now", error=str(error))
 
-    def _reconnect(self) -> None:
-        """New connections to all, with the certificates as they are now; running requests end on the old ones."""
-        self._connected_with = self._certificates()
-        self._log.info("certificates changed, connecting anew")
+    async def _reconnect(self) -> None:
+        """New connections to all if certificates have changed; running requests end on the old ones."""
+        certificates = self._certificates()
+        if certificates == self._connected_with:
+            return
         for address in tuple(self._members):
+            channel = self._connect(address)
             self._retire(address)
-            self._admit(address)
+            self._admit(address, channel)
+        self._connected_with = certificates
+        self._log.info("certificates changed, connected anew")
 
-    def _admit(self, address: str) -> None:
-        channel = self._connect(address)
+    def _admit(self, address: str, channel: aio.Channel) -> None:
         endpoint = Endpoint(address, channel, self._make_stub(channel))
         self._members[address] = endpoint
         self._watches[address] = asyncio.create_task(self._watch_forever(endpoint), name=f"watch {address}")

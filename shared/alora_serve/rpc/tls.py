@@ -101,6 +101,11 @@ class ClientTls:
             certificate_chain=read_pem("peer_tls_cert_file", self.cert_file) if self.cert_file else None,
         )
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What they are read from; one that is not named is empty."""
+        return self.ca_file, self.cert_file, self.key_file
+
     def versions(self) -> tuple[FileVersion | None, ...]:
         """Different once a file has changed."""
-        return tuple(map(file_version, (self.ca_file, self.cert_file, self.key_file)))
+        return tuple(map(file_version, self.files))

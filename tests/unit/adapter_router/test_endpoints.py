@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from adapter_router.affinity import rendezvous_order
 from adapter_router.endpoints.endpoint import EndpointOptions
 from adapter_router.endpoints.pool import EndpointSet
+from adapter_router.peers import _watch_worker
 from adapter_router.policy import Demand
-from alora_serve.errors import InvalidRequestError, UnavailableError
+from alora_serve.errors import ConfigError, InvalidRequestError, UnavailableError
 from alora_serve.metrics import RouterMetrics
 from alora_serve.rpc.channels import internal_channel
 from alora_serve.types import EndpointStatus
+from alora_serve.v1.adapter_decode_pb2_grpc import AdapterDecodeServiceStub
 from fake_services import (
     FAST,
     FakePrefill,
@@ -246,6 +249,80 @@ async def test_a_failed_look_up_keeps_what_was_known() -> None:
     async with pool_on(["workers:1"], names=flaky) as workers:
         await until(lambda: looked_up > 3 and healthy(workers) == 1)
     await server.kill()
+
+
+async def test_certificates_that_are_gone_for_a_moment_cost_no_endpoint() -> None:
+    files: dict[str, Any] = {"version": 1, "problem": None}
+    made: list[tuple[str, int]] = []
+
+    def connect(address: str) -> Any:
+        if files["problem"] is not None:
+            raise ConfigError(files["problem"])
+        made.append((address, files["version"]))
+        return internal_channel(address)
+
+    servers = [await start_worker(FakeWorker()) for _ in range(2)]
+    first, second = (server.address for server in servers)
+    names = Names({"workers:1": {first}})
+    workers = EndpointSet[Any](
+        "adapter_decode",
+        ["workers:1"],
+        connect=connect,
+        make_stub=AdapterDecodeServiceStub,
+        watch=_watch_worker,
+        options=FAST,
+        metrics=RouterMetrics(CollectorRegistry()),
+        on_change=lambda: None,
+        resolve=names,
+        certificates=lambda: files["version"],
+    )
+    async with workers:
+        await until(lambda: healthy(workers) == 1)
+        before = workers.members()
+        with capture_logs() as logs:
+            files |= {"version": 2, "problem": "peer_tls_cert_file tls.crt: No such file or directory"}
+            names.known["workers:1"] = {first, second}
+            await until(lambda: sum("No such file" in line.get("error", "") for line in logs) > 3)
+        assert workers.members() == before
+        assert healthy(workers) == 1
+        files |= {"version": 3, "problem": None}
+        await until(lambda: healthy(workers) == 2)
+        assert made == [(first, 1), (first, 3), (second, 3)]
+        assert not workers.looking.done()
+    for server in servers:
+        await server.kill()
+
+
+async def test_a_set_that_cannot_connect_is_not_entered() -> None:
+    def connect(address: str) -> Any:
+        raise ConfigError("peer_tls_ca_file ca.crt: No such file or directory")
+
+    workers = EndpointSet[Any](
+        "adapter_decode",
+        ["127.0.0.1:1"],
+        connect=connect,
+        make_stub=AdapterDecodeServiceStub,
+        watch=_watch_worker,
+        options=FAST,
+        metrics=RouterMetrics(CollectorRegistry()),
+        on_change=lambda: None,
+    )
+    with pytest.raises(ConfigError):
+        async with workers:
+            pytest.fail("it was entered")
+
+
+async def test_a_defect_that_ends_the_look_ups_is_seen_by_whoever_watches() -> None:
+    looked_up = 0
+
+    async def broken(target: str) -> frozenset[str]:
+        nonlocal looked_up
+        looked_up += 1
+        return frozenset() if looked_up == 1 else frozenset({1 / 0})  # type: ignore[arg-type]
+
+    async with pool_on(["workers:1"], names=broken) as workers:
+        await until(workers.looking.done)
+        assert isinstance(workers.looking.exception(), ZeroDivisionError)
 
 
 async def test_a_fan_out_stays_together_while_the_bound_allows() -> None:
