@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, replace
@@ -10,11 +11,13 @@ from typing import Final
 
 from adapter_router.policy import EndpointSnapshot
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, UnavailableError
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.types import AdapterInfo, ModelInfo
 
 NO_MODEL: Final = "no base prefill and decode worker of one model are known yet; retry later"
 
 _NEAREST_NAMES: Final = 3
+_COMPARED_NAMES: Final = 100
 
 
 def merged_adapters(workers: Iterable[EndpointSnapshot]) -> list[AdapterInfo]:
@@ -43,9 +46,11 @@ def find_adapter(name: str, workers: Sequence[EndpointSnapshot]) -> AdapterInfo:
     known = {adapter.name: adapter for adapter in merged_adapters(workers)}
     adapter = known.get(name)
     if adapter is None:
-        nearest = difflib.get_close_matches(name, known, n=_NEAREST_NAMES, cutoff=0)
+        # Of thousands, those of about its length: each comparison takes time from everybody's streams.
+        alike = heapq.nsmallest(_COMPARED_NAMES, known, key=lambda other: abs(len(other) - len(name)))
+        nearest = difflib.get_close_matches(name, alike, n=_NEAREST_NAMES, cutoff=0)
         hint = f"nearest: {', '.join(nearest)}" if nearest else "no adapter is served at all"
-        raise AdapterNotFoundError(f"no adapter named {name!r}; {hint}", metadata={"nearest": ",".join(nearest)})
+        raise AdapterNotFoundError(f"no adapter named {excerpt(name)}; {hint}", metadata={"nearest": ",".join(nearest)})
     if adapter.problem:
         raise AdapterRefusedError(f"adapter {name!r} cannot be served: {adapter.problem}")
     return adapter

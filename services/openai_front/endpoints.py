@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from alora_serve.client import AdapterInfo, AsyncClient, AsyncIntrinsicsStream, ModelInfo, StreamEvent
 from alora_serve.errors import AdapterNotFoundError, AloraServeError, InvalidRequestError, UnavailableError
 from alora_serve.intrinsics import with_documents_placed
+from alora_serve.intrinsics.excerpts import excerpt
 from openai_front import failures
 from openai_front.answers import AnswerWriter, Head
 from openai_front.caller import Caller
@@ -102,7 +103,7 @@ class Endpoints:
         """One of them."""
         known = await self._models(request)
         if name not in known:
-            raise AdapterNotFoundError(f"no model {name!r} here; there are {', '.join(sorted(known))}")
+            raise AdapterNotFoundError(f"no model {excerpt(name)} here; there are {', '.join(sorted(known))}")
         return JSONResponse(known[name])
 
     async def health(self) -> Response:
@@ -152,7 +153,8 @@ def _adapter(model: str, base: str, fields: Mapping[str, str | None]) -> str:
     chosen, chosen_by = "", ""
     for field, name in given.items():
         if name and chosen and name != chosen:
-            raise InvalidRequestError.of(field, f"names the adapter {name!r}, and {chosen_by} names {chosen!r}")
+            named, other = excerpt(name), excerpt(chosen)
+            raise InvalidRequestError.of(field, f"names the adapter {named}, and {chosen_by} names {other}")
         if name:
             chosen, chosen_by = name, field
     return chosen

@@ -94,14 +94,15 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError
     )
 
 
+_NAME_CHARACTERS: Final = 60
 _UNKNOWN: Final = "is no field that this server knows; see docs/http.md for those it takes"
 
 
 def field_path(location: Sequence[int | str]) -> str:
-    """``messages[0].content`` from its parts."""
+    """``messages[0].content`` from its parts; of a name that is longer than any here, the beginning."""
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:_NAME_CHARACTERS]}"
     return path.removeprefix(".")
 
 

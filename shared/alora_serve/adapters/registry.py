@@ -15,6 +15,7 @@ from alora_serve.adapters.loading import AdapterHost, inspect_adapter, load_adap
 from alora_serve.adapters.residency import AdapterEvent, Lease, Residency
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, IntrinsicUndefinedError
 from alora_serve.intrinsics import FILE_NAME
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.types import AdapterDigest, AdapterInfo
 
 _NEAREST_NAMES = 3
@@ -156,7 +157,9 @@ class AdapterRegistry:
         if entry is None or not entry.directory.is_dir():
             nearest = difflib.get_close_matches(name, self._entries.keys() - {name}, n=_NEAREST_NAMES)
             hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
-            raise AdapterNotFoundError(f"no adapter is named {name!r}{hint}", metadata={"nearest": ",".join(nearest)})
+            raise AdapterNotFoundError(
+                f"no adapter is named {excerpt(name)}{hint}", metadata={"nearest": ",".join(nearest)}
+            )
         return entry
 
     # --- with the entry's lock held -----------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ LATE_SECONDS: Final = 0.1
 STATUS_STREAMS: Final = "Watch"
 """Methods of this prefix stream until the client leaves: a drain neither waits for them nor turns them away."""
 
+_LOGGED_FIELDS: Final = 8
+"""Of a request's bad fields, which may be as many as it has."""
+
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 ResultT = TypeVar("ResultT")
@@ -253,7 +256,7 @@ def _facts(error: AloraServeError) -> dict[str, object]:
     """What the log says about a refusal. Messages about a request may quote it, so those stay out."""
     facts: dict[str, object] = {"reason": error.reason}
     if error.violations:
-        facts["fields"] = [violation.field for violation in error.violations]
+        facts["fields"] = [violation.field for violation in error.violations[:_LOGGED_FIELDS]]
     if not isinstance(error, InvalidRequestError):
         facts["error"] = str(error)
     return facts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
@@ -55,6 +57,26 @@ def test_an_unknown_adapter_is_answered_with_the_nearest_names() -> None:
     with pytest.raises(AdapterNotFoundError, match="no adapter named 'jailbraek'; nearest: jailbreak, ") as caught:
         find_adapter("jailbraek", workers)
     assert len(caught.value.metadata["nearest"].split(",")) == 3
+
+
+def test_of_thousands_only_some_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+
+    def nearest(name: str, names: Collection[str], **_: object) -> list[str]:
+        compared.append(len(names))
+        return [other for other in names if other == "jailbreak"]
+
+    monkeypatch.setattr(difflib, "get_close_matches", nearest)
+    workers = [endpoint(*(adapter(name) for name in ("jailbreak", *(f"rewrite-{i}" for i in range(1000)))))]
+    with pytest.raises(AdapterNotFoundError, match="nearest: jailbreak"):
+        find_adapter("jailbraek", workers)
+    assert compared == [100]
+
+
+def test_an_unknown_name_is_told_by_its_beginning() -> None:
+    with pytest.raises(AdapterNotFoundError) as caught:
+        find_adapter("x" * 255, [endpoint(adapter("a"))])
+    assert len(str(caught.value)) < 200
 
 
 def test_where_no_adapter_exists_the_answer_says_so() -> None:

@@ -72,3 +72,4 @@ def test_clients_are_told_whether_to_send_again(
 def test_paths_read_as_in_python() -> None:
     assert field_path(["messages", 0, "content"]) == "messages[0].content"
     assert field_path([]) == ""
+    assert field_path(["x" * 1000, 1]) == f"{'x' * 60}[1]"

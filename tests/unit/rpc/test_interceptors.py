@@ -17,6 +17,7 @@ from alora_serve.errors import (
     AdapterNotFoundError,
     AloraServeError,
     DeadlinePassedError,
+    FieldViolation,
     InvalidRequestError,
     OverloadedError,
     RequestCancelledError,
@@ -458,6 +459,16 @@ async def test_the_log_names_the_bad_fields_but_does_not_quote_the_request(serve
     assert (line["code"], line["reason"]) == ("INVALID_ARGUMENT", "REQUEST_INVALID")
     assert line["fields"] == ["prompt.messages[0].role"]
     assert "diary" not in str(line)
+
+
+async def test_the_log_names_some_bad_fields_of_very_many(server: Server) -> None:
+    bad = [FieldViolation(f"targets[{index}].adapter", "is bad") for index in range(1000)]
+    server.servicer.error = InvalidRequestError("bad", violations=bad)
+    with capture_logs() as logs:
+        await server.failure(server.prefill())
+        await server.counts.ended()
+    [line] = [line for line in logs if line["event"] == "rpc"]
+    assert line["fields"] == [violation.field for violation in bad[:8]]
 
 
 async def test_the_log_says_why_a_call_was_refused_for_our_own_reasons(server: Server) -> None:

@@ -8,6 +8,7 @@ from typing import Final
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert.events import timings_from_proto, timings_to_proto, usage_from_proto, usage_to_proto
+from alora_serve.rpc.convert.names import check_adapter_name
 from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto, prompt_to_proto, read_prompt
 from alora_serve.rpc.convert.requests import check_turn_to_answer
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
@@ -67,6 +68,7 @@ def scoring_from_proto(request: alora_pb2.ScoreRequest) -> Scoring:
     """
     violations = Violations()
     prompt = read_prompt(request.prompt, violations, field="prompt")
+    check_adapter_name(request.adapter, violations, "adapter")
     check_turn_to_answer(prompt, [request.adapter], violations)
     _check_continuations(request.continuations, violations)
     violations.raise_if_any()
@@ -89,9 +91,10 @@ def score_from_proto(request: adapter_decode_pb2.AdapterDecodeServiceScoreReques
     """What a worker is to score.
 
     Raises:
-        InvalidRequestError: a malformed handle, or none or too many continuations.
+        InvalidRequestError: a malformed handle, a name that no adapter has, or none or too many continuations.
     """
     violations = Violations()
+    check_adapter_name(request.adapter, violations, "adapter")
     _check_continuations(request.continuations, violations)
     violations.raise_if_any()
     return ScoreRequest(

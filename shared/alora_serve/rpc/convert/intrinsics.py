@@ -9,7 +9,9 @@ from typing import Any, Final
 from google.protobuf import struct_pb2
 
 from alora_serve.errors import IntrinsicOutputError
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.rpc.convert.events import timings_from_proto, timings_to_proto, usage_from_proto, usage_to_proto
+from alora_serve.rpc.convert.names import check_adapter_name
 from alora_serve.rpc.convert.prompt import prompt_to_proto, read_prompt, read_struct, read_value, struct_to_proto
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import IntrinsicResult, IntrinsicRun
@@ -27,7 +29,7 @@ def run_intrinsic_from_proto(request: alora_pb2.RunIntrinsicRequest) -> Intrinsi
         InvalidRequestError: with every bad field of the request.
     """
     violations = Violations()
-    violations.require(request.intrinsic != "", "intrinsic", "is empty; name an adapter as ListAdapters does")
+    _check_name(request.intrinsic, violations, "intrinsic")
     run = _read(request, (request.intrinsic,), violations)
     violations.raise_if_any()
     return run
@@ -42,11 +44,16 @@ def run_intrinsics_from_proto(request: alora_pb2.RunIntrinsicsRequest) -> Intrin
     violations = Violations()
     count = len(request.intrinsics)
     violations.require(1 <= count <= MAX_INTRINSICS, "intrinsics", f"{count} are not 1 to {MAX_INTRINSICS}")
-    for index, name in enumerate(request.intrinsics):
-        violations.require(name != "", f"intrinsics[{index}]", "is empty; name an adapter as ListAdapters does")
+    for index, name in enumerate(request.intrinsics[:MAX_INTRINSICS]):
+        _check_name(name, violations, f"intrinsics[{index}]")
     run = _read(request, tuple(request.intrinsics), violations)
     violations.raise_if_any()
     return replace(run, done=frozenset(request.done))
+
+
+def _check_name(name: str, violations: Violations, field: str) -> None:
+    violations.require(name != "", field, "is empty; name an adapter as ListAdapters does")
+    check_adapter_name(name, violations, field)
 
 
 def _read(
@@ -149,5 +156,5 @@ def _text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise IntrinsicOutputError(f"the result has half of a surrogate pair: {text!r}") from error
+        raise IntrinsicOutputError(f"the result has half of a surrogate pair: {excerpt(text)}") from error
     return text

@@ -10,6 +10,7 @@ from typing import Any, Final
 from google.protobuf import struct_pb2
 
 from alora_serve.errors import InvalidRequestError
+from alora_serve.rpc.convert.names import path_to
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import ROLES, ChatMessage, Document, PrefixHandle, Prompt, PromptKind, ToolCall, is_role
@@ -115,7 +116,7 @@ def _read_tokens(packed: bytes, violations: Violations, field: str) -> tuple[int
 
 def read_struct(struct: struct_pb2.Struct, violations: Violations, field: str) -> dict[str, Any]:
     """The object; notes what is wrong with it."""
-    return {key: read_value(value, violations, f"{field}.{key}") for key, value in struct.fields.items()}
+    return {key: read_value(value, violations, path_to(field, key)) for key, value in struct.fields.items()}
 
 
 def read_value(value: struct_pb2.Value, violations: Violations, field: str) -> Any:

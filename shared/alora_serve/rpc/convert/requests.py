@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert.events import timings_from_proto, timings_to_proto, usage_from_proto, usage_to_proto
+from alora_serve.rpc.convert.names import check_adapter_name
 from alora_serve.rpc.convert.prompt import (
     handle_from_proto,
     handle_to_proto,
@@ -65,6 +65,7 @@ def generate_from_proto(request: alora_pb2.GenerateRequest) -> tuple[Prompt, tup
     violations = Violations()
     prompt = read_prompt(request.prompt, violations, field="prompt")
     sampling = read_sampling(request.sampling, violations, field="sampling", max_samples=MAX_SAMPLES)
+    check_adapter_name(request.adapter, violations, "adapter")
     check_turn_to_answer(prompt, [request.adapter], violations)
     if sampling.n > 1 or request.interrupted_samples:
         samples = _read_samples(request, sampling, violations)
@@ -114,6 +115,7 @@ def fan_out_from_proto(request: alora_pb2.FanOutRequest) -> FanOut:
     common = read_sampling(request.sampling, violations, field="sampling")
     targets = []
     for index, target in enumerate(request.targets[:MAX_FAN_OUT_TARGETS]):
+        check_adapter_name(target.adapter, violations, f"targets[{index}].adapter")
         sampling = (
             read_sampling(target.sampling, violations, field=f"targets[{index}].sampling")
             if target.HasField("sampling")
@@ -173,10 +175,12 @@ def adapter_name_from_proto(
     """The adapter that the request is about.
 
     Raises:
-        InvalidRequestError: none is named.
+        InvalidRequestError: none is named, or none can have that name.
     """
-    if not request.name:
-        raise InvalidRequestError.of("name", "is empty; name an adapter as ListAdapters does")
+    violations = Violations()
+    violations.require(request.name != "", "name", "is empty; name an adapter as ListAdapters does")
+    check_adapter_name(request.name, violations, "name")
+    violations.raise_if_any()
     return request.name
 
 
@@ -226,10 +230,11 @@ def decode_from_proto(request: adapter_decode_pb2.DecodeRequest) -> GenerateRequ
     """What a worker is to generate. A resumed stream goes on with the seed it had.
 
     Raises:
-        InvalidRequestError: with the bad fields of the handle, the sampling parameters or the resume point.
+        InvalidRequestError: with the bad fields of the handle, the sampling parameters or what is beside them.
     """
     sampling = sampling_from_proto(request.sampling, sample_index=request.sample_index)
     violations = Violations()
+    check_adapter_name(request.adapter, violations, "adapter")
     sampling, resume = _read_resume(request, sampling, violations, field="resume")
     violations.raise_if_any()
     return GenerateRequest(

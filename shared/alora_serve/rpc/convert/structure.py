@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
 from alora_serve.v1 import types_pb2
@@ -97,5 +98,5 @@ def _check_choices(values: Any, violations: Violations, field: str) -> None:
     _check_size(sum(len(value.encode()) for value in values), violations, field)
     for index, value in enumerate(values[:MAX_CHOICES]):
         violations.require(value != "", f"{field}[{index}]", "is empty, which would be no answer")
-    for value, times in Counter(values).items():
-        violations.require(times == 1, field, f"{value!r} is given {times} times")
+    for value, times in Counter(values[:MAX_CHOICES]).items():
+        violations.require(times == 1, field, f"{excerpt(value)} is given {times} times")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -292,6 +292,72 @@ def test_loading_and_unloading_no_adapter_is_refused() -> None:
         with pytest.raises(InvalidRequestError) as caught:
             convert.adapter_name_from_proto(request)
         assert fields(caught.value) == ["name"]
+
+
+HANDLED = {"handle": HANDLE}
+PROMPT = {"prompt": types_pb2.Prompt(messages=[USER])}
+LONG = "ä" * 127 + "x"
+"""As many bytes as a folder's name may have."""
+
+
+@pytest.mark.parametrize(
+    ("request_of", "parse", "field"),
+    [
+        (lambda n: alora_pb2.GenerateRequest(adapter=n, **PROMPT), convert.generate_from_proto, "adapter"),
+        (
+            lambda n: alora_pb2.FanOutRequest(targets=[alora_pb2.FanOutTarget(adapter=n)], **PROMPT),
+            convert.fan_out_from_proto,
+            "targets[0].adapter",
+        ),
+        (
+            lambda n: alora_pb2.ScoreRequest(adapter=n, continuations=["a"], **PROMPT),
+            convert.scoring_from_proto,
+            "adapter",
+        ),
+        (
+            lambda n: alora_pb2.RunIntrinsicRequest(intrinsic=n, **PROMPT),
+            convert.run_intrinsic_from_proto,
+            "intrinsic",
+        ),
+        (
+            lambda n: alora_pb2.RunIntrinsicsRequest(intrinsics=["a", n], **PROMPT),
+            convert.run_intrinsics_from_proto,
+            "intrinsics[1]",
+        ),
+        (lambda n: alora_pb2.LoadAdapterRequest(name=n), convert.adapter_name_from_proto, "name"),
+        (lambda n: alora_pb2.UnloadAdapterRequest(name=n), convert.adapter_name_from_proto, "name"),
+        (lambda n: adapter_decode_pb2.DecodeRequest(adapter=n, **HANDLED), convert.decode_from_proto, "adapter"),
+        (
+            lambda n: adapter_decode_pb2.AdapterDecodeServiceScoreRequest(adapter=n, continuations=["a"], **HANDLED),
+            convert.score_from_proto,
+            "adapter",
+        ),
+    ],
+)
+def test_an_adapter_is_named_as_a_folder_can_be_and_no_longer(
+    request_of: Callable[[str], Any], parse: Callable[[Any], object], field: str
+) -> None:
+    parse(request_of(LONG))
+    for name in (LONG + "y", "x" * 400_000):
+        with pytest.raises(InvalidRequestError) as caught:
+            parse(request_of(name))
+        assert fields(caught.value) == [field]
+        assert len(str(caught.value)) < 200, "it is not repeated"
+
+
+def test_a_long_name_inside_a_request_is_told_by_its_beginning() -> None:
+    prompt = types_pb2.Prompt(messages=[USER])
+    prompt.template_arguments.update({"x" * 400_000: [math.nan] * 2})
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.prompt_from_proto(prompt)
+    assert fields(caught.value) == [f"prompt.template_arguments.{'x' * 60}…[{index}]" for index in range(2)]
+
+
+def test_a_choice_given_twice_is_told_by_its_beginning() -> None:
+    form = types_pb2.StructuredOutput(choice=types_pb2.Choice(values=["x" * 60_000] * 2))
+    with pytest.raises(InvalidRequestError, match="is given 2 times") as caught:
+        convert.sampling_from_proto(types_pb2.SamplingParams(structured_output=form))
+    assert len(str(caught.value)) < 300
 
 
 def test_a_resume_point_that_is_not_whole_tokens_is_named() -> None:
