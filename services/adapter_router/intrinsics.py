@@ -238,7 +238,8 @@ def _concluded(asked: Asked, generation: GenerationResult) -> IntrinsicResult:
     if generation.finish_reason is FinishReason.LENGTH:
         raise IntrinsicOutputError(
             f"intrinsic {asked.adapter.name!r}: the answer was cut off after {len(generation.token_ids)} tokens; raise "
-            f"parameters.max_completion_tokens in its io.yaml"
+            f"parameters.max_completion_tokens in its io.yaml",
+            metadata={"adapter": asked.adapter.name},
         )
     tokens = tuple(
         ScoredToken(content, logprob, tuple((other.token_bytes, other.logprob) for other in others))
@@ -249,7 +250,8 @@ def _concluded(asked: Asked, generation: GenerationResult) -> IntrinsicResult:
     try:
         outcome = conclude(asked.definition, Answer(generation.text, tokens, asked.question.sentences))
     except IntrinsicOutputError as error:
-        raise IntrinsicOutputError(f"intrinsic {asked.adapter.name!r}: {error}") from error
+        name = asked.adapter.name
+        raise IntrinsicOutputError(f"intrinsic {name!r}: {error}", metadata={"adapter": name}) from error
     return IntrinsicResult(outcome.result, generation.text, generation.usage, generation.timings, outcome.probabilities)
 
 

@@ -40,6 +40,7 @@ class AloraServeError(Exception):
     Attributes:
         status: gRPC status name.
         reason: stable UPPER_SNAKE_CASE identifier for ``google.rpc.ErrorInfo``; clients may switch on it.
+        is_private: its message may quote what was asked or answered: it is for the caller, and no log has it.
         violations: request fields at fault, for ``google.rpc.BadRequest``.
         retry_after_seconds: when set, becomes ``google.rpc.RetryInfo``.
         metadata: further facts for ``ErrorInfo.metadata``; never prompts or keys.
@@ -47,6 +48,7 @@ class AloraServeError(Exception):
 
     status: ClassVar[StatusName] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
+    is_private: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class InvalidRequestError(AloraServeError):
 
     status = "INVALID_ARGUMENT"
     reason = "REQUEST_INVALID"
+    is_private = True
 
     @classmethod
     def of(cls, field: str, description: str) -> InvalidRequestError:
@@ -161,6 +164,7 @@ class IntrinsicOutputError(AloraServeError):
 
     status = "FAILED_PRECONDITION"
     reason = "INTRINSIC_OUTPUT"
+    is_private = True
 
 
 # --- load, time, peers ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
+from structlog.testing import capture_logs
 
 from alora_serve.client import AsyncClient
 from alora_serve.errors import (
@@ -210,14 +211,17 @@ async def test_an_answer_that_is_no_result_is_a_failure(said: str, problem: str)
         yield Started(AdapterDigest(""), None, 0, 1)
         yield Finished(FinishReason.STOP, Usage(), Timings(), text=said)
 
-    async with (
-        deployment([FakePrefill()], [knowing(script=says)]) as (router, _),
-        AsyncClient(router.address) as client,
-    ):
-        with pytest.raises(IntrinsicOutputError, match=problem):
-            await client.run_intrinsic("Hi", "jailbreak")
-        (outcome,) = await client.run_intrinsics("Hi", ["jailbreak"]).results()
-        assert isinstance(outcome, IntrinsicOutputError)
+    with capture_logs() as logs:
+        async with (
+            deployment([FakePrefill()], [knowing(script=says)]) as (router, _),
+            AsyncClient(router.address) as client,
+        ):
+            with pytest.raises(IntrinsicOutputError, match=problem):
+                await client.run_intrinsic("Hi", "jailbreak")
+            (outcome,) = await client.run_intrinsics("Hi", ["jailbreak"]).results()
+            assert isinstance(outcome, IntrinsicOutputError)
+    assert "INTRINSIC_OUTPUT" in str(logs)
+    assert said not in str(logs)
 
 
 async def test_a_definition_that_this_release_does_not_understand_refuses_the_adapter() -> None:

@@ -14,7 +14,7 @@ import grpc
 import structlog
 from opentelemetry.trace import INVALID_SPAN
 
-from alora_serve.errors import AloraServeError, DeadlinePassedError, InvalidRequestError, RequestCancelledError
+from alora_serve.errors import AloraServeError, DeadlinePassedError, RequestCancelledError
 from alora_serve.rpc.caller import CALLER
 from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES
 from alora_serve.rpc.decoding import Refused, refusing
@@ -253,12 +253,14 @@ async def _abort(
 
 
 def _facts(error: AloraServeError) -> dict[str, object]:
-    """What the log says about a refusal. Messages about a request may quote it, so those stay out."""
+    """What the log says about a refusal; see :attr:`AloraServeError.is_private`."""
     facts: dict[str, object] = {"reason": error.reason}
     if error.violations:
         facts["fields"] = [violation.field for violation in error.violations[:_LOGGED_FIELDS]]
-    if not isinstance(error, InvalidRequestError):
+    if not error.is_private:
         facts["error"] = str(error)
+    elif error.metadata:
+        facts["metadata"] = error.metadata
     return facts
 
 

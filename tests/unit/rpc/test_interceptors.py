@@ -18,6 +18,7 @@ from alora_serve.errors import (
     AloraServeError,
     DeadlinePassedError,
     FieldViolation,
+    IntrinsicOutputError,
     InvalidRequestError,
     OverloadedError,
     RequestCancelledError,
@@ -459,6 +460,17 @@ async def test_the_log_names_the_bad_fields_but_does_not_quote_the_request(serve
     assert (line["code"], line["reason"]) == ("INVALID_ARGUMENT", "REQUEST_INVALID")
     assert line["fields"] == ["prompt.messages[0].role"]
     assert "diary" not in str(line)
+
+
+async def test_the_log_says_whose_answer_was_no_result_but_does_not_quote_it(server: Server) -> None:
+    server.servicer.error = IntrinsicOutputError("the answer is not JSON: 'my secret diary'", metadata={"adapter": "a"})
+    with capture_logs() as logs:
+        error = await server.failure(server.prefill())
+        await server.counts.ended()
+    assert "diary" in str(error), "who asked is told"
+    [line] = [line for line in logs if line["event"] == "rpc"]
+    assert (line["reason"], line["metadata"]) == ("INTRINSIC_OUTPUT", {"adapter": "a"})
+    assert "diary" not in str(logs)
 
 
 async def test_the_log_names_some_bad_fields_of_very_many(server: Server) -> None:
