@@ -14,11 +14,16 @@ from openai_front.serving import NAME, SERVICE, serve
 
 async def main(settings: Settings) -> int:
     """Connect to the router, serve, drain; the process's exit status."""
-    in_flight, router = InFlightCalls(), Router(settings.router_address, settings.router_tls())
+    in_flight, router = InFlightCalls(settings.http_max_requests), Router(settings.router_address, settings.router_tls())
     try:
         async with monitored(settings, [SERVICE]) as monitoring:
-            endpoints = Endpoints(router, settings.write_timeout_seconds)
-            app = build_app(endpoints, monitoring.registry, in_flight, with_page=settings.page)
+            app = build_app(
+                Endpoints(router, settings.write_timeout_seconds),
+                monitoring.registry,
+                in_flight,
+                with_page=settings.page,
+                read_timeout_seconds=settings.read_timeout_seconds,
+            )
             return await serve(app, settings, monitoring, in_flight)
     finally:
         await router.close()

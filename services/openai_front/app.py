@@ -22,15 +22,21 @@ _TITLE: Final = "alora-serve"
 
 
 def build_app(
-    endpoints: Endpoints, registry: CollectorRegistry, in_flight: InFlightCalls, *, with_page: bool
+    endpoints: Endpoints,
+    registry: CollectorRegistry,
+    in_flight: InFlightCalls,
+    *,
+    with_page: bool,
+    read_timeout_seconds: float,
 ) -> FastAPI:
     """Put it together.
 
     Args:
         endpoints: OpenAI's API.
         registry: what ``/metrics`` shows.
-        in_flight: counts requests for the drain, and admits none after it began.
+        in_flight: counts requests, admits as many as may run, and none after a drain began.
         with_page: serve ``/ui``.
+        read_timeout_seconds: longest wait for a body to arrive whole.
     """
     # FastAPI's own pages of documentation load scripts from other hosts.
     app = FastAPI(title=_TITLE, docs_url=None, redoc_url=None)
@@ -55,5 +61,10 @@ def build_app(
     async def unrouted(_: Request, error: HTTPException) -> Response:
         return answer_unrouted(error)
 
-    app.add_middleware(RequestMiddleware, in_flight=in_flight, metrics=HttpMetrics(registry))
+    app.add_middleware(
+        RequestMiddleware,
+        in_flight=in_flight,
+        metrics=HttpMetrics(registry),
+        read_timeout_seconds=read_timeout_seconds,
+    )
     return app

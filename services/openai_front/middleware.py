@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from alora_serve.errors import AloraServeError, UnavailableError
+from alora_serve.errors import AloraServeError
 from alora_serve.metrics import HttpMetrics
 from alora_serve.rpc.channels import MAX_MESSAGE_BYTES
 from alora_serve.rpc.in_flight import InFlightCalls
@@ -33,6 +34,10 @@ INTERNAL: Final = 500
 _TOO_LONG: Final = HTTPException(
     413, f"the body is longer than {MAX_MESSAGE_BYTES} bytes, more than any model here can need"
 )
+# The rest of the body is not waited for.
+_TOO_SLOW: Final = HTTPException(
+    408, "the body did not arrive in time; send it without pausing", {"connection": "close"}
+)
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -40,10 +45,13 @@ log = structlog.stdlib.get_logger(__name__)
 class RequestMiddleware:
     """Outermost; see the module."""
 
-    def __init__(self, app: ASGIApp, *, in_flight: InFlightCalls, metrics: HttpMetrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, in_flight: InFlightCalls, metrics: HttpMetrics, read_timeout_seconds: float
+    ) -> None:
         self._app = app
         self._in_flight = in_flight
         self._metrics = metrics
+        self._read_timeout_seconds = read_timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -72,10 +80,10 @@ class RequestMiddleware:
             try:
                 refuse_long(headers)
                 with self._in_flight.call() if counted else nullcontext():
-                    await self._app(scope, Bounded(receive), send_on)
+                    await self._app(scope, Bounded(receive, self._read_timeout_seconds), send_on)
             except HTTPException as error:
                 await answer_unrouted(error)(scope, receive, send_on)
-            except UnavailableError as error:
+            except AloraServeError as error:  # not let in; the application answers its own
                 await answer_with(error)(scope, receive, send_on)
             except Exception:
                 log.exception("http_bug", route=route_of(scope))
@@ -125,15 +133,22 @@ def refuse_long(headers: Mapping[str, str]) -> None:
 
 
 class Bounded:
-    """A body that was not announced, cut off where it gets too long."""
+    """A body, cut off where it gets too long, though it was not announced, or takes too long to arrive."""
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, timeout_seconds: float) -> None:
         self._receive = receive
         self._left = MAX_MESSAGE_BYTES
+        self._due: float | None = asyncio.get_running_loop().time() + timeout_seconds
 
     async def __call__(self) -> Message:
-        """The next part."""
-        message = await self._receive()
+        """The next part; after the last one, that the client has left, for which nobody is in a hurry."""
+        try:
+            async with asyncio.timeout_at(self._due):
+                message = await self._receive()
+        except TimeoutError:
+            raise _TOO_SLOW from None
+        if not message.get("more_body", False):
+            self._due = None
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             raise _TOO_LONG

@@ -76,8 +76,15 @@ class OpenDoor:
 async def open_door(router_address: str, **settings: Any) -> AsyncIterator[OpenDoor]:
     """The same as :func:`front_door`, but for the process: for what scripted services provoke."""
     chosen = Settings(router_address=router_address, **settings)
-    registry, in_flight, router = CollectorRegistry(), InFlightCalls(), Router(router_address, None)
-    app = build_app(Endpoints(router, chosen.write_timeout_seconds), registry, in_flight, with_page=chosen.page)
+    registry, in_flight = CollectorRegistry(), InFlightCalls(chosen.http_max_requests)
+    router = Router(router_address, None)
+    app = build_app(
+        Endpoints(router, chosen.write_timeout_seconds),
+        registry,
+        in_flight,
+        with_page=chosen.page,
+        read_timeout_seconds=chosen.read_timeout_seconds,
+    )
     with socket.create_server(("127.0.0.1", 0)) as bound:
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         server = http_server(app, chosen)

@@ -64,6 +64,9 @@ class ServerSettings(SettingsGroup):
     write_timeout_seconds: float = Field(
         30.0, gt=0, description="How long a message may wait for a client that stopped reading before it is cut off."
     )
+    read_timeout_seconds: float = Field(
+        30.0, gt=0, description="How long a request may take to arrive whole before it is given up."
+    )
     reflection: bool = Field(True, description="Serve gRPC reflection.")
 
 
@@ -269,6 +272,9 @@ class FrontDoorSettings(SettingsGroup):
     router_tls_key_file: str = Field("", description="Its private key.")
     router_tls_server_name: str = Field("", description="Name in the router's certificate; empty: its address.")
     http_idle_seconds: float = Field(75.0, gt=0, description="How long a connection without a request stays open.")
+    http_max_requests: int = Field(
+        1000, ge=1, description="Requests at once, bodies that still arrive among them; the rest is 429."
+    )
     page: bool = Field(True, description="Serve the page /ui.")
 
 

@@ -43,13 +43,13 @@ def message_bytes_for_context(context_tokens: int) -> int:
     return min(MAX_MESSAGE_BYTES, MESSAGE_OVERHEAD_BYTES + MESSAGE_BYTES_PER_TOKEN * context_tokens)
 
 
-def server_options() -> list[Option]:
-    """Arguments of every server."""
+def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[Option]:
+    """Arguments of every server; a larger message is not received."""
     return [
         # With port sharing, a second server binds the same port in silence and takes half of the calls.
         ("grpc.so_reuseport", 0),
         # The receiver knows what it can hold. Answers (handles of long prompts) are bounded by what they answer.
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
         # Half of our clients' interval: pinging a quiet stream must not end in "Too many pings" (the default is 5 min).
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MILLISECONDS // 2),

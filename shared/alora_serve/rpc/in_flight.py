@@ -1,18 +1,22 @@
-"""The calls that a drain waits for."""
+"""The calls that run: as many as there may be, and those that a drain waits for."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
-from alora_serve.errors import UnavailableError
+from alora_serve.errors import OverloadedError, UnavailableError
+
+_RETRY_AFTER_SECONDS: Final = 1.0
 
 
 class InFlightCalls:
-    """Counts running calls and, once draining, admits no more. Belongs to one event loop."""
+    """Counts running calls, admits no more than ``limit`` and, once draining, none. Belongs to one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
         self._count = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -24,9 +28,15 @@ class InFlightCalls:
 
         Raises:
             UnavailableError: the server is draining; another one can take the call.
+            OverloadedError: as many run as may.
         """
         if self._draining:
             raise UnavailableError("this server is shutting down; call again to reach another one")
+        if self._limit is not None and self._count >= self._limit:
+            raise OverloadedError(
+                f"{self._count} requests run here, as many as may; retry later",
+                retry_after_seconds=_RETRY_AFTER_SECONDS,
+            )
         self._count += 1
         self._idle.clear()
         try:

@@ -14,7 +14,7 @@ import grpc
 import structlog
 from opentelemetry.trace import INVALID_SPAN
 
-from alora_serve.errors import AloraServeError, DeadlinePassedError, RequestCancelledError
+from alora_serve.errors import AloraServeError, DeadlinePassedError, InvalidRequestError, RequestCancelledError
 from alora_serve.rpc.caller import CALLER
 from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES
 from alora_serve.rpc.decoding import Refused, refusing
@@ -33,6 +33,7 @@ OWN_METHODS: Final = "/alora_serve."
 """Health and reflection know how to fail, and their calls are nobody's requests."""
 
 WRITE_TIMEOUT_SECONDS: Final = 30.0
+READ_TIMEOUT_SECONDS: Final = 30.0
 STATUS_SECONDS: Final = 1.0
 """Longest wait for a status to leave. It does not overtake messages that a client does not take; gRPC keeps it."""
 
@@ -88,6 +89,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     RESOURCE_EXHAUSTED would tell other clients and dashboards of an overload. What stays is one message, and the
     status, in gRPC; they go to the client if it reads on, or with its connection. Messages wait only once the HTTP/2
     window is full, to which gRPC clients give 64 KiB to 4 MiB: a small answer fits, and never waits.
+
+    To gRPC every request here is a stream, of which the one message is asked for once the call may be made. Of a unary
+    request it would receive and parse up to 64 MiB before anybody saw whose they are; as it is, no more comes of a
+    stranger's than the window that HTTP/2 gives each call.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         *,
         max_message_bytes: Callable[[], int] = lambda: DEFAULT_MESSAGE_BYTES,
         write_timeout_seconds: float = WRITE_TIMEOUT_SECONDS,
+        read_timeout_seconds: float = READ_TIMEOUT_SECONDS,
         authorize: Authorize | None = None,
         load_reports: LoadReports | None = None,
     ) -> None:
@@ -108,6 +114,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             max_message_bytes: larger requests are refused by their largest field; asked for each request, since a
                 router learns from its endpoints what their models take.
             write_timeout_seconds: longest wait of one message of a stream for its client.
+            read_timeout_seconds: longest wait for a request to arrive whole.
             authorize: says who makes a call, or raises; None: nobody is asked.
             load_reports: asked at the end of every call but status streams; see :mod:`alora_serve.rpc.load_reports`.
                 None: callers are told nothing.
@@ -116,6 +123,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._in_flight = in_flight
         self._max_message_bytes = max_message_bytes
         self._write_timeout_seconds = write_timeout_seconds
+        self._read_timeout_seconds = read_timeout_seconds
         self._authorize = authorize
         self._load_reports = load_reports or _no_report
 
@@ -130,7 +138,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or handler.request_streaming or not method.startswith(OWN_METHODS):
             return cast("Handler | None", handler)
         make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
         )
         surround = self._stream if handler.response_streaming else self._unary
         return make(
@@ -140,19 +150,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _unary(self, method: str, handler: Any) -> Callable[[Any, Context], Awaitable[Any]]:
-        async def call(request: Any, context: Context) -> Any:
+        async def call(requests: Any, context: Context) -> Any:
             async def answer(_: Begin) -> Any:
-                return await handler.unary_unary(request, context)
+                return await handler.unary_unary(await self._read(context), context)
 
-            return await self._run(method, request, context, answer)
+            return await self._run(method, context, answer)
 
         return call
 
     def _stream(self, method: str, handler: Any) -> Callable[[Any, Context], Awaitable[None]]:
         # A coroutine that writes, not a generator: when the client leaves while a message waits for it, the handler's
         # own generator is closed here and now, and what it holds is free.
-        async def call(request: Any, context: Context) -> None:
+        async def call(requests: Any, context: Context) -> None:
             async def forward(begin: Begin) -> None:
+                request = await self._read(context)
                 responses: AsyncIterator[Any] = handler.unary_stream(request, context)
                 has_begun = False
                 async with aclosing(responses):  # type: ignore[type-var]
@@ -162,9 +173,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                             has_begun = True
                         await self._write(context, response)
 
-            await self._run(method, request, context, forward)
+            await self._run(method, context, forward)
 
         return call
+
+    async def _read(self, context: Context) -> Any:
+        try:
+            async with asyncio.timeout(self._read_timeout_seconds):
+                request = await context.read()
+        except TimeoutError:
+            waited = f"the request did not arrive within {self._read_timeout_seconds:g} s"
+            raise RequestCancelledError(f"{waited}; send it without pausing") from None
+        if _is_late(context):
+            raise DeadlinePassedError("the deadline had passed before the request was looked at")
+        if request is grpc.aio.EOF:
+            raise InvalidRequestError("the call ended without a request")
+        if isinstance(request, Refused):
+            raise request.error
+        return request
 
     async def _write(self, context: Context, response: Any) -> None:
         try:
@@ -175,9 +201,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             waited = f"the client took no message for {self._write_timeout_seconds:g} s"
             raise RequestCancelledError(f"{waited}; read a stream to its end or cancel it") from None
 
-    async def _run(
-        self, method: str, request: Any, context: Context, work: Callable[[Begin], Awaitable[ResultT]]
-    ) -> ResultT:
+    async def _run(self, method: str, context: Context, work: Callable[[Begin], Awaitable[ResultT]]) -> ResultT:
         metadata = context.invocation_metadata() or ()
         request_id = _request_id(metadata)
 
@@ -197,10 +221,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
                 if self._authorize is not None:
                     CALLER.set(self._authorize(method, dict(context.invocation_metadata() or ())))
-                if _is_late(context):
-                    raise DeadlinePassedError("the deadline had passed before the request was looked at")
-                if isinstance(request, Refused):
-                    raise request.error
                 with nullcontext() if is_status_stream else self._in_flight.call():
                     result = await work(begin)
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id), *load_report(code)))

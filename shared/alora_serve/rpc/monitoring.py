@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
@@ -17,6 +18,9 @@ from alora_serve.metrics import TaskMetrics, service_registry
 from alora_serve.rpc.channels import server_options
 from alora_serve.rpc.health import HealthServicer
 from alora_serve.rpc.listening import host_and_port
+
+PROBE_BYTES: Final = 4096
+"""A probe asks with a service's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ def _metrics(address: str, registry: CollectorRegistry) -> Iterator[str]:
 @asynccontextmanager
 async def _probes(address: str, health: HealthServicer) -> AsyncIterator[str]:
     """The same of a server of health alone: what it says is no secret, and a probe has no certificate."""
-    server = grpc.aio.server(options=server_options())
+    server = grpc.aio.server(options=server_options(PROBE_BYTES))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     try:
         port = server.add_insecure_port(address)

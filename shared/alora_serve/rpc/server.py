@@ -98,6 +98,7 @@ async def serve(
         in_flight,
         max_message_bytes=max_message_bytes,
         write_timeout_seconds=settings.write_timeout_seconds,
+        read_timeout_seconds=settings.read_timeout_seconds,
         authorize=authorize,
         load_reports=load_reports,
     )

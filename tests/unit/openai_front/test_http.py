@@ -108,6 +108,42 @@ async def test_a_client_that_leaves_cancels_its_request(stream: bool) -> None:
         await until(lambda: served(door, "POST /v1/chat/completions", 499) == 1)
 
 
+async def test_a_body_that_does_not_arrive_is_given_up_and_its_connection_closed() -> None:
+    async with behind(read_timeout_seconds=0.2) as (door, worker):
+        reader, writer = await asyncio.open_connection(*door.address.split(":"))
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b'content-length: 100\r\n\r\n{"messages": ['
+        )
+        async with asyncio.timeout(60):
+            answer = await reader.read()  # to the connection's end
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"did not arrive in time" in answer
+        writer.close()
+        assert worker.requests == []
+
+
+async def test_an_answer_may_take_longer_than_a_body() -> None:
+    async def thinks(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        yield Started(AdapterDigest(""), None, 0, 3)
+        await asyncio.sleep(0.5)
+        yield Finished(FinishReason.STOP, Usage(), Timings(), text="a")
+
+    async with behind(thinks, read_timeout_seconds=0.2) as (door, _):
+        assert (await door.openai.chat.completions.create(**CHAT)).choices[0].message.content == "a"
+
+
+async def test_more_requests_than_may_run_are_told_when_to_come_back() -> None:
+    async with behind(never_ends, http_max_requests=1) as (door, worker):
+        stream = await door.openai.chat.completions.create(**CHAT, stream=True)
+        with pytest.raises(openai.RateLimitError) as refused:
+            await door.openai.chat.completions.create(**CHAT)
+        assert refused.value.response.headers["retry-after"] == "1"
+        assert (await door.http.get("/metrics")).status_code == 200
+        await stream.close()
+        await until(lambda: worker.cancelled == 1)
+
+
 async def test_a_client_that_stops_reading_is_cut_off() -> None:
     async with behind(floods, write_timeout_seconds=0.2) as (door, worker):
         stream = await door.openai.chat.completions.create(**CHAT, stream=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import suppress
-from typing import Any
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NoReturn
 
 import grpc
 import pytest
@@ -22,12 +22,13 @@ from alora_serve.errors import (
     InvalidRequestError,
     OverloadedError,
     RequestCancelledError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from alora_serve.rpc.channels import internal_channel, server_options
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.interceptors import CallInterceptor
-from alora_serve.rpc.status import error_from_rpc
+from alora_serve.rpc.status import MessageTooLargeError, error_from_rpc
 from alora_serve.v1 import alora_pb2
 from alora_serve.v1 import base_prefill_pb2 as pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceServicer, AloraServiceStub, add_AloraServiceServicer_to_server
@@ -151,7 +152,7 @@ async def finish(call: Any) -> None:
 class Server:
     """Two served servicers and stubs for them."""
 
-    def __init__(self, write_timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, write_timeout_seconds: float = TIMEOUT_SECONDS, **options: Any) -> None:
         self.reported: list[str] = []
         self.counts = Counts()
         self.in_flight = InFlightCalls()
@@ -163,8 +164,9 @@ class Server:
             max_message_bytes=lambda: LIMIT_BYTES,
             write_timeout_seconds=write_timeout_seconds,
             load_reports=self.report,
+            **options,
         )
-        self.server = grpc.aio.server(interceptors=[interceptor], options=server_options())
+        self.server = grpc.aio.server(interceptors=[interceptor], options=server_options(2 * LIMIT_BYTES))
         add_BasePrefillServiceServicer_to_server(self.servicer, self.server)
         add_AloraServiceServicer_to_server(self.talker, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
@@ -192,14 +194,20 @@ class Server:
         return error_from_rpc(caught.value)
 
 
-@pytest.fixture
-async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
-    """Parametrized indirectly: how long a message may wait for its client."""
-    served = Server(getattr(request, "param", TIMEOUT_SECONDS))
+@asynccontextmanager
+async def serving(*arguments: Any, **options: Any) -> AsyncIterator[Server]:
+    served = Server(*arguments, **options)
     await served.server.start()
     yield served
     await served.channel.close()
     await served.server.stop(0)
+
+
+@pytest.fixture
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
+    """Parametrized indirectly: how long a message may wait for its client."""
+    async with serving(getattr(request, "param", TIMEOUT_SECONDS)) as served:
+        yield served
 
 
 async def test_a_clients_request_id_is_bound_and_echoed(server: Server) -> None:
@@ -316,6 +324,9 @@ class LateContext:
     def time_remaining(self) -> float:
         return 0.0
 
+    async def read(self) -> Any:
+        return Request()
+
     async def send_initial_metadata(self, metadata: Any) -> None:
         pass
 
@@ -340,7 +351,7 @@ async def test_a_call_that_is_looked_at_too_late_does_no_work() -> None:
 
     surrounded: Any = await interceptor.intercept_service(continuation, Details())  # type: ignore[arg-type]
     with pytest.raises(grpc.aio.AbortError):
-        await surrounded.unary_unary(Request(), context)
+        await surrounded.stream_unary(None, context)
     assert servicer.calls == 0
     assert context.aborted == [grpc.StatusCode.DEADLINE_EXCEEDED]
     assert await counts.ended() == [(PREFILL, "DEADLINE_EXCEEDED")]
@@ -435,6 +446,57 @@ async def test_a_request_too_large_is_an_invalid_argument_that_names_its_largest
     assert [violation.field for violation in error.violations] == ["request_id"]
     assert server.servicer.calls == 0
     assert await server.counts.ended() == [(PREFILL, "INVALID_ARGUMENT")]
+
+
+def refuse(method: str, metadata: Any) -> NoReturn:
+    raise UnauthenticatedError("who are you?")
+
+
+async def test_a_stranger_is_refused_before_the_request_is_received() -> None:
+    async with serving(authorize=refuse) as server:
+        for call in (server.prefill(), raw(server, bytes(3 * LIMIT_BYTES)), server.watch(), server.generate()):
+            assert type(await server.failure(call)) is UnauthenticatedError
+        assert server.servicer.calls == server.talker.sent == 0
+        assert {code for _, code in await server.counts.ended(4)} == {"UNAUTHENTICATED"}
+
+
+async def test_who_is_known_is_told_that_a_request_is_too_large_to_be_received(server: Server) -> None:
+    error = await server.failure(raw(server, bytes(3 * LIMIT_BYTES)))
+    assert type(error) is MessageTooLargeError
+
+
+async def test_a_defect_in_authorizing_is_one_of_ours_and_no_call_waits_for_it() -> None:
+    async with serving(authorize=lambda method, metadata: 1 / 0) as server:
+        assert "internal error" in str(await server.failure(server.prefill()))
+
+
+def in_parts(server: Server, requests: AsyncIterator[bytes]) -> Any:
+    """A call whose client sends when it likes."""
+    method: Any = server.channel.stream_unary(PREFILL)
+    return method(requests, timeout=TIMEOUT_SECONDS, wait_for_ready=True)
+
+
+async def nothing(leaves: asyncio.Event | None = None) -> AsyncIterator[bytes]:
+    if leaves is not None:
+        await leaves.wait()
+    for request in ():
+        yield request
+
+
+async def test_a_request_that_does_not_arrive_is_given_up() -> None:
+    never = asyncio.Event()
+    async with serving(read_timeout_seconds=0.3) as server:
+        error = await server.failure(in_parts(server, nothing(never)))
+        assert type(error) is RequestCancelledError
+        assert "did not arrive within 0.3 s" in str(error)
+        assert await server.counts.ended() == [(PREFILL, "CANCELLED")]
+        assert await server.in_flight.drain(0) == 0
+    assert server.servicer.calls == 0
+
+
+async def test_a_call_without_a_request_is_an_invalid_argument(server: Server) -> None:
+    assert type(await server.failure(in_parts(server, nothing()))) is InvalidRequestError
+    assert server.servicer.calls == 0
 
 
 async def test_bytes_that_are_no_message_are_an_invalid_argument(server: Server) -> None:
