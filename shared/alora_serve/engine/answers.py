@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from alora_serve.engine.answer import Answer, Ending
+from alora_serve.kv.tenancy import NO_TENANT
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.structure.compiler import FormCompiler
 from alora_serve.model.structure.constraint import Constraint
@@ -28,8 +29,10 @@ class AnswerMaker:
         """Whether :meth:`make` may take long enough to be called in a thread of its own."""
         return sampling.structured_output is not None or sampling.logprobs
 
-    def make(self, sampling: SamplingParams, generated: TokenIds) -> tuple[Answer, Ending | None]:
-        """An answer that has come to ``generated``, and its ending where it goes no further.
+    def make(
+        self, sampling: SamplingParams, generated: TokenIds, tenant_salt: bytes = NO_TENANT
+    ) -> tuple[Answer, Ending | None]:
+        """An answer that has come to ``generated``, and its ending where it goes no further; forms are a tenant's own.
 
         Raises:
             InvalidRequestError: its form cannot be held to, or ``generated`` does not have it; names the part.
@@ -39,7 +42,7 @@ class AnswerMaker:
         end_ids = own | frozenset(sampling.stop_token_ids)
         form, constraint = sampling.structured_output, None
         if form is not None:
-            constraint = Constraint(self._compiler.compile(form), end_ids)
+            constraint = Constraint(self._compiler.compile(form, tenant_salt), end_ids)
         if sampling.logprobs:
             self._vocabulary.warm()  # here and not between two tokens of everybody's
         answer = Answer(

@@ -91,12 +91,12 @@ class Decoder:
             plan = self._plan(request, adapter)
             generated = request.resume.generated_tokens if request.resume else ()
             if self._answers.takes_time(request.sampling):
-                making = held.enter_context(self._making(request.sampling, generated))
+                making = held.enter_context(self._making(request.sampling, generated, salt))
                 while not await making.done_within(HEARTBEAT_SECONDS):
                     yield Heartbeat()
                 answer, ending = making.take()
             else:
-                answer, ending = self._answers.make(request.sampling, generated)
+                answer, ending = self._answers.make(request.sampling, generated, salt)
             yield Started(
                 adapter_digest=adapter.digest if adapter else AdapterDigest(""),
                 invocation_start=plan.activation.invocation_start,
@@ -164,8 +164,10 @@ class Decoder:
         digest = request.resume.adapter_digest if request.resume else None
         return Awaited(asyncio.to_thread(self._adapters.acquire, request.adapter, digest=digest), Lease.release)
 
-    def _making(self, sampling: SamplingParams, generated: TokenIds) -> Awaited[tuple[Answer, Ending | None]]:
-        return Awaited(asyncio.to_thread(self._answers.make, sampling, generated), lambda unused: None)
+    def _making(
+        self, sampling: SamplingParams, generated: TokenIds, salt: bytes
+    ) -> Awaited[tuple[Answer, Ending | None]]:
+        return Awaited(asyncio.to_thread(self._answers.make, sampling, generated, salt), lambda unused: None)
 
     def _loading(self, chain: BlockChain, limit: int) -> Awaited[LoadedPrefix]:
         load = self._core.load_prefix(chain, limit)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from alora_serve.engine.core import CoreOptions
 from alora_serve.errors import AloraServeError, InvalidRequestError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
@@ -27,12 +28,14 @@ from alora_serve.types import (
     ChatMessage,
     Choice,
     FinishReason,
+    GenerateRequest,
     Grammar,
     JsonSchema,
     PrefillResult,
     Prompt,
     Regex,
     Resume,
+    SamplingParams,
     StructuredOutput,
 )
 from in_process import Answer, MemoryStore, Stack, open_stack
@@ -521,3 +524,22 @@ async def test_without_top_logprobs_only_the_chosen_token_is_told(stack: Stack, 
     untold = await bound(stack, prefilled, None, logprobs=False, max_tokens=1)
     assert (len(told.chunks[0].logprobs), len(told.chunks[0].token_bytes), told.chunks[0].top_logprobs) == (1, 1, ())
     assert (untold.chunks[0].logprobs, untold.chunks[0].token_bytes) == ((), ())
+
+
+async def test_forms_are_compiled_for_each_tenant(model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[bytes] = []
+    async with open_stack(model, MemoryStore(), options=CoreOptions(tenant_salt=b"a secret of the tests")) as stack:
+        compiler = stack.decoder._answers._compiler
+        compile_once = compiler.compile
+
+        def note(form: StructuredOutput, tenant_salt: bytes) -> CompiledForm:
+            compiled.append(tenant_salt)
+            return compile_once(form, tenant_salt)
+
+        monkeypatch.setattr(compiler, "compile", note)
+        sampling = SamplingParams(max_tokens=5, structured_output=Regex("ab"))
+        for tenant in ("acme", "beta"):
+            handle = (await stack.prefiller.prefill(PROMPT, tenant=tenant)).handle
+            async for _ in stack.decoder.decode(GenerateRequest(handle, sampling=sampling, tenant=tenant)):
+                pass
+        assert compiled == [stack.core.tenants.of(tenant) for tenant in ("acme", "beta")]

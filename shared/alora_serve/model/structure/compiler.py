@@ -1,4 +1,4 @@
-"""Compiles forms, each once: what is compiled is kept, and shared by all answers of that form."""
+"""Compiles forms, each once a tenant: what is compiled is kept, and shared by all its answers of that form."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits
 
 from alora_serve.errors import AloraServeError
+from alora_serve.kv.tenancy import NO_TENANT
 from alora_serve.model.structure.forms import complaint, grammar_of, refusal
 from alora_serve.model.structure.vocabulary import TokenVocabulary
 from alora_serve.types import StructuredOutput
@@ -40,6 +41,7 @@ class CompiledForm:
     form: StructuredOutput
     vocabulary: TokenVocabulary
     compiler: FormCompiler
+    tenant_salt: bytes = field(repr=False)
     _prototype: LLMatcher
 
     def matcher(self) -> LLMatcher:
@@ -48,8 +50,8 @@ class CompiledForm:
 
     def renewed(self) -> CompiledForm:
         """The same form, compiled anew: its limits count over all answers that share what is compiled."""
-        self.compiler.forget(self.form)
-        return self.compiler.compile(self.form)
+        self.compiler.forget(self.form, self.tenant_salt)
+        return self.compiler.compile(self.form, self.tenant_salt)
 
 
 class FormCompiler:
@@ -58,44 +60,47 @@ class FormCompiler:
     def __init__(self, vocabulary: TokenVocabulary) -> None:
         self._vocabulary = vocabulary
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[StructuredOutput, Future[CompiledForm]] = OrderedDict()
+        self._compiled: OrderedDict[tuple[bytes, StructuredOutput], Future[CompiledForm]] = OrderedDict()
 
-    def compile(self, form: StructuredOutput) -> CompiledForm:
+    def compile(self, form: StructuredOutput, tenant_salt: bytes = NO_TENANT) -> CompiledForm:
         """The form, compiled: at once if it was before, else in milliseconds, of the largest in a second.
+
+        For each tenant anew: how soon it is there would tell one that another has asked for the same.
 
         Raises:
             InvalidRequestError: it is malformed, unsupported, too complex, or allows no answer; names the part.
             UnimplementedFeatureError: the model's tokenizer does not allow it.
         """
         with self._lock:
-            known = self._compiled.get(form)
+            key = tenant_salt, form
+            known = self._compiled.get(key)
             compiled = known or Future()
-            self._compiled[form] = compiled
-            self._compiled.move_to_end(form)
+            self._compiled[key] = compiled
+            self._compiled.move_to_end(key)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         if known is None:
             try:
-                compiled.set_result(_on_a_large_stack(lambda: self._compile(form)))
+                compiled.set_result(_on_a_large_stack(lambda: self._compile(form, tenant_salt)))
             except BaseException as error:  # noqa: BLE001  # whoever waits for it is told the same
-                self.forget(form)
+                self.forget(form, tenant_salt)
                 # A panic in Rust is no Exception, and would pass by everything that keeps a request's errors its own.
                 compiled.set_exception(error if isinstance(error, Exception) else AloraServeError(repr(error)))
         return compiled.result()
 
-    def forget(self, form: StructuredOutput) -> None:
+    def forget(self, form: StructuredOutput, tenant_salt: bytes = NO_TENANT) -> None:
         """Compile it anew when it is asked for again."""
         with self._lock:
-            self._compiled.pop(form, None)
+            self._compiled.pop((tenant_salt, form), None)
 
-    def _compile(self, form: StructuredOutput) -> CompiledForm:
+    def _compile(self, form: StructuredOutput, tenant_salt: bytes) -> CompiledForm:
         matcher = LLMatcher(self._vocabulary.tokens, grammar_of(form), log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise refusal(form, matcher.get_error())
         first = matcher.deep_copy()
         if not any(first.compute_bitmask()) or first.is_error():
             raise complaint(form, "it allows no answer")
-        return CompiledForm(form, self._vocabulary, self, matcher)
+        return CompiledForm(form, self._vocabulary, self, tenant_salt, matcher)
 
 
 def _on_a_large_stack(call: Callable[[], _T]) -> _T:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alora_serve.errors import AloraServeError, InvalidRequestError, UnimplementedFeatureError
+from alora_serve.kv.tenancy import NO_TENANT
 from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.structure import compiler as compiling
 from alora_serve.model.structure.compiler import CompiledForm, FormCompiler
@@ -219,6 +220,16 @@ def test_a_form_is_compiled_once_and_the_oldest_is_forgotten(monkeypatch: pytest
     compiler.compile(Regex("d"))
     compiler.compile(Regex("e"))
     assert compiler.compile(Regex("a")) is not first
+
+
+def test_how_soon_a_form_is_there_tells_a_tenant_nothing_of_another() -> None:
+    compiler = FormCompiler(VOCABULARY)
+    first = compiler.compile(Regex("a"), b"acme")
+    for other in (b"beta", NO_TENANT):
+        assert compiler.compile(Regex("a"), other) is not first
+    assert compiler.compile(Regex("a"), b"acme") is first
+    assert first.renewed().tenant_salt == b"acme"
+    assert compiler.compile(Regex("a"), b"acme") is not first
 
 
 DEEP = """
