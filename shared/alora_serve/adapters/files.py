@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from typing_extensions import Buffer
 
@@ -31,30 +33,82 @@ Signature = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterFiles:
-    """Real paths (symbolic links followed) of an adapter's config and weights, and of what makes it an intrinsic."""
+class RealFile:
+    """A file inside a root, found with all links followed.
 
-    config: Path
-    weights: Path
-    definition: Path | None = None
+    What comes to lie in its place is not followed: who may write there could turn it into a link, a pipe or more bytes
+    after it was looked at.
+
+    Attributes:
+        root: resolved.
+        path: resolved, inside ``root``.
+        max_bytes: a larger file is refused.
+    """
+
+    root: Path
+    path: Path
+    max_bytes: int
+
+    def open(self) -> BinaryIO:
+        """The file, to be closed. It was looked at as it was opened: its name stands for nothing any more.
+
+        Raises:
+            AdapterRefusedError: it is not a regular file, or too large.
+            OSError: it cannot be opened, or a link lies in its way.
+        """
+        descriptor = self._descriptor()
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterRefusedError(f"{self.path.name} is not a regular file")
+            if status.st_size > self.max_bytes:
+                raise AdapterRefusedError(f"{self.path.name} has {status.st_size} bytes, more than {self.max_bytes}")
+            return os.fdopen(descriptor, "rb")
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def read(self) -> bytes:
+        """What it held when it was opened, and no more. Raises as :meth:`open`."""
+        with self.open() as file:
+            return file.read(os.fstat(file.fileno()).st_size)
+
+    def _descriptor(self) -> int:
+        *folders, name = self.path.relative_to(self.root).parts
+        at = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for folder in folders:
+                inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+                os.close(at)
+                at = inner
+            # A pipe would wait for a writer.
+            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
+        finally:
+            os.close(at)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter's config and weights, and what makes it an intrinsic."""
+
+    config: RealFile
+    weights: RealFile
+    definition: RealFile | None = None
 
     def signature(self) -> Signature:
         """What the files look like now, without reading them. Raises OSError when one is gone."""
-        stats = [path.stat() for path in (self.config, self.weights, self.definition) if path is not None]
-        return tuple(part for stat in stats for part in (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        found = [file.path.stat() for file in (self.config, self.weights, self.definition) if file is not None]
+        return tuple(part for now in found for part in (now.st_ino, now.st_size, now.st_mtime_ns))
 
     def read_definition(self) -> bytes | None:
-        """The bytes of the ``io.yaml``, one more than are allowed at most; None without one."""
-        if self.definition is None:
-            return None
-        with self.definition.open("rb") as file:
-            return file.read(MAX_DEFINITION_BYTES + 1)
+        """The bytes of the ``io.yaml``; None without one."""
+        return None if self.definition is None else self.definition.read()
 
-    def weights_chunks(self) -> Iterator[bytes]:
-        """The weights file in order, a megabyte at a time."""
-        with self.weights.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                yield chunk
+
+def chunks(file: BinaryIO) -> Iterator[bytes]:
+    """A file in order, a megabyte at a time."""
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
 
 
 def find_files(directory: Path, *, root: Path, max_weights_bytes: int = DEFAULT_MAX_WEIGHTS_BYTES) -> AdapterFiles:
@@ -76,13 +130,13 @@ def find_files(directory: Path, *, root: Path, max_weights_bytes: int = DEFAULT_
         )
     except AdapterRefusedError as error:
         try:
-            parse_adapter_config(config.read_bytes())
+            parse_adapter_config(config.read())
         except AdapterRefusedError as another:
             raise AdapterRefusedError(f"{another}; {error}") from error
         raise
 
 
-def _weights_file(directory: Path, root: Path, max_bytes: int) -> Path:
+def _weights_file(directory: Path, root: Path, max_bytes: int) -> RealFile:
     weights = directory / WEIGHTS_NAME
     if not weights.exists() and (directory / PICKLED_WEIGHTS_NAME).exists():
         raise AdapterRefusedError(
@@ -92,19 +146,15 @@ def _weights_file(directory: Path, root: Path, max_bytes: int) -> Path:
     return _real_file(weights, root, max_bytes)
 
 
-def _real_file(path: Path, root: Path, max_bytes: int) -> Path:
+def _real_file(path: Path, root: Path, max_bytes: int) -> RealFile:
     try:
-        real = path.resolve(strict=True)
-        inside, regular, size = real.is_relative_to(root.resolve()), real.is_file(), real.stat().st_size
+        found = RealFile(root.resolve(), path.resolve(strict=True), max_bytes)
+        if not found.path.is_relative_to(found.root):
+            raise AdapterRefusedError(f"{path.name} leads out of the adapter root to {found.path}")
+        found.open().close()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         raise AdapterRefusedError(f"cannot read {path.name}: {error}") from error
-    if not inside:
-        raise AdapterRefusedError(f"{path.name} leads out of the adapter root to {real}")
-    if not regular:
-        raise AdapterRefusedError(f"{path.name} is not a regular file")
-    if size > max_bytes:
-        raise AdapterRefusedError(f"{path.name} has {size} bytes, more than {max_bytes}")
-    return real
+    return found
 
 
 def digest_of(config: bytes, weights: Iterable[Buffer]) -> AdapterDigest:

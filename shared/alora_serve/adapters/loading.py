@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alora_serve.adapters.config import AdapterConfig, parse_adapter_config
-from alora_serve.adapters.files import AdapterFiles, digest_of
+from alora_serve.adapters.files import AdapterFiles, chunks, digest_of
 from alora_serve.adapters.lora import LoadedAdapter, LoraPair
 from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.targets import ModuleShape, ResolvedTarget, resolve_targets
@@ -68,14 +68,16 @@ def inspect_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Ada
         OSError: a file cannot be read.
     """
     plan = _Plan.read(files, name, base)
-    try:
-        with safetensors.safe_open(str(files.weights), framework="pt") as weights:
-            slices = {key: weights.get_slice(key) for key in weights.offset_keys()}
-            specs = {key: _TensorSpec(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
-    except safetensors.SafetensorError as error:
-        raise _damaged(error) from error
-    plan.check_tensors(specs)
-    return plan.info(digest_of(plan.raw_config, files.weights_chunks()))
+    with files.weights.open() as file:
+        try:
+            # By the name of what is open: it is the file that was looked at, and whose digest is told.
+            with safetensors.safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as weights:
+                slices = {key: weights.get_slice(key) for key in weights.offset_keys()}
+                specs = {key: _TensorSpec(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+        except safetensors.SafetensorError as error:
+            raise _damaged(error) from error
+        plan.check_tensors(specs)
+        return plan.info(digest_of(plan.raw_config, chunks(file)))
 
 
 def load_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> LoadedAdapter:
@@ -89,7 +91,7 @@ def load_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Loaded
         OSError: a file cannot be read.
     """
     plan = _Plan.read(files, name, base)
-    content = files.weights.read_bytes()
+    content = files.weights.read()
     info = plan.info(digest_of(plan.raw_config, [content]))
     try:
         tensors = safetensors.torch.load(content)
@@ -131,7 +133,7 @@ class _Plan:
 
     @classmethod
     def read(cls, files: AdapterFiles, name: str, base: AdapterHost) -> _Plan:
-        raw = files.config.read_bytes()
+        raw = files.config.read()
         config = parse_adapter_config(raw)
         lead, tokens = _invocation(config, base)
         definition = files.read_definition()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from alora_serve.adapters.files import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, digest_of, find_files
+from alora_serve.adapters.files import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, chunks, digest_of, find_files
 from alora_serve.errors import AdapterRefusedError
 
 
@@ -31,7 +32,9 @@ def test_files_are_found_and_read_in_chunks(root: Path) -> None:
     content = bytes(range(256)) * 10_000
     (root / "certainty" / WEIGHTS_NAME).write_bytes(content)
     files = find_files(root / "certainty", root=root)
-    assert b"".join(files.weights_chunks()) == content
+    with files.weights.open() as file:
+        assert b"".join(chunks(file)) == content
+    assert files.weights.read() == content
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
@@ -75,7 +78,7 @@ def test_links_inside_the_root_are_followed_as_volume_mounts_need(root: Path) ->
         (directory / name).rename(directory / "..2026" / name)
         (directory / name).symlink_to(f"..data/{name}")
     files = find_files(directory, root=root)
-    assert files.weights.parent.name == "..2026"
+    assert files.weights.path.parent.name == "..2026"
 
 
 def test_a_root_that_is_a_link_is_followed(root: Path, tmp_path: Path) -> None:
@@ -89,10 +92,51 @@ def test_a_loop_of_links_is_refused(root: Path) -> None:
     assert "cannot read adapter_config.json" in refusal(root)
 
 
-def test_what_is_not_a_regular_file_is_refused_without_opening_it(root: Path) -> None:
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(root: Path, make: Callable[[Path], None]) -> None:
     (root / "certainty" / WEIGHTS_NAME).unlink()
-    os.mkfifo(root / "certainty" / WEIGHTS_NAME)
+    make(root / "certainty" / WEIGHTS_NAME)
     assert f"{WEIGHTS_NAME} is not a regular file" in refusal(root)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, "io.yaml"])
+def test_what_takes_a_files_place_after_it_was_found_is_not_followed(root: Path, tmp_path: Path, name: str) -> None:
+    directory = root / "certainty"
+    (directory / "io.yaml").write_text("model: ~")
+    files = find_files(directory, root=root)
+    file = {CONFIG_NAME: files.config, WEIGHTS_NAME: files.weights, "io.yaml": files.definition}[name]
+    assert file is not None
+    (tmp_path / "secret").write_text("{}")
+    (directory / name).unlink()
+    (directory / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError, match="symbolic links"):
+        file.read()
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    with pytest.raises(AdapterRefusedError, match="is not a regular file"):
+        file.read()
+    (directory / name).unlink()
+    with (directory / name).open("wb") as sparse:
+        sparse.truncate(file.max_bytes + 1)
+    with pytest.raises(AdapterRefusedError, match="more than"):
+        file.read()
+
+
+def test_a_folder_that_became_a_link_after_it_was_found_is_not_followed(root: Path, tmp_path: Path) -> None:
+    files = find_files(root / "certainty", root=root)
+    (root / "certainty").rename(tmp_path / "elsewhere")
+    (root / "certainty").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links|Not a directory"):
+        files.config.read()
+
+
+def test_no_descriptor_is_left_open(root: Path) -> None:
+    before = len(list(Path("/dev/fd").iterdir()))
+    find_files(root / "certainty", root=root).weights.read()
+    (root / "certainty" / WEIGHTS_NAME).unlink()
+    (root / "certainty" / WEIGHTS_NAME).mkdir()
+    refusal(root)
+    assert len(list(Path("/dev/fd").iterdir())) == before
 
 
 def test_large_files_are_refused_before_reading(root: Path) -> None:
@@ -106,9 +150,9 @@ def test_the_signature_changes_with_either_file(root: Path) -> None:
     files = find_files(root / "certainty", root=root)
     before = files.signature()
     assert files.signature() == before
-    os.utime(files.config, ns=(1, 1))
+    os.utime(files.config.path, ns=(1, 1))
     touched = files.signature()
-    files.weights.write_bytes(b"weights!")
+    files.weights.path.write_bytes(b"weights!")
     assert len({before, touched, files.signature()}) == 3
 
 
