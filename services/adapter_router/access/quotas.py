@@ -17,8 +17,6 @@ DAY_SECONDS: Final = 86_400.0
 RETRY_SECONDS: Final = 1.0
 """When to come back after too much at once: about one short answer's time."""
 
-_UNLIMITED: Final = Quota.model_validate({})
-
 
 class Bucket:
     """Holds up to an amount and refills in a period. May be overdrawn: what a request costs is known at its end."""
@@ -102,7 +100,7 @@ class Quotas:
             self._bucket(tenant, "stored", quota.stored_bytes_per_day, DAY_SECONDS).take(usage.stored_bytes)
 
     def _quota(self, tenant: str) -> Quota:
-        return self._rules().tenants.get(tenant, _UNLIMITED)
+        return self._rules().quota_of(tenant)
 
     def _bucket(self, tenant: str, what: str, amount: float, period_seconds: float) -> Bucket:
         bucket = self._buckets.get((tenant, what))

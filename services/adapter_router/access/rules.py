@@ -56,18 +56,32 @@ class ApiKey(_Strict):
 
 
 class AccessRules(_Strict):
-    """The whole file. A tenant of a key needs an entry, if an empty one: a misspelt name has no quota."""
+    """The whole file. A tenant of a key needs an entry, if an empty one, so that no name is misspelt unnoticed.
 
+    Attributes:
+        default: the quota of tenants without an entry, as those of JWTs may be, and of what an entry does not say; an
+            entry lifts a limit by ``null``.
+        tenants: their quotas.
+        keys: what their callers show.
+    """
+
+    default: Quota = Field(default_factory=lambda: Quota.model_validate({}))
     tenants: dict[TenantName, Quota] = Field(default_factory=dict)
     keys: tuple[ApiKey, ...] = ()
 
+    def quota_of(self, tenant: str) -> Quota:
+        """What a tenant may use."""
+        return self.tenants.get(tenant, self.default)
+
     @model_validator(mode="before")
     @classmethod
-    def _empty_entries(cls, given: object) -> object:
-        if isinstance(given, dict) and isinstance(given.get("tenants"), dict):
-            tenants = {name: quota or {} for name, quota in given["tenants"].items()}
-            return {**given, "tenants": tenants}
-        return given
+    def _filled_entries(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        default, tenants = given.get("default") or {}, given.get("tenants") or {}
+        if isinstance(default, dict) and isinstance(tenants, dict):
+            tenants = {name: _filled(quota, default) for name, quota in tenants.items()}
+        return {**given, "default": default, "tenants": tenants}
 
     @model_validator(mode="after")
     def _known_tenants(self) -> AccessRules:
@@ -75,6 +89,13 @@ class AccessRules(_Strict):
         if unknown:
             raise ValueError(f"keys of tenants without an entry: {', '.join(sorted(unknown))}")
         return self
+
+
+def _filled(quota: object, default: dict[object, object]) -> object:
+    """An entry with what it does not say; what is no mapping is left for the complaint about it."""
+    if quota is None:
+        return default
+    return {**default, **quota} if isinstance(quota, dict) else quota
 
 
 def read_rules(path: Path) -> AccessRules:

@@ -253,7 +253,10 @@ class RouterSettings(SettingsGroup):
     max_in_flight: int = Field(1000, ge=1, description="Requests in the router before RESOURCE_EXHAUSTED.")
     default_deadline_seconds: float = Field(600.0, gt=0, description="Deadline of calls whose client sets none.")
     access_file: Path | None = Field(
-        None, description="YAML file of tenants, quotas and API keys, read again when it changes. Unset: no keys."
+        None,
+        description=(
+            "YAML file of tenants, quotas (JWTs' tenants', too) and API keys, read again when it changes. Unset: none."
+        ),
     )
     jwks_file: Path | None = Field(None, description="JWKS file whose keys sign JWTs, read again when it changes.")
     jwt_issuer: str = Field("", description="Who issues JWTs (iss). Required with jwks_file.")

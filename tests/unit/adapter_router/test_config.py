@@ -95,6 +95,11 @@ def test_a_jwks_file_brings_callers_with_tokens_of_its_keys(monkeypatch: pytest.
         token = jwt.encode(given, key, "ES256", headers={"kid": "k"})
         return access.authorize(f"/alora_serve.v1.AloraService/{method}", {"authorization": f"Bearer {token}"})
 
+    rules = tmp_path / "access.yaml"
+    rules.write_text("default: {max_sequences: 1}")
+    _, quotas = load_settings(Settings, [*flags, f"--access-file={rules}"]).access()
+    with pytest.raises(OverloadedError), quotas.hold("acme", sequences=2, prompt_tokens=0):
+        pytest.fail("a tenant of a JWT was not held to the default")
     assert calling("Generate").tenant == "acme"
     assert calling("LoadAdapter", scopes=["admin"]).tenant == "acme"
     with pytest.raises(PermissionRefusedError):

@@ -126,7 +126,7 @@ def test_a_folder_that_became_a_link_after_it_was_found_is_not_followed(root: Pa
     files = find_files(root / "certainty", root=root)
     (root / "certainty").rename(tmp_path / "elsewhere")
     (root / "certainty").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic links|Not a directory"):
+    with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
         files.config.read()
 
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from adapter_router.access.authentication import Access, ApiKeys, JwtRules, Jwts, read_jwks
-from adapter_router.access.rules import AccessRules, read_rules
+from adapter_router.access.rules import AccessRules, Quota, read_rules
 from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import ConfigError, PermissionRefusedError, UnauthenticatedError
 from alora_serve.types import ANYONE, Identity
@@ -122,6 +122,9 @@ def test_without_access_control_everybody_is_anyone() -> None:
     ("content", "says"),
     [
         ({"keys": [{"tenant": "acme", "sha256": digest("one")}]}, "tenants without an entry: acme"),
+        ({"default": {"max_sequence": 1}}, "default.max_sequence: Extra"),
+        ({"default": 5, "tenants": {"acme": None}}, "default: Input should be"),
+        ({"tenants": {"acme": 5}}, "tenants.acme: Input should be"),
         ({"tenants": {"acme": {"max_sequences": 0}}}, "tenants.acme.max_sequences"),
         ({"tenants": {"../etc": {}}}, "tenants"),
         ({"tenants": {"acme": {}}, "keys": [{"tenant": "acme", "sha256": "the key itself"}]}, "keys.0.sha256"),
@@ -138,6 +141,17 @@ def test_a_file_that_says_something_else_is_refused_without_its_secrets(
         read_rules(path)
     assert says in str(caught.value)
     assert "the key itself" not in str(caught.value)
+
+
+def test_the_file_that_the_page_shows_is_one(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    page = (pytestconfig.rootpath / "docs" / "configuration.md").read_text()
+    path = tmp_path / "access.yaml"
+    path.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    rules = read_rules(path)
+    assert rules.quota_of("acme") == Quota(max_sequences=32, tokens_per_minute=100_000, stored_bytes_per_day=20 * 10**9)
+    assert rules.quota_of("gamma") == Quota(tokens_per_minute=100_000, max_queued_tokens=200_000)
+    assert rules.quota_of("beta") == rules.quota_of("a JWT's") == rules.default
+    assert keys_of(path).identify("hello") == Identity("acme", frozenset({"generate"}))
 
 
 def test_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:

@@ -41,6 +41,26 @@ def test_sequences_and_prompt_tokens_at_once_are_bounded() -> None:
         pass
 
 
+def test_the_default_is_of_tenants_without_an_entry_and_of_what_an_entry_does_not_say() -> None:
+    limits = {"default": {"max_sequences": 2}, "tenants": {"bare": None, "own": {"tokens_per_minute": 600}}}
+    lifted = {"more": {"max_sequences": 5}, "free": {"max_sequences": None}}
+    rules = AccessRules.model_validate({**limits, "tenants": {**limits["tenants"], **lifted}})
+    held = Quotas(lambda: rules, Clock())
+    for tenant in ("of a JWT", "bare", "own"):
+        with held.hold(tenant, sequences=2, prompt_tokens=0):
+            pass
+        with (
+            pytest.raises(OverloadedError, match="max_sequences of 2"),
+            held.hold(tenant, sequences=3, prompt_tokens=0),
+        ):
+            pytest.fail("the default was not held to")
+    for tenant, sequences in (("more", 5), ("free", 1000)):
+        with held.hold(tenant, sequences=sequences, prompt_tokens=0):
+            pass
+    assert rules.quota_of("own").tokens_per_minute == 600
+    assert rules.quota_of("of a JWT").tokens_per_minute is None
+
+
 def test_what_never_fits_is_not_to_be_retried() -> None:
     with pytest.raises(OverloadedError) as caught, quotas(max_sequences=3).hold("acme", sequences=4, prompt_tokens=0):
         pytest.fail("it was let in")
