@@ -14,7 +14,8 @@ from openai_front.serving import NAME, SERVICE, serve
 
 async def main(settings: Settings) -> int:
     """Connect to the router, serve, drain; the process's exit status."""
-    in_flight, router = InFlightCalls(settings.http_max_requests), Router(settings.router_address, settings.router_tls())
+    in_flight = InFlightCalls(settings.http_max_requests)
+    router = Router(settings.router_address, settings.router_tls())
     try:
         async with monitored(settings, [SERVICE]) as monitoring:
             app = build_app(
