@@ -249,11 +249,11 @@ class Engine:
                 if sequence in self._running:
                     self._fail(sequence, failure)
             return
-        seconds, tokens = monotonic() - started, sum(len(span.tokens) for _, span in batch)
-        self._metrics.step(len(batch), tokens, seconds)
-        self.rates.observe(
-            sequences=len(batch), tokens=tokens, budget_tokens=self._limits.max_step_tokens, seconds=seconds
-        )
+        seconds, counts = monotonic() - started, [len(span.tokens) for _, span in batch]
+        self._metrics.step(len(batch), sum(counts), seconds)
+        decoding, budget = counts.count(1), self._limits.max_step_tokens
+        prompt = sum(counts) - decoding
+        self.rates.observe(decoding=decoding, prompt_tokens=prompt, budget_tokens=budget, seconds=seconds)
 
     def _finish(self, ended: Ended) -> None:
         sequence = ended.sequence

@@ -6,6 +6,13 @@ Every figure is 0 before its first measurement.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
+
+ALONE_SHARE: Final = 1 / 2
+"""Of the longest step's tokens, what a prompt that runs alone must have for its speed to count."""
+
+BESIDE_SHARE: Final = 1 / 8
+"""Likewise of one that runs beside sequences that decode, where it is given a quarter at most."""
 
 _WEIGHT_OF_NEW = 0.1
 
@@ -16,18 +23,29 @@ class StepRates:
 
     Attributes:
         step_seconds: a step that only decodes.
-        prefill_tokens_per_second: a step that is mostly prompt.
+        prefill_tokens_per_second: a prompt's tokens, by themselves or beside those who decode.
     """
 
     step_seconds: float = 0.0
     prefill_tokens_per_second: float = 0.0
 
-    def observe(self, *, sequences: int, tokens: int, budget_tokens: int, seconds: float) -> None:
-        """Account for a step. Steps that mix decoding with a little prompt say nothing about either."""
-        if tokens == sequences:
+    def observe(self, *, decoding: int, prompt_tokens: int, budget_tokens: int, seconds: float) -> None:
+        """Account for a step. One of a little prompt says nothing: most of it is reading weights.
+
+        Args:
+            decoding: sequences that run one token.
+            prompt_tokens: of all the others.
+            budget_tokens: prompt tokens of the longest step.
+            seconds: that it took.
+        """
+        if not prompt_tokens:
             self.step_seconds = _mean(self.step_seconds, seconds)
-        elif tokens >= budget_tokens // 2:
-            self.prefill_tokens_per_second = _mean(self.prefill_tokens_per_second, tokens / seconds)
+            return
+        # Beside those who decode, a prompt takes what the step is longer for it; the weights are read for them anyway.
+        share, others_seconds = (BESIDE_SHARE, self.step_seconds) if decoding else (ALONE_SHARE, 0.0)
+        if prompt_tokens >= budget_tokens * share:
+            token_seconds = max(0.0, seconds - others_seconds) / prompt_tokens
+            self.prefill_tokens_per_second = _mean_rate(self.prefill_tokens_per_second, token_seconds)
 
 
 @dataclass(slots=True)
@@ -78,3 +96,9 @@ class ServiceRates:
 
 def _mean(old: float, new: float) -> float:
     return new if not old else old + _WEIGHT_OF_NEW * (new - old)
+
+
+def _mean_rate(old: float, new_seconds: float) -> float:
+    """Mean of times, as a rate: one that came out near nothing would be a rate beyond all others."""
+    seconds = _mean(1 / old if old else 0.0, new_seconds)
+    return 1 / seconds if seconds else 0.0

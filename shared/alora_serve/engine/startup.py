@@ -12,6 +12,7 @@ from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, Sh
 from alora_serve.config.cache_directory import default_cache_directory
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.public_prompts import read_public_prompts
+from alora_serve.engine.rates import ALONE_SHARE
 from alora_serve.engine.stepper import EngineLimits
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.factory import open_store
@@ -22,6 +23,7 @@ from alora_serve.kv.transfer import StoreTiming
 from alora_serve.metrics import CoreMetrics
 from alora_serve.model.device import device_name, open_device
 from alora_serve.model.loader import BaseModel, load_base_model
+from alora_serve.model.runner import measure_prefill
 from alora_serve.model.source import model_name, resolve_model
 
 _log = structlog.get_logger(__name__)
@@ -89,6 +91,9 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         public_prompts=read_public_prompts(settings.public_prompts_file, model.tokenizer),
     )
     core = ServingCore(model, store, options, metrics)
+    # A worker that fetches everything runs no prompt of any length: it would never learn that computing is faster.
+    speed = measure_prefill(model, max(1, round(settings.max_step_tokens * ALONE_SHARE)))
+    core.engine.rates.prefill_tokens_per_second = speed
     _log.info(
         "core started",
         model=model.name,
@@ -99,6 +104,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         context_tokens=model.context_tokens,
         block_tokens=core.block_tokens,
         threads=torch.get_num_threads(),
+        prefill_tokens_per_second=round(speed, 1),
         store=public_url(settings.store_url),
     )
     return StartedCore(core, store, signer)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import monotonic
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from alora_serve.model.decode_replay import READ_MULTIPLE, DecodeReplay, can_replay, decode_replay
+from alora_serve.model.kv_memory import KVSegment, KVSlice
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.step import Span, Step
 from alora_serve.model.stock import run_stock
@@ -60,3 +62,16 @@ class ModelRunner:
                 return self._replay.run(step, wanted, adapters)
             self._replay.forget()
         return model.lean(step, wanted) if model.lean else run_stock(model.module, model.attention, step, wanted)
+
+
+def measure_prefill(model: BaseModel, tokens: int) -> float:
+    """Prompt tokens a second of one pass over so many, at most the context's, that mean nothing and leave nothing."""
+    count = min(tokens, model.context_tokens)
+    segment = KVSegment.allocate(model.layout, count, 0, model.device)
+    ids = tuple(place % model.vocabulary_size for place in range(count))
+    began = monotonic()
+    logits = ModelRunner(model).forward([Span(ids, 0, (), KVSlice(segment, 0, count))], [1])
+    if logits is None:
+        raise RuntimeError("no logits of a span whose last token's are wanted")
+    logits.argmax().item()  # what a GPU was told to do is done once there is a number
+    return count / (monotonic() - began)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from alora_serve.engine.core import CoreOptions, ServingCore
+from alora_serve.engine.prefiller import Prefiller
+from alora_serve.handles import HandleSigner
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
+from alora_serve.kv.store import Sink, StoreKey
 from alora_serve.model.host_copies import DirectCopies
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.weights import WeightQuantization
 from alora_serve.types import Prompt
-from in_process import CountingMetrics, MemoryStore, open_stack
+from in_process import SECRET, CountingMetrics, MemoryStore, open_stack
 
 OPTIONS = CoreOptions(block_tokens=16, tenant_salt=b"salt")
 TOKENS = tuple(range(1, 251)) + tuple(range(1, 51))
@@ -68,6 +74,50 @@ async def test_what_memory_had_no_room_for_is_not_told(model: BaseModel) -> None
             await stack.prefill(Prompt(token_ids=(first, *TOKENS)))
         told = stack.core.status().resident_prefixes.fingerprints
     assert told == {*PrefixFingerprints(b"").of((2, *TOKENS), model_digest=model.model_digest)}
+
+
+@dataclass
+class SlowStore(MemoryStore):
+    """Takes so long for each read."""
+
+    seconds: float = 0.0
+
+    def get_many(self, keys: Sequence[StoreKey], sink: Sink, *, timeout_seconds: float) -> None:
+        time.sleep(self.seconds)
+        super().get_many(keys, sink, timeout_seconds=timeout_seconds)
+
+
+@asynccontextmanager
+async def deciding(model: BaseModel, store: MemoryStore) -> AsyncIterator[tuple[ServingCore, Prefiller]]:
+    """A core that fetches only where that has been faster."""
+    core = ServingCore(model, store, replace(OPTIONS, always_fetch=False), CountingMetrics())
+    try:
+        yield core, Prefiller(core, HandleSigner([SECRET], b"", 3600))
+        await core.drain()
+    finally:
+        core.close()
+
+
+# So fast and so slow that no machine, however busy, turns the comparison round.
+@pytest.mark.parametrize(
+    ("read_seconds", "prefill_rate", "decision"), [(0.05, 1e9, "compute"), (0.0, 1e-3, "fetch")], ids=["slow", "quick"]
+)
+async def test_a_conversation_is_fetched_from_a_quick_store_and_computed_again_beside_a_slow_one(
+    model: BaseModel, read_seconds: float, prefill_rate: float, decision: str
+) -> None:
+    store = SlowStore(seconds=read_seconds)
+    conversations = [(first, *TOKENS) for first in (1, 2)]
+    async with deciding(model, store) as (_, prefiller):
+        for tokens in conversations:
+            await prefiller.prefill(Prompt(token_ids=tokens))
+    async with deciding(model, store) as (cold, prefiller):
+        first = (await prefiller.prefill(Prompt(token_ids=conversations[0]))).usage
+        assert first.fetched_tokens == len(conversations[0]), "what nobody has measured favours fetching"
+        cold.engine.rates.prefill_tokens_per_second = prefill_rate
+        second = (await prefiller.prefill(Prompt(token_ids=conversations[1]))).usage
+    computed = len(conversations[1]) if decision == "compute" else 0
+    assert (second.computed_tokens, second.fetched_tokens) == (computed, len(conversations[1]) - computed)
+    assert ("slower" in second.store_misses) == (decision == "compute")
 
 
 @pytest.mark.parametrize("weight_layout", ["packed", "plain"])

@@ -850,7 +850,9 @@ def test_a_long_prompt_beside_a_decoding_sequence_runs_in_small_chunks(make_benc
         gate.let()
         if len(chunks) == 5:
             break
+    rate = bench.engine.load.rates.prefill_tokens_per_second
     gate.open()
     prompt.done()
     assert chunks[1:] == [[1, 4]] * 4
+    assert rate > 0.0, "an eighth of a step's tokens tell it, beside one that decodes"
     assert decoding.done().generated

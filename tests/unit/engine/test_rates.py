@@ -7,28 +7,46 @@ import pytest
 from alora_serve.engine.rates import RecentMean, RecentSpeed, StepRates
 
 
+def observed(rates: StepRates, *, decoding: int, prompt: int, seconds: float) -> StepRates:
+    rates.observe(decoding=decoding, prompt_tokens=prompt, budget_tokens=256, seconds=seconds)
+    return rates
+
+
 def test_steps_that_only_decode_give_the_step_time_and_nothing_else() -> None:
-    rates = StepRates()
-    rates.observe(sequences=4, tokens=4, budget_tokens=256, seconds=0.05)
-    assert rates == StepRates(step_seconds=0.05)
+    assert observed(StepRates(), decoding=4, prompt=0, seconds=0.05) == StepRates(step_seconds=0.05)
 
 
-def test_steps_that_are_mostly_prompt_give_the_prefill_rate() -> None:
-    rates = StepRates()
-    rates.observe(sequences=1, tokens=256, budget_tokens=256, seconds=0.5)
-    assert rates == StepRates(prefill_tokens_per_second=512.0)
+@pytest.mark.parametrize("prompt", [128, 256])
+def test_a_prompt_that_runs_alone_takes_the_whole_step(prompt: int) -> None:
+    rates = observed(StepRates(step_seconds=0.1), decoding=0, prompt=prompt, seconds=0.5)
+    assert rates == StepRates(step_seconds=0.1, prefill_tokens_per_second=2 * prompt)
 
 
-def test_mixed_steps_with_little_prompt_count_for_neither() -> None:
-    rates = StepRates()
-    rates.observe(sequences=4, tokens=20, budget_tokens=256, seconds=0.05)
-    assert rates == StepRates()
+@pytest.mark.parametrize("prompt", [32, 64])
+def test_beside_sequences_that_decode_a_prompt_takes_what_the_step_is_longer(prompt: int) -> None:
+    """A busy worker gives a prompt no more than a quarter of a step, and must learn what computing costs."""
+    rates = observed(StepRates(step_seconds=0.1), decoding=4, prompt=prompt, seconds=0.35)
+    assert rates.step_seconds == 0.1
+    assert rates.prefill_tokens_per_second == pytest.approx(4 * prompt)
+
+
+@pytest.mark.parametrize(("decoding", "prompt"), [(0, 127), (4, 31)])
+def test_steps_of_little_prompt_count_for_neither(decoding: int, prompt: int) -> None:
+    assert observed(StepRates(), decoding=decoding, prompt=prompt, seconds=0.05) == StepRates()
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.1, 0.1000001])
+def test_a_mixed_step_that_was_hardly_longer_than_others_moves_the_rate_by_a_tenth_of_its_time(seconds: float) -> None:
+    rates = observed(StepRates(0.1, prefill_tokens_per_second=400.0), decoding=4, prompt=64, seconds=seconds)
+    assert rates.prefill_tokens_per_second == pytest.approx(400 / 0.9)
+    assert observed(StepRates(0.1), decoding=4, prompt=64, seconds=0.1).prefill_tokens_per_second == 0
 
 
 def test_one_slow_step_moves_the_mean_by_a_tenth() -> None:
-    rates = StepRates(step_seconds=1.0)
-    rates.observe(sequences=1, tokens=1, budget_tokens=256, seconds=2.0)
+    rates = observed(StepRates(step_seconds=1.0), decoding=1, prompt=0, seconds=2.0)
     assert rates.step_seconds == pytest.approx(1.1)
+    rates = observed(StepRates(prefill_tokens_per_second=256.0), decoding=0, prompt=256, seconds=2.0)
+    assert 1 / rates.prefill_tokens_per_second == pytest.approx(1.1 / 256)
 
 
 def test_a_mean_is_the_first_value_and_then_moves_by_a_tenth() -> None:

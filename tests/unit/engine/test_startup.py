@@ -55,6 +55,7 @@ def test_a_core_is_what_its_settings_say(
     assert (info.context_tokens, info.vocabulary_size, info.block_tokens) == (200, 320, 32)
     assert info.kv_bytes_per_token == started.core.model.layout.bytes_per_token
     assert (status.model, status.max_running, status.running, status.queued, status.draining) == (info, 5, 0, 0, False)
+    assert status.prefill_tokens_per_second > 0, "known before the first prompt"
     with pytest.raises(UnavailableError), started.core.engine.place():
         pass
 
