@@ -18,10 +18,13 @@ from torch import Tensor
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.model.padding import PaddedRows
 from alora_serve.model.projections import Projection
-from alora_serve.model.threads import ThreadsFor
+from alora_serve.model.threads import BYTES_PER_SECOND, MULTIPLICATIONS_PER_SECOND, ThreadsFor
 from alora_serve.types import AdapterDigest
 
 FIRST_SLOTS: Final = 4
+
+PRODUCT_SECONDS: Final = 8e-6
+"""What a product of a handful of rows costs besides reading its weights, with what is done to its operands: 7 to 8 us."""
 
 Shape = tuple[tuple[str, int, float], ...]
 """What adapters must have in common to share a stack: of every adapted module its name, rank and scaling."""
@@ -58,6 +61,11 @@ class _Stacked:
 
     a: Tensor
     members: list[_Member]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What is multiplied, each ``[slots, ...]``."""
+        return [self.a, *(member.b for member in self.members)]
 
 
 class AdapterStack:
@@ -101,6 +109,17 @@ class AdapterStack:
     def slot_of(self, digest: AdapterDigest) -> int | None:
         """Where an adapter lies; None where it has no slot."""
         return self._slots.get(digest)
+
+    def passes_over(self, slots: int, width: int) -> bool:
+        """Whether products that multiply so many slots for nobody are done sooner than as many again without them.
+
+        Args:
+            width: rows that each slot is multiplied with, padding or not.
+        """
+        products = [weights for stacked in self._stacked.values() for weights in stacked.weights]
+        count = slots * sum(weights.shape[1:].numel() for weights in products)
+        seconds = 4 * count / BYTES_PER_SECOND + count * width / MULTIPLICATIONS_PER_SECOND
+        return seconds / torch.get_num_threads() < PRODUCT_SECONDS * len(products)
 
     def place(self, adapters: Sequence[LoadedAdapter]) -> list[int]:
         """The slots of the adapters of one step, at most ``max_slots`` different ones, after copying in new ones."""

@@ -104,7 +104,7 @@ class LoraRows:
         for shape, adapters in groups.items():
             stack = self._stack(shape)
             by_slot = sorted(zip(stack.place(adapters), (listed[adapter] for adapter in adapters), strict=True))
-            runs.extend((stack, pad_rows(run, self._device)) for run in _runs(by_slot))
+            runs.extend((stack, pad_rows(run, self._device)) for run in _runs(stack, by_slot))
         self._drop_old_stacks(keep=groups.keys())
         return tuple(runs)
 
@@ -125,13 +125,18 @@ class LoraRows:
                 del self._stacks[shape]
 
 
-def _runs(by_slot: Sequence[tuple[int, list[int]]]) -> list[list[tuple[int, list[int]]]]:
-    """Slots without a gap between them, of few rows each, run together."""
+def _runs(stack: AdapterStack, by_slot: Sequence[tuple[int, list[int]]]) -> list[list[tuple[int, list[int]]]]:
+    """Slots of few rows each run together, and with them what lies between, where that is not worth a call of its own.
+
+    Args:
+        by_slot: slots and their rows, in the order of slots.
+    """
     runs: list[list[tuple[int, list[int]]]] = []
     for slot, rows in by_slot:
-        narrow = len(rows) <= NARROW_ROWS
-        if runs and narrow and runs[-1][-1][0] == slot - 1 and len(runs[-1][-1][1]) <= NARROW_ROWS:
-            runs[-1].append((slot, rows))
-        else:
-            runs.append([(slot, rows)])
+        if runs and max(len(rows), len(runs[-1][-1][1])) <= NARROW_ROWS:
+            gap = slot - runs[-1][-1][0] - 1
+            if not gap or stack.passes_over(gap, max(len(its) for _, its in (*runs[-1], (slot, rows)))):
+                runs[-1].append((slot, rows))
+                continue
+        runs.append([(slot, rows)])
     return runs

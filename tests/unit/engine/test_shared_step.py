@@ -92,3 +92,17 @@ async def test_a_step_of_sixteen_adapters_on_one_prefix_makes_the_calls_of_a_ste
     assert alone == {"attend": 2 * layers, "attend to the prefix": layers, "adapter products": 4 * layers}
     assert watch.heads == {kv_heads}
     assert kv_heads < model.module.config.num_attention_heads
+
+
+async def test_adapters_that_lie_in_every_other_slot_run_in_one_call_and_answer_as_before(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = (await stack.prefill(Prompt(token_ids=CONVERSATION))).handle
+    names = [f"a{seed}" for seed in range(SEQUENCES)]
+    before = await asyncio.gather(*(stack.generate(handle, name, max_tokens=24) for name in names))
+    watch = Watch(stack, monkeypatch)
+    await stack.generate(handle, "a0", max_tokens=8)
+    after = await asyncio.gather(*(stack.generate(handle, name, max_tokens=24) for name in names[::2]))
+    assert watch.steps[SEQUENCES // 2][-1] == watch.steps[1][0]
+    assert [answer.tokens for answer in after] == [answer.tokens for answer in before[::2]]
+    assert len({answer.tokens for answer in after}) > 1
