@@ -22,9 +22,10 @@ from alora_serve.model.threads import BYTES_PER_SECOND, MULTIPLICATIONS_PER_SECO
 from alora_serve.types import AdapterDigest
 
 FIRST_SLOTS: Final = 4
+"""Slots that a stack begins with where memory is taken as soon as it is allocated."""
 
 PRODUCT_SECONDS: Final = 8e-6
-"""What a product of a handful of rows costs besides reading its weights, with what is done to its operands: 7 to 8 us."""
+"""What a product of a few rows costs besides reading its weights, with what is done to its operands: 7 to 8 us."""
 
 Shape = tuple[tuple[str, int, float], ...]
 """What adapters must have in common to share a stack: of every adapted module its name, rank and scaling."""
@@ -75,10 +76,20 @@ class AdapterStack:
         shape: what they have in common.
         projections: those of the base model that they adapt, each with its adapted modules.
         max_slots: most adapters that can run in one step.
+        first_slots: those that there is room for from the beginning, which doubles when they are taken; None: all of
+            them on a processor, whose memory is taken when it is touched, and a few on a GPU, where copying is quick.
     """
 
-    def __init__(self, shape: Shape, projections: Sequence[Projection], max_slots: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        projections: Sequence[Projection],
+        max_slots: int,
+        device: torch.device,
+        first_slots: int | None = None,
+    ) -> None:
         self._max_slots = max_slots
+        self._first_slots = first_slots or (max_slots if device.type == "cpu" else FIRST_SLOTS)
         self._slots: dict[AdapterDigest, int] = {}  # least recently used first
         self._capacity = 0
         self._device = device
@@ -137,7 +148,7 @@ class AdapterStack:
             taken = {*self._slots.values()}
             return next(slot for slot in range(self._capacity) if slot not in taken)
         if self._capacity < self._max_slots:
-            self._grow(min(self._max_slots, max(FIRST_SLOTS, 2 * self._capacity)))
+            self._grow(min(self._max_slots, max(self._first_slots, 2 * self._capacity)))
             return self._free_slot(wanted)
         oldest = next(digest for digest in self._slots if digest not in wanted)
         return self._slots.pop(oldest)

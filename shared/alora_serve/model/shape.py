@@ -50,6 +50,12 @@ class ModelShape:
         """Its KV's shape when it is served in ``dtype``. Raises as :func:`kv_layout`."""
         return kv_layout(self.config, dtype)
 
+    def adapter_bytes(self, rank: int) -> int:
+        """An adapter of that rank on queries, keys and values, in float32. Raises as :func:`kv_layout`."""
+        layout, hidden = self.kv_layout("float32"), _number(self.config, "hidden_size")
+        heads = _number(self.config, "num_attention_heads") + 2 * layout.kv_heads
+        return layout.layers * rank * (3 * hidden + heads * layout.head_dim) * ITEM_BYTES["float32"]
+
 
 def kv_layout(config: Mapping[str, Any], dtype: str) -> KVLayout:
     """The shape of a token's KV.

@@ -151,12 +151,17 @@ def test_projections_without_adapted_modules_are_left_alone() -> None:
 NAMES = "abcdefg"
 
 
-@given(st.lists(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True), min_size=1, max_size=12))
-def test_whatever_came_before_every_adapter_of_a_step_adds_its_own_delta(steps: list[list[str]]) -> None:
+@given(
+    steps=st.lists(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True), min_size=1, max_size=12),
+    first_slots=st.sampled_from([None, 1]),
+)
+def test_whatever_came_before_every_adapter_of_a_step_adds_its_own_delta(
+    steps: list[list[str]], first_slots: int | None
+) -> None:
     """Slots are fewer than adapters: they are taken over, grown and found again, and never mixed up."""
     adapters = {name: an_adapter(name, {"proj": a_pair(index)}) for index, name in enumerate(NAMES)}
     projection = a_projection("proj")
-    stack = AdapterStack(shape_of(adapters["a"]), [projection], 3, CPU)
+    stack = AdapterStack(shape_of(adapters["a"]), [projection], 3, CPU, first_slots)
     x, output = rows_of(torch.float32, rows=3)
     for names in steps:
         slots = stack.place([adapters[name] for name in names])
@@ -168,6 +173,19 @@ def test_whatever_came_before_every_adapter_of_a_step_adds_its_own_delta(steps: 
         for row, name in enumerate(names):
             expected = adapted(x, output, adapters[name].pairs["proj"], [row])[row]
             assert torch.allclose(out[row], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("first_slots", "copies"), [(None, 0), (1, 3)])
+def test_on_a_processor_no_adapter_is_moved_to_make_room_for_another(first_slots: int | None, copies: int) -> None:
+    """Copying all of them would hold up a step. Where memory is not free for the taking, room doubles: 1, 2, 4, 7."""
+    adapters = [an_adapter(name, {"proj": a_pair(index)}) for index, name in enumerate(NAMES)]
+    projection = a_projection("proj")
+    stack = AdapterStack(shape_of(adapters[0]), [projection], len(adapters), CPU, first_slots)
+    held = []  # so that no address comes again
+    for adapter in adapters:
+        stack.place([adapter])
+        held.append(stack._stacked[projection].a)
+    assert len({a.data_ptr() for a in held}) == 1 + copies
 
 
 def test_an_adapter_of_equal_digest_is_not_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ def plan(
         int, typer.Option(min=1, metavar="N", help="Of these, new each time that its adapters are asked.")
     ] = 200,
     adapters: Annotated[int, typer.Option(min=1, metavar="N", help="Asked about each turn.")] = 5,
+    adapter_rank: Annotated[int, typer.Option(min=1, metavar="N", help="Of an adapter on q, k and v.")] = 32,
     invocation_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of an adapter's invocation.")] = 8,
     answer_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of an adapter's answer.")] = 16,
     calls_per_second: Annotated[float, typer.Option(min=0.0, metavar="X", help="Adapter calls to serve.")] = 10.0,
@@ -90,6 +91,7 @@ def plan(
                 conversation_tokens=tokens,
                 turn_tokens=turn_tokens,
                 adapters=adapters,
+                adapter_rank=adapter_rank,
                 invocation_tokens=invocation_tokens,
                 answer_tokens=answer_tokens,
                 calls_per_second=calls_per_second,

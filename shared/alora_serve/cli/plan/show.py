@@ -30,6 +30,8 @@ def show(plan: Plan) -> None:
             if memory.weights is None
             else f"{_size(memory.weights)}, {plan.parameters:,} parameters",
             "conversations that prefix_cache_bytes of a process holds": f"{memory.resident_conversations:,}",
+            f"adapter of rank {load.adapter_rank} on q, k and v, in each worker": _size(memory.adapter)
+            + ", twice once it has run",
         },
     )
     if plan.rates is None or plan.reused is None or plan.recomputed is None:

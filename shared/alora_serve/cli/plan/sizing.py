@@ -24,6 +24,7 @@ class Load:
         conversation_tokens: of one, when its adapters are asked.
         turn_tokens: of these, new since they were asked before: what base prefill computes.
         adapters: asked about each turn, in one fan-out.
+        adapter_rank: of each, on queries, keys and values.
         invocation_tokens: computed for each call before it can answer.
         answer_tokens: of an adapter.
         calls_per_second: adapter calls, ``adapters`` a turn.
@@ -33,6 +34,7 @@ class Load:
     conversation_tokens: int
     turn_tokens: int
     adapters: int
+    adapter_rank: int
     invocation_tokens: int
     answer_tokens: int
     calls_per_second: float
@@ -93,6 +95,7 @@ class Memory:
         store: for all conversations, with headroom: ``maxmemory`` or ``store_budget_bytes``.
         weights: of the model in each process that computes; None where the directory holds none.
         resident_conversations: that fit ``prefix_cache_bytes`` of a process.
+        adapter: one in a worker's memory; a worker has a second copy of those that ran lately.
     """
 
     kv_per_token: dict[str, int]
@@ -101,6 +104,7 @@ class Memory:
     store: int
     weights: int | None
     resident_conversations: int
+    adapter: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,7 @@ def _memory(shape: ModelShape, dtype: str, load: Load, prefix_cache_bytes: int) 
         store=math.ceil(load.conversations * conversation * STORE_HEADROOM),
         weights=None if shape.parameters is None else shape.parameters * ITEM_BYTES[dtype],
         resident_conversations=prefix_cache_bytes // conversation,
+        adapter=shape.adapter_bytes(load.adapter_rank),
     )
 
 

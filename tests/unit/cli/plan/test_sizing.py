@@ -19,6 +19,7 @@ LOAD = Load(
     conversation_tokens=1000,
     turn_tokens=300,
     adapters=5,
+    adapter_rank=32,
     invocation_tokens=10,
     answer_tokens=20,
     calls_per_second=10.0,
@@ -39,6 +40,8 @@ def test_memory_is_layers_times_heads_times_tokens() -> None:
     assert memory.store == 100 * 131_072_000 * 5 // 4
     assert memory.weights == 16_000_000_000
     assert memory.block_tokens == 16
+    # Of each layer three matrices of 32 x 4096, one of 4096 x 32 and two of 1024 x 32, in float32.
+    assert memory.adapter == 32 * 32 * (3 * 4096 + 4096 + 2 * 1024) * 4
     assert memory.resident_conversations == 8  # 8.19 of 131 MB in 2**30 bytes
 
 
