@@ -7,8 +7,9 @@
     [base_until, ...)                   adapter KV, in a private tail that nobody else can reach
 
 ``base_until`` is the invocation's start for an aLoRA, 0 for a plain LoRA, and beyond everything for the base model. An
-answer of the base model is computed in a private tail as well, so that one call attends to the answers of all sequences
-of a step, and copied to shared memory when a block of it is full, unless the same tokens are resident by then.
+answer of the base model is computed in a private tail as well, so that one call attends to the answers of many
+sequences of a step, and copied to shared memory when a block of it is full, unless the same tokens are resident by
+then.
 """
 
 from __future__ import annotations

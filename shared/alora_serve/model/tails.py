@@ -19,8 +19,18 @@ from alora_serve.model.kv_memory import KVSegment
 FIRST_TAIL_TOKENS: Final = 64
 """Capacity of the smallest tails. An intrinsic's answer fits."""
 
-ARENA_TOKENS: Final = 1024
-"""Slots times capacity of one arena; a longer tail has an arena to itself."""
+ARENA_SLOTS: Final = 16
+"""Most slots of one arena, which are attended to in one call."""
+
+ARENA_BYTES: Final = 2 << 30
+"""Most addresses of one arena on a processor, whose memory is taken when it is touched. SmolLM2's in float32 have all
+slots up to 2,048 tokens."""
+
+GPU_ARENA_TOKENS: Final = 1024
+"""Slots times capacity of one arena on a GPU, where memory is taken as it is allocated."""
+
+KEPT_TOKENS: Final = 2048
+"""Slots times capacity of the largest arena that is kept for the next sequence."""
 
 
 class TailSegment(KVSegment):
@@ -38,18 +48,19 @@ class TailArena:
     """Slots of equal capacity.
 
     Attributes:
-        data: ``[layers, 2, slots, kv_heads, capacity, head_dim]``; finite everywhere.
+        data: ``[layers, 2, slots, kv_heads, capacity, head_dim]``; finite in the slots that were ever given out.
         capacity: positions of a slot.
     """
 
     def __init__(self, layout: KVLayout, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
-        slots = max(1, ARENA_TOKENS // capacity)
+        tokens = ARENA_BYTES // layout.bytes_per_token if device.type == "cpu" else GPU_ARENA_TOKENS
+        slots = max(1, min(ARENA_SLOTS, tokens // capacity))
         shape = (layout.layers, 2, slots, layout.kv_heads, capacity, layout.head_dim)
-        # Zeroed memory costs nothing until it is touched.
-        self.data = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+        self.data = torch.empty(shape, dtype=getattr(torch, layout.dtype), device=device)
         self._free = list(range(slots))
         self._slots = slots
+        self._touched = 0
 
     @property
     def is_full(self) -> bool:
@@ -60,6 +71,11 @@ class TailArena:
     def is_empty(self) -> bool:
         """Every slot is free."""
         return len(self._free) == self._slots
+
+    @property
+    def is_small(self) -> bool:
+        """It is worth keeping."""
+        return self._slots * self.capacity <= KEPT_TOKENS
 
     @property
     def used_bytes(self) -> int:
@@ -74,7 +90,11 @@ class TailArena:
         """
         slot = min(self._free)
         self._free.remove(slot)
-        return TailSegment(self, slot, start)
+        segment = TailSegment(self, slot, start)
+        if slot == self._touched:  # never given out: those below were, as the lowest always is
+            segment.data.zero_()
+            self._touched += 1
+        return segment
 
     def give_back(self, segment: TailSegment) -> None:
         """Free the slot of a segment that :meth:`take` gave; nothing of it is left for the next holder."""
@@ -124,9 +144,9 @@ class TailPool:
         return larger
 
     def give_back(self, segment: TailSegment) -> None:
-        """Free a segment. The last arena of a capacity is kept for the next sequence, others are let go when empty."""
+        """Free a segment. The last arena of a small capacity is kept for the next, others are let go when empty."""
         arena = segment.arena
         arena.give_back(segment)
         arenas = self._arenas[arena.capacity]
-        if arena.is_empty and (len(arenas) > 1 or arena.capacity > ARENA_TOKENS):
+        if arena.is_empty and not (arena.is_small and len(arenas) == 1):
             arenas.remove(arena)

@@ -286,6 +286,13 @@ def test_one_token_reads_its_own_before_what_a_neighbour_has_written_so_far() ->
     assert (_attend(packed, scaling=0.3) - _reference(packed, 0.3, None, None)).abs().max() < 5e-5
 
 
+def test_long_answers_of_all_sequences_are_attended_to_in_one_call() -> None:
+    rows = [Row((6,), 700 + number, 1, private=True) for number in range(16)]
+    [batch] = Step(_pack(rows, 4, 2, torch.float32, 0).spans, CPU).tails
+    assert (batch.rows.first, batch.rows.last, batch.tokens) == (0, 16, 716)
+    assert _compare(rows) < 5e-5
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_masks_are_made_once_for_all_layers_of_one_window(
     monkeypatch: pytest.MonkeyPatch, softcap: float | None

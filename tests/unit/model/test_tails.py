@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alora_serve.kv.layout import KVLayout
-from alora_serve.model.tails import ARENA_TOKENS, FIRST_TAIL_TOKENS, TailPool, TailSegment
+from alora_serve.model.tails import (
+    ARENA_BYTES,
+    ARENA_SLOTS,
+    FIRST_TAIL_TOKENS,
+    GPU_ARENA_TOKENS,
+    KEPT_TOKENS,
+    TailPool,
+    TailSegment,
+)
 
 LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=2, dtype="float32")
 CPU = torch.device("cpu")
@@ -41,6 +49,24 @@ def test_nothing_of_a_sequence_is_left_for_the_next(pool: TailPool) -> None:
     assert not again.data.any()
 
 
+@pytest.mark.parametrize("tokens", [1, 512, 2048, 4096])
+def test_answers_of_any_usual_length_lie_side_by_side(pool: TailPool, tokens: int) -> None:
+    """As many as are attended to in one call."""
+    tails = [pool.take(tokens, 0) for _ in range(ARENA_SLOTS + 1)]
+    assert {tail.arena for tail in tails[:-1]} == {tails[0].arena}
+    assert tails[-1].arena is not tails[0].arena
+
+
+def test_an_arena_is_bounded_by_addresses_and_on_a_gpu_by_tokens() -> None:
+    wide = KVLayout(layers=32, kv_heads=64, head_dim=128, dtype="float32")
+    meta = torch.device("meta")  # as any device that is no processor; nothing is allocated
+    for capacity in (FIRST_TAIL_TOKENS, GPU_ARENA_TOKENS // 2, 4 * GPU_ARENA_TOKENS):
+        assert TailPool(wide, meta).take(capacity, 0).arena.data.shape[2] == max(1, GPU_ARENA_TOKENS // capacity)
+    data = TailPool(wide, CPU).take(FIRST_TAIL_TOKENS + 1, 0).arena.data
+    assert data.shape[2] < ARENA_SLOTS
+    assert ARENA_BYTES // 2 < data.numel() * data.element_size() <= ARENA_BYTES
+
+
 def test_a_tail_grows_with_its_content(pool: TailPool) -> None:
     tail = pool.take(1, 7)
     tail.data[:, :, :, :5] = torch.arange(5.0).view(1, 1, 1, 5, 1)
@@ -51,7 +77,7 @@ def test_a_tail_grows_with_its_content(pool: TailPool) -> None:
     assert pool.take(1, 0).slot == tail.slot
 
 
-@given(st.lists(st.tuples(st.integers(1, 3 * ARENA_TOKENS), st.booleans()), max_size=30))
+@given(st.lists(st.tuples(st.integers(1, 3000), st.booleans()), max_size=30))
 def test_no_two_holders_share_memory(requests: list[tuple[int, bool]]) -> None:
     pool = TailPool(LAYOUT, CPU)
     held: list[tuple[float, TailSegment]] = []
@@ -69,10 +95,10 @@ def test_no_two_holders_share_memory(requests: list[tuple[int, bool]]) -> None:
 
 
 def test_memory_of_a_burst_is_let_go(pool: TailPool) -> None:
-    tails = [pool.take(1, 0) for _ in range(3 * ARENA_TOKENS // FIRST_TAIL_TOKENS)]
-    long = pool.take(2 * ARENA_TOKENS, 0)
+    tails = [pool.take(1, 0) for _ in range(3 * ARENA_SLOTS)]
+    long = pool.take(KEPT_TOKENS // ARENA_SLOTS + 1, 0)
     arenas = {weakref.ref(tail.arena) for tail in (*tails, long)}
-    assert pool.used_bytes == 5 * ARENA_TOKENS * LAYOUT.bytes_per_token
+    assert pool.used_bytes == (len(tails) * FIRST_TAIL_TOKENS + long.capacity) * LAYOUT.bytes_per_token
     for tail in (*tails, long):
         pool.give_back(tail)
     del tail, tails, long
