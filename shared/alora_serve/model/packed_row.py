@@ -119,16 +119,15 @@ class PackedRow:
         """A span's attention to itself."""
         query, key, value = self._query[rows], self._key[rows], self._value[rows]
         length, kv_heads, group, _ = query.shape
+        rules = self._rules
+        if rules.softcap is not None or (rules.window is not None and length > rules.window):
+            mask = self._step.causal_mask(length, rules.window, group, query.dtype)
+            return self._stacked(query, key.transpose(0, 1), value.transpose(0, 1), mask)
         # The group dimension of keys and values has stride 0: every query head of a group reads the same memory.
         grouped = query.permute(1, 2, 0, 3)
         wide_key = key.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, length, key.shape[-1])
         wide_value = value.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, length, value.shape[-1])
-        rules = self._rules
-        if rules.softcap is None and (rules.window is None or length <= rules.window):
-            out, lse = attend(grouped, wide_key, wide_value, rules.scale, causal=True)
-        else:
-            mask = self._step.causal_mask(length, rules.window, query.dtype)
-            out, lse = attend(grouped, wide_key, wide_value, rules.scale, rules.softcap, mask)
+        out, lse = attend(grouped, wide_key, wide_value, rules.scale, causal=True)
         return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
 
     def _piece(self, piece: Piece) -> tuple[Tensor, Tensor] | None:
@@ -138,11 +137,23 @@ class PackedRow:
             return None
         key, value = held.layer(self._layer)
         query = self._query[piece.rows]
-        count, kv_heads, group, _ = query.shape
-        stacked = query.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # [1, kv_heads, count * group, head_dim]
         mask = None
         if rules.window is not None and highest - held.start >= rules.window:
-            mask = piece.mask(self._step.positions, rules.window, group, query.dtype)
+            mask = piece.mask(self._step.positions, rules.window, query.shape[2], query.dtype)
+        return self._stacked(query, key, value, mask)
+
+    def _stacked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The attention of rows to keys, the queries of a group stacked, so that no key is expanded.
+
+        Args:
+            query: ``[count, kv_heads, group, head_dim]``.
+            key: ``[kv_heads, tokens, head_dim]``.
+            value: likewise.
+            mask: ``[count * group, tokens]``.
+        """
+        count, kv_heads, group, _ = query.shape
+        rules = self._rules
+        stacked = query.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # [1, kv_heads, count * group, head_dim]
         out, lse = attend(stacked, key.unsqueeze(0), value.unsqueeze(0), rules.scale, rules.softcap, mask)
         return (
             out.view(kv_heads, count, group, -1).transpose(0, 1),

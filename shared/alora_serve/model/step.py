@@ -189,16 +189,16 @@ class Step:
         self.causal = [index for index in self.outside if len(self.spans[index].tokens) > 1]
         self.tails = self._tails()
         self.pieces = self._pieces()
-        self._causal_masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+        self._causal_masks: dict[tuple[int, int | None, int, torch.dtype], Tensor] = {}
 
-    def causal_mask(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to scores of tokens among themselves: ``[length, length]``. Made once for all layers."""
-        key = (length, window, dtype)
+    def causal_mask(self, length: int, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+        """What is added to scores of a span with itself: ``[length * group, length]``. Made once for all layers."""
+        key = (length, window, group, dtype)
         if key not in self._causal_masks:
             place = torch.arange(length, device=self._device)
             distance = place.unsqueeze(1) - place
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            self._causal_masks[key] = _additive(visible, dtype)
+            self._causal_masks[key] = _additive(visible.repeat_interleave(group, dim=0), dtype)
         return self._causal_masks[key]
 
     def _tails(self) -> list[TailBatch]:

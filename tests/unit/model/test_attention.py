@@ -293,6 +293,21 @@ def test_long_answers_of_all_sequences_are_attended_to_in_one_call() -> None:
     assert _compare(rows) < 5e-5
 
 
+@pytest.mark.parametrize(("softcap", "window"), [(5.0, None), (5.0, 3), (None, 3)])
+def test_scores_that_are_written_out_expand_no_key(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, window: int | None
+) -> None:
+    """A product copies what is expanded by stride: of a span with itself as of a slice before it."""
+    heads, kv_heads, new = 6, 2, 20
+    packed = _pack([Row((6,), 0, new)], heads, kv_heads, torch.float32, 0)
+    multiplied: list[int] = []
+    multiply = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda one, other: multiplied.append(other.numel()) or multiply(one, other))
+    out = _attend(packed, scaling=0.3, softcap=softcap, sliding_window=window)
+    assert multiplied[:2] == [kv_heads * new * HEAD_DIM] * 2, "keys, then values, of the span"
+    assert (out - _reference(packed, 0.3, softcap, window)).abs().max() < 5e-5
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_masks_are_made_once_for_all_layers_of_one_window(
     monkeypatch: pytest.MonkeyPatch, softcap: float | None
