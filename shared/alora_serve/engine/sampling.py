@@ -58,7 +58,8 @@ def choose_tokens(
         masks: of each row, a bit for each token id, little-endian, at least one of them set: whether it may be chosen;
             None where every token may. Empty: so it is everywhere.
     """
-    raw = torch.log_softmax(logits, dim=-1) if any(p.logprobs for p in params) else None
+    asking = [row for row, param in enumerate(params) if param.logprobs]
+    raw = torch.log_softmax(logits if len(asking) == len(params) else logits[asking], dim=-1) if asking else None
     _forbid(logits, masks)
     penalize(logits, histories)
     tokens = logits.argmax(dim=-1).tolist()
@@ -68,12 +69,13 @@ def choose_tokens(
         drawn = _draw(rows, [params[row] for row in drawing], [positions[row] for row in drawing])
         for row, token in zip(drawing, drawn, strict=True):
             tokens[row] = token
-    return [
-        Chosen(token, float(raw[row, token]), _likeliest(raw[row], param.top_logprobs))
-        if raw is not None and param.logprobs
-        else Chosen(token)
-        for row, (token, param) in enumerate(zip(tokens, params, strict=True))
-    ]
+    chosen = [Chosen(token) for token in tokens]
+    if raw is not None:
+        of_chosen = raw.gather(1, torch.tensor([[tokens[row]] for row in asking], device=raw.device)).flatten().tolist()
+        top = _likeliest(raw, [params[row].top_logprobs for row in asking])
+        for row, logprob, its in zip(asking, of_chosen, top, strict=True):
+            chosen[row] = Chosen(tokens[row], logprob, its)
+    return chosen
 
 
 def _forbid(logits: Tensor, masks: Sequence[bytes | None]) -> None:
@@ -91,14 +93,33 @@ def _forbid(logits: Tensor, masks: Sequence[bytes | None]) -> None:
         logits[rows] = logits[rows].masked_fill_(~allowed, -math.inf)
 
 
-def _likeliest(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """The most likely tokens of one row; those of equal probability in the order of their ids, cut off as well."""
-    count = min(count, len(logprobs))
-    if not count:
-        return ()
+_Ranked = tuple[tuple[int, float], ...]
+
+
+def _likeliest(logprobs: Tensor, counts: Sequence[int]) -> list[_Ranked]:
+    """So many of the most likely tokens of each row; equally likely ones in the order of their ids, cut off as well."""
+    vocabulary = logprobs.shape[-1]
+    most = min(max(counts), vocabulary)
+    if not most:
+        return [()] * len(counts)
+    # One more than wanted: whether it is as likely as the last wanted, so that another may have to stand there.
+    values, ids = logprobs.topk(min(most + 1, vocabulary), dim=-1)
+    return [
+        _likeliest_of(logprobs[row], count)
+        if 0 < count < len(its) and not its[count - 1] > its[count]
+        else _in_order(tokens, its)[:count]
+        for row, (tokens, its, count) in enumerate(zip(ids.tolist(), values.tolist(), counts, strict=True))
+    ]
+
+
+def _likeliest_of(logprobs: Tensor, count: int) -> _Ranked:
+    """Of one row, all that are as likely as the last wanted being looked at."""
     ids = (logprobs >= logprobs.topk(count).values[-1]).nonzero().flatten()
-    ranked = zip(ids.tolist(), logprobs[ids].tolist(), strict=True)
-    return tuple(sorted(ranked, key=lambda ranked: -ranked[1])[:count])
+    return _in_order(ids.tolist(), logprobs[ids].tolist())[:count]
+
+
+def _in_order(ids: Sequence[int], logprobs: Sequence[float]) -> _Ranked:
+    return tuple(sorted(zip(ids, logprobs, strict=True), key=lambda ranked: (-ranked[1], ranked[0])))
 
 
 def _draw(rows: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:

@@ -404,6 +404,37 @@ def test_the_likeliest_tokens_come_in_order_and_of_equal_ones_the_lower_id_first
     assert choice.logprob == choice.top[3][1]
 
 
+def _all_in_order(logits: Tensor, count: int) -> list[int]:
+    """Every token, likeliest first, of equally likely ones the lower id first."""
+    return sorted(range(len(logits)), key=lambda token: (-float(logits[token]), token))[:count]
+
+
+@given(data=st.data())
+def test_the_likeliest_of_rows_that_ask_for_different_numbers_of_them(data: st.DataObject) -> None:
+    """Some ask for none, some for more than there are; many tokens are equally likely, also where the list ends."""
+    rows = data.draw(st.lists(st.sampled_from([None, 0, 1, 3, 5, VOCABULARY, 20]), min_size=1, max_size=5))
+    values = st.lists(st.integers(0, 3), min_size=VOCABULARY, max_size=VOCABULARY)
+    logits = torch.tensor([data.draw(values) for _ in rows], dtype=torch.float32)
+    params = [SamplingParams(logprobs=count is not None, top_logprobs=count or 0) for count in rows]
+    choices = choose_tokens(logits.clone(), params, [(0,)] * len(rows), [()] * len(rows))
+    for choice, row, count in zip(choices, logits, rows, strict=True):
+        logprobs = torch.log_softmax(row, dim=-1)
+        assert choice.token_id == int(row.argmax())
+        assert choice.logprob == (None if count is None else float(logprobs[choice.token_id]))
+        assert choice.top == tuple((token, float(logprobs[token])) for token in _all_in_order(row, count or 0))
+
+
+def test_the_likeliest_of_many_rows_take_as_many_calls_as_those_of_few() -> None:
+    def calls(rows: int) -> int:
+        params = [SamplingParams(logprobs=True, top_logprobs=1 + row % 5) for row in range(rows)]
+        histories = [History(each, (0,)) for each in params]
+        with _Kernels() as counted:
+            sampling.choose_tokens(_logits(0, rows=rows), params, histories, [0] * rows)
+        return counted.count
+
+    assert calls(16) == calls(2)
+
+
 @pytest.mark.parametrize("truncation", [{}, {"top_p": 0.999}, {"top_k": 9}])
 def test_not_even_rounding_draws_what_is_forbidden(
     monkeypatch: pytest.MonkeyPatch, truncation: dict[str, float]
