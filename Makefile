@@ -76,7 +76,7 @@ bench-int8: $(VENV)/.ready-dev $(STUBS) ## what int8 weights change, in answers 
 	@$(BIN)/python benchmarks/int8_weights.py $(ARGS)
 
 .PHONY: bench-profile
-bench-profile: $(VENV)/.ready-dev $(STUBS) ## where a decode step's time goes, into build/bench/step-profile.json
+bench-profile: $(VENV)/.ready-dev $(STUBS) ## where a decode step's time goes, and a prefill's, into build/bench/step-profile.json
 	@$(BIN)/python benchmarks/step_profile.py $(ARGS)
 
 .PHONY: bench-training

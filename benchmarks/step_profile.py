@@ -1,8 +1,9 @@
-"""``make bench-profile``: where the time of a decode step goes, by kind of work, for 1, 5 and 16 sequences.
+"""``make bench-profile``: where the time goes of a step of 1, 5 and 16 sequences and of a prefill, by kind of work.
 
-One engine in process, adapters of rank 32 on q, k and v, one conversation that all of them are asked about. Clocks
-stand around the engine's own calls (systems/step_timers.py); what they cost shows in the last line, the same step
-without them. Medians over all steps, milliseconds, into build/bench/step-profile.json.
+One engine in process, adapters of rank 32 on q, k and v, one conversation that all of them are asked about; the
+prefills are of new ones of its length. Clocks stand around the engine's own calls (systems/step_timers.py); what they
+cost shows in the last line, the same without them. Medians over all steps and prefills, milliseconds, into
+build/bench/step-profile.json.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ WITHOUT_CLOCKS = "the same without clocks"
 ANSWER_TOKENS = 24
 
 Profile = dict[str, list[float]]
-"""Seconds by kind of work, one a step."""
+"""Seconds by kind of work, one a step or prefill."""
 
 
-async def measure(bench: Bench, tokens: int, sequences: list[int], rounds: int) -> dict[int, Profile]:
-    """The profile of each number of sequences; rounds alternate between them."""
+async def measure(bench: Bench, tokens: int, sequences: list[int], rounds: int) -> tuple[dict[int, Profile], Profile]:
+    """The profile of a step of each number of sequences, and that of a prefill; rounds alternate between them."""
     prefix = bench.renderer.of_length(tokens, seed=61)
     found: dict[int, Profile] = {count: {} for count in sequences}
-    task = bench.progress.add_task("decode steps", total=(1 + rounds) * len(sequences))
+    prefill: Profile = {}
+    task = bench.progress.add_task("steps and prefills", total=(1 + rounds) * (len(sequences) + 1))
     async with bench.systems(["engine"]) as systems:
         engine = systems["engine"]
         if not isinstance(engine, EngineInProcess):
@@ -45,13 +47,19 @@ async def measure(bench: Bench, tokens: int, sequences: list[int], rounds: int) 
                         profile.setdefault(kind, []).extend(seconds)
                     profile.setdefault(WITHOUT_CLOCKS, []).append(bare)
                 bench.progress.advance(task)
+            new, other = (bench.renderer.of_length(tokens, seed=6_100 + 2 * number + place) for place in range(2))
+            computed = {**await engine.profile_prefill(new), WITHOUT_CLOCKS: (await engine.warm(other)).seconds}
+            if number:
+                for kind, its in computed.items():
+                    prefill.setdefault(kind, []).append(its)
+            bench.progress.advance(task)
     bench.progress.remove_task(task)
-    return found
+    return found, prefill
 
 
-def table_of(found: dict[int, Profile]) -> str:
-    """A column for each number of sequences; medians with the smallest and the largest, in milliseconds."""
-    columns = ["milliseconds", *(f"{count} adapter{'s' if count > 1 else ''}" for count in found)]
+def table_of(found: dict[str, Profile]) -> str:
+    """A column for each profile, by its name; medians with the smallest and the largest, in milliseconds."""
+    columns = ["milliseconds", *found]
     rows = [
         [kind, *(figure([1e3 * seconds for seconds in profile[kind]], 1) for profile in found.values())]
         for kind in next(iter(found.values()))
@@ -66,12 +74,15 @@ async def run(arguments: argparse.Namespace, console: Console) -> Path:
         bench = open_bench(
             console, progress, adapters=max(arguments.sequences), dtype=arguments.dtype, device=arguments.device
         )
-        found = await measure(bench, tokens, arguments.sequences, rounds)
-    content = {"tokens": tokens, "dtype": bench.dtype, "machine": machine(), "seconds": found}
+        steps, prefill = await measure(bench, tokens, arguments.sequences, rounds)
+    content = {"tokens": tokens, "dtype": bench.dtype, "machine": machine(), "seconds": steps, "prefill": prefill}
     path = write_json(f"step-profile{file_suffix(arguments)}", content)
     if not arguments.json:
+        columns = {f"{count} adapter{'s' if count > 1 else ''}": profile for count, profile in steps.items()}
         print(f"\nA decode step on {tokens:,} tokens, {bench.dtype}: medians (smallest-largest)\n")
-        print(table_of(found), end="\n\n")
+        print(table_of(columns), end="\n\n")
+        print(f"A prefill, {bench.dtype}, likewise\n")
+        print(table_of({f"{tokens:,} tokens": prefill}), end="\n\n")
     return path
 
 

@@ -78,6 +78,11 @@ class EngineInProcess(ChildSystem):
         )
         return found
 
+    async def profile_prefill(self, prefix: TokenIds) -> dict[str, float]:
+        """Seconds of the prefill of a conversation that is new, by kind of work."""
+        found: dict[str, float] = await self._child.ask({"do": "profile_prefill", "prefix": prefix})
+        return found
+
     async def memory(self, prefix: TokenIds, adapters: Sequence[Adapter], max_tokens: int) -> Memory:
         """See ``engine_process.py``."""
         names = [adapter.name for adapter in adapters]

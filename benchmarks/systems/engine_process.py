@@ -94,12 +94,17 @@ class InProcess:
         Raises:
             RuntimeError: the sequences never ran all together.
         """
-        timers = StepTimers(len(adapters))
+        timers = StepTimers()
         with timers.installed():
             await self.fan_out(prefix, adapters, max_tokens)
-        if not timers.steps:
-            raise RuntimeError("no step had all sequences in it: ask for more tokens")
-        return {kind: [step[kind] for step in timers.steps] for kind in timers.steps[0]}
+        return timers.decode_steps(len(adapters))
+
+    async def profile_prefill(self, prefix: Sequence[int]) -> dict[str, float]:
+        """A prefill with clocks in it: its seconds, by kind of work."""
+        timers = StepTimers()
+        with timers.installed():
+            await self.warm(prefix)
+        return timers.prefill()
 
     async def memory(self, prefix: Sequence[int], adapters: Sequence[str], max_tokens: int) -> dict[str, int]:
         """The most bytes of KV that a conversation and its adapters' answers have in use while they decode.

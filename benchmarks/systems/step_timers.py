@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes: clocks around the engine's own parts, put there from outside.
+"""Where the time of a step goes: clocks around the engine's own parts, put there from outside.
 
 Each call of a part costs its clock two readings, some 0.2 us; a step has a few hundred. Kernels of a GPU run on after
 the call that started them, so these clocks say something on processors alone.
@@ -24,26 +24,41 @@ PARTS: Final[tuple[tuple[str, type, str], ...]] = (
         for weights in (PlainWeights, PackedWeights, HalfWeights, Int8Weights)
     ),
     ("attention to the shared prefix", PackedRow, "_piece"),
+    ("attention of a prompt's chunk to itself", PackedRow, "_causal"),
     ("attention to tails, and writing them", PackedRow, "_tails"),
     ("products with adapters' weights", AdapterStack, "add_deltas"),
 )
 """What a kind of work is called, and the method that does it. None runs inside another."""
 
+_KINDS: Final = tuple(dict.fromkeys(kind for kind, _, _ in PARTS))
 REST: Final = "everything else"
 WHOLE: Final = "a step"
+PREFILL: Final = "a prefill"
 
 
 class StepTimers:
-    """Seconds of each decode step of so many sequences, by kind of work.
+    """Seconds of steps, by kind of work."""
 
-    Attributes:
-        steps: one mapping a step, of every kind and :data:`WHOLE`.
-    """
-
-    def __init__(self, sequences: int) -> None:
-        self.steps: list[dict[str, float]] = []
-        self._sequences = sequences
+    def __init__(self) -> None:
+        self._steps: list[tuple[list[int], dict[str, float]]] = []
         self._spent: dict[str, float] = defaultdict(float)
+
+    def decode_steps(self, sequences: int) -> dict[str, list[float]]:
+        """Of each step in which so many sequences decoded and nothing else ran, by kind; the last is :data:`WHOLE`.
+
+        Raises:
+            RuntimeError: there was none.
+        """
+        found = [seconds for lengths, seconds in self._steps if lengths == [1] * sequences]
+        if not found:
+            raise RuntimeError("no step had all sequences in it: ask for more tokens")
+        # A kind of work that there was none of is none.
+        return {kind: [step[kind] for step in found] for kind in found[0] if any(step[kind] for step in found)}
+
+    def prefill(self) -> dict[str, float]:
+        """All steps together, those of one prefill, by kind; the last is :data:`PREFILL`."""
+        kinds = {kind: sum(seconds[kind] for _, seconds in self._steps) for kind in (*_KINDS, REST)}
+        return {**{kind: seconds for kind, seconds in kinds.items() if seconds}, PREFILL: sum(kinds.values())}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -78,9 +93,9 @@ class StepTimers:
             began = perf_counter()
             batch = run(stepper, shares, finish)
             seconds = perf_counter() - began
-            if [len(span.tokens) for _, span in batch] == [1] * self._sequences:
-                kinds = {kind: self._spent[kind] for kind, _, _ in PARTS}
-                self.steps.append({**kinds, REST: seconds - sum(kinds.values()), WHOLE: seconds})
+            kinds = {kind: self._spent[kind] for kind in _KINDS}
+            lengths = [len(span.tokens) for _, span in batch]
+            self._steps.append((lengths, {**kinds, REST: seconds - sum(kinds.values()), WHOLE: seconds}))
             return batch
 
         return timed

@@ -19,7 +19,7 @@ from systems.base import System
 from systems.engine import EngineInProcess
 from systems.peft import PeftAlora, PeftLora
 from systems.peft_settings import PeftSettings
-from systems.step_timers import PARTS, REST, WHOLE
+from systems.step_timers import PARTS, PREFILL, REST, WHOLE
 
 from alora_serve.model.tails import FIRST_TAIL_TOKENS
 from tiny_models import FAMILIES, save_model
@@ -126,9 +126,24 @@ async def test_the_parts_of_a_step_are_timed_and_come_to_the_step(bench: Bench, 
     found = await engine.profile(bench.renderer.of_length(TOKENS, seed=1), bench.adapters, 16)
 
     whole = found.pop(WHOLE)
-    assert set(found) == {kind for kind, _, _ in PARTS} | {REST}
+    of_prompts = {kind for kind, _, method in PARTS if method == "_causal"}
+    assert set(found) == {kind for kind, _, _ in PARTS} - of_prompts | {REST}
     assert all(min(seconds) > 0 for seconds in found.values())
     assert [sum(parts) for parts in zip(*found.values(), strict=True)] == pytest.approx(whole)
+
+
+async def test_the_parts_of_a_prefill_are_timed_over_all_its_steps(bench: Bench, systems: dict[str, System]) -> None:
+    engine = systems["engine"]
+    assert isinstance(engine, EngineInProcess)
+
+    # More than a step's worth: its second chunk attends to the first.
+    found = await engine.profile_prefill(bench.renderer.of_length(300, seed=4))
+
+    whole = found.pop(PREFILL)
+    of_answers = {kind for kind, _, method in PARTS if method in ("_tails", "add_deltas")}
+    assert set(found) == {kind for kind, _, _ in PARTS} - of_answers | {REST}
+    assert min(found.values()) > 0
+    assert sum(found.values()) == pytest.approx(whole)
 
 
 async def test_a_step_is_timed_with_and_without_adapters(bench: Bench, systems: dict[str, System]) -> None:
