@@ -25,10 +25,13 @@ _TLS_VARIABLES: Final = (
     TLS_SERVER_NAME_VARIABLE,
 )
 
+AT_A_TERMINAL: Final = RetryPolicy(begin_seconds=3.0)
+"""Who mistyped an address is told soon."""
+
 
 @contextmanager
-def connected(address: str, retry: RetryPolicy | None = None) -> Iterator[Client]:
-    """A client of the router at ``address``, closed afterwards. ``retry`` is the client's own unless given.
+def connected(address: str, retry: RetryPolicy = AT_A_TERMINAL) -> Iterator[Client]:
+    """A client of the router at ``address``, closed afterwards.
 
     Raises:
         InvalidRequestError: ``address`` is not ``host:port``.

@@ -29,6 +29,7 @@ from alora_serve.cli.local.deployment import (
 from alora_serve.cli.local.store_room import place_store, shown_store
 from alora_serve.cli.options import DEFAULT_ADDRESS
 from alora_serve.cli.output import console, print_json
+from alora_serve.client import RetryPolicy
 from alora_serve.config import CACHE_DIRECTORY_VARIABLE, default_cache_directory
 from alora_serve.errors import AloraServeError, ConfigError, UnavailableError
 from alora_serve.kv.factory import open_store
@@ -199,7 +200,7 @@ def _run_model_check(settings: LocalSettings, roots: str) -> dict[str, Any]:
 
 def _deployment(address: str | None) -> Finding:
     try:
-        with connected(address or DEFAULT_ADDRESS) as client:
+        with connected(address or DEFAULT_ADDRESS, RetryPolicy(max_attempts=1)) as client:
             info = client.get_model(timeout_seconds=_DEPLOYMENT_SECONDS)
             adapters = client.list_adapters(timeout_seconds=_DEPLOYMENT_SECONDS)
     except AloraServeError as error:

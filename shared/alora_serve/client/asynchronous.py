@@ -310,7 +310,7 @@ class AsyncClient:
             UnavailableError: it did not in time.
         """
         health: Any = health_pb2_grpc.HealthStub(self._channel)
-        retries = Retries(RetryPolicy(max_attempts=2**31), timeout_seconds)
+        retries = Retries(RetryPolicy(begin_seconds=timeout_seconds), timeout_seconds)
         try:
             while True:
                 watch = health.Watch(

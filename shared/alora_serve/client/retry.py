@@ -14,7 +14,9 @@ class RetryPolicy:
     """Repeats calls that found nobody, and goes on with streams whose router was lost, from what was received.
 
     Attributes:
-        max_attempts: calls in all while nothing has come; 1 never repeats, nor goes on.
+        max_attempts: most calls in all while nothing has come; None is as many as ``begin_seconds`` leave room for, and
+            1 never repeats, nor goes on.
+        begin_seconds: how long a call of which nothing has come looks for a router, from its first failure on.
         backoff_seconds: longest pause before the first repetition; doubles with each. Pauses are drawn from its half.
         max_backoff_seconds: where doubling ends.
         resume_seconds: how long a stream that has begun looks for a router to go on with.
@@ -22,7 +24,8 @@ class RetryPolicy:
             begun always does.
     """
 
-    max_attempts: int = 3
+    max_attempts: int | None = None
+    begin_seconds: float = 30.0
     backoff_seconds: float = 0.2
     max_backoff_seconds: float = 2.0
     resume_seconds: float = 30.0
@@ -36,7 +39,7 @@ class Retries:
         self._policy = policy
         self._failures = 0
         self._num_tokens = 0
-        self._resume_until: float | None = None
+        self._until: float | None = None
         self._due_seconds = None if timeout_seconds is None else time.monotonic() + timeout_seconds
 
     def remaining_seconds(self) -> float | None:
@@ -44,14 +47,11 @@ class Retries:
         return None if self._due_seconds is None else max(0.0, self._due_seconds - time.monotonic())
 
     def received(self, num_tokens: int) -> None:
-        """Say, when a call fails, how many tokens all have brought. With new ones, earlier failures do not count.
-
-        From the first token on, time does.
-        """
+        """Say, when a call fails, how many tokens all have brought. With new ones, earlier failures do not count."""
         if num_tokens > self._num_tokens:
             self._num_tokens = num_tokens
             self._failures = 0
-            self._resume_until = time.monotonic() + self._policy.resume_seconds
+            self._until = time.monotonic() + self._policy.resume_seconds
 
     def pause_after(self, error: AloraServeError) -> float:
         """How many seconds to wait before calling again.
@@ -69,7 +69,7 @@ class Retries:
     def _pause_seconds(self, error: AloraServeError) -> float | None:
         policy = self._policy
         # Who has read half of a stream is not sent away for a full queue: many come at once when a router is lost.
-        waits_for_room = policy.retry_overloaded or self._resume_until is not None
+        waits_for_room = policy.retry_overloaded or self._num_tokens > 0
         if not isinstance(error, UnavailableError) and not (waits_for_room and isinstance(error, OverloadedError)):
             return None
         longest = min(policy.max_backoff_seconds, policy.backoff_seconds * 2.0 ** min(self._failures - 1, 30))
@@ -77,6 +77,10 @@ class Retries:
         return None if self._is_over_after(pause) else pause
 
     def _is_over_after(self, pause_seconds: float) -> bool:
-        if self._resume_until is None or self._policy.max_attempts == 1:
-            return self._failures >= self._policy.max_attempts
-        return time.monotonic() + pause_seconds >= self._resume_until
+        policy, now = self._policy, time.monotonic()
+        if self._until is None:
+            self._until = now + policy.begin_seconds
+        is_counted = policy.max_attempts == 1 or not self._num_tokens
+        if policy.max_attempts is not None and is_counted and self._failures >= policy.max_attempts:
+            return True
+        return now + pause_seconds >= self._until

@@ -297,7 +297,7 @@ class Client:
             UnavailableError: it did not in time.
         """
         health: Any = health_pb2_grpc.HealthStub(self._channel)
-        retries = Retries(RetryPolicy(max_attempts=2**31), timeout_seconds)
+        retries = Retries(RetryPolicy(begin_seconds=timeout_seconds), timeout_seconds)
         try:
             while True:
                 watch = health.Watch(

@@ -27,8 +27,8 @@ INTERRUPTED_SECONDS: Final = 2.5
 ONCE: Final = RetryPolicy(max_attempts=1)
 """What a router does not save, its client sees."""
 
-PATIENT: Final = RetryPolicy(max_attempts=100, resume_seconds=ANSWER_SECONDS)
-"""For a router that is replaced, or all endpoints of a kind that die at once: for seconds there is nobody to ask."""
+DEFAULT: Final = RetryPolicy()
+"""Where for seconds there is nobody to ask: the router is replaced, or all endpoints of a kind die at once."""
 
 CONVERSATIONS = (
     "The river is wide and slow, and boats go down it. Is it wide?",
@@ -140,7 +140,6 @@ class Load:
         rng: draws questions; seeded.
         clients: how many.
         accept: judges answers that are not the expected ones; unset, they are wrong.
-        retry: what clients do by themselves.
     """
 
     def __init__(
@@ -150,7 +149,6 @@ class Load:
         rng: random.Random,
         clients: int = 4,
         accept: Callable[[Question, Read], bool] = lambda question, found: False,
-        retry: RetryPolicy = ONCE,
     ) -> None:
         self.tally = Tally()
         self._address = address
@@ -158,13 +156,12 @@ class Load:
         self._rng = rng
         self._clients = clients
         self._accept = accept
-        self._retry = retry
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[Tally]:
-        """Clients ask while the block runs; leaving it waits for the answers under way."""
+    async def running(self, retry: RetryPolicy = ONCE) -> AsyncIterator[Tally]:
+        """Clients, who repeat by ``retry``, ask while the block runs; leaving it waits for the answers under way."""
         stop = asyncio.Event()
-        asking = [asyncio.create_task(self._ask_until(stop)) for _ in range(self._clients)]
+        asking = [asyncio.create_task(self._ask_until(stop, retry)) for _ in range(self._clients)]
         try:
             yield self.tally
             await self.tally.recovered()
@@ -172,8 +169,8 @@ class Load:
             stop.set()
             await asyncio.gather(*asking)
 
-    async def _ask_until(self, stop: asyncio.Event) -> None:
-        async with AsyncClient(self._address, retry=self._retry) as client:
+    async def _ask_until(self, stop: asyncio.Event, retry: RetryPolicy) -> None:
+        async with AsyncClient(self._address, retry=retry) as client:
             while not stop.is_set():
                 await self._ask(client, self._rng.choice(list(self._expected)))
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from deployment import deployed
 from faults.conversations import new_conversations
-from faults.harness import PATIENT, QUICK, CannotBreakError, Chaos, Load, Row, Scenario, questions
+from faults.harness import DEFAULT, QUICK, CannotBreakError, Chaos, Load, Row, Scenario, questions
 from faults.server_faults import FULL
 from faults.store_harness import FORGETFUL, PEACE_SECONDS, seconds_until_used, under
 
@@ -86,10 +86,9 @@ async def lmdb_truncated_live(chaos: Chaos) -> list[Row]:
     store = chaos.place("lmdb truncated live")
     async with deployed(chaos.model, f"lmdb://{store}", workers=2, **FORGETFUL, **QUICK) as running:
         expected = await questions(running, tokens=40)
-        # The only base prefill may die as well.
-        load = Load(running.local.router_address, expected, chaos.rng("load"), retry=PATIENT)
+        load = Load(running.local.router_address, expected, chaos.rng("load"))
         deaths = 0
-        async with load.running() as tally:
+        async with load.running(DEFAULT) as tally:  # the only base prefill may die as well
             for _ in range(chaos.pick(1, 3)):
                 await asyncio.sleep(PEACE_SECONDS)
                 before = {name: listening.pid for name, listening in running.local.processes.items()}

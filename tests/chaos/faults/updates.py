@@ -11,7 +11,7 @@ from typing import Final
 
 from alora_serve.client import ChatMessage, SamplingParams
 from deployment import TINY_CONTEXT_TOKENS, WORKER, Deployed, deployed, save_tiny_model
-from faults.harness import CONVERSATIONS, PATIENT, QUICK, Chaos, Load, Row, Scenario, Tally, answers, questions
+from faults.harness import CONVERSATIONS, DEFAULT, ONCE, QUICK, Chaos, Load, Row, Scenario, Tally, answers, questions
 from faults.rounding import gaps, mistakes
 from questions import Question, Read
 from tiny_models import FAMILIES, TAU, save_model
@@ -23,28 +23,30 @@ LONG_DRAIN_SECONDS: Final = 20.0
 NEXT_RELEASE: Final = Path(__file__).parent / "next_release"
 
 
-async def replaced(running: Deployed, tally: Tally, names: Sequence[str], environment: Mapping[str, str]) -> None:
-    """One process after the other, while clients ask."""
-    for name in names:
-        await asyncio.sleep(PAUSE_SECONDS)
-        tally.strike()
-        await running.local.restart(name, environment=environment)
-    await asyncio.sleep(2 * PAUSE_SECONDS)
+async def replaced(running: Deployed, load: Load, names: Sequence[str], environment: Mapping[str, str]) -> Tally:
+    """One process after the other, then the router, while clients ask: once each, but of the router."""
+    for retry, part in ((ONCE, names), (DEFAULT, ["router"])):
+        async with load.running(retry) as tally:
+            for name in part:
+                await asyncio.sleep(PAUSE_SECONDS)
+                tally.strike()
+                await running.local.restart(name, environment=environment)
+            await asyncio.sleep(2 * PAUSE_SECONDS)
+    return load.tally
 
 
-def everything(running: Deployed) -> tuple[str, ...]:
-    """All processes, the router last, whose clients find the next one themselves."""
-    return (*running.local.prefill_names, *running.local.worker_names, "router")
+def endpoints(running: Deployed) -> tuple[str, ...]:
+    """All processes but the router."""
+    return (*running.local.prefill_names, *running.local.worker_names)
 
 
 async def rolling_update(chaos: Chaos) -> list[Row]:
     """The same release again; answers are longer than a drain, so that streams go on elsewhere."""
     store = f"lmdb://{chaos.place('rolling update')}"
     async with deployed(chaos.model, store, workers=2, prefills=2, drain_seconds=2, **QUICK) as running:
-        load = Load(running.local.router_address, await questions(running), chaos.rng("load"), retry=PATIENT)
-        async with load.running() as tally:
-            await replaced(running, tally, everything(running), {})
-        return [load.tally.row("rolling update", replaced=len(everything(running)))]
+        load = Load(running.local.router_address, await questions(running), chaos.rng("load"))
+        tally = await replaced(running, load, endpoints(running), {})
+        return [tally.row("rolling update", replaced=len(endpoints(running)) + 1)]
 
 
 async def next_record_version(chaos: Chaos) -> list[Row]:
@@ -53,15 +55,13 @@ async def next_record_version(chaos: Chaos) -> list[Row]:
     path = os.pathsep.join([str(NEXT_RELEASE), *filter(None, [os.environ.get("PYTHONPATH")])])
     forgetful = {"prefix_cache_bytes": "1"}
     async with deployed(chaos.model, store, workers=2, prefills=2, drain_seconds=2, **forgetful, **QUICK) as running:
-        load = Load(running.local.router_address, await questions(running, TOKENS), chaos.rng("load"), retry=PATIENT)
-        async with load.running() as tally:
-            await replaced(running, tally, [WORKER], {"PYTHONPATH": path})
-            misses = await running.metric(WORKER, "alora_store_miss_blocks_total", reason="version")
-            others = [name for name in everything(running) if name != WORKER]
-            await replaced(running, tally, others, {"PYTHONPATH": path})
-        if not misses:
-            tally.failures.append("no record of the other version was met")
-        return [load.tally.row("rolling update to another record version", version_misses=misses)]
+        load = Load(running.local.router_address, await questions(running, TOKENS), chaos.rng("load"))
+        # The worker first, while all that is stored is the old release's.
+        order = (WORKER, *(name for name in endpoints(running) if name != WORKER))
+        tally = await replaced(running, load, order, {"PYTHONPATH": path})
+        misses = await running.metric(WORKER, "alora_store_miss_blocks_total", reason="version")
+        tally.expect(misses > 0, "no record of the other version was met")
+        return [tally.row("rolling update to another record version", version_misses=misses)]
 
 
 async def next_model(chaos: Chaos) -> list[Row]:
@@ -89,15 +89,13 @@ async def next_model(chaos: Chaos) -> list[Row]:
         drain_seconds=LONG_DRAIN_SECONDS,
         **QUICK,
     ) as running:
-        load = Load(running.local.router_address, first, chaos.rng("load"), accept=is_the_seconds, retry=PATIENT)
+        load = Load(running.local.router_address, first, chaos.rng("load"), accept=is_the_seconds)
         # One of each service first, so that either model has both throughout.
-        order = ["prefill-2", "worker-2", "prefill", "worker-1", "router"]
-        async with load.running() as tally:
-            await replaced(running, tally, order, {"ALORA_MODEL": str(other.directory)})
+        order = ["prefill-2", "worker-2", "prefill", "worker-1"]
+        tally = await replaced(running, load, order, {"ALORA_MODEL": str(other.directory)})
         seen["first"] = len(tally.answered) - tally.wrong - seen["second"]
-        if not all(seen.values()):
-            tally.failures.append(f"only one of two models answered: {seen}")
-        return [load.tally.row("rolling update to another model", **seen)]
+        tally.expect(all(seen.values()), f"only one of two models answered: {seen}")
+        return [tally.row("rolling update to another model", **seen)]
 
 
 async def mixed_dtypes(chaos: Chaos) -> list[Row]:
@@ -117,9 +115,8 @@ async def mixed_dtypes(chaos: Chaos) -> list[Row]:
             return found.starts == 1 and len(found.tokens) == TOKENS
 
         expected = await answers(running, asked)
-        load = Load(running.local.router_address, expected, chaos.rng("load"), accept=judged_later, retry=PATIENT)
-        async with load.running() as tally:
-            await replaced(running, tally, everything(running), {"ALORA_DTYPE": "bfloat16"})
+        load = Load(running.local.router_address, expected, chaos.rng("load"), accept=judged_later)
+        tally = await replaced(running, load, endpoints(running), {"ALORA_DTYPE": "bfloat16"})
     largest = await asyncio.to_thread(gaps, model, others)
     tally.wrong += sum(gap > TAU for gap in largest)
     tally.expect(bool(others), "no answer was bfloat16's own")
@@ -127,7 +124,7 @@ async def mixed_dtypes(chaos: Chaos) -> list[Row]:
     tally.expect(min(wrong.values()) > TAU, f"the rule does not tell mistakes: {wrong}")
     details = {"rounded_answers": len(others), "largest_gap": round(max(largest, default=0.0), 3)}
     smallest = {mistake: round(gap, 2) for mistake, gap in wrong.items()}
-    return [load.tally.row("rolling update to another dtype", **details, **smallest)]
+    return [tally.row("rolling update to another dtype", **details, **smallest)]
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -49,3 +50,13 @@ def test_a_certificate_may_carry_another_name_than_the_address(
     monkeypatch.delenv("ALORA_CLIENT_TLS_SERVER_NAME")
     with connected(address) as client, pytest.raises(UnavailableError):
         client.wait_ready(2)
+
+
+def test_who_mistyped_an_address_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = list[float]()
+    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: 1000.0 + sum(slept))
+    monkeypatch.setattr("alora_serve.client.synchronous.time", clock)
+    monkeypatch.setattr("alora_serve.client.retry.time", clock)
+    with connected("127.0.0.1:1") as client, pytest.raises(UnavailableError):
+        client.get_model()
+    assert 1 < sum(slept) < 6

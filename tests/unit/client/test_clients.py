@@ -382,8 +382,8 @@ class ScriptedRouter(AloraServiceServicer):
             yield response
 
     @asynccontextmanager
-    async def served(self) -> AsyncIterator[Server]:
-        server = await start_server(partial(add_AloraServiceServicer_to_server, self))
+    async def served(self, address: str = "127.0.0.1:0") -> AsyncIterator[Server]:
+        server = await start_server(partial(add_AloraServiceServicer_to_server, self), address)
         try:
             yield server
         finally:
@@ -427,12 +427,28 @@ async def test_a_call_that_nobody_cancelled_was_ended_by_a_router_that_leaves(co
             await run(client, lambda c: c.generate("Hi").result())
 
 
-async def test_repetitions_are_bounded(connect: Any) -> None:
+@pytest.mark.parametrize(
+    ("bounds", "calls"), [({"max_attempts": 3}, 3), ({"begin_seconds": 0.0}, 1), ({"max_attempts": 1}, 1)]
+)
+async def test_repetitions_are_bounded(connect: Any, bounds: dict[str, Any], calls: int) -> None:
     router = ScriptedRouter(*[UnavailableError("starting")] * 9)
-    async with router.served() as server, connect(server.address, retry=FAST) as client:
+    retry = RetryPolicy(backoff_seconds=0.01, **bounds)
+    async with router.served() as server, connect(server.address, retry=retry) as client:
         with pytest.raises(UnavailableError):
             await run(client, lambda c: c.generate("Hi").result())
-        assert router.calls == 3
+        assert router.calls == calls
+
+
+async def test_a_call_begun_while_the_only_router_restarts_is_answered_by_the_next(connect: Any) -> None:
+    first = await start_server(partial(health_pb2_grpc.add_HealthServicer_to_server, HealthServicer([])))
+    await first.kill()  # nobody listens there now
+    router = ScriptedRouter()
+    async with connect(first.address) as client:
+        asked = asyncio.create_task(run(client, lambda c: c.generate("Hi").result()))
+        await asyncio.sleep(1.0)  # more than two short pauses
+        assert not asked.done()
+        async with router.served(first.address):
+            assert (await asked).text == "Hello world!"
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
@@ -564,7 +580,7 @@ async def test_waiting_for_readiness_gives_up_in_time(connect: Any) -> None:
 
 
 async def test_a_router_that_is_not_there_is_unavailable(connect: Any) -> None:
-    async with connect("127.0.0.1:1", retry=FAST) as client:
+    async with connect("127.0.0.1:1", retry=RetryPolicy(max_attempts=2)) as client:
         with pytest.raises(UnavailableError):
             await run(client, lambda c: c.get_model())
 

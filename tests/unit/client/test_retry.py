@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from alora_serve.client.retry import Retries, RetryPolicy
@@ -19,6 +21,26 @@ def test_pauses_double_up_to_a_limit_and_end_with_the_attempts() -> None:
         assert longest / 2 <= pause <= longest
     with pytest.raises(UnavailableError):
         retries.pause_after(GONE)
+
+
+def test_a_call_of_which_nothing_has_come_is_repeated_by_time_from_its_first_failure_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("alora_serve.client.retry.time", SimpleNamespace(monotonic=lambda: now))
+    retries = Retries(RetryPolicy(), None)
+    now += 500.0  # it ran so long before its router was lost
+    assert max(retries.pause_after(GONE) for _ in range(50)) <= 2.0
+    now += 27.9
+    retries.pause_after(GONE)
+    now += 2.1
+    with pytest.raises(UnavailableError):
+        retries.pause_after(GONE)
+
+
+def test_the_deadline_ends_repetitions_before_their_time_is_over() -> None:
+    with pytest.raises(UnavailableError):
+        Retries(RetryPolicy(begin_seconds=60.0, backoff_seconds=2.0), 0.5).pause_after(GONE)
 
 
 @pytest.mark.parametrize("error", [FULL, InvalidRequestError("bad"), AloraServeError("bug")])
@@ -53,7 +75,7 @@ def test_one_attempt_never_repeats() -> None:
 
 
 def test_a_stream_that_has_begun_looks_for_a_router_by_time_and_not_by_attempts() -> None:
-    retries = Retries(RetryPolicy(resume_seconds=60.0, max_backoff_seconds=0.5), None)
+    retries = Retries(RetryPolicy(max_attempts=2, begin_seconds=0, resume_seconds=60, max_backoff_seconds=0.5), None)
     retries.received(1)
     assert max(retries.pause_after(GONE) for _ in range(50)) <= 0.5
     too_late = Retries(RetryPolicy(resume_seconds=0.0), None)
@@ -73,7 +95,7 @@ def test_a_stream_that_has_begun_waits_for_room_as_long_as_for_a_router() -> Non
 def test_only_more_tokens_than_before_begin_the_count_anew() -> None:
     retries = Retries(RetryPolicy(resume_seconds=0.0), None)
     retries.received(0)
-    assert retries.pause_after(GONE) >= 0, "nothing came: attempts count"
+    assert retries.pause_after(GONE) >= 0, "nothing came: it has its time to begin"
     retries.received(3)
     retries.received(3)
     with pytest.raises(UnavailableError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from alora_serve.cli.options import DEFAULT_ADDRESS, Address, AsJson, Parameters
 from alora_serve.cli.output import FAILURE_EXIT_CODE, console, errors_reported, print_json
 
 commands = typer.Typer()
-
-_MAX_ATTEMPTS: Final = 10
-"""Of one row: a server that is full or away for about ten seconds costs none of the answers that came."""
 
 Resamples = Annotated[int, typer.Option(min=40, metavar="N", help="Of the bootstrap behind intervals.")]
 
@@ -74,7 +71,8 @@ def evaluate(
         thresholds = judged.parse_thresholds(threshold or ())
         subject = Subject.of(adapter, recipe, instruction, parse_parameters(parameter or ()))
         rows = judged.read_test_rows(data, limit)
-        patient = RetryPolicy(max_attempts=_MAX_ATTEMPTS, retry_overloaded=True)
+        # A server that is full or away for half a minute costs none of the answers that came.
+        patient = RetryPolicy(retry_overloaded=True)
         with connected(address, patient) as client, judged.progress(len(rows)) as on_answer:
             evaluation = evaluate(client, subject, rows, together, on_answer)
         report = summed_up(evaluation, resamples)
