@@ -49,8 +49,6 @@ class FaultyNetwork:
         self._changed = threading.Condition()
         self._connections: set[socket.socket] = set()
         self._closed = False
-        self.slowed_bytes = 0
-        """Passed on later than they came because of the weather."""
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     @property
@@ -129,9 +127,6 @@ class FaultyNetwork:
         with closing(source), suppress(OSError):
             while data := source.recv(_CHUNK_BYTES):
                 weather = self._weather
-                if weather.latency_seconds or weather.bytes_per_second:
-                    with self._changed:
-                        self.slowed_bytes += len(data)
                 time.sleep(weather.latency_seconds)
                 if weather.bytes_per_second:
                     time.sleep(len(data) / weather.bytes_per_second)

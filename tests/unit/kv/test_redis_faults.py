@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from alora_serve.kv.redis import RedisStore
 from alora_serve.kv.store import KVStore, Put
 from faulty_network import CALM, FaultyNetwork, Weather
 from redis_groups import cluster, watched
-from redis_servers import Place, RedisProcess, make_certificates, tls_server, until, valkey_server
+from redis_servers import Certificates, Place, RedisProcess, make_certificates, tls_server, until, valkey_server
 from store_peer import PATIENCE_SECONDS, RecordingMetrics, key_of, pattern, read
 
 KEYS = [key_of(number) for number in range(24)]
@@ -25,32 +26,49 @@ PUTS = [Put(key, pattern(key, 50_000)) for key in KEYS]
 LARGE = Put(key_of("large"), bytes(16 << 20))
 
 
-def is_usable(store: KVStore) -> bool:
+def is_usable(store: KVStore, timeout_seconds: float = 2.0) -> bool:
     """Everything can be written and read again."""
     try:
-        store.put_many(PUTS, timeout_seconds=2.0)
-        return read(store, KEYS, 2.0) == {index: put.value for index, put in enumerate(PUTS)}
+        store.put_many(PUTS, timeout_seconds=timeout_seconds)
+        return read(store, KEYS, timeout_seconds) == {index: put.value for index, put in enumerate(PUTS)}
     except StoreError:
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class Far:
-    """A store behind a network."""
+    """A store of which every server is behind a network."""
 
-    network: FaultyNetwork
+    networks: list[FaultyNetwork]
     place: Place
 
+    def become(self, weather: Weather) -> None:
+        for network in self.networks:
+            network.weather = weather
 
-@pytest.fixture(params=["plain", "mutual TLS"])
+
+def networks_of(servers: Iterable[RedisProcess]) -> list[FaultyNetwork]:
+    return [server.network for server in servers if server.network is not None]
+
+
+@pytest.fixture(params=["plain", "mutual TLS", "cluster", "sentinels"])
 def far(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Far]:
+    """The last two over mutual TLS."""
     if request.param == "plain":
         with valkey_server() as server, FaultyNetwork(server.host, server.port) as network:
-            yield Far(network, Place(f"redis://{network.address}/0"))
+            yield Far([network], Place(f"redis://{network.address}/0"))
         return
     files = make_certificates(tmp_path)
-    with tls_server(tmp_path, files, mutual=True) as server, FaultyNetwork("127.0.0.1", server.port) as network:
-        yield Far(network, Place(f"rediss://{network.address}/0", files.mutual))
+    if request.param == "mutual TLS":
+        with tls_server(tmp_path, files, mutual=True) as server, FaultyNetwork("127.0.0.1", server.port) as network:
+            yield Far([network], Place(f"rediss://{network.address}/0", files.mutual))
+    elif request.param == "cluster":
+        with cluster(tmp_path, certificates=files, far=True) as nodes:
+            url = f"rediss+cluster://127.0.0.1:{nodes[0].public_port}"
+            yield Far(networks_of(nodes), Place(url, files.mutual))
+    else:
+        with watched(tmp_path, files, far=True) as servers:
+            yield Far(networks_of(servers.all), Place(servers.url, files.mutual))
 
 
 @pytest.mark.parametrize(
@@ -62,12 +80,13 @@ def far(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Far]:
         (Weather(is_refusing=True), StoreUnavailableError),
     ],
 )
+@pytest.mark.timeout(120)
 def test_a_call_ends_by_its_deadline_and_the_next_one_works_in_better_weather(
     far: Far, weather: Weather, error: type[StoreError]
 ) -> None:
     store = RedisStore(far.place.url, ttl_seconds=600, tls=far.place.tls)
     assert is_usable(store)
-    far.network.weather = weather
+    far.become(weather)
     for call in (
         partial(store.get_many, KEYS, lambda *_: None),
         partial(store.put_many, [LARGE]),  # more than the buffers on the way take
@@ -76,7 +95,7 @@ def test_a_call_ends_by_its_deadline_and_the_next_one_works_in_better_weather(
         with pytest.raises(error):
             call(timeout_seconds=0.3)
         assert time.monotonic() - began < 1.0
-    far.network.weather = CALM
+    far.become(CALM)
     until(lambda: is_usable(store), "a store that works again")
     store.close()
 
@@ -98,10 +117,19 @@ def test_a_server_that_takes_no_writes_is_there_and_no_breaker_opens() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A store on several servers, over mutual TLS, and those that take writes."""
+    """A store on several servers, over mutual TLS.
+
+    Attributes:
+        masters: those that take writes.
+        serving: those that may have to, once others are lost.
+        everyone: these, and who watches them.
+    """
 
     place: Place
+    files: Certificates
     masters: list[RedisProcess]
+    serving: list[RedisProcess]
+    everyone: list[RedisProcess]
 
     def tell(self, *command: object) -> None:
         for master in self.masters:
@@ -114,10 +142,12 @@ def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Group]:
     files = make_certificates(tmp_path)
     if request.param == "cluster":
         with cluster(tmp_path, certificates=files) as nodes:
-            yield Group(Place(f"rediss+cluster://127.0.0.1:{nodes[0].port}", files.mutual), nodes)
+            place = Place(f"rediss+cluster://127.0.0.1:{nodes[0].port}", files.mutual)
+            yield Group(place, files, nodes, nodes, nodes)
         return
     with watched(tmp_path, files) as servers:
-        yield Group(Place(servers.url, files.mutual), [servers.master])
+        either = [servers.master, servers.replica]
+        yield Group(Place(servers.url, files.mutual), files, [servers.master], either, servers.all)
 
 
 @pytest.mark.timeout(120)
@@ -135,6 +165,27 @@ def test_a_group_that_is_full_takes_no_writes_or_forgets_is_read_and_used_again(
     group.tell("FLUSHALL")
     assert read(store, KEYS) == {}
     assert is_usable(store)
+    store.close()
+
+
+@pytest.mark.timeout(120)
+def test_a_group_that_shows_an_expired_certificate_or_starts_empty_is_used_again(group: Group) -> None:
+    store = RedisStore(group.place.url, ttl_seconds=600, tls=group.place.tls)
+    assert is_usable(store)
+    for server in group.serving:
+        server.show(group.files.expired_file)
+    with pytest.raises(StoreUnavailableError, match="certificate has expired"):
+        read(store, KEYS)
+    for server in group.serving:
+        server.show(group.files.server_file)
+    until(lambda: is_usable(store), "a store that shows its certificate again")
+    for server in group.everyone:
+        server.kill()
+    with pytest.raises(StoreUnavailableError):
+        read(store, KEYS)
+    for server in group.everyone:
+        server.start()
+    until(lambda: is_usable(store), "a store that was started empty")
     store.close()
 
 
@@ -182,6 +233,25 @@ def test_the_replica_that_a_cluster_promotes_is_found_and_other_nodes_go_on(tmp_
         nodes[0].kill()
         assert len(read(store, there, PATIENCE_SECONDS)) == len(there)
         until(lambda: is_usable(store), "a store on the promoted replica")
+        store.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", ["cluster", "sentinels"])
+def test_the_replica_of_a_master_that_falls_silent_is_found(kind: str, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        if kind == "cluster":
+            nodes = stack.enter_context(cluster(tmp_path, replicas=1))
+            master, url = nodes[0], f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
+        else:
+            servers = stack.enter_context(watched(tmp_path))
+            master, url = servers.master, servers.url
+            # Who is asked first is on the machine that is lost.
+            servers.sentinels[0].hang()
+        store = RedisStore(url, ttl_seconds=600)
+        assert is_usable(store)
+        master.hang()
+        until(lambda: is_usable(store, 0.5), "a store on the promoted replica")
         store.close()
 
 
