@@ -25,8 +25,9 @@ SHORT: Final = SamplingParams(max_tokens=16, ignore_eos=True)
 TIMES_CAPACITY: Final = 5.0
 MOST_TIMES_ALONE: Final = 1.5
 """How much longer a tenant's 95th percentile may be beside another, whom a quota holds to one place, than alone."""
-MOST_TIMES_ALONE_BEHIND: Final = 8.0
-"""The same beside one without a quota, who takes whatever a tenant may: an even share of a batch of eight."""
+MOST_TIMES_ALONE_BEHIND: Final = 5.0
+"""The same beside one without a quota, who takes whatever a tenant may: six places of a batch of eight. The worst of
+six runs on two cores had 3.7 (docs/adr/0020-tenants.md)."""
 TIMES_LOOSER: Final = 3.0
 """What a short run bears besides: it has few answers, and shares its machine with other tests."""
 LEAST_SAMPLES: Final = 20
