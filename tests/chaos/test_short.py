@@ -22,7 +22,6 @@ SHORT = (
     "rolling update",
     "next model",
     "mixed dtypes",
-    "record version",
     "adapters change",
     "overload",
     "noisy tenant",
@@ -30,7 +29,8 @@ SHORT = (
     "many requests",
 )
 """What other tests hold in miniature is not here: dead workers and routers (``tests/integration/test_failover.py``),
-partitions (``test_router_faults.py``), lost nodes and masters (``tests/unit/kv/test_redis_faults.py``)."""
+partitions (``test_router_faults.py``), records of another version (``tests/unit/kv/test_record.py``), lost nodes and
+masters (``tests/unit/kv/test_redis_faults.py``)."""
 
 
 @pytest.mark.parametrize("name", SHORT)
