@@ -9,7 +9,7 @@ import structlog
 
 from adapter_router.affinity import adapter_key
 from adapter_router.catalog import find_adapter, merged_adapters
-from adapter_router.dispatch import Call, call_endpoint, peer_errors
+from adapter_router.dispatch import Call, call_endpoint, peer_errors, unless_silent
 from adapter_router.endpoints.endpoint import Endpoint
 from adapter_router.policy import Demand
 from alora_serve.errors import AdapterNotFoundError, UnavailableError
@@ -73,7 +73,9 @@ class AdapterDirectory:
         return adapter_from_proto(response.adapter)
 
     async def unload(self, name: str, call: Call) -> bool:
-        """Drop its weights from the memory of every worker; whether one held them. One that is gone holds nothing.
+        """Drop its weights from the memory of every worker; whether one held them.
+
+        One that is gone holds nothing, and one that falls silent is as good as gone.
 
         Raises:
             AloraServeError: as :meth:`find`, or what a worker answered; the other workers are asked all the same.
@@ -96,9 +98,8 @@ class AdapterDirectory:
                 current(span),
                 peer_errors(self._workers.service, worker.address),
             ):
-                response = await worker.stub.UnloadAdapter(
-                    request, timeout=call.remaining_seconds(), metadata=call.metadata
-                )
+                calling = worker.stub.UnloadAdapter(request, timeout=call.remaining_seconds(), metadata=call.metadata)
+                response = await unless_silent(worker, calling, self._workers.service)
             return response.was_resident
         except UnavailableError:
             self._workers.mark_unreachable(worker)

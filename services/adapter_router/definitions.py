@@ -7,7 +7,7 @@ import hashlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
-from adapter_router.dispatch import Call, peer_errors
+from adapter_router.dispatch import Call, peer_errors, unless_silent
 from alora_serve.errors import IntrinsicUndefinedError, UnavailableError
 from alora_serve.intrinsics import FILE_NAME, IntrinsicDefinition, parse_definition
 from alora_serve.rpc.tracing import client_span
@@ -67,9 +67,10 @@ class Definitions:
                     current(span),
                     peer_errors(self._workers.service, worker.address),
                 ):
-                    response = await worker.stub.GetIntrinsic(
+                    calling = worker.stub.GetIntrinsic(
                         request, timeout=call.remaining_seconds(), metadata=call.metadata
                     )
+                    response = await unless_silent(worker, calling, self._workers.service)
                 return response.io_yaml
             except UnavailableError:
                 self._workers.mark_unreachable(worker)

@@ -197,12 +197,12 @@ async def call_endpoint(
                     current(span),
                     peer_errors(endpoints.service, endpoint.address),
                 ):
-                    return await _unless_silent(endpoint, invoke(endpoint), endpoints.service)
+                    return await unless_silent(endpoint, invoke(endpoint), endpoints.service)
             except AloraServeError as error:
                 retries.after(endpoint, error)
 
 
-async def _unless_silent(endpoint: Endpoint[StubT], call: Awaitable[ResponseT], service: str) -> ResponseT:
+async def unless_silent(endpoint: Endpoint[StubT], call: Awaitable[ResponseT], service: str) -> ResponseT:
     """What the call comes to, unless its endpoint falls silent: a call to a process that hangs would wait for it.
 
     Raises:

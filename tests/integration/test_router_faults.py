@@ -13,7 +13,13 @@ import pytest
 
 from adapter_router.admission import RouterLimits
 from adapter_router.affinity import adapter_key, rendezvous_order
-from alora_serve.errors import AdapterRefusedError, OverloadedError, RequestCancelledError, UnavailableError
+from alora_serve.errors import (
+    AdapterRefusedError,
+    IntrinsicOutputError,
+    OverloadedError,
+    RequestCancelledError,
+    UnavailableError,
+)
 from alora_serve.rpc.convert import decode_from_proto, pack_token_ids
 from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import (
@@ -412,6 +418,41 @@ async def test_a_base_prefill_that_hangs_is_left_for_another() -> None:
         beats[asked].cancel()
         assert kinds(await call)[-1] == "finished"
         assert len(asked.requests) == len(other.requests) == 1
+        beats[other].cancel()
+
+
+async def test_a_worker_that_hangs_holds_up_no_unloading() -> None:
+    workers = [FakeWorker(), FakeWorker()]
+    options = dataclasses.replace(FAST, silence_seconds=0.3)
+    async with deployment([FakePrefill()], workers, options=options) as (router, _):
+        beats = [asyncio.create_task(beat(worker)) for worker in workers]
+        workers[0].free.clear()
+        call = asyncio.ensure_future(router.stub.UnloadAdapter(alora_pb2.UnloadAdapterRequest(name="jailbreak")))
+        await until(lambda: all(worker.unloaded for worker in workers))
+        beats[0].cancel()
+        assert not (await asyncio.wait_for(call, 10)).was_resident
+        beats[1].cancel()
+
+
+async def test_a_definition_is_asked_of_another_worker_when_one_hangs() -> None:
+    workers = [FakeWorker(), FakeWorker()]
+    for worker in workers:
+        worker.define("certainty", "model: ~\nresponse_format: ~\ntransformations: ~\n")
+    options = dataclasses.replace(FAST, silence_seconds=0.3)
+    async with deployment([FakePrefill()], workers, options=options) as (router, _):
+        beats = {worker: asyncio.create_task(beat(worker)) for worker in workers}
+        for worker in workers:
+            worker.free.clear()
+        request = alora_pb2.RunIntrinsicRequest(prompt=ASK.prompt, intrinsic="certainty")
+        call = asyncio.ensure_future(router.stub.RunIntrinsic(request))
+        await until(lambda: any(worker.defined for worker in workers))
+        asked, other = sorted(workers, key=lambda worker: not worker.defined)
+        other.free.set()
+        beats[asked].cancel()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call, 10)
+        assert isinstance(error_from_rpc(caught.value), IntrinsicOutputError), "the answer of a fake is none"
+        assert len(other.defined) == 1
         beats[other].cancel()
 
 

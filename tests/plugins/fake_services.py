@@ -226,6 +226,9 @@ class FakeWorker(FakeService, AdapterDecodeServiceServicer):
         self.definitions: dict[str, bytes] = {}
         self.defined: list[str] = []
         self.refusal: Exception | None = None
+        self.free = asyncio.Event()
+        """Cleared, whoever unloads an adapter or asks for a definition waits."""
+        self.free.set()
         self.remaining_seconds: list[float] = []
         self.request_ids: list[str] = []
 
@@ -268,6 +271,7 @@ class FakeWorker(FakeService, AdapterDecodeServiceServicer):
         self, request: decode_pb2.AdapterDecodeServiceUnloadAdapterRequest, context: Any
     ) -> decode_pb2.AdapterDecodeServiceUnloadAdapterResponse:
         self.unloaded.append(request.name)
+        await self.free.wait()
         if self.refusal is not None:
             raise self.refusal
         return decode_pb2.AdapterDecodeServiceUnloadAdapterResponse(was_resident=request.name in self.loaded)
@@ -276,6 +280,7 @@ class FakeWorker(FakeService, AdapterDecodeServiceServicer):
         self, request: decode_pb2.AdapterDecodeServiceGetIntrinsicRequest, context: Any
     ) -> decode_pb2.AdapterDecodeServiceGetIntrinsicResponse:
         self.defined.append(request.name)
+        await self.free.wait()
         return decode_pb2.AdapterDecodeServiceGetIntrinsicResponse(io_yaml=self.definitions[request.name])
 
     def define(self, name: str, io_yaml: str) -> None:
