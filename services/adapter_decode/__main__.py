@@ -68,6 +68,7 @@ async def _load_and_serve(settings: AdapterDecodeSettings, monitoring: Monitorin
         observer=RpcMetrics(registry),
         max_message_bytes=partial(message_bytes_for_context, core.model.context_tokens),
         on_drain=draining.set,
+        may_recover=core.may_recover,
         cleanup=[core.drain, partial(asyncio.to_thread, started.close)],
         essential=[asyncio.wrap_future(core.engine.ended), scanning],
         load_reports=LoadReporter(core.serving_load) if settings.orca_load_reports else None,

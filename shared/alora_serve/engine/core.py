@@ -30,6 +30,10 @@ from alora_serve.types import EndpointStatus, ModelInfo, ServingLoad, TokenIds
 STORE_THREADS = 4
 """Threads for blocking store calls: enough to fetch for several requests while a write waits for its deadline."""
 
+GIVEN_UP_SECONDS = 60.0
+"""How long an engine may hang, beyond what makes others leave it, before its process is of no use: a false alarm costs
+all that the process holds."""
+
 
 class CoreMetrics(BlockMetrics, EngineMetrics, FetchMetrics, PrefixCacheMetrics, Protocol):
     """What the parts report; implemented in ``metrics/``."""
@@ -167,6 +171,10 @@ class ServingCore:
     def is_alive(self) -> bool:
         """Its engine does not hang: see :class:`~alora_serve.engine.pulse.Pulse`."""
         return not self.engine.pulse.is_lost
+
+    def may_recover(self) -> bool:
+        """Its engine does not hang, or not for so long that nothing but a new process helps."""
+        return self.engine.pulse.lost_seconds <= GIVEN_UP_SECONDS
 
     def serving_load(self) -> ServingLoad:
         """The same for those who know nothing of our status stream; cheap, and from any thread."""

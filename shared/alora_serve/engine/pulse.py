@@ -41,8 +41,13 @@ class Pulse:
     @property
     def is_lost(self) -> bool:
         """There is something to do, and for longer than any step can be expected to take the loop has not turned."""
+        return self.lost_seconds > 0
+
+    @property
+    def lost_seconds(self) -> float:
+        """For how long that has been so; 0 where it is not."""
         turned_at, speed = self._turned_at, self._rates.prefill_tokens_per_second
         if turned_at is None:
-            return False
+            return 0.0
         expected_seconds = self._step_tokens / speed if speed else FIRST_STEP_SECONDS / TIMES_EXPECTED
-        return monotonic() - turned_at > max(LEAST_SECONDS, TIMES_EXPECTED * expected_seconds)
+        return max(0.0, monotonic() - turned_at - max(LEAST_SECONDS, TIMES_EXPECTED * expected_seconds))

@@ -7,7 +7,7 @@ others would never hear of the drain; this one tells them all.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -19,7 +19,9 @@ OVERALL = ""
 """The name that asks about the process as a whole."""
 
 LIVENESS = "liveness"
-"""The name that asks whether the process still answers at all: it does, while it loads and whatever it serves."""
+"""The name that asks whether the process is of use at all: it is, while it loads and whatever it serves, as long as it
+answers and nothing in it hangs for good. Told when asked for; who watches hears of it with the next change of something
+else."""
 
 STARTUP = "startup"
 """The name that asks whether the process has loaded and takes calls, whatever it has lost since."""
@@ -40,6 +42,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._serving = serving
         self._started = started
         self._shutting_down = False
+        self._is_alive: Callable[[], bool] = lambda: True
         self._changed = asyncio.Event()
 
     async def Check(  # noqa: N802
@@ -76,6 +79,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._serving = serving
         self._tell()
 
+    def live_while(self, is_alive: Callable[[], bool]) -> None:
+        """The process is of no use once this is false, and should be ended by whoever asks for :data:`LIVENESS`."""
+        self._is_alive = is_alive
+
     def shut_down(self) -> None:
         """From now on nothing is serving."""
         self._shutting_down = True
@@ -89,7 +96,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         if service not in self._services:
             return _Status.SERVICE_UNKNOWN
         if service == LIVENESS:
-            return _Status.SERVING
+            return _Status.SERVING if self._is_alive() else _Status.NOT_SERVING
         if service == STARTUP:
             return _Status.SERVING if self._started else _Status.NOT_SERVING
         serves = self._started and self._serving and not self._shutting_down

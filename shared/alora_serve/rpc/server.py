@@ -58,6 +58,7 @@ async def serve(
     observer: CallObserver,
     max_message_bytes: Callable[[], int],
     on_drain: Callable[[], None] = lambda: None,
+    may_recover: Callable[[], bool] = lambda: True,
     cleanup: Sequence[Callable[[], Awaitable[None]]] = (),
     essential: Sequence[asyncio.Future[Any]] = (),
     authorize: Authorize | None = None,
@@ -80,6 +81,7 @@ async def serve(
         observer: counts calls.
         max_message_bytes: the largest request taken now; a larger one is INVALID_ARGUMENT.
         on_drain: called when the drain begins, to tell routers.
+        may_recover: whether what hangs in it, if anything does, may go on yet; else it says that it is not alive.
         cleanup: run one after the other at the end, also after a failure.
         essential: what the service can't do without, such as its engine: when one ends, so does the process.
         authorize: says who may call what; unset: everybody may.
@@ -93,6 +95,7 @@ async def serve(
     """
     stop = stop_on_signals()
     in_flight, health = InFlightCalls(), monitoring.health
+    health.live_while(may_recover)
     interceptor = CallInterceptor(
         observer,
         in_flight,

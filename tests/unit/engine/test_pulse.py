@@ -45,6 +45,17 @@ def test_a_first_step_may_take_long(clock: Clock) -> None:
     assert not beating.is_lost, "it turns again"
 
 
+def test_how_long_it_is_lost_counts_from_when_it_is(clock: Clock) -> None:
+    beating = Pulse(StepRates(prefill_tokens_per_second=1e6), STEP_TOKENS)
+    assert beating.lost_seconds == 0
+    assert not lost_after(clock, beating, LEAST_SECONDS - 1)
+    assert beating.lost_seconds == 0
+    clock.now += 31
+    assert beating.lost_seconds == pytest.approx(30)
+    beating.turn()
+    assert beating.lost_seconds == 0
+
+
 @pytest.mark.parametrize("step_seconds", [2.0, 30.0])
 def test_a_slow_machine_may_take_as_long_as_it_is_slow(clock: Clock, step_seconds: float) -> None:
     beating = Pulse(StepRates(prefill_tokens_per_second=STEP_TOKENS / step_seconds), STEP_TOKENS)

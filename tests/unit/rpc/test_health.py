@@ -66,6 +66,16 @@ async def test_a_process_is_alive_whatever_it_serves(served: Served) -> None:
     assert await served.check("") == NOT_SERVING
 
 
+async def test_a_process_in_which_something_hangs_for_good_is_not_alive(served: Served) -> None:
+    hangs = False
+    served.health.live_while(lambda: not hangs)
+    assert await served.check(LIVENESS) == SERVING
+    hangs = True
+    assert await served.check(LIVENESS) == NOT_SERVING
+    served.health.set_serving(True)
+    assert await served.check("") == SERVING, "who may ask it is told by its status"
+
+
 @pytest.mark.parametrize("name", ["", SERVICE])
 async def test_watchers_hear_every_change_and_the_end_is_final(served: Served, name: str) -> None:
     watch = served.watch(name)

@@ -40,8 +40,8 @@ imagePullSecrets:
 
 {{/*
 Probes speak to the plain-text port of health alone, which needs no certificate. "liveness" says that the process
-answers, whatever becomes of store, model or peers, "startup" that it has loaded and takes calls: until weights are read
-and hashed, the start-up probe waits.
+answers, and its engine has not hung for over a minute, whatever becomes of store, model or peers; "startup" that it has
+loaded and takes calls: until weights are read and hashed, the start-up probe waits.
 */}}
 {{- define "alora-serve.probes" -}}
 startupProbe:
