@@ -16,7 +16,7 @@ from alora_serve.errors import (
 )
 from alora_serve.handles import HandleSigner
 from alora_serve.model.chat import ChatTokenizer
-from alora_serve.model.structure.compiler import FormCompiler
+from alora_serve.model.structure.compiler import STACK_BYTES, FormCompiler
 from alora_serve.model.structure.constraint import Constraint
 from alora_serve.model.structure.vocabulary import TokenVocabulary
 from alora_serve.model.text import TextStream
@@ -147,7 +147,9 @@ TARGETS: Final[dict[str, Target]] = {
             b'\0{"anyOf": [{"$ref": "#/$defs/b"}, {"prefixItems": [{}]}], "$defs": {"b": {"enum": [1]}}}',
             b"\1(a|b){2,5}[^x-z]*\\d+",
             b'\2start: "(" start ")" | WORD\nWORD: /[a-z]+/\n',
+            b'\2root ::= "(" root ")" | word\nword ::= [a-z]+ | "\\u00e9"\n',
         ],
+        stack_bytes=2 * STACK_BYTES,  # the next one's before the last one's is given back
     ),
     "wire": Target(wire, [_request()]),
 }

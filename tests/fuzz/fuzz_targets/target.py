@@ -22,10 +22,12 @@ class Target:
     Attributes:
         parse: what it does with bytes.
         seeds: bytes that it takes, to begin from.
+        stack_bytes: addresses that stacks of its threads have beside, of which they use a little.
     """
 
     parse: Callable[[bytes], None]
     seeds: Sequence[bytes]
+    stack_bytes: int = 0
 
     def run(self, data: bytes) -> None:
         """Parse, within :data:`ALLOCATION_BYTES`.
@@ -34,13 +36,13 @@ class Target:
             AssertionError: it took what it must not, or too much memory.
             Exception: whatever the parser let through.
         """
-        with within(ALLOCATION_BYTES):
+        with within(ALLOCATION_BYTES, self.stack_bytes):
             self.parse(data)
 
 
 @contextmanager
-def within(limit_bytes: int) -> Iterator[None]:
-    """Hold the block to so much more memory than there is now.
+def within(limit_bytes: int, stack_bytes: int = 0) -> Iterator[None]:
+    """Hold the block to so much more memory than there is now, and addresses of stacks.
 
     What Python and NumPy allocate is counted at its peak, however it ended. Whatever else asks the system for more is
     refused it, where the system can do that (Linux), which fails in its own way.
@@ -54,7 +56,7 @@ def within(limit_bytes: int) -> Iterator[None]:
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
     try:
-        with _address_space(limit_bytes):
+        with _address_space(limit_bytes + stack_bytes):
             yield
     finally:
         peak = tracemalloc.get_traced_memory()[1] - before

@@ -20,7 +20,7 @@ from alora_serve.types import StructuredOutput
 MAX_COMPILED: Final = 64
 """Forms kept. Each takes up to some tens of MB where it is as complex as the limits allow; usually well below one."""
 
-_STACK_BYTES: Final = 256 << 20
+STACK_BYTES: Final = 256 << 20
 """llguidance calls itself for each schema or rule within another. A form may hold more of them than a usual stack of
 8 MiB takes, and the process would end. 64 MiB do for 128 KiB of references; memory is used as it is needed."""
 _stack_size_lock: Final = threading.Lock()
@@ -114,7 +114,7 @@ def _on_a_large_stack(call: Callable[[], _T]) -> _T:
             done.set_exception(error)
 
     with _stack_size_lock:  # the size is the process's, of all threads to come
-        usual = threading.stack_size(_STACK_BYTES)
+        usual = threading.stack_size(STACK_BYTES)
         try:
             threading.Thread(target=run, name="compile").start()
         finally:
