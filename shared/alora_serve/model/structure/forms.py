@@ -17,6 +17,12 @@ from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutp
 FIELD: Final = "sampling.structured_output"
 MAX_COMPLAINT_CHARACTERS: Final = 500
 
+_UNFORCED: Final = '\n\n\n\n%llguidance {"no_forcing": true}'
+"""Text that an answer must have is not computed ahead: what a rule that never ends makes of 5 kB ended the process. The
+last such line holds; it stands apart from what a complaint quotes."""
+
+_EMPTY_LINES: Final = re.compile(r"(?: \d+ \|)+$")
+"""The end of what a complaint quotes, where nothing stands."""
 _UNIMPLEMENTED: Final = re.compile(r"Unimplemented keys: (\[.*\])")
 
 
@@ -36,9 +42,10 @@ def grammar_of(form: StructuredOutput) -> str:
         case JsonSchema(schema):
             return _grammar_of_schema(schema, field_of(form))
         case Regex(pattern):
-            return LLMatcher.grammar_from_regex(pattern)
+            regex: str = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0]["lark_grammar"]
+            return regex + _UNFORCED
         case Grammar(grammar):
-            return LLMatcher.grammar_from_lark(_lark(grammar, field_of(form)))
+            return LLMatcher.grammar_from_lark(_lark(grammar, field_of(form)) + _UNFORCED)
         case Choice(values):
             return LLMatcher.grammar_from_regex("|".join(map(_literally, values)))
 
@@ -69,7 +76,8 @@ def complaint(form: StructuredOutput, message: str) -> InvalidRequestError:
 def _described(message: str) -> str:
     if "coerce_one_of" in message:
         return "'oneOf' is supported only where no value fits two of its schemas; use 'anyOf'"
-    return " ".join(message.replace("<non-verbose/>", "").split())
+    words = " ".join(message.replace("<non-verbose/>", "").split())
+    return _EMPTY_LINES.sub("", words)
 
 
 def _grammar_of_schema(text: str, field: str) -> str:

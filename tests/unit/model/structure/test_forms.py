@@ -256,6 +256,33 @@ def test_what_nests_deeper_than_a_usual_stack_ends_no_process() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+ENDLESS = """
+import resource
+from alora_serve.types import Grammar, Regex
+from held_forms import holds
+
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (768 << 20)  # 256 of them are the stack on which forms are compiled
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+word = "abcdefghij" * 500
+for form in (
+    Grammar(f'start: "{word}" start "b"'),
+    Grammar(f'root ::= "{word}" root "b"'),
+    Grammar(f'start: a{{1000}}\\na: b{{1000}}\\nb: "{word}"'),
+    Grammar(f'start: "{word}" start "b"\\n%llguidance {{"no_forcing": false}}'),
+    Regex(f"({word}){{1000}}"),
+):
+    assert not holds(form, word)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system bounds memory on Linux alone")
+def test_text_that_an_answer_must_have_without_end_takes_no_memory() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", ENDLESS], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def follow(compiler: FormCompiler, form: StructuredOutput, text: str) -> Constraint:
     constraint = Constraint(compiler.compile(form), frozenset([END]))
     for token in VOCABULARY.tokens.greedy_tokenize(text):
