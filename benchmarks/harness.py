@@ -16,7 +16,8 @@ from pathlib import Path
 from peers.build_llama import PACKAGE, VERSION, LlamaBuild
 from process_settings import thread_settings, torch_threads
 
-from alora_serve.cli.local.machine import service_environment, usable_cores
+from alora_serve.cli.local.machine import service_environment
+from alora_serve.cores import usable_cores
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = REPOSITORY / "build" / "bench"

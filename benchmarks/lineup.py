@@ -35,7 +35,7 @@ from systems.peft import PeftAlora, PeftLora
 from systems.served import Deployed, Served, ServedResident, ServedTwins
 
 from alora_serve.cli.local.deployment import DeploymentOptions
-from alora_serve.cli.local.machine import usable_cores
+from alora_serve.cores import usable_cores
 from alora_serve.model.demo_model import ensure_demo_model
 from alora_serve.model.device import device_name, native_dtype, open_device
 

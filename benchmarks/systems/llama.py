@@ -19,7 +19,7 @@ from harness import OUTPUT
 from systems.base import Answer, FanOutAnswers, Warmed, in_turn
 from systems.llama_settings import LlamaSettings
 
-from alora_serve.cli.local.machine import usable_cores
+from alora_serve.cores import usable_cores
 from alora_serve.types import TokenIds
 
 _READY_SECONDS = 120.0

@@ -31,6 +31,7 @@ from alora_serve.cli.options import DEFAULT_ADDRESS
 from alora_serve.cli.output import console, print_json
 from alora_serve.client import RetryPolicy
 from alora_serve.config import CACHE_DIRECTORY_VARIABLE, default_cache_directory
+from alora_serve.cores import usable_cores
 from alora_serve.errors import AloraServeError, ConfigError, UnavailableError
 from alora_serve.kv.factory import open_store
 from alora_serve.kv.store import Put, StoreKey
@@ -117,7 +118,7 @@ def _packages() -> str:
 
 def _machine() -> str:
     memory = psutil.virtual_memory()
-    return f"{memory.available >> 20:,} of {memory.total >> 20:,} MiB free, {machine.usable_cores()} cores"
+    return f"{memory.available >> 20:,} of {memory.total >> 20:,} MiB free, {usable_cores()} cores"
 
 
 def _cache() -> str:

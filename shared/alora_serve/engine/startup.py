@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from alora_serve.config import EngineSettings, ModelSettings, SecretSettings, ShareSettings, StoreSettings
 from alora_serve.config.cache_directory import default_cache_directory
+from alora_serve.cores import usable_cores
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.public_prompts import read_public_prompts
 from alora_serve.engine.rates import ALONE_SHARE
@@ -55,8 +57,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         ModelUnsupportedError: the model cannot be served.
     """
     signer = settings.signer()
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    _bound_threads(settings.threads)
     model = open_model(settings)
     store = open_store(
         settings.store_url,
@@ -108,6 +109,14 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         store=public_url(settings.store_url),
     )
     return StartedCore(core, store, signer)
+
+
+def _bound_threads(threads: int) -> None:
+    """Have torch compute on so many; for 0, on no more than a container's limit on processor time has the time of."""
+    if threads:
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
 def open_model(settings: ModelSettings) -> BaseModel:

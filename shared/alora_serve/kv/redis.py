@@ -6,7 +6,6 @@ itself. No command is ever retried: the caller can recompute, and sooner than a 
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from alora_serve.cores import usable_cores
 from alora_serve.errors import StoreError, StoreFullError, StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.redis_connection import Link, LinkPool
 from alora_serve.kv.redis_topology import open_topology
@@ -243,7 +243,7 @@ def _translated() -> Iterator[None]:
 
 def _connections() -> int:
     """Two hide each other's waiting even on one core; more than four would wait for Python's lock to check values."""
-    return min(max(os.cpu_count() or 1, 2), 4)
+    return min(max(usable_cores(), 2), 4)
 
 
 def _read_all(link: Link, replies: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -30,6 +31,34 @@ def _settings(model_directory: Path, tmp_path: Path, **fields: object) -> CoreSe
         model=str(model_directory), dtype="float32", store_url=f"lmdb://{tmp_path / 'store'}",
         store_budget_bytes=1 << 24, handle_secrets=(SECRET,), **fields,
     )  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("threads", "variable", "set_to"), [(0, None, [2]), (0, "8", []), (3, None, [3]), (3, "8", [3])]
+)
+def test_threads_are_no_more_than_a_container_has_the_time_of(
+    threads: int,
+    variable: str | None,
+    set_to: list[int],
+    model_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(startup, "usable_cores", lambda: 2)
+    monkeypatch.setattr(startup, "open_model", _stop)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    with pytest.raises(ConfigError, match="far enough"):
+        start_core(_settings(model_directory, tmp_path, threads=threads), CoreMetrics(CollectorRegistry()))
+    assert seen == set_to
+
+
+def _stop(_: object) -> NoReturn:
+    raise ConfigError("far enough")
 
 
 def test_a_core_is_what_its_settings_say(

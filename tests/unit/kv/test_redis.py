@@ -269,13 +269,11 @@ def test_one_command_a_key_and_nothing_else_not_even_on_connecting(store: RedisS
     assert calls == {f"cmdstat_{name}": 20 for name in ("set", "get", "exists", "unlink")}
 
 
-@pytest.mark.parametrize(
-    ("cores", "parallel", "connections"), [(1, None, 2), (3, None, 3), (64, None, 4), (None, None, 2), (1, 5, 5)]
-)
+@pytest.mark.parametrize(("cores", "parallel", "connections"), [(1, None, 2), (3, None, 3), (64, None, 4), (1, 5, 5)])
 def test_a_call_spreads_over_several_connections_and_keeps_them(
-    server: ValkeyServer, monkeypatch: pytest.MonkeyPatch, cores: int | None, parallel: int | None, connections: int
+    server: ValkeyServer, monkeypatch: pytest.MonkeyPatch, cores: int, parallel: int | None, connections: int
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("alora_serve.kv.redis.usable_cores", lambda: cores)
     store = RedisStore(f"redis://{server.host}:{server.port}/0", ttl_seconds=600, parallel=parallel)
     keys = [key_of(number) for number in range(64)]
     put(store, *(Put(key, VALUE) for key in keys))

@@ -20,12 +20,13 @@ from alora_serve.cli.demo.reference import compare_with_peft
 from alora_serve.cli.demo.result import Answer, DemoResult
 from alora_serve.cli.demo.script import DemoScript, Reply
 from alora_serve.cli.demo.view import View
-from alora_serve.cli.local import DeploymentOptions, LocalDeployment, machine
+from alora_serve.cli.local import DeploymentOptions, LocalDeployment
 from alora_serve.cli.local.deployment import PREFILL
 from alora_serve.cli.local.store_room import place_store
 from alora_serve.cli.pipeline.meter import Meter
 from alora_serve.cli.pipeline.result import Report, Step
 from alora_serve.client import Client
+from alora_serve.cores import usable_cores
 from alora_serve.errors import ConfigError
 from alora_serve.kv.factory import lmdb_root
 from alora_serve.model.demo_model import demo_model_path
@@ -67,7 +68,7 @@ async def run_demo(script: DemoScript, options: DeploymentOptions, view: View) -
             # Left by an interrupt, the client is closed, and so the thread's call ends.
             with Client(deployment.router_address) as client:
                 told = await asyncio.to_thread(_tell, script, client, replace_processes, view)
-            threads = deployment.settings.threads or machine.usable_cores()
+            threads = deployment.settings.threads or usable_cores()
             view.doing("stopping the services")
     view.doing("computing the same prompts with stock PEFT")
     checks, versions = await compare_with_peft(
