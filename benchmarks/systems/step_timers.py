@@ -10,6 +10,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from time import perf_counter
 from typing import Any, Final
 
@@ -42,6 +43,8 @@ class StepTimers:
     def __init__(self) -> None:
         self._steps: list[tuple[list[int], dict[str, float]]] = []
         self._spent: dict[str, float] = defaultdict(float)
+        # A step that ends a sequence says so while it runs: who is told first waits here until it is counted.
+        self._running = Lock()
 
     def decode_steps(self, sequences: int) -> dict[str, list[float]]:
         """Of each step in which so many sequences decoded and nothing else ran, by kind; the last is :data:`WHOLE`.
@@ -49,7 +52,8 @@ class StepTimers:
         Raises:
             RuntimeError: there was none.
         """
-        found = [seconds for lengths, seconds in self._steps if lengths == [1] * sequences]
+        with self._running:
+            found = [seconds for lengths, seconds in self._steps if lengths == [1] * sequences]
         if not found:
             raise RuntimeError("no step had all sequences in it: ask for more tokens")
         # A kind of work that there was none of is none.
@@ -57,7 +61,8 @@ class StepTimers:
 
     def prefill(self) -> dict[str, float]:
         """All steps together, those of one prefill, by kind; the last is :data:`PREFILL`."""
-        kinds = {kind: sum(seconds[kind] for _, seconds in self._steps) for kind in (*_KINDS, REST)}
+        with self._running:
+            kinds = {kind: sum(seconds[kind] for _, seconds in self._steps) for kind in (*_KINDS, REST)}
         return {**{kind: seconds for kind, seconds in kinds.items() if seconds}, PREFILL: sum(kinds.values())}
 
     @contextmanager
@@ -89,13 +94,14 @@ class StepTimers:
     def _whole(self, run: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(run)
         def timed(stepper: Stepper, shares: Any, finish: Any) -> Any:
-            self._spent.clear()
-            began = perf_counter()
-            batch = run(stepper, shares, finish)
-            seconds = perf_counter() - began
-            kinds = {kind: self._spent[kind] for kind in _KINDS}
-            lengths = [len(span.tokens) for _, span in batch]
-            self._steps.append((lengths, {**kinds, REST: seconds - sum(kinds.values()), WHOLE: seconds}))
-            return batch
+            with self._running:
+                self._spent.clear()
+                began = perf_counter()
+                batch = run(stepper, shares, finish)
+                seconds = perf_counter() - began
+                kinds = {kind: self._spent[kind] for kind in _KINDS}
+                lengths = [len(span.tokens) for _, span in batch]
+                self._steps.append((lengths, {**kinds, REST: seconds - sum(kinds.values()), WHOLE: seconds}))
+                return batch
 
         return timed
