@@ -30,14 +30,6 @@ METHODS: Final = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATC
 """Those of HTTP. A client may send any other word, which metrics and spans call ``other``."""
 CLIENT_LEFT: Final = 499
 INTERNAL: Final = 500
-# FastAPI lets this one pass where it reads a body, and calls anything else an error of parsing.
-_TOO_LONG: Final = HTTPException(
-    413, f"the body is longer than {MAX_MESSAGE_BYTES} bytes, more than any model here can need"
-)
-# The rest of the body is not waited for.
-_TOO_SLOW: Final = HTTPException(
-    408, "the body did not arrive in time; send it without pausing", {"connection": "close"}
-)
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -129,7 +121,7 @@ def refuse_long(headers: Mapping[str, str]) -> None:
     """
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > MAX_MESSAGE_BYTES:
-        raise _TOO_LONG
+        raise _too_long()
 
 
 class Bounded:
@@ -146,13 +138,26 @@ class Bounded:
             async with asyncio.timeout_at(self._due):
                 message = await self._receive()
         except TimeoutError:
-            raise _TOO_SLOW from None
+            raise _too_slow() from None
         if not message.get("more_body", False):
             self._due = None
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            raise _TOO_LONG
+            raise _too_long()
         return message
+
+
+# FastAPI lets these pass where it reads a body, and calls anything else an error of parsing. Each is made anew: an
+# exception keeps the frames that it was raised in, and with them what had come of the body.
+
+
+def _too_long() -> HTTPException:
+    return HTTPException(413, f"the body is longer than {MAX_MESSAGE_BYTES} bytes, more than any model here can need")
+
+
+def _too_slow() -> HTTPException:
+    # The rest of the body is not waited for.
+    return HTTPException(408, "the body did not arrive in time; send it without pausing", {"connection": "close"})
 
 
 def _traced(headers: Headers) -> dict[str, str]:
