@@ -40,6 +40,9 @@ STATUS_SECONDS: Final = 1.0
 LATE_SECONDS: Final = 0.1
 """A call that is cancelled so shortly before its deadline has met it: the client's clock began earlier than ours."""
 
+LEAVING_SECONDS: Final = 0.1
+"""Within it gRPC cancels a call that ended without a request because its client left, or sent too large a one."""
+
 STATUS_STREAMS: Final = "Watch"
 """Methods of this prefix stream until the client leaves: a drain neither waits for them nor turns them away."""
 
@@ -187,6 +190,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if _is_late(context):
             raise DeadlinePassedError("the deadline had passed before the request was looked at")
         if request is grpc.aio.EOF:
+            await asyncio.sleep(LEAVING_SECONDS)
             raise InvalidRequestError("the call ended without a request")
         if isinstance(request, Refused):
             raise request.error

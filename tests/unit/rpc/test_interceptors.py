@@ -37,6 +37,7 @@ from alora_serve.v1.base_prefill_pb2_grpc import (
     BasePrefillServiceStub,
     add_BasePrefillServiceServicer_to_server,
 )
+from fake_services import until
 
 TIMEOUT_SECONDS = 30.0
 LIMIT_BYTES = 100_000
@@ -491,6 +492,14 @@ async def test_a_request_that_does_not_arrive_is_given_up() -> None:
         assert "did not arrive within 0.3 s" in str(error)
         assert await server.counts.ended() == [(PREFILL, "CANCELLED")]
         assert await server.in_flight.drain(0) == 0
+    assert server.servicer.calls == 0
+
+
+async def test_a_client_that_leaves_before_its_request_has_arrived_is_counted_as_such(server: Server) -> None:
+    call = in_parts(server, nothing(asyncio.Event()))
+    await until(lambda: server.counts.begun == [PREFILL])
+    call.cancel()
+    assert await server.counts.ended() == [(PREFILL, "CANCELLED")]
     assert server.servicer.calls == 0
 
 
