@@ -80,6 +80,8 @@ class ResponseStream(ABC, Generic[RequestT, ItemT]):
             return
         self._retries.received(self._received.num_tokens)
         time.sleep(self._retries.pause_after(error))
+        if self._closed:  # meanwhile
+            return
         self._call = self._open_call(self._received.resumed(self._request), self._retries.remaining_seconds())
 
     @abstractmethod

@@ -462,6 +462,21 @@ async def test_a_stream_whose_router_is_lost_goes_on_at_the_next(connect: Any, a
         assert isinstance(events[-1], Finished)
 
 
+async def test_a_stream_that_is_closed_before_it_is_repeated_makes_no_further_call(connect: Any) -> None:
+    router = ScriptedRouter(UnavailableError("gone"))
+    retry = RetryPolicy(backoff_seconds=1.0)
+    async with router.served() as server, connect(server.address, retry=retry) as client:
+        stream = await run(client, lambda c: c.generate("Hi"))
+        reading = asyncio.create_task(run(client, lambda _: stream.result()))
+        await until(lambda: router.calls == 1)
+        await asyncio.sleep(0.1)  # it has heard of that, and waits for half a second at least
+        await done(stream.close())
+        with pytest.raises(UnavailableError, match="before the generation was finished"):
+            await reading
+        await run(client, lambda c: c.generate("Hi").result())
+        assert router.calls == 2
+
+
 async def test_a_fan_out_whose_router_is_lost_asks_for_what_is_missing(connect: Any) -> None:
     router = ScriptedRouter(UnavailableError("gone"), after=8)
     async with router.served() as server, connect(server.address, retry=FAST) as client:
