@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import RedisError
 
-from alora_serve.errors import StoreUnavailableError
+from alora_serve.errors import StoreTimeoutError, StoreUnavailableError
 from alora_serve.kv.redis_connection import LinkPool
 from alora_serve.kv.redis_url import Address, RedisUrl, TlsFiles
 
@@ -119,6 +120,17 @@ def _ask(pools: _Pools, addresses: list[Address], command: tuple[bytes, ...], de
     raise StoreUnavailableError(f"none of {len(addresses)} addresses says where keys are: {failure}") from failure
 
 
+@contextmanager
+def _held(lock: threading.Lock, deadline: float) -> Iterator[None]:
+    """One call asks where keys are, the others wait for its answer, none of them longer than it may."""
+    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise StoreTimeoutError("nobody said in time where keys are in Redis")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Sentinels:
     """Whichever server they call the master."""
 
@@ -134,7 +146,7 @@ class Sentinels:
         """See :class:`Topology`."""
         master = self._master
         if master is None:
-            with self._lock:  # one asks, the others wait for its answer
+            with _held(self._lock, deadline):
                 master = self._master or self._ask_for_master(deadline)
                 self._master = master
         return self._servers.at(master)
@@ -170,7 +182,7 @@ class Cluster:
         """See :class:`Topology`."""
         slots = self._slots
         if slots is None:
-            with self._lock:  # one asks, the others wait for its answer
+            with _held(self._lock, deadline):
                 slots = self._slots or self._ask_for_slots(deadline)
                 self._slots = slots
         address = slots[key_slot(key)]

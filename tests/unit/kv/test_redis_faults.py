@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -253,6 +256,29 @@ def test_the_replica_of_a_master_that_falls_silent_is_found(kind: str, tmp_path:
         master.hang()
         until(lambda: is_usable(store, 0.5), "a store on the promoted replica")
         store.close()
+
+
+@pytest.mark.parametrize("url", ["redis+cluster://{}", "redis+sentinel://{}/kv-master/0"], ids=["cluster", "sentinels"])
+def test_a_call_waits_no_longer_than_it_may_for_another_that_asks_where_keys_are(url: str) -> None:
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
+        hosts = ",".join(f"127.0.0.1:{server.getsockname()[1]}" for server in silent)
+        store = RedisStore(url.format(hosts), ttl_seconds=600)
+        others = stack.enter_context(ThreadPoolExecutor())
+        asking = others.submit(store.put_many, PUTS, timeout_seconds=10.0)
+        until(lambda: is_asked(silent[0]), "a call that asks")
+        began = time.monotonic()
+        with pytest.raises(StoreTimeoutError):
+            store.contains_many(KEYS, timeout_seconds=0.2)
+        assert time.monotonic() - began < 1.0
+        with pytest.raises(StoreUnavailableError):
+            asking.result()
+        store.close()
+
+
+def is_asked(server: socket.socket) -> bool:
+    """Somebody has connected."""
+    return bool(select.select([server], [], [], 0.0)[0])
 
 
 def test_a_new_authority_takes_over_at_the_next_connection(tmp_path: Path) -> None:
