@@ -93,6 +93,8 @@ class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
 
     async def _recover(self, error: AloraServeError) -> None:
         """Go on with another call, from what was received, if the policy allows it."""
+        if self._received.is_finished:  # all has come but the end of the call
+            self._closed = True
         if self._closed:
             return
         self._retries.received(self._received.num_tokens)

@@ -29,6 +29,11 @@ class Outcomes:
         """Results that have come: each is progress."""
         return sum(outcome is not None for outcome in self._found)
 
+    @property
+    def is_finished(self) -> bool:
+        """Every result has come."""
+        return None not in self._found
+
     def resumed(self, request: alora_pb2.RunIntrinsicsRequest) -> alora_pb2.RunIntrinsicsRequest:
         """The request for the intrinsics whose results are missing."""
         rest = alora_pb2.RunIntrinsicsRequest()

@@ -67,6 +67,10 @@ class Received(Protocol[RequestT]):
     def num_tokens(self) -> int:
         """Tokens that have come."""
 
+    @property
+    def is_finished(self) -> bool:
+        """Nothing is missing."""
+
     def resumed(self, request: RequestT) -> RequestT:
         """The request for what is missing."""
 
@@ -170,6 +174,11 @@ class FanOutTranscript:
         """Tokens that have come, of all targets."""
         return sum(target.num_tokens for target in self._targets if isinstance(target, Transcript))
 
+    @property
+    def is_finished(self) -> bool:
+        """Every target has ended."""
+        return all(isinstance(target, AloraServeError) or target.is_finished for target in self._targets)
+
     def resumed(self, request: alora_pb2.FanOutRequest) -> alora_pb2.FanOutRequest:
         """See :class:`Received`. Each target goes on from where it stood; those that have ended are skipped."""
         rest = alora_pb2.FanOutRequest()
@@ -211,6 +220,11 @@ class SampleTranscript:
     def num_tokens(self) -> int:
         """Tokens that have come, of all samples."""
         return sum(sample.num_tokens for sample in self._samples)
+
+    @property
+    def is_finished(self) -> bool:
+        """Every sample has ended."""
+        return all(sample.is_finished for sample in self._samples)
 
     def resumed(self, request: alora_pb2.GenerateRequest) -> alora_pb2.GenerateRequest:
         """See :class:`Received`. Each sample goes on from where it stood; those that have ended are skipped."""

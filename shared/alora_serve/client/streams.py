@@ -76,6 +76,8 @@ class ResponseStream(ABC, Generic[RequestT, ItemT]):
 
     def _recover(self, error: AloraServeError) -> None:
         """Go on with another call, from what was received, if the policy allows it."""
+        if self._received.is_finished:  # all has come but the end of the call
+            self._closed = True
         if self._closed:
             return
         self._retries.received(self._received.num_tokens)

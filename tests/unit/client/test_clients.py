@@ -357,6 +357,8 @@ class ScriptedRouter(AloraServiceServicer):
                 await self._fail(context)
             yield response
             sent += 1
+        if self.failures and sent == self.after:
+            await self._fail(context)
 
     async def ListAdapters(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.calls += 1
@@ -451,15 +453,35 @@ async def test_a_call_begun_while_the_only_router_restarts_is_answered_by_the_ne
             assert (await asked).text == "Hello world!"
 
 
-@pytest.mark.parametrize("after", [1, 2, 3, 4])
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 5])
 async def test_a_stream_whose_router_is_lost_goes_on_at_the_next(connect: Any, after: int) -> None:
     router = ScriptedRouter(*[UnavailableError("gone")] * 2, after=after)
     async with router.served() as server, connect(server.address, retry=FAST) as client:
         events = await events_of(client, lambda c: c.generate("Hi", seed=3))
         chunks = [event for event in events if isinstance(event, TokenChunk)]
         assert [chunk.text for chunk in chunks] == ["Hello", " world"]
-        assert sum(isinstance(event, Started) for event in events) == 1
+        for once in (Started, Finished):
+            assert sum(isinstance(event, once) for event in events) == 1
         assert isinstance(events[-1], Finished)
+
+
+@pytest.mark.parametrize("failure", [UnavailableError("gone"), DeadlinePassedError("late"), AloraServeError("a bug")])
+async def test_a_router_that_is_lost_once_all_has_come_is_missed_by_nobody(
+    connect: Any, failure: AloraServeError
+) -> None:
+    calls: list[tuple[int, Callable[[Any], Any], list[str]]] = [
+        (5, lambda c: c.generate("Hi").result(), ["Hello world!"]),
+        (10, lambda c: c.sample("Hi", 2).results(), ["Hello world!"] * 2),
+        (10, lambda c: c.fanout("Hi", ["a", "b"]).results(), ["Hello world!"] * 2),
+        (2, lambda c: c.run_intrinsics("Hi", ["a", "b"]).results(), ["0", "1"]),
+    ]
+    for after, call, texts in calls:
+        router = ScriptedRouter(failure, after=after)
+        async with router.served() as server, connect(server.address, retry=FAST) as client:
+            found = await run(client, call)
+            results = found if isinstance(found, list) else [found]
+            assert [result.raw_text if after == 2 else result.text for result in results] == texts
+            assert (router.calls, router.failures) == (1, []), "it failed, and nobody asked again"
 
 
 async def test_a_stream_that_is_closed_before_it_is_repeated_makes_no_further_call(connect: Any) -> None:
