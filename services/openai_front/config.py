@@ -29,6 +29,7 @@ class Settings(ServerSettings, FrontDoorSettings):
                 self.router_tls_cert_file,
                 self.router_tls_key_file,
                 self.router_tls_server_name,
+                settings="router_tls",
             )
         if self.router_tls_cert_file:
             raise ConfigError("router_tls_cert_file needs router_tls_ca_file: certificates are shown over TLS alone")

@@ -40,7 +40,7 @@ def connected(address: str, retry: RetryPolicy = AT_A_TERMINAL) -> Iterator[Clie
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise InvalidRequestError.of("address", f"{address!r} is not host:port (IPv6 goes in brackets: [::1]:50051)")
-    tls = ClientTls(*(os.environ.get(name, "") for name in _TLS_VARIABLES))
+    tls = ClientTls(*(os.environ.get(name, "") for name in _TLS_VARIABLES), settings="client_tls")
     with Client(
         address,
         credentials=tls.credentials() if tls.ca_file else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -70,12 +70,14 @@ class ClientTls:
         key_file: the private key.
         server_name: the name that servers' certificates carry, where it is not the one connected to: endpoints are
             found by name and connected to by address.
+        settings: what those that name the files begin with, for errors.
     """
 
     ca_file: str
     cert_file: str = ""
     key_file: str = ""
     server_name: str = ""
+    settings: str = field(default="peer_tls", kw_only=True)
 
     @classmethod
     def of_peers(cls, settings: RouterSettings) -> ClientTls | None:
@@ -96,9 +98,9 @@ class ClientTls:
             ConfigError: a file cannot be read.
         """
         return grpc.ssl_channel_credentials(
-            root_certificates=read_pem("peer_tls_ca_file", self.ca_file),
-            private_key=read_pem("peer_tls_key_file", self.key_file) if self.key_file else None,
-            certificate_chain=read_pem("peer_tls_cert_file", self.cert_file) if self.cert_file else None,
+            root_certificates=read_pem(f"{self.settings}_ca_file", self.ca_file),
+            private_key=read_pem(f"{self.settings}_key_file", self.key_file) if self.key_file else None,
+            certificate_chain=read_pem(f"{self.settings}_cert_file", self.cert_file) if self.cert_file else None,
         )
 
     @property

@@ -13,7 +13,7 @@ import trustme
 from grpc_health.v1 import health, health_pb2_grpc  # type: ignore[import-untyped]  # the package has no stubs
 
 from alora_serve.cli.connection import connected
-from alora_serve.errors import InvalidRequestError, UnavailableError
+from alora_serve.errors import ConfigError, InvalidRequestError, UnavailableError
 
 
 @pytest.fixture
@@ -50,6 +50,14 @@ def test_a_certificate_may_carry_another_name_than_the_address(
     monkeypatch.delenv("ALORA_CLIENT_TLS_SERVER_NAME")
     with connected(address) as client, pytest.raises(UnavailableError):
         client.wait_ready(2)
+
+
+def test_a_certificate_that_is_not_there_is_told_by_the_variable_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALORA_CLIENT_TLS_CA_FILE", str(tmp_path / "ca.pem"))
+    with pytest.raises(ConfigError, match=r"^client_tls_ca_file"), connected("127.0.0.1:1"):
+        pass
 
 
 def test_who_mistyped_an_address_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,9 @@ def test_calling_elsewhere_needs_a_certificate_or_a_word() -> None:
         Settings(router_address=ELSEWHERE).router_tls()
     assert Settings(router_address=ELSEWHERE, allow_insecure=True).router_tls() is None
     assert Settings().router_tls() is None
-    assert Settings(router_address=ELSEWHERE, router_tls_ca_file="ca").router_tls() == ClientTls("ca")
+    assert Settings(router_address=ELSEWHERE, router_tls_ca_file="ca").router_tls() == ClientTls(
+        "ca", settings="router_tls"
+    )
 
 
 @pytest.mark.parametrize("half", [{"router_tls_cert_file": "c"}, {"router_tls_key_file": "k"}])

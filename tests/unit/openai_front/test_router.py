@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 
 from alora_serve.errors import ConfigError
 from alora_serve.rpc.tls import ClientTls
+from openai_front.config import Settings
 from openai_front.router import Router
 
 
@@ -33,5 +34,6 @@ async def test_certificates_that_are_gone_for_a_moment_fail_no_request(tmp_path:
 
 
 async def test_a_router_whose_certificates_never_were_there_is_a_wrong_setting(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="peer_tls_ca_file"):
-        Router("127.0.0.1:1", ClientTls(str(tmp_path / "ca.crt")))
+    tls = Settings(router_tls_ca_file=str(tmp_path / "ca.crt")).router_tls()
+    with pytest.raises(ConfigError, match=r"^router_tls_ca_file"):
+        Router("127.0.0.1:1", tls)
