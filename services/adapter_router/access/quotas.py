@@ -17,6 +17,9 @@ DAY_SECONDS: Final = 86_400.0
 RETRY_SECONDS: Final = 1.0
 """When to come back after too much at once: about one short answer's time."""
 
+_MANY_BUCKETS: Final = 1024
+"""Where those that are full again begin to be dropped."""
+
 
 class Bucket:
     """Holds up to an amount and refills in a period. May be overdrawn: what a request costs is known at its end."""
@@ -30,6 +33,11 @@ class Bucket:
     def amount(self) -> float:
         """What it holds when full."""
         return self._amount
+
+    @property
+    def is_full(self) -> bool:
+        """As a new one is."""
+        return self._fill() >= self._amount
 
     def seconds_until_open(self) -> float:
         """0 while there is something in it."""
@@ -62,6 +70,7 @@ class Quotas:
         self._sequences: Counter[str] = Counter()
         self._queued_tokens: Counter[str] = Counter()
         self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._many = _MANY_BUCKETS
 
     @contextmanager
     def hold(self, tenant: str, *, sequences: int, prompt_tokens: int) -> Iterator[None]:
@@ -105,6 +114,9 @@ class Quotas:
     def _bucket(self, tenant: str, what: str, amount: float, period_seconds: float) -> Bucket:
         bucket = self._buckets.get((tenant, what))
         if bucket is None or bucket.amount != amount:
+            if len(self._buckets) >= self._many:  # a JWT may name any tenant
+                self._buckets = {key: kept for key, kept in self._buckets.items() if not kept.is_full}
+                self._many = max(_MANY_BUCKETS, 2 * len(self._buckets))
             bucket = self._buckets[tenant, what] = Bucket(amount, period_seconds, self._clock)
         return bucket
 

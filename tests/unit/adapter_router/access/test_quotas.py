@@ -111,6 +111,19 @@ def test_a_tenant_without_an_entry_and_no_tenant_at_all_are_without_limit() -> N
         assert held.may_store(tenant)
 
 
+def test_a_tenant_that_has_used_nothing_for_long_takes_no_memory() -> None:
+    """The issuer of JWTs may know any number of them."""
+    clock = Clock()
+    rules = AccessRules(default=Quota(tokens_per_minute=600, stored_bytes_per_day=1000))
+    held = Quotas(lambda: rules, clock)
+    for number in range(20_000):
+        clock.now += 10.0
+        held.charge(f"tenant-{number}", Usage(1, generated_tokens=600, stored_bytes=100))
+    assert len(held._buckets) < 5_000
+    with pytest.raises(OverloadedError), held.hold("tenant-19999", sequences=1, prompt_tokens=0):
+        pytest.fail("what it has used was forgotten")
+
+
 @given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 30)), max_size=40))
 def test_a_bucket_never_gives_more_than_its_amount_and_what_came_in_since(steps: list[tuple[float, float]]) -> None:
     clock = Clock()
