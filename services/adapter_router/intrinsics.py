@@ -20,6 +20,7 @@ from alora_serve.client.results import GenerationResult, Transcript
 from alora_serve.errors import AdapterRefusedError, AloraServeError, IntrinsicOutputError, InvalidRequestError
 from alora_serve.intrinsics import Answer, IntrinsicDefinition, Question, ScoredToken, ask, conclude
 from alora_serve.rpc.convert import Target, event_from_proto, prompt_to_proto
+from alora_serve.rpc.convert.names import path_to
 from alora_serve.types import (
     AdapterInfo,
     FinishReason,
@@ -131,7 +132,8 @@ class Intrinsics:
         known = [item for item in found if not isinstance(item, AloraServeError)]
         unknown = run.parameters.keys() - {name for _, definition in known for name in definition.parameters}
         if unknown and len(known) == len(found):
-            raise InvalidRequestError.of(f"parameters.{min(unknown)}", "no intrinsic of this request names it; omit it")
+            field = path_to("parameters", min(unknown))
+            raise InvalidRequestError.of(field, "no intrinsic of this request names it; omit it")
         takes_documents = self._takes_documents()
 
         async def asked(index: int, adapter: AdapterInfo, definition: IntrinsicDefinition) -> Asked:

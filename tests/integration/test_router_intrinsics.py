@@ -87,6 +87,15 @@ async def test_a_result_is_the_answer_transformed() -> None:
         assert response.timings.total_seconds > 0
 
 
+async def test_a_parameter_that_nobody_names_is_told_by_the_beginning_of_its_name_however_long_that_is() -> None:
+    async with deployment([FakePrefill()], [knowing()]) as (router, _):
+        with capture_logs() as logs:
+            error = await failure_of(router.stub.RunIntrinsics(ask_all("jailbreak", parameters={"x" * 100_000: 1})))
+            await until(lambda: any(line["event"] == "rpc" and "fields" in line for line in logs))
+        assert [violation.field for violation in error.violations] == [f"parameters.{'x' * 60}…"]
+        assert len(str(logs)) < 10_000
+
+
 async def test_a_definition_is_asked_for_once_a_digest() -> None:
     worker = knowing()
     async with deployment([FakePrefill()], [worker]) as (router, _):
