@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -161,7 +161,10 @@ class DecodeStream:
                     if self._is_news(event):
                         yield event
                     if event.HasField("finished"):
-                        await rpc.code()  # its end: cancelled before, the worker would count an answer as given up
+                        # Its end: cancelled before, the worker would count an answer as given up.
+                        with suppress(TimeoutError):
+                            async with asyncio.timeout(self._silence_seconds):
+                                await rpc.code()
                         return
         finally:
             rpc.cancel()

@@ -226,6 +226,19 @@ async def test_a_slow_worker_that_gives_signs_of_life_keeps_its_stream() -> None
         assert sum(len(worker.requests) for worker in workers) == 1
 
 
+async def test_a_worker_that_hangs_once_it_has_said_all_holds_up_nobody() -> None:
+    async def hangs_at_the_end(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        async for event in answer(request, attempt):
+            yield event
+        await forever()
+
+    worker = FakeWorker(hangs_at_the_end)
+    async with deployment([FakePrefill()], [worker], limits=RouterLimits(silence_seconds=0.3)) as (router, _):
+        async with asyncio.timeout(10.0):
+            assert kinds(await events_of(router.stub.Generate(ASK)))[-1] == "finished"
+        assert len(worker.requests) == 1
+
+
 async def test_attempts_that_deliver_something_do_not_count() -> None:
     async def one_token_each(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
         delivered = len(request.resume.generated_tokens) if request.resume else 0
