@@ -135,6 +135,15 @@ def test_alerts_hold_the_service_to_the_objectives_of_the_values(seconds: float,
     assert all(bound.startswith("scalar(alora:") for bound in bounds), "no number of their own"
 
 
+def test_one_objective_may_be_what_the_other_is_as_installed(render: Any) -> None:
+    objectives = {"lateShare": 0.001, "failedShare": 0.05}
+    manifests = render("hpa", "--set-json", f"monitoring.prometheusRule.objectives={json.dumps(objectives)}")
+    rules = [rule for spec in _rules(manifests) for group in spec["groups"] for rule in group["rules"]]
+    told = {rule["record"]: rule["expr"] for rule in rules if rule.get("record", "").endswith(":objective")}
+    late, failed = "alora:first_tokens_late:objective", "alora:requests_failed:objective"
+    assert told == {late: "vector(0.001)", failed: "vector(0.05)"}
+
+
 @pytest.mark.parametrize("base", [RUNBOOK, ""])
 def test_an_alert_links_to_its_section_of_the_runbook_or_has_no_link(base: str, render: Any) -> None:
     """A path of the repository would be a link to nothing in Alertmanager."""
