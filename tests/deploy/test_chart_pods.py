@@ -346,6 +346,13 @@ def test_what_is_scaled_on_is_a_gauge_that_the_service_has(values: str, render: 
         assert all(name.startswith("alora_router_") == manifest["metadata"]["name"].endswith("router") for name in used)
 
 
+def test_keda_does_not_take_missing_series_for_no_load(render: Any) -> None:
+    """As it would without being told, and end all pods but the fewest while scraping is broken."""
+    scalers = [m for m in render("keda") if m["kind"] == "ScaledObject"]
+    triggers = [trigger for scaler in scalers for trigger in scaler["spec"]["triggers"]]
+    assert {trigger["metadata"]["ignoreNullValues"] for trigger in triggers} == {"false"}
+
+
 def test_the_rule_given_for_prometheus_adapter_serves_all_that_is_scaled_on(render: Any) -> None:
     readme = (ROOT / "deploy" / "helm" / "alora-serve" / "README.md").read_text()
     (series,) = re.findall(r'seriesQuery: \'\{__name__=~"([^"]+)"', readme)

@@ -125,7 +125,7 @@ spec:
   maxReplicaCount: {{ .values.autoscaling.maxReplicas }}
   pollingInterval: {{ $keda.pollingInterval }}
   cooldownPeriod: {{ $keda.cooldownPeriod }}
-  # Without Prometheus, as many as there must always be; never fewer than there are.
+  # Without Prometheus, or these series in it, as many as there must always be; never fewer than there are.
   fallback: {failureThreshold: 3, replicas: {{ .values.autoscaling.minReplicas }}, behavior: currentReplicasIfHigher}
   {{- with .values.autoscaling.behavior }}
   advanced:
@@ -141,6 +141,8 @@ spec:
         serverAddress: {{ $keda.prometheusAddress }}
         query: sum({{ .name }}{namespace="{{ $namespace }}", job="{{ $job }}"})
         threshold: {{ int64 .target | toString | quote }}
+        # Else what is not scraped would be 0, and end all replicas but the fewest.
+        ignoreNullValues: "false"
       {{- with $keda.authenticationRef }}
       authenticationRef: {name: {{ . }}}
       {{- end }}
