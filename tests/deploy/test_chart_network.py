@@ -353,6 +353,15 @@ def test_mutual_tls_asks_for_certificates_on_every_hop(component: str, render: A
     assert not one_way.keys() & {"ALORA_TLS_CLIENT_CA_FILE", "ALORA_STORE_TLS_CERT_FILE"}
 
 
+@pytest.mark.parametrize("checked", ["true", "false"])
+def test_an_external_stores_certificate_need_not_name_its_host_where_values_say_so(checked: str, render: Any) -> None:
+    """Whoever signed it: with the system's certificates nothing else of TLS is told."""
+    store = f"store.type=external,store.external.url=rediss://redis:6379/0,store.tls.checkHostname={checked}"
+    pod = _named(render("minimal", "--set", store), "Deployment", "-adapter-decode")["spec"]["template"]["spec"]
+    told = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    assert (told.get("ALORA_STORE_TLS_CHECK_HOSTNAME") == "false") == (checked == "false")
+
+
 # --- from outside -----------------------------------------------------------------------------------------------------
 
 

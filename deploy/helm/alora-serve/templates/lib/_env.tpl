@@ -140,8 +140,10 @@ a test compares them. A setting that changes changes the pod template, and so re
 - {name: ALORA_STORE_TLS_CERT_FILE, value: /etc/alora-serve/store-client/tls.crt}
 - {name: ALORA_STORE_TLS_KEY_FILE, value: /etc/alora-serve/store-client/tls.key}
 {{- end }}
-- {name: ALORA_STORE_TLS_CHECK_HOSTNAME, value: {{ $store.tls.checkHostname | toString | quote }}}
 {{- end }}
+{{- end }}
+{{- if and (eq $store.type "external") (not $store.tls.checkHostname) }}
+- {name: ALORA_STORE_TLS_CHECK_HOSTNAME, value: "false"}
 {{- end }}
 - {name: ALORA_STORE_PROTECTION, value: {{ $store.protection }}}
 {{- if ne $store.protection "none" }}
