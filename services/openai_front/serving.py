@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import ConfigError
 from alora_serve.metrics import CertificateMetrics
-from alora_serve.rpc.certificates import expiry_seconds
+from alora_serve.rpc.certificates import expiry_seconds, watch_client_certificates
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.listening import host_and_port, listens_with_tls, stop_on_signals
 from alora_serve.rpc.monitoring import Monitoring
@@ -40,7 +40,9 @@ async def serve(app: FastAPI, settings: Settings, monitoring: Monitoring, in_fli
         ConfigError: an address cannot be bound, or a certificate read.
     """
     stop = stop_on_signals()
-    tls = _tls(settings, CertificateMetrics(monitoring.registry)) if listens_with_tls(settings) else None
+    certificates = CertificateMetrics(monitoring.registry)
+    tls = _tls(settings, certificates) if listens_with_tls(settings) else None
+    watch_client_certificates(settings, certificates)
     with _bound(settings.listen) as bound:
         address = f"{host_and_port(settings.listen)[0]}:{bound.getsockname()[1]}"
         addresses = {"address": address, **monitoring.addresses}

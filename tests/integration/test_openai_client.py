@@ -236,8 +236,9 @@ async def test_it_speaks_tls_to_both_sides_and_takes_up_new_certificates(tiny: D
         return {"tls_cert_file": str(tmp_path / f"{name}.pem"), "tls_key_file": str(tmp_path / f"{name}.key")}
 
     public = "alora.example.com"
-    its_own, routers = issue("127.0.0.1"), issue(public)
+    its_own, routers, shown = issue("127.0.0.1"), issue(public), issue("front.example.com")
     to_router = {"router_tls_ca_file": str(tmp_path / "ca.pem"), "router_tls_server_name": public}
+    to_router |= {f"router_{name}": file for name, file in shown.items()}
     trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
     processes = tiny.local.processes
     async with (
@@ -254,6 +255,10 @@ async def test_it_speaks_tls_to_both_sides_and_takes_up_new_certificates(tiny: D
         async with httpx.AsyncClient(base_url=f"https://{door.listening.address}", verify=trusted) as http:
             answer = await http.post("/v1/chat/completions", json={"model": MODEL, "messages": ASK, "max_tokens": 2})
             assert answer.status_code == 200, answer.text
+        async with httpx.AsyncClient(base_url=f"http://{door.listening.metrics_address}") as http:
+            metrics = (await http.get("/metrics")).text
+        for use in ("server", "peer"):
+            assert f'alora_certificate_expiry_timestamp_seconds{{use="{use}"}}' in metrics
         before = await serial()
         issue("127.0.0.1")
         assert await serial() != before

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cryptography.x509 import load_pem_x509_certificates
 
-from alora_serve.config import RouterSettings, ServerSettings, StoreSettings
+from alora_serve.config import FrontDoorSettings, RouterSettings, ServerSettings, StoreSettings
 from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import ConfigError
 from alora_serve.metrics import CertificateMetrics
@@ -46,6 +46,8 @@ def watch_client_certificates(settings: ServerSettings, metrics: CertificateMetr
     """
     if isinstance(settings, RouterSettings) and settings.peer_tls_cert_file:
         metrics.watch("peer", _expiry("peer_tls_cert_file", settings.peer_tls_cert_file))
+    if isinstance(settings, FrontDoorSettings) and settings.router_tls_cert_file:
+        metrics.watch("peer", _expiry("router_tls_cert_file", settings.router_tls_cert_file))
     if isinstance(settings, StoreSettings) and settings.store_tls_cert_file:
         metrics.watch("store", _expiry("store_tls_cert_file", settings.store_tls_cert_file))
 

@@ -14,6 +14,7 @@ from alora_serve.config import ServerSettings, StoreSettings
 from alora_serve.errors import ConfigError
 from alora_serve.metrics import CertificateMetrics
 from alora_serve.rpc.certificates import expiry_seconds, watch_client_certificates
+from openai_front.config import Settings as FrontSettings
 from redis_servers import Certificates, make_certificates
 
 NAME = "alora_certificate_expiry_timestamp_seconds"
@@ -66,6 +67,13 @@ def test_what_a_router_shows_its_peers_is_watched(files: Certificates) -> None:
     assert registry.get_sample_value(NAME, {"use": "peer"}), "the last that could be read"
 
 
+def test_what_the_front_door_shows_its_router_is_watched(files: Certificates) -> None:
+    registry = CollectorRegistry()
+    settings = FrontSettings(router_tls_ca_file=str(files.ca_file), router_tls_cert_file=str(files.client_file))
+    watch_client_certificates(settings, CertificateMetrics(registry))
+    assert registry.get_sample_value(NAME, {"use": "peer"}) == not_after(files.client_file)
+
+
 def test_what_a_model_service_shows_its_store_is_watched(files: Certificates) -> None:
     registry = CollectorRegistry()
     settings = ModelServiceSettings(store_tls_cert_file=str(files.client_file))
@@ -74,7 +82,7 @@ def test_what_a_model_service_shows_its_store_is_watched(files: Certificates) ->
 
 
 def test_who_shows_none_has_no_series() -> None:
-    for settings in (Settings(), ModelServiceSettings()):
+    for settings in (Settings(), FrontSettings(), ModelServiceSettings()):
         registry = CollectorRegistry()
         watch_client_certificates(settings, CertificateMetrics(registry))
         assert [sample for family in registry.collect() for sample in family.samples] == []
