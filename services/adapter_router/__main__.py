@@ -31,6 +31,7 @@ async def _route(settings: Settings, monitoring: Monitoring) -> int:
     access, quotas = settings.access()
     tls = ClientTls.of_peers(settings)
     metrics, options = RouterMetrics(registry), settings.endpoint_options()
+    metrics.workers_prefill(settings.workers_prefill)
 
     def tell_health() -> None:
         monitoring.health.set_serving(bool(live_models(prefilling.snapshots(), workers.snapshots())))

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import httpx2 as httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -19,6 +20,7 @@ from alora_serve.types import Finished, GenerateRequest
 from alora_serve.v1 import alora_pb2, types_pb2
 from alora_serve.v1.alora_pb2_grpc import AloraServiceStub
 from fake_services import SECRET, FakePrefill, FakeWorker, answer, start_prefill, start_worker
+from redis_servers import free_port
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -76,6 +78,18 @@ async def test_it_serves_when_it_has_a_model_and_drains_on_sigterm() -> None:
         assert await process.wait() == 0
     await prefill.kill()
     await worker.kill()
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_it_tells_prometheus_whether_workers_may_prefill(allowed: bool) -> None:
+    """Without base prefill that is the difference between a warning and an outage."""
+    flags: tuple[str, ...] = ("--base-prefill-endpoints=127.0.0.1:1", "--decode-endpoints=127.0.0.1:1")
+    metrics = f"127.0.0.1:{free_port()}"
+    flags += (f"--metrics-listen={metrics}", f"--workers-prefill={allowed}")
+    async with router_process(*flags), httpx.AsyncClient() as http:
+        told = (await http.get(f"http://{metrics}/metrics")).text
+    assert f"alora_router_workers_prefill {float(allowed)}" in told.splitlines()
+    assert 'alora_router_endpoints{role="base_prefill",state="healthy"} 0.0' in told.splitlines()
 
 
 async def test_it_stops_serving_when_its_last_worker_is_gone() -> None:

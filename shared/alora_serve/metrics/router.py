@@ -26,6 +26,9 @@ class RouterMetrics:
         )
         # No series before such endpoints are looked for: 0 healthy ones is an alert, and some look for none.
         self._endpoints = Gauge("alora_router_endpoints", "Endpoints by state.", ["role", "state"], registry=registry)
+        self._workers_prefill = Gauge(
+            "alora_router_workers_prefill", "1 where workers prefill while no base prefill can.", registry=registry
+        )
         self._in_flight = Gauge("alora_router_in_flight", "Requests in the router.", registry=registry)
         self._requests = Counter("alora_router_requests_total", "Requests by adapter.", ["adapter"], registry=registry)
         self._errors = Histogram(
@@ -62,6 +65,10 @@ class RouterMetrics:
     def endpoints(self, role: EndpointRole, state: EndpointState, count: int) -> None:
         """So many endpoints are in this state."""
         self._endpoints.labels(role, state).set(count)
+
+    def workers_prefill(self, allowed: bool) -> None:
+        """Whether decode workers stand in for base prefill: its loss is then no outage."""
+        self._workers_prefill.set(allowed)
 
     def in_flight(self, count: int) -> None:
         """Requests in the router now."""

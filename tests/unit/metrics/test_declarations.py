@@ -40,6 +40,7 @@ COUNTED_THINGS = (
     "_state",
     "_loaded",
     "_per_second",
+    "_workers_prefill",
 )
 
 

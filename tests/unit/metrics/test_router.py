@@ -19,6 +19,7 @@ def test_router(registry: CollectorRegistry, value: Callable[..., float | None])
     metrics.resumed(decode)
     metrics.endpoints(decode, "healthy", 2)
     metrics.in_flight(4)
+    metrics.workers_prefill(True)
     metrics.requested("certainty")
     metrics.requested("")
     assert value("router_picks_total", role=decode, reason="prefix") == 1
@@ -28,5 +29,6 @@ def test_router(registry: CollectorRegistry, value: Callable[..., float | None])
     assert value("router_resumed_streams_total", role=decode) == 1
     assert value("router_endpoints", role=decode, state="healthy") == 2
     assert value("router_in_flight") == 4
+    assert value("router_workers_prefill") == 1
     assert value("router_requests_total", adapter="certainty") == 1
     assert value("router_requests_total", adapter="base") == 1
