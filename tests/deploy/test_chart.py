@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "alora-serve"
 TEMPLATES = sorted(path for path in (CHART / "templates").rglob("*") if path.is_file())
 NEWEST = "1.37"
+REGISTRY = ("--set", "global.imageRegistry=registry")
 PASSED_ON = {"kubernetes", "stringMap"}
 """Definitions of the schema for what Kubernetes itself checks, or whose keys are free."""
 
@@ -155,6 +156,20 @@ def test_values_and_schema_name_the_same_things(schema: dict[str, Any], defaults
 def test_the_table_of_values_names_each(defaults: dict[str, Any]) -> None:
     table = (CHART / "README.md").read_text()
     assert [name for name in defaults if f"`{name}" not in table] == []
+
+
+def test_the_page_says_which_images_an_installation_pulls(render: Any) -> None:
+    """Under which tags, too: nobody publishes them, so whoever installs has pushed them before."""
+    told = (CHART / "README.md").read_text()
+    (images,) = re.findall(r"for image in ([a-z -]+);", told)
+    (pattern,) = re.findall(r"docker push \$(registry/\S+)", told)
+    pushed = {pattern.replace("$image", image) for image in images.split()}
+    pods = [m["spec"].get("template", m).get("spec", {}) for m in render("minimal", *REGISTRY) if "spec" in m]
+    containers = [one for pod in pods for kind in ("containers", "initContainers") for one in pod.get(kind, [])]
+    pulled = {container["image"] for container in containers}
+    (store,) = pulled - pushed
+    assert f"`{store.removeprefix('registry/')}`" in told
+    assert pushed < pulled
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
