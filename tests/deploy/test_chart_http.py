@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
+
+import pytest
 
 NAME = "r-alora-serve-openai-front"
 
@@ -25,6 +28,14 @@ def test_it_is_off_and_holds_no_secret_of_the_services(render: Any) -> None:
         assert "ALORA_ROUTER_ADDRESS" in told
         assert ("ALORA_ROUTER_TLS_CA_FILE" in told) == (values == "openai-front-tls")
         assert ("ALORA_ALLOW_INSECURE" in told) == (values == "openai-front")
+
+
+def test_a_router_that_asks_for_certificates_must_get_one(render: Any) -> None:
+    """Else the front door would be ready, and fail every request."""
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        render("openai-front-tls", "--set", "openaiFront.routerClientSecret=")
+    assert "tls.clientCaSecret needs openaiFront.routerClientSecret" in refused.value.stderr
+    assert render("openai-front-tls", "--set", "openaiFront.routerClientSecret=,tls.clientCaSecret=")
 
 
 def test_readiness_asks_for_what_the_process_tells(render: Any) -> None:

@@ -162,6 +162,8 @@ a test compares them. A setting that changes changes the pod template, and so re
 {{- if .values.routerClientSecret }}
 - {name: ALORA_ROUTER_TLS_CERT_FILE, value: /etc/alora-serve/router-client/tls.crt}
 - {name: ALORA_ROUTER_TLS_KEY_FILE, value: /etc/alora-serve/router-client/tls.key}
+{{- else if .ctx.Values.tls.clientCaSecret }}
+{{- fail "tls.clientCaSecret needs openaiFront.routerClientSecret: the router takes nobody without a certificate" }}
 {{- end }}
 {{- end }}
 {{- end }}
