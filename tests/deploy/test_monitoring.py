@@ -20,6 +20,7 @@ import yaml
 from alora_serve.rpc.tls import ClientTls
 from deployment import deployed, save_tiny_model
 from every_request import everything_once
+from front_door import front_door
 from prometheus_pages import Scraper, bare, empty_queries, pages, panels, queries
 from redis_servers import free_port, make_certificates
 
@@ -40,6 +41,7 @@ _WORDS = {"and", "or", "unless", "offset", "bool"}
 ABSENT_WHILE_WELL = {
     'alora_rpc_handled_total{code=~"INTERNAL|UNKNOWN"}',
     'alora_rpc_handled_total{method=~"/alora_serve.v1.AloraService/.+", code="FAILED_PRECONDITION"}',
+    'alora_http_requests_total{route!~"GET /(health|metrics)", status=~"500|503|504"}',
 }
 """What alerts ask for and a deployment that is well does not have."""
 
@@ -308,14 +310,19 @@ async def test_every_panel_and_every_rule_has_data_while_traffic_flows_and_no_al
         "peer_tls_key_file": client,
     }
     trusting = ClientTls(authority).credentials()
-    async with deployed(save_tiny_model(tmp_path), store, workers=2, credentials=trusting, **settings) as running:
+    async with (
+        deployed(save_tiny_model(tmp_path), store, workers=2, credentials=trusting, **settings) as running,
+        front_door(running.local.router_address, router_tls_ca_file=authority) as door,
+    ):
         at = {name: process.metrics_address for name, process in running.local.processes.items()}
         jobs = {"router": [at["router"]], "prefill": [at["prefill"]], "worker": [at["worker-1"], at["worker-2"]]}
+        jobs["openai-front"] = [door.listening.metrics_address]
         async with scraped(jobs, tmp_path) as prometheus:
             end, number = time.monotonic() + SCRAPED_SECONDS, 0
             while number < MIN_ROUNDS or time.monotonic() < end:
                 number += 1
                 await everything_once(running.client, running.model, number)
+                assert [model async for model in await door.openai.models.list()]
                 await asyncio.sleep(0.5)
             await asyncio.to_thread(_check_all, prometheus)
 
