@@ -101,7 +101,7 @@ def probe(
         str,
         typer.Option(
             metavar="NAME",
-            help="Whose health: empty is the process's own; `liveness`: it answers; `startup`: it has loaded.",
+            help="Whose health: empty: the process's own; `liveness`: nothing hangs; `startup`: it has loaded.",
         ),
     ] = "",
     timeout: Timeout = 2.0,
