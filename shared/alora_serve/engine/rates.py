@@ -14,6 +14,10 @@ ALONE_SHARE: Final = 1 / 2
 BESIDE_SHARE: Final = 1 / 8
 """Likewise of one that runs beside sequences that decode, where it is given a quarter at most."""
 
+LEAST_SHARE: Final = 1 / 4
+"""Of such a step's time, what the prompt is taken to need at least: others may have been many more when they were
+measured, and a long prompt runs hundreds of steps until they are again."""
+
 _WEIGHT_OF_NEW = 0.1
 
 
@@ -42,9 +46,9 @@ class StepRates:
             self.step_seconds = _mean(self.step_seconds, seconds)
             return
         # Beside those who decode, a prompt takes what the step is longer for it; the weights are read for them anyway.
-        share, others_seconds = (BESIDE_SHARE, self.step_seconds) if decoding else (ALONE_SHARE, 0.0)
-        if prompt_tokens >= budget_tokens * share:
-            token_seconds = max(0.0, seconds - others_seconds) / prompt_tokens
+        others_seconds = min(self.step_seconds, seconds * (1 - LEAST_SHARE)) if decoding else 0.0
+        if prompt_tokens >= budget_tokens * (BESIDE_SHARE if decoding else ALONE_SHARE):
+            token_seconds = (seconds - others_seconds) / prompt_tokens
             self.prefill_tokens_per_second = _mean_rate(self.prefill_tokens_per_second, token_seconds)
 
 

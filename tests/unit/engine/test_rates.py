@@ -38,8 +38,15 @@ def test_steps_of_little_prompt_count_for_neither(decoding: int, prompt: int) ->
 @pytest.mark.parametrize("seconds", [0.05, 0.1, 0.1000001])
 def test_a_mixed_step_that_was_hardly_longer_than_others_moves_the_rate_by_a_tenth_of_its_time(seconds: float) -> None:
     rates = observed(StepRates(0.1, prefill_tokens_per_second=400.0), decoding=4, prompt=64, seconds=seconds)
-    assert rates.prefill_tokens_per_second == pytest.approx(400 / 0.9)
-    assert observed(StepRates(0.1), decoding=4, prompt=64, seconds=0.1).prefill_tokens_per_second == 0
+    assert 1 / rates.prefill_tokens_per_second == pytest.approx(0.9 / 400 + 0.1 * (seconds / 4 / 64))
+
+
+def test_beside_fewer_than_were_measured_a_long_prompt_seems_no_more_than_four_times_as_fast_as_its_steps() -> None:
+    """Sixteen decoded, one does: until it decodes alone, nobody knows how much less of a step it takes."""
+    rates = StepRates(step_seconds=0.2, prefill_tokens_per_second=400.0)
+    for _ in range(200):
+        observed(rates, decoding=1, prompt=64, seconds=0.15)
+    assert rates.prefill_tokens_per_second == pytest.approx(4 * 64 / 0.15, rel=0.01)
 
 
 def test_one_slow_step_moves_the_mean_by_a_tenth() -> None:
