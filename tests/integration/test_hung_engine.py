@@ -53,7 +53,6 @@ async def test_a_prefill_goes_elsewhere_when_its_engine_hangs_and_its_event_loop
     tiny_model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.3)
-    monkeypatch.setattr(pulse, "FIRST_STEP_SECONDS", 0.3)
     model = load_base_model(tiny_model.directory, dtype="float32")
     release = threading.Event()
     async with open_stack(model, MemoryStore()) as first, open_stack(model, MemoryStore()) as second:

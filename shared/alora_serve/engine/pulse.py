@@ -10,9 +10,6 @@ from alora_serve.engine.rates import StepRates
 LEAST_SECONDS: Final = 10.0
 """No loop is given up sooner: a machine may be busy with something else."""
 
-FIRST_STEP_SECONDS: Final = 60.0
-"""How long a loop may take while its speed is unknown."""
-
 TIMES_EXPECTED: Final = 10.0
 """How much longer than the longest step should take."""
 
@@ -21,7 +18,7 @@ class Pulse:
     """Written by the engine's thread at each turn of its loop; read by any.
 
     Args:
-        rates: how fast steps have been.
+        rates: how fast steps have been; a service measures its prefill before the first.
         step_tokens: the longest prompt part that one step runs.
     """
 
@@ -49,5 +46,5 @@ class Pulse:
         turned_at, speed = self._turned_at, self._rates.prefill_tokens_per_second
         if turned_at is None:
             return 0.0
-        expected_seconds = self._step_tokens / speed if speed else FIRST_STEP_SECONDS / TIMES_EXPECTED
+        expected_seconds = self._step_tokens / speed if speed else 0.0
         return max(0.0, monotonic() - turned_at - max(LEAST_SECONDS, TIMES_EXPECTED * expected_seconds))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alora_serve.engine import core, pulse, stepper
 
-pulse.LEAST_SECONDS = pulse.FIRST_STEP_SECONDS = core.GIVEN_UP_SECONDS = 0.3
+pulse.LEAST_SECONDS = core.GIVEN_UP_SECONDS = 0.3
 _run = stepper.Stepper.run
 
 
