@@ -8,7 +8,7 @@ sequences hold it, or a part of it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -110,7 +110,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class TailBatch:
-    """Spans whose own KV lies in one arena, attended to in one call.
+    """Spans whose own KV lies in one arena, near enough to be attended to in one call.
 
     Attributes:
         rows: rows of these spans, by slot.
@@ -202,29 +202,33 @@ class Step:
         return self._causal_masks[key]
 
     def _tails(self) -> list[TailBatch]:
-        held: defaultdict[int, list[int]] = defaultdict(list)
+        held: defaultdict[TailArena, dict[int, int]] = defaultdict(dict)
         for index, span in enumerate(self.spans):
-            if span.is_narrow_tail:
-                held[id(span.own.segment.arena)].append(index)  # type: ignore[attr-defined] # a TailSegment
-        return [self._tail_batch(indices) for indices in held.values()]
+            segment = span.own.segment
+            if span.is_narrow_tail and isinstance(segment, TailSegment):
+                held[segment.arena][index] = segment.slot
+        return [
+            self._tail_batch(arena, {index: slots[index] for index in run})
+            for arena, slots in held.items()
+            for run in arena.runs(slots, self._tokens_read(slots, arena))
+        ]
 
-    def _tail_batch(self, indices: list[int]) -> TailBatch:
-        segments = [s for s in (self.spans[index].own.segment for index in indices) if isinstance(s, TailSegment)]
-        spans = [self.spans[index] for index in indices]
-        lengths = [len(span.tokens) for span in spans]
-        slots = [segment.slot for segment, length in zip(segments, lengths, strict=True) for _ in range(length)]
+    def _tail_batch(self, arena: TailArena, slots: Mapping[int, int]) -> TailBatch:
+        """``slots``: by the index of the span that has it."""
+        spans = [self.spans[index] for index in slots]
+        rows = [range(self.rows[index].start, self.rows[index].stop) for index in slots]
         offsets = [span.destination.offset + place for span in spans for place in range(len(span.tokens))]
-        listed = [range(self.rows[index].start, self.rows[index].stop) for index in indices]
         return TailBatch(
-            arena=segments[0].arena,
-            rows=pad_rows([(s.slot, rows) for s, rows in zip(segments, listed, strict=True)], self._device),
-            tokens=self._tokens_read(max(span.own.offset + span.own.tokens for span in spans), segments[0].arena),
-            slots=self._tensor(slots),
+            arena=arena,
+            rows=pad_rows(list(zip(slots.values(), rows, strict=True)), self._device),
+            tokens=self._tokens_read(slots, arena),
+            slots=self._tensor([slot for slot, its in zip(slots.values(), rows, strict=True) for _ in its]),
             offsets=self._tensor(offsets),
         )
 
-    def _tokens_read(self, tokens: int, arena: TailArena) -> int:
+    def _tokens_read(self, indices: Collection[int], arena: TailArena) -> int:
         """Rounded up: what is not written yet is masked, and the next step reads as many."""
+        tokens = max(own.offset + own.tokens for own in (self.spans[index].own for index in indices))
         return min(arena.capacity, -(-tokens // self._read_multiple) * self._read_multiple)
 
     def take_over(self, other: Step) -> None:

@@ -1,13 +1,15 @@
 """Private KV of many sequences side by side, so that one call attends to all of it.
 
 A tail is what a sequence computed with its adapter on: short, and never anybody else's. Tails of equal capacity lie in
-slots of one arena, ``[layers, 2, slots, kv_heads, capacity, head_dim]``; attention reads a run of slots as a batch and
-masks what a sequence has not written. Masked positions are multiplied by an exact zero, which a NaN would survive:
-slots are zeroed before they are given out.
+slots of one arena, ``[layers, 2, slots, kv_heads, capacity, head_dim]``; attention reads a run of slots as a batch,
+with small gaps between those that it needs, and masks what a sequence has not written. Masked positions are multiplied
+by an exact zero, which a NaN would survive: slots are zeroed before they are given out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from alora_serve.kv.layout import KVLayout
 from alora_serve.model.kv_memory import KVSegment
+from alora_serve.model.threads import BYTES_PER_SECOND
 
 FIRST_TAIL_TOKENS: Final = 64
 """Capacity of the smallest tails. An intrinsic's answer fits."""
@@ -31,6 +34,13 @@ GPU_ARENA_TOKENS: Final = 1024
 
 KEPT_TOKENS: Final = 2048
 """Slots times capacity of the largest arena that is kept for the next sequence."""
+
+
+CALL_SECONDS: Final = 60e-6
+"""What attending to some of an arena's slots costs besides reading them."""
+
+HEAD_SECONDS: Final = 3e-6
+"""What the attention of one head of one slot costs besides reading it."""
 
 
 class TailSegment(KVSegment):
@@ -58,6 +68,7 @@ class TailArena:
         slots = max(1, min(ARENA_SLOTS, tokens // capacity))
         shape = (layout.layers, 2, slots, layout.kv_heads, capacity, layout.head_dim)
         self.data = torch.empty(shape, dtype=getattr(torch, layout.dtype), device=device)
+        self._layout = layout
         self._free = list(range(slots))
         self._slots = slots
         self._touched = 0
@@ -76,6 +87,32 @@ class TailArena:
     def is_small(self) -> bool:
         """It is worth keeping."""
         return self._slots * self.capacity <= KEPT_TOKENS
+
+    def runs(self, slots: Mapping[int, int], tokens: int) -> list[list[int]]:
+        """Whom one call attends to: holders of slots with gaps between them that are sooner read than called.
+
+        Args:
+            slots: by number of the holder.
+            tokens: positions read of each slot.
+
+        Returns:
+            Numbers of holders, in order, by calls.
+        """
+        by_slot = sorted(slots, key=slots.__getitem__)
+        runs = [by_slot[:1]]
+        for earlier, later in pairwise(by_slot):
+            if self._passes_over(slots[later] - slots[earlier] - 1, tokens):
+                runs[-1].append(later)
+            else:
+                runs.append([later])
+        return [sorted(run) for run in runs]
+
+    def _passes_over(self, slots: int, tokens: int) -> bool:
+        if self.data.device.type != "cpu":  # an arena is small there, and a call dear
+            return True
+        layout = self._layout
+        seconds = tokens * layout.bytes_per_layer_token / BYTES_PER_SECOND + layout.kv_heads * HEAD_SECONDS
+        return slots * seconds < CALL_SECONDS
 
     @property
     def used_bytes(self) -> int:

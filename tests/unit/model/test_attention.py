@@ -293,6 +293,20 @@ def test_long_answers_of_all_sequences_are_attended_to_in_one_call() -> None:
     assert _compare(rows) < 5e-5
 
 
+def test_those_whom_a_wide_gap_parts_are_attended_to_in_calls_of_their_own() -> None:
+    """Sixteen answered, three still do: what lies between the last two is not read for nobody."""
+    packed = _pack([Row((6,), 700 + number, 1, private=True) for number in range(16)], 4, 2, torch.float32, 0)
+    left = [15, 2, 0]  # in slots, the one beside the other two comes first
+    packed = Packed(
+        [packed.spans[number] for number in left],
+        *(each[:, :, left] for each in (packed.query, packed.key, packed.value)),
+        [packed.wholes[number] for number in left],
+    )
+    tails = Step(packed.spans, CPU).tails
+    assert [(batch.rows.first, batch.rows.last, batch.tokens) for batch in tails] == [(0, 3, 703), (15, 16, 716)]
+    assert (_attend(packed, scaling=0.3) - _reference(packed, 0.3, None, None)).abs().max() < 5e-5
+
+
 @pytest.mark.parametrize(("softcap", "window"), [(5.0, None), (5.0, 3), (None, 3)])
 def test_scores_that_are_written_out_expand_no_key(
     monkeypatch: pytest.MonkeyPatch, softcap: float | None, window: int | None
