@@ -124,13 +124,15 @@ class AdapterStack:
     def passes_over(self, slots: int, width: int) -> bool:
         """Whether products that multiply so many slots for nobody are done sooner than as many again without them.
 
+        On one core, which is where products so small run, however many there are.
+
         Args:
             width: rows that each slot is multiplied with, padding or not.
         """
         products = [weights for stacked in self._stacked.values() for weights in stacked.weights]
         count = slots * sum(weights.shape[1:].numel() for weights in products)
         seconds = 4 * count / BYTES_PER_SECOND + count * width / MULTIPLICATIONS_PER_SECOND
-        return seconds / torch.get_num_threads() < PRODUCT_SECONDS * len(products)
+        return seconds < PRODUCT_SECONDS * len(products)
 
     def place(self, adapters: Sequence[LoadedAdapter]) -> list[int]:
         """The slots of the adapters of one step, at most ``max_slots`` different ones, after copying in new ones."""

@@ -224,7 +224,12 @@ def test_slots_with_gaps_run_together_where_reading_what_lies_between_is_sooner_
         assert torch.allclose(out[where], expected, atol=1e-5)
 
 
-def test_no_product_reads_more_for_nobody_than_it_would_take_to_call_another() -> None:
+@pytest.mark.parametrize("threads", [1, 64])
+def test_no_product_reads_more_for_nobody_than_it_would_take_to_call_another(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """However many cores there are: products so small run on one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     adapter = an_adapter("a", {"proj": LoraPair(torch.randn(64, 2048), torch.randn(2048, 64), 1.0)})
     projection = Projection(["proj"], [nn.Linear(2048, 2048, bias=False)], "plain")
     stack = AdapterStack(shape_of(adapter), [projection], 4, CPU)
