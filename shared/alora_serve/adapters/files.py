@@ -69,9 +69,9 @@ class RealFile:
             raise
 
     def read(self) -> bytes:
-        """What it held when it was opened, and no more. Raises as :meth:`open`."""
+        """What it held when it was opened, and no more than ``max_bytes``. Raises as :meth:`open`."""
         with self.open() as file:
-            return file.read(os.fstat(file.fileno()).st_size)
+            return file.read(min(os.fstat(file.fileno()).st_size, self.max_bytes))
 
     def _descriptor(self) -> int:
         *folders, name = self.path.relative_to(self.root).parts
