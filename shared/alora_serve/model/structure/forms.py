@@ -9,6 +9,7 @@ from typing import Any, Final
 from llguidance import LLMatcher
 
 from alora_serve.errors import InvalidRequestError
+from alora_serve.model.structure.bounds import LARK_TEXT, MAX_OPTIONAL_PARTS, most_optional_parts, optional_parts
 from alora_serve.model.structure.ebnf import is_ebnf, lark_of
 from alora_serve.model.structure.places import UNSATISFIABLE, place_of_fault
 from alora_serve.model.structure.schemas import CONTROL_CHARACTERS, check_schema, keyword_places, narrow_schema
@@ -20,6 +21,20 @@ MAX_COMPLAINT_CHARACTERS: Final = 500
 _UNFORCED: Final = '\n\n\n\n%llguidance {"no_forcing": true}'
 """Text that an answer must have is not computed ahead: what a rule that never ends makes of 5 kB ended the process. The
 last such line holds; it stands apart from what a complaint quotes."""
+
+_TOO_OPTIONAL: Final = f"more than {MAX_OPTIONAL_PARTS} parts of it may be left out"
+_GUIDANCE: Final = {
+    # Left free, a small model may write white space until its tokens are used up.
+    "whitespace_flexible": True,
+    "whitespace_pattern": " ?",
+    "item_separator": ",",
+    "key_separator": ":",
+    "lenient": False,
+    "coerce_one_of": False,
+    # No \uXXXX: a key spelt with one would be a declared one in disguise.
+    "json_allowed_escapes": '"\\bfnrt',
+}
+_LARK_SCHEMA: Final = re.compile(rf"(?:{LARK_TEXT})|(?P<schema>%json\s*)", re.DOTALL)
 
 _EMPTY_LINES: Final = re.compile(r"(?: \d+ \|)+$")
 """The end of what a complaint quotes, where nothing stands."""
@@ -42,6 +57,8 @@ def grammar_of(form: StructuredOutput) -> str:
         case JsonSchema(schema):
             return _grammar_of_schema(schema, field_of(form))
         case Regex(pattern):
+            if optional_parts(pattern) > MAX_OPTIONAL_PARTS:
+                raise complaint(form, _TOO_OPTIONAL)
             regex: str = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"][0]["lark_grammar"]
             return regex + _UNFORCED
         case Grammar(grammar):
@@ -74,6 +91,8 @@ def complaint(form: StructuredOutput, message: str) -> InvalidRequestError:
 
 
 def _described(message: str) -> str:
+    if "x-guidance" in message:  # it quotes a grammar's schema, which is not as it was given
+        message = message.partition("\n")[0]
     if "coerce_one_of" in message:
         return "'oneOf' is supported only where no value fits two of its schemas; use 'anyOf'"
     words = " ".join(message.replace("<non-verbose/>", "").split())
@@ -99,25 +118,41 @@ def _json_grammar(schema: Any) -> str:
     # Overrides win over what a schema says in "x-guidance": it may not switch off what would refuse it.
     return LLMatcher.grammar_from_json_schema(
         "{}" if schema is True else json.dumps(schema),
-        overrides={
-            # Left free, a small model may write white space until its tokens are used up.
-            "whitespace_flexible": True,
-            "whitespace_pattern": " ?",
-            "item_separator": ",",
-            "key_separator": ":",
-            "lenient": False,
-            "coerce_one_of": False,
-            # No \uXXXX: a key spelt with one would be a declared one in disguise.
-            "json_allowed_escapes": '"\\bfnrt',
-        },
+        overrides=_GUIDANCE,
     )
 
 
 def _lark(grammar: str, field: str) -> str:
     try:
-        return lark_of(grammar) if is_ebnf(grammar) else grammar
+        lark = lark_of(grammar) if is_ebnf(grammar) else grammar
     except ValueError as error:
         raise InvalidRequestError.of(field, f"as EBNF: {error}") from error
+    try:
+        too_optional = most_optional_parts(lark) > MAX_OPTIONAL_PARTS
+    except ValueError as error:
+        raise InvalidRequestError.of(field, str(error)) from error
+    if too_optional:
+        raise InvalidRequestError.of(field, _TOO_OPTIONAL)
+    return _with_schemas_checked(lark, field)
+
+
+def _with_schemas_checked(lark: str, field: str) -> str:
+    """A grammar whose ``%json`` schemas are held to as those that stand alone."""
+    parts, at = list[str](), 0
+    try:
+        while begun := _LARK_SCHEMA.search(lark, at):
+            parts.append(lark[at : begun.end()])
+            at = begun.end()
+            if begun["schema"]:
+                schema, at = json.JSONDecoder().raw_decode(lark, at)
+                check_schema(schema, field)
+                narrow_schema(schema, field)
+                parts.append(json.dumps({**schema, "x-guidance": _GUIDANCE} if isinstance(schema, dict) else schema))
+    except RecursionError as error:
+        raise InvalidRequestError.of(field, "a schema in it is nested too deeply") from error
+    except json.JSONDecodeError:  # llguidance tells where
+        return lark
+    return "".join((*parts, lark[at:]))
 
 
 def _literally(text: str) -> str:

@@ -12,7 +12,7 @@ _WRITABLE: Final = r"[^\x00-\x07\x0b\x0e-\x1f\x7f]"
 _PART: Final = re.compile(
     r"""
     (?P<class>\[)
-    | (?P<set>\\(?: [pP](?:\{[^}]*\}|.) | [xuU]\{[^}]*\} | x.{2} | u.{4} | U.{8} | [av] ) | [\x00-\x1f\x7f])
+    | (?P<set>\\(?: [pP](?:\{[^}]{0,99}\}|.) | [xuU]\{[^}]*\} | x.{2} | u.{4} | U.{8} | [av] ) | [\x00-\x1f\x7f])
     | \\.
     | \(\?P?<[^>]*>  # the name of a group may hold brackets
     | \(\?[a-zA-Z-]*(?P<verbose>x)

@@ -6,6 +6,13 @@ from collections.abc import Iterator, Set
 from typing import Any, Final
 
 from alora_serve.errors import InvalidRequestError
+from alora_serve.model.structure.bounds import (
+    MAX_DIVISOR,
+    MAX_JOINT_PATTERNS,
+    MAX_OPTIONAL_PARTS,
+    odd_divisor,
+    optional_parts,
+)
 from alora_serve.model.structure.patterns import UNWRITABLE, narrowed
 
 CONTROL_CHARACTERS: Final = "control characters other than \\b, \\t, \\n, \\f and \\r"
@@ -15,6 +22,9 @@ _NAMED_SCHEMAS: Final = ("properties", "patternProperties", "$defs", "definition
 """Keywords whose value's keys are names, not keywords."""
 _PLAIN_VALUES: Final = ("const", "enum", "default", "examples")
 """Keywords whose value is no schema."""
+_CONSTRAINTS: Final = frozenset(
+    {"pattern", "format", "properties", "patternProperties", "additionalProperties", "items", "prefixItems", "allOf"}
+)
 _MAX_INTEGER: Final = 1 << 53
 """llguidance takes numbers as 64-bit floats, which have every integer up to here."""
 
@@ -67,9 +77,15 @@ def check_schema(schema: Any, field: str) -> None:
     """
     if schema is False:
         raise InvalidRequestError.of(field, "false allows no answer")
+    patterns, joints = set[str](), 0
     for path, inner in schemas_in(schema):
         for keyword, complaint in _complaints(inner):
             raise InvalidRequestError.of(field, f"{keyword!r} at {path or '/'} is not supported {complaint}")
+        patterns.update(f"{keyword} {inner[keyword]}" for keyword in ("pattern", "format") if keyword in inner)
+        joints += _joints(inner)
+    if min(len(patterns), joints) > MAX_JOINT_PATTERNS:
+        told = f"more than {MAX_JOINT_PATTERNS} different patterns and formats are not supported"
+        raise InvalidRequestError.of(field, f"{told} where so many schemas are joined, by 'allOf' or '$ref', say")
 
 
 def narrow_schema(schema: Any, field: str) -> None:
@@ -91,6 +107,13 @@ def narrow_schema(schema: Any, field: str) -> None:
             inner["allOf"] = [*every, *({"pattern": pattern} for pattern in stricter)]
 
 
+def _joints(schema: dict[str, Any]) -> int:
+    """How many others a value must fit because it fits this one, at most."""
+    every = schema.get("allOf")
+    beside = _CONSTRAINTS & schema.keys() and schema.keys() & {"$ref", "anyOf", "oneOf"}
+    return (len(every) if isinstance(every, list) else 0) + len(beside or ()) + ("patternProperties" in schema)
+
+
 def _complaints(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Keywords of this schema itself that cannot be held to, and why."""
     least, required = schema.get("minProperties"), schema.get("required")
@@ -98,6 +121,14 @@ def _complaints(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if isinstance(least, int) and least > known + 1:
         # A grammar cannot see that two names are the same, and JSON would keep one of them.
         yield "minProperties", "beyond the properties that are required"
+    named = schema.get("patternProperties")
+    for keyword, patterns in (("pattern", [schema.get("pattern")]), ("patternProperties", named)):
+        for pattern in patterns if isinstance(patterns, list | dict) else ():
+            if isinstance(pattern, str) and optional_parts(pattern) > MAX_OPTIONAL_PARTS:
+                yield keyword, f"with more than {MAX_OPTIONAL_PARTS} parts that may be left out"
+    multiple = schema.get("multipleOf")
+    if type(multiple) in (int, float) and odd_divisor(multiple) > MAX_DIVISOR:
+        yield "multipleOf", f"beyond {MAX_DIVISOR}, factors of 2 and 5 not counted"
     for keyword in ("const", "enum", "required", "properties"):
         value = schema.get(keyword)
         told = list(value) if keyword == "properties" and isinstance(value, dict) else value
