@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Set
 from typing import Any, Final
 
@@ -27,7 +29,8 @@ _CONSTRAINTS: Final = frozenset(
 )
 _MAX_INTEGER: Final = 1 << 53
 """llguidance takes numbers as 64-bit floats, which have every integer up to here."""
-
+_BOUNDS: Final = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
+"""Bounds of numbers, and which way is inwards."""
 
 _REAL_DAY: Final = (
     "^(?:"
@@ -89,7 +92,7 @@ def check_schema(schema: Any, field: str) -> None:
 
 
 def narrow_schema(schema: Any, field: str) -> None:
-    """Take out of its patterns, in place, what an answer cannot have, and out of its formats what there is not.
+    """Take out of its patterns, in place, what an answer cannot have, and out of formats and bounds what there is not.
 
     Raises:
         InvalidRequestError: of ``field``; a pattern has a flag that JSON Schema does not know.
@@ -102,9 +105,18 @@ def narrow_schema(schema: Any, field: str) -> None:
                 inner["patternProperties"] = {narrowed(pattern): value for pattern, value in named.items()}
         except ValueError as error:
             raise InvalidRequestError.of(field, f"{error} in a pattern at {path or '/'}") from error
+        for keyword, inwards in _BOUNDS.items():
+            if type(inner.get(keyword)) is int and _MAX_INTEGER < abs(inner[keyword]) < sys.float_info.max:
+                inner[keyword] = _float_within(inner[keyword], inwards)
         stricter = _STRICTER_FORMATS.get(str(inner.get("format")), [])
         if stricter and isinstance(every := inner.get("allOf", []), list):
             inner["allOf"] = [*every, *({"pattern": pattern} for pattern in stricter)]
+
+
+def _float_within(bound: int, inwards: int) -> int:
+    """The nearest 64-bit float that is no less strict."""
+    nearest = float(bound)
+    return int(nearest if (int(nearest) - bound) * inwards >= 0 else math.nextafter(nearest, inwards * math.inf))
 
 
 def _joints(schema: dict[str, Any]) -> int:
