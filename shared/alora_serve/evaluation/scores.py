@@ -14,6 +14,7 @@ ECE_BINS: Final = 15
 Bin = tuple[int, float, float]
 """Of forecasts that are about alike: how many, their sum, and how many came true. Empty ones are left out."""
 _WORD: Final = re.compile(r"[a-z0-9]+")
+_ANY_WORD: Final = re.compile(r"[^\W_]+")
 
 
 def accuracy(items: Sequence[Item]) -> float:
@@ -87,8 +88,12 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def exact_match(items: Sequence[Item]) -> float:
-    """Share of predictions whose words are those of the target."""
-    return sum(_WORD.findall(i.prediction.lower()) == _WORD.findall(i.target.lower()) for i in items) / len(items)
+    """Share of predictions whose words, in whatever script, are those of the target."""
+    return sum(_words(item.prediction) == _words(item.target) for item in items) / len(items)
+
+
+def _words(text: str) -> list[str]:
+    return _ANY_WORD.findall(text.lower())
 
 
 def majority(items: Sequence[Item]) -> float:

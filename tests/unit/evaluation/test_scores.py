@@ -99,6 +99,7 @@ def test_an_item_without_probabilities_is_in_no_bin() -> None:
 def test_small_figures() -> None:
     items = [item("What is it?", "what is it"), item("a b", "b a"), item("a b", "a b")]
     assert exact_match(items) == pytest.approx(2 / 3)
+    assert exact_match([item("Что это?", "что это"), item("Что это?", "кто там"), item("café", "caf")]) == 1 / 3
     assert majority(items) == pytest.approx(2 / 3)
     assert item("yes", "yes").confidence == 1.0
     assert Item("a", "", "yes", "junk", {"yes": 0.7, "no": 0.3}).confidence == 0.0
