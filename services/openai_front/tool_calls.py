@@ -87,7 +87,7 @@ class ForcedCallReader:
         """The call; or the text, when it was cut before it was whole."""
         try:
             content = json.loads(self._text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return self._text, []
         if self._name is not None:
             return "", [Call(self._name, self._text)]

@@ -63,3 +63,5 @@ def test_a_forced_call_is_the_whole_answer_or_text_when_it_was_cut() -> None:
     either = json.dumps({"name": "clock", "arguments": {}})
     assert read(ForcedCallReader(None), [either]) == ("", [CLOCK])
     assert read(ForcedCallReader(None), [either[:-3]]) == (either[:-3], [])
+    deep = '{"a":' + "[" * 5000
+    assert read(ForcedCallReader("weather"), [deep]) == (deep, [])
