@@ -11,6 +11,7 @@ from google.protobuf import struct_pb2
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert.names import path_to
+from alora_serve.rpc.convert.structure import depths
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import ROLES, ChatMessage, Document, PrefixHandle, Prompt, PromptKind, ToolCall, is_role
@@ -18,6 +19,9 @@ from alora_serve.v1 import types_pb2
 
 _EXACT_INTEGERS: Final = 2.0**53
 """Below this a double holds every integer exactly."""
+
+MAX_STRUCT_NESTING: Final = 30
+"""Of JSON in a request. Protobuf reads 100 messages within one another, and a level of this takes up to three."""
 
 _KINDS: Final[Mapping[PromptKind, types_pb2.PromptKind.ValueType]] = {
     PromptKind.CONVERSATION: types_pb2.PROMPT_KIND_CONVERSATION,
@@ -208,12 +212,14 @@ def struct_to_proto(values: Mapping[str, Any], field: str) -> struct_pb2.Struct:
     """The object; ``field`` names it in the error.
 
     Raises:
-        InvalidRequestError: it holds a value that is not JSON.
+        InvalidRequestError: it holds a value that is not JSON, or is nested too deep for protobuf's readers.
     """
+    if max(depths(values)) > MAX_STRUCT_NESTING + 1:
+        raise InvalidRequestError.of(field, f"has more than {MAX_STRUCT_NESTING} lists and objects in one another")
     struct = struct_pb2.Struct()
     try:
         struct.update(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequestError.of(field, f"holds a value that is not JSON: {error}") from error
     return struct
 

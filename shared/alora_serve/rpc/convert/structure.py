@@ -67,7 +67,7 @@ def _check_size(size_bytes: int, violations: Violations, field: str) -> None:
 def _check_schema(text: str, violations: Violations, field: str) -> None:
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
-        nesting = max(_depths(schema))
+        nesting = max(depths(schema))
     except (ValueError, RecursionError) as error:
         too_deep = isinstance(error, RecursionError)
         violations.add(field, "is nested too deeply" if too_deep else f"is not JSON: {error}")
@@ -78,8 +78,8 @@ def _check_schema(text: str, violations: Violations, field: str) -> None:
     )
 
 
-def _depths(value: Any) -> Iterator[int]:
-    """Of every value inside."""
+def depths(value: Any) -> Iterator[int]:
+    """How deep every value inside of JSON stands; the whole has 1."""
     left = [(value, 1)]
     while left:
         inner, depth = left.pop()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from alora_serve.errors import AloraServeError, IntrinsicOutputError, InvalidRequestError
 from alora_serve.rpc import convert
 from alora_serve.rpc.convert.intrinsics import MAX_RESULT_NESTING
+from alora_serve.rpc.convert.prompt import MAX_STRUCT_NESTING
 from alora_serve.types import (
     AdapterDigest,
     AdapterInfo,
@@ -417,6 +418,27 @@ def test_results_of_intrinsics(value: Any, raw: str, usage: Usage, took: Timings
 
 def _nested(levels: int) -> Any:
     return [_nested(levels - 1)] if levels else 0
+
+
+def test_json_is_asked_with_only_if_everybody_can_read_it() -> None:
+    def arguments(value: Any) -> Prompt:
+        return Prompt(messages=(ChatMessage("user", "hi"),), template_arguments={"a": value})
+
+    def within(levels: int) -> Any:
+        return {"a": within(levels - 1)} if levels else 0
+
+    deep = convert.generate_to_proto(arguments(within(MAX_STRUCT_NESTING - 1)), convert.Target("", SamplingParams()))
+    assert alora_pb2.GenerateRequest.FromString(deep.SerializeToString()) == deep
+    for value, problem in (
+        (within(MAX_STRUCT_NESTING), "in one another"),
+        (_nested(MAX_STRUCT_NESTING), "in one another"),
+        (_nested(500), "in one another"),
+        (10**400, "not JSON"),
+        ("\ud800", "not JSON"),
+        ({1, 2}, "not JSON"),
+    ):
+        with pytest.raises(InvalidRequestError, match=problem):
+            convert.prompt_to_proto(arguments(value))
 
 
 def test_a_result_is_sent_only_if_everybody_can_read_it() -> None:
