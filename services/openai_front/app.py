@@ -55,7 +55,7 @@ def build_app(
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return answer_with(validation_error(error.errors()))
+        return answer_with(validation_error(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def unrouted(_: Request, error: HTTPException) -> Response:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, StrictInt, StrictStr
+from pydantic import Field, StrictInt
 
 from alora_serve.client import Prompt, SamplingParams
 from alora_serve.errors import InvalidRequestError, UnimplementedFeatureError
 from openai_front.forms import chosen_form
-from openai_front.request_fields import MAX_TOP_LOGPROBS, CompletionFields, Number, Unsigned
+from openai_front.request_fields import MAX_TOP_LOGPROBS, CompletionFields, Number, Text, Unsigned
 
 MAX_PROMPTS = 64
 
@@ -17,11 +17,11 @@ MAX_PROMPTS = 64
 class CompletionRequest(CompletionFields):
     """The whole body. A prompt is text or token ids, and complete: no chat template comes to it."""
 
-    prompt: StrictStr | list[Unsigned] | list[StrictStr] | list[list[Unsigned]]
+    prompt: Text | list[Unsigned] | list[Text] | list[list[Unsigned]]
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: Unsigned | None = None
     echo: bool | None = None
-    suffix: StrictStr | None = None
+    suffix: Text | None = None
     length_penalty: Number | None = None
 
     @property

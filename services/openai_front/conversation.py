@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StrictInt, StrictStr, Tag
+from pydantic import Discriminator, Field, StrictInt, Tag
 
 from alora_serve.client import ChatMessage, Document, Prompt, ToolCall
 from alora_serve.errors import InvalidRequestError
-from openai_front.request_fields import Body, Ignored
+from openai_front.request_fields import Body, Ignored, Text
 
 
 class TextPart(Body):
     """A part of a message. There are no others than text here."""
 
     type: Literal["text"]
-    text: StrictStr
+    text: Text
 
 
 class FunctionCall(Body):
     """What a tool is called with."""
 
-    name: StrictStr
-    arguments: StrictStr
+    name: Text
+    arguments: Text
 
 
 class MessageToolCall(Body):
     """A call that the assistant made."""
 
-    id: StrictStr = ""
+    id: Text = ""
     type: Literal["function"] = "function"
     function: FunctionCall
     index: Ignored = None
@@ -43,7 +43,7 @@ def _content_kind(value: object) -> str:
 
 
 Content = Annotated[
-    Annotated[StrictStr, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_content_kind)
+    Annotated[Text, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_content_kind)
 ]
 
 
@@ -52,9 +52,9 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
-    name: StrictStr | None = None
+    name: Text | None = None
     tool_calls: list[MessageToolCall] | None = None
-    tool_call_id: StrictStr | None = None
+    tool_call_id: Text | None = None
     refusal: Ignored = None
     annotations: Ignored = None
     reasoning: Ignored = None
@@ -77,8 +77,8 @@ class Message(Body):
 class Function(Body):
     """A tool as the model is told of it."""
 
-    name: StrictStr
-    description: StrictStr | None = None
+    name: Text
+    description: Text | None = None
     parameters: dict[str, Any] | None = None
     strict: Ignored = None
 
@@ -97,9 +97,9 @@ class Tool(Body):
 class RequestDocument(Body):
     """A document, in the names of Hugging Face's templates."""
 
-    text: StrictStr
-    title: StrictStr | None = None
-    doc_id: StrictStr | StrictInt | None = None
+    text: Text
+    title: Text | None = None
+    doc_id: Text | StrictInt | None = None
 
     def to_domain(self) -> Document:
         """As the client takes it."""
@@ -109,7 +109,7 @@ class RequestDocument(Body):
 class TemplateArguments(Body, extra="allow"):
     """Variables of the chat template, but for two that mean something here."""
 
-    adapter_name: StrictStr | None = None
+    adapter_name: Text | None = None
     documents: list[RequestDocument] | None = None
 
 

@@ -81,17 +81,27 @@ def failure_of(error: AloraServeError) -> Failure:
     )
 
 
-def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
-    """What pydantic found in a body, each thing once: of a union's branches, the one that came furthest."""
+def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> InvalidRequestError:
+    """What pydantic found in a body, each thing once, by where it stands there."""
     found: dict[str, str] = {}
     for detail in errors:
-        field = field_path([part for part in detail["loc"] if part != "body"])
+        field = field_path(_place(detail["loc"], body, is_missing=detail["type"] == "missing"))
         found.setdefault(field, _UNKNOWN if detail["type"] == "extra_forbidden" else str(detail["msg"]))
     violations = [FieldViolation(field, description) for field, description in found.items()]
     return InvalidRequestError(
         "; ".join(f"{each.field}: {each.description}" if each.field else each.description for each in violations),
         violations=violations,
     )
+
+
+def _place(location: Sequence[int | str], body: Any, *, is_missing: bool) -> list[int | str]:
+    """The parts that lead into the body. Between them, pydantic names the branches of unions, which nobody sent."""
+    place: list[int | str] = []
+    for part in location[1:]:  # the first is "body"
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+            place.append(part)
+            body = body[part]  # type: ignore[index]
+    return [*place, *location[1:][-1:]] if is_missing else place
 
 
 _NAME_CHARACTERS: Final = 60

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StrictStr
+from pydantic import ConfigDict, Field
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
-from openai_front.request_fields import Body, CompletionFields, Ignored
+from openai_front.request_fields import Body, CompletionFields, Ignored, Text
 
 
 class TextFormat(Body):
@@ -49,7 +49,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class NamedFunction(Body):
     """Whose call is meant."""
 
-    name: StrictStr
+    name: Text
 
 
 class NamedTool(Body):

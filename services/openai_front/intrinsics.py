@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, StrictBool, StrictStr
+from pydantic import Field, StrictBool
 
 from alora_serve.client import AsyncIntrinsicsStream, IntrinsicResult
 from alora_serve.errors import AloraServeError
 from openai_front.conversation import ConversationFields
 from openai_front.event_stream import DONE, event
 from openai_front.failures import failure_of
+from openai_front.request_fields import Text
 
 MAX_INTRINSICS = 256
 
@@ -22,7 +23,7 @@ Outcome = IntrinsicResult | AloraServeError
 class IntrinsicsRequest(ConversationFields):
     """The body: a conversation as in chat completions, and who judges it."""
 
-    intrinsics: Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_INTRINSICS)]
+    intrinsics: Annotated[list[Text], Field(min_length=1, max_length=MAX_INTRINSICS)]
     parameters: dict[str, Any] | None = None
     stream: StrictBool | None = None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from alora_serve.client import SamplingParams
 from alora_serve.errors import InvalidRequestError
@@ -13,6 +14,7 @@ from alora_serve.errors import InvalidRequestError
 MAX_SAMPLES: Final = 64
 MAX_TOP_LOGPROBS: Final = 20
 _TOKEN_IDS: Final = 2**32
+_HALF: Final = re.compile("[\ud800-\udfff]")
 
 
 class Body(BaseModel):
@@ -29,6 +31,16 @@ def _number(value: object) -> object:
 
 Number = Annotated[float, BeforeValidator(_number)]
 """A JSON number; neither a string nor a truth value that looks like one."""
+
+
+def _whole(text: str) -> str:
+    if _HALF.search(text):
+        raise ValueError("holds half of a surrogate pair")
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_whole)]
+"""Text that can be sent on: JSON may spell half of a character, as a text that was cut in JavaScript has it."""
 
 Unsigned = Annotated[StrictInt, Field(ge=0, lt=2**32)]
 """What the proto has 32 bits for."""
@@ -47,17 +59,17 @@ class StreamOptions(Body):
 class StructuredOutputs(Body):
     """vLLM's way to ask for a form."""
 
-    json_schema: dict[str, Any] | StrictStr | None = Field(None, alias="json")
-    regex: StrictStr | None = None
-    choice: list[StrictStr] | None = None
-    grammar: StrictStr | None = None
+    json_schema: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: list[Text] | None = None
+    grammar: Text | None = None
 
 
 class CompletionFields(Body):
     """The fields of both."""
 
-    model: StrictStr
-    adapter: StrictStr | None = None
+    model: Text
+    adapter: Text | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 
@@ -72,15 +84,15 @@ class CompletionFields(Body):
     repetition_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: list[Unsigned] | None = None
     ignore_eos: StrictBool | None = None
 
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | StrictStr | None = None
-    guided_regex: StrictStr | None = None
-    guided_choice: list[StrictStr] | None = None
-    guided_grammar: StrictStr | None = None
+    guided_json: dict[str, Any] | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
+    guided_grammar: Text | None = None
 
     user: Ignored = None
     metadata: Ignored = None

@@ -156,7 +156,8 @@ def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], n
 def refused_fields(kind: Any, **fields: Any) -> list[str]:
     with pytest.raises(ValidationError) as refused:
         kind(**fields)
-    return [violation.field for violation in validation_error(refused.value.errors()).violations]
+    errors = [{**error, "loc": ("body", *error["loc"])} for error in refused.value.errors()]
+    return [violation.field for violation in validation_error(errors, fields).violations]
 
 
 @pytest.mark.parametrize(
@@ -173,17 +174,28 @@ def refused_fields(kind: Any, **fields: Any) -> list[str]:
         ({"messages": []}, ["messages"]),
         ({"messages": [{"role": "robot", "content": "x"}]}, ["messages[0].role"]),
         ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, ["messages[0].mood"]),
-        ({"messages": [{"role": "user", "content": 3}]}, ["messages[0].content.text"]),
+        ({"messages": [{"role": "user", "content": 3}]}, ["messages[0].content"]),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             [
-                "messages[0].content.parts[0].type",
-                "messages[0].content.parts[0].text",
-                "messages[0].content.parts[0].image_url",
+                "messages[0].content[0].type",
+                "messages[0].content[0].text",
+                "messages[0].content[0].image_url",
             ],
         ),
         ({"tools": [{"type": "retrieval"}]}, ["tools[0].type", "tools[0].function"]),
         ({"functions": []}, ["functions"]),
+        ({"stop": [None]}, ["stop", "stop[0]"]),
+        ({"tool_choice": "any"}, ["tool_choice"]),
+        ({"tool_choice": {"type": "function"}}, ["tool_choice", "tool_choice.function"]),
+        ({"response_format": {"type": "json_schema"}}, ["response_format.json_schema"]),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}},
+            ["response_format.json_schema.schema"],
+        ),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, ["messages[0].content"]),
+        ({"guided_choice": ["yes", "\ud83d"]}, ["guided_choice[1]"]),
+        ({"adapter": "\ud83d"}, ["adapter"]),
         ({"documents": [{"content": "x"}]}, ["documents[0].text", "documents[0].content"]),
         ({"modalities": ["audio"]}, ["modalities[0]"]),
         ({"stream_options": {"include_costs": True}}, ["stream_options.include_costs"]),
@@ -192,6 +204,19 @@ def refused_fields(kind: Any, **fields: Any) -> list[str]:
 )
 def test_what_is_not_known_is_refused_by_its_name(fields: dict[str, Any], named: list[str]) -> None:
     assert refused_fields(chat, **fields) == named
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        (None, ["prompt"]),
+        (["a", [1]], ["prompt", "prompt[0]", "prompt[1]"]),
+        ("\ud83d", ["prompt"]),
+        (["a", "\ud83d"], ["prompt", "prompt[0]", "prompt[1]"]),
+    ],
+)
+def test_a_prompt_of_another_kind_is_refused_by_its_place(prompt: Any, named: list[str]) -> None:
+    assert sorted(refused_fields(text, prompt=prompt)) == named
 
 
 def test_what_means_nothing_here_is_taken_and_left() -> None:
