@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from llguidance import LLMatcher
 
@@ -15,6 +15,9 @@ from alora_serve.model.structure.places import UNSATISFIABLE, place_of_fault
 from alora_serve.model.structure.schemas import CONTROL_CHARACTERS, check_schema, keyword_places, narrow_schema
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 FIELD: Final = "sampling.structured_output"
 MAX_COMPLAINT_CHARACTERS: Final = 500
 
@@ -23,7 +26,7 @@ _UNFORCED: Final = '\n\n\n\n%llguidance {"no_forcing": true}'
 last such line holds; it stands apart from what a complaint quotes."""
 
 _TOO_OPTIONAL: Final = f"more than {MAX_OPTIONAL_PARTS} parts of it may be left out"
-_GUIDANCE: Final = {
+_GUIDANCE: Final[JsonCompileOptions] = {
     # Left free, a small model may write white space until its tokens are used up.
     "whitespace_flexible": True,
     "whitespace_pattern": " ?",
