@@ -94,6 +94,7 @@ class PackedRow:
         if len(merged) == self._step.total_rows:
             self._out = merged
         else:
+            self._out = self._out.float()  # answers of all rows at once were left in the dtype that they came in
             self._out[piece.rows] = merged
         if not piece.is_last:
             self._lse[piece.rows] = torch.logaddexp(seen, lse)

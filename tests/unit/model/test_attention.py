@@ -195,11 +195,20 @@ def test_any_cut_into_slices_equals_one_softmax(
     assert _compare(rows, kv_heads=kv_heads, group=group, softcap=softcap, window=window, seed=seed) < 5e-5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(rows=rows_strategy, softcap=st.sampled_from([None, 5.0]), window=st.one_of(st.none(), st.integers(1, 24)))
 def test_in_bfloat16_only_its_rounding_is_added(rows: list[Row], softcap: float | None, window: int | None) -> None:
     """Values are up to about 10, of which bfloat16 keeps 8 bits; the merge itself runs in float32."""
     assert _compare(rows, dtype=torch.bfloat16, softcap=softcap, window=window) < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conversations_may_take_turns_in_a_batch(dtype: torch.dtype) -> None:
+    """All attend to their own in one call, and to what is shared apart: whose rows do not lie beside each other."""
+    rows = [Row((conversation,), 3, 1, private=True) for conversation in (5, 6, 5, 6, 5)]
+    [batch] = Step(_pack(rows, 4, 2, dtype, 0).spans, CPU).tails
+    assert batch.rows.rows == slice(0, 5)
+    assert _compare(rows, dtype=dtype) < (5e-5 if dtype == torch.float32 else 0.15)
 
 
 PREFIX = Row(shared=(6, 6), history=0, new=4)  # two slices of seven tokens
