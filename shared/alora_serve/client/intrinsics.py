@@ -31,8 +31,8 @@ class Outcomes:
 
     @property
     def is_finished(self) -> bool:
-        """Every result has come."""
-        return None not in self._found
+        """Every result has come; a call for none has an error coming."""
+        return bool(self._found) and None not in self._found
 
     def resumed(self, request: alora_pb2.RunIntrinsicsRequest) -> alora_pb2.RunIntrinsicsRequest:
         """The request for the intrinsics whose results are missing."""

@@ -176,8 +176,9 @@ class FanOutTranscript:
 
     @property
     def is_finished(self) -> bool:
-        """Every target has ended."""
-        return all(isinstance(target, AloraServeError) or target.is_finished for target in self._targets)
+        """Every target has ended; a call for none has an error coming."""
+        ended = [isinstance(target, AloraServeError) or target.is_finished for target in self._targets]
+        return bool(ended) and all(ended)
 
     def resumed(self, request: alora_pb2.FanOutRequest) -> alora_pb2.FanOutRequest:
         """See :class:`Received`. Each target goes on from where it stood; those that have ended are skipped."""
@@ -223,8 +224,8 @@ class SampleTranscript:
 
     @property
     def is_finished(self) -> bool:
-        """Every sample has ended."""
-        return all(sample.is_finished for sample in self._samples)
+        """Every sample has ended; a call for none has an error coming."""
+        return bool(self._samples) and all(sample.is_finished for sample in self._samples)
 
     def resumed(self, request: alora_pb2.GenerateRequest) -> alora_pb2.GenerateRequest:
         """See :class:`Received`. Each sample goes on from where it stood; those that have ended are skipped."""

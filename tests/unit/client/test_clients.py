@@ -484,6 +484,14 @@ async def test_a_router_that_is_lost_once_all_has_come_is_missed_by_nobody(
             assert (router.calls, router.failures) == (1, []), "it failed, and nobody asked again"
 
 
+async def test_why_a_call_for_nothing_is_refused_is_told(connect: Any) -> None:
+    for call in (lambda c: c.fanout("Hi", []).results(), lambda c: c.run_intrinsics("Hi", []).results()):
+        router = ScriptedRouter(InvalidRequestError("none"))
+        async with router.served() as server, connect(server.address, retry=FAST) as client:
+            with pytest.raises(InvalidRequestError, match="none"):
+                await run(client, call)
+
+
 async def test_a_stream_that_is_closed_before_it_is_repeated_makes_no_further_call(connect: Any) -> None:
     router = ScriptedRouter(UnavailableError("gone"))
     retry = RetryPolicy(backoff_seconds=1.0)
