@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 
 from alora_serve.adapters.activation import Activation
@@ -23,6 +24,7 @@ from alora_serve.engine.phases import decode_timings, trace_sequence, trace_stor
 from alora_serve.engine.plan import PromptPlan, plan_prompt
 from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import SequenceRequest
+from alora_serve.engine.turns import Turns
 from alora_serve.errors import AdapterRefusedError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.keys import BlockChain
@@ -53,6 +55,7 @@ class Decoder:
         self._core = core
         self._adapters = adapters
         self._signer = signer
+        self._turns = Turns()
         self._answers = AnswerMaker(core.model)
         self._model_digest = core.model.model_digest
 
@@ -167,7 +170,10 @@ class Decoder:
     def _making(
         self, sampling: SamplingParams, generated: TokenIds, salt: bytes
     ) -> Awaited[tuple[Answer, Ending | None]]:
-        return Awaited(asyncio.to_thread(self._answers.make, sampling, generated, salt), lambda unused: None)
+        work = partial(self._answers.make, sampling, generated, salt)
+        # Forms may take long. They hold up none of another tenant's, and nobody's adapters, which are read elsewhere.
+        making = self._turns.run(salt, work) if sampling.structured_output else asyncio.to_thread(work)
+        return Awaited(making, lambda unused: None, cancels=True)
 
     def _loading(self, chain: BlockChain, limit: int) -> Awaited[LoadedPrefix]:
         load = self._core.load_prefix(chain, limit)

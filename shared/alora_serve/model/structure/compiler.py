@@ -27,8 +27,8 @@ _stack_size_lock: Final = threading.Lock()
 _T = TypeVar("_T")
 
 _LIMITS: Final = LLParserLimits(
-    # The rest are llguidance's defaults, at which nothing compiles for longer than about a second, nor masks for
-    # longer than about 15 ms. States take 1 to 2 kB and are kept with the form.
+    # The rest are llguidance's defaults, at which most forms compile within a second, and masks take no longer than
+    # about 15 ms. States take 1 to 2 kB and are kept with the form.
     max_lexer_states=20_000,
     verbose_errors=False,
 )
