@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -110,6 +110,18 @@ async def test_an_endpoint_that_falls_silent_is_unhealthy_though_its_connection_
     await server.kill()
 
 
+def worker_set(address: str, connect: Callable[[str], Any], **options: Any) -> EndpointSet[Any]:
+    """Those of one address, reached by a way of the test's own."""
+    usual: dict[str, Any] = {
+        "make_stub": AdapterDecodeServiceStub,
+        "watch": _watch_worker,
+        "options": FAST,
+        "metrics": RouterMetrics(CollectorRegistry()),
+        "on_change": lambda: None,
+    }
+    return EndpointSet[Any]("adapter_decode", [address], connect=connect, **{**usual, **options})
+
+
 async def test_a_status_that_cannot_be_read_is_not_health() -> None:
     async def unreadable(stub: Any) -> AsyncGenerator[EndpointStatus, None]:
         opened.append(stub)
@@ -118,16 +130,7 @@ async def test_a_status_that_cannot_be_read_is_not_health() -> None:
         yield EndpointStatus(model())
 
     opened: list[Any] = []
-    workers = EndpointSet[Any](
-        "adapter_decode",
-        ["127.0.0.1:1"],
-        connect=internal_channel,
-        make_stub=lambda channel: channel,
-        watch=unreadable,
-        options=FAST,
-        metrics=RouterMetrics(CollectorRegistry()),
-        on_change=lambda: None,
-    )
+    workers = worker_set("127.0.0.1:1", internal_channel, make_stub=lambda channel: channel, watch=unreadable)
     async with workers:
         await until(lambda: len(opened) > 1)
         assert healthy(workers) == 0
@@ -264,18 +267,7 @@ async def test_certificates_that_are_gone_for_a_moment_cost_no_endpoint() -> Non
     servers = [await start_worker(FakeWorker()) for _ in range(2)]
     first, second = (server.address for server in servers)
     names = Names({"workers:1": {first}})
-    workers = EndpointSet[Any](
-        "adapter_decode",
-        ["workers:1"],
-        connect=connect,
-        make_stub=AdapterDecodeServiceStub,
-        watch=_watch_worker,
-        options=FAST,
-        metrics=RouterMetrics(CollectorRegistry()),
-        on_change=lambda: None,
-        resolve=names,
-        certificates=lambda: files["version"],
-    )
+    workers = worker_set("workers:1", connect, resolve=names, certificates=lambda: files["version"])
     async with workers:
         await until(lambda: healthy(workers) == 1)
         before = workers.members()
@@ -297,18 +289,8 @@ async def test_a_set_that_cannot_connect_is_not_entered() -> None:
     def connect(address: str) -> Any:
         raise ConfigError("peer_tls_ca_file ca.crt: No such file or directory")
 
-    workers = EndpointSet[Any](
-        "adapter_decode",
-        ["127.0.0.1:1"],
-        connect=connect,
-        make_stub=AdapterDecodeServiceStub,
-        watch=_watch_worker,
-        options=FAST,
-        metrics=RouterMetrics(CollectorRegistry()),
-        on_change=lambda: None,
-    )
     with pytest.raises(ConfigError):
-        async with workers:
+        async with worker_set("127.0.0.1:1", connect):
             pytest.fail("it was entered")
 
 
