@@ -29,8 +29,12 @@ from tiny_models import VOCABULARY, save_model
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 HEAD_DIM = 8
-SCORE_SCALE = 3.0
-"""Queries and keys this large give scores well past the soft caps under test."""
+SCALES = {torch.float32: 3.0, torch.bfloat16: 1.0}
+"""Of queries, keys and values. In float32, scores lie well past the soft caps under test. In bfloat16, scores that are
+written out are themselves rounded to 8 bits, as in transformers' eager attention: these are small enough for that not
+to hide a mistake."""
+BFLOAT16_ERROR = 0.03
+"""Values are up to about 4, of which bfloat16 keeps 8 bits; among 4,000 cases the worst was off by 0.017."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Packed:
 
 
 def _randn(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape).mul_(SCORE_SCALE).to(dtype)
+    return torch.randn(shape).mul_(SCALES[dtype]).to(dtype)
 
 
 def _pack(rows: Sequence[Row], heads: int, kv_heads: int, dtype: torch.dtype, seed: int) -> Packed:
@@ -198,8 +202,8 @@ def test_any_cut_into_slices_equals_one_softmax(
 @settings(max_examples=150, deadline=None)
 @given(rows=rows_strategy, softcap=st.sampled_from([None, 5.0]), window=st.one_of(st.none(), st.integers(1, 24)))
 def test_in_bfloat16_only_its_rounding_is_added(rows: list[Row], softcap: float | None, window: int | None) -> None:
-    """Values are up to about 10, of which bfloat16 keeps 8 bits; the merge itself runs in float32."""
-    assert _compare(rows, dtype=torch.bfloat16, softcap=softcap, window=window) < 0.15
+    """The merge itself runs in float32."""
+    assert _compare(rows, dtype=torch.bfloat16, softcap=softcap, window=window) < BFLOAT16_ERROR
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -208,7 +212,7 @@ def test_conversations_may_take_turns_in_a_batch(dtype: torch.dtype) -> None:
     rows = [Row((conversation,), 3, 1, private=True) for conversation in (5, 6, 5, 6, 5)]
     [batch] = Step(_pack(rows, 4, 2, dtype, 0).spans, CPU).tails
     assert batch.rows.rows == slice(0, 5)
-    assert _compare(rows, dtype=dtype) < (5e-5 if dtype == torch.float32 else 0.15)
+    assert _compare(rows, dtype=dtype) < (5e-5 if dtype == torch.float32 else BFLOAT16_ERROR)
 
 
 PREFIX = Row(shared=(6, 6), history=0, new=4)  # two slices of seven tokens
