@@ -19,6 +19,7 @@ from faulty_network import CALM, FaultyNetwork, host_and_port
 KILL_EVERY_SECONDS = 2.0
 HANG_SECONDS: Final = 4.0
 """Longer than a worker's silence is borne, shorter than what is left of an answer."""
+MOST_HANGS: Final = 8
 LEAST_RESUMED: Final = 20
 """Streams that go on elsewhere, of as many workers killed."""
 LEAST_CAUGHT: Final = 10
@@ -88,8 +89,14 @@ async def worker_hangs(chaos: Chaos) -> list[Row]:
         expected = await questions(running, tokens=chaos.pick(500, 1000), conversations=1)
         load, rng = Load(running.local.router_address, expected, chaos.rng("load")), chaos.rng("hang")
         hangs: list[tuple[float, float]] = []
+
+        def awake() -> int:
+            """Streams that went on elsewhere and were still read when their worker woke up."""
+            return sum(began < stop and ended > wake for began, ended in load.tally.interrupted for stop, wake in hangs)
+
         async with load.running() as tally:
-            for _ in range(chaos.pick(1, 5)):
+            # Whether a hang leaves one to be read is chance: where none did, there is another.
+            while len(hangs) < chaos.pick(1, 5) or (not awake() and len(hangs) < MOST_HANGS):
                 await asyncio.sleep(1)
                 pid = running.local.processes[rng.choice(running.local.worker_names)].pid
                 tally.strike()
@@ -101,9 +108,8 @@ async def worker_hangs(chaos: Chaos) -> list[Row]:
                 await asyncio.sleep(HANG_SECONDS)
         resumed = await running.metric("router", "alora_router_resumed_streams_total")
         load.tally.expect(resumed > 0, "no stream was resumed")
-        awake = sum(began < stop and ended > wake for began, ended in tally.interrupted for stop, wake in hangs)
-        load.tally.expect(awake > 0, "no stream that went on elsewhere was still read when its worker woke up")
-        return [load.tally.row("worker hangs", resumed_streams=resumed, read_when_it_woke=awake)]
+        load.tally.expect(awake() > 0, "no stream that went on elsewhere was still read when its worker woke up")
+        return [load.tally.row("worker hangs", resumed_streams=resumed, read_when_it_woke=awake())]
 
 
 async def last_prefill_gone(chaos: Chaos) -> list[Row]:
