@@ -25,8 +25,8 @@ class Answer:
     Attributes:
         text: turns tokens into text and finds stop strings.
         max_tokens: where it ends at the latest.
-        end_ids: tokens that end it.
-        constraint: the form that it must have; None leaves it free.
+        end_ids: tokens that end it, where no form says where they do.
+        constraint: the form that it must have, and where its own end ids end it; None leaves it free.
         token_bytes: spells a token, where log-probabilities are told; None tells them without bytes.
     """
 
@@ -46,7 +46,7 @@ class Answer:
         if self.constraint is not None:
             self.constraint.restore(token_ids)
         self._num_tokens = len(token_ids)
-        restored = self.text.restore(token_ids)
+        restored = self.text.restore(self._spoken(token_ids))
         return self._ending(token_ids[-1], restored.stop_string) if token_ids else None
 
     def push(self, token_id: int) -> tuple[str, Ending | None]:
@@ -58,7 +58,7 @@ class Answer:
         self._num_tokens += 1
         if self.constraint is not None:
             self.constraint.push(token_id)
-        delta = self.text.push((token_id,))
+        delta = self.text.push(self._spoken((token_id,)))
         return delta.text, self._ending(token_id, delta.stop_string)
 
     def spell(self, token_id: int) -> bytes:
@@ -69,9 +69,13 @@ class Answer:
         """Tokens and their log-probabilities, spelt."""
         return tuple(TokenLogprob(token_id, logprob, self.spell(token_id)) for token_id, logprob in tokens)
 
+    def _spoken(self, token_ids: TokenIds) -> TokenIds:
+        """Those of the tokens just taken that are text: what ends a form would not have it."""
+        return token_ids[:-1] if self.constraint is not None and self.constraint.has_ended else token_ids
+
     def _ending(self, last: int, stop_string: str | None) -> Ending | None:
         if stop_string is not None:
             return Ending(FinishReason.STOP, stop_string)
-        if last in self.end_ids or (self.constraint is not None and self.constraint.is_complete):
+        if last in self.end_ids if self.constraint is None else self.constraint.is_complete:
             return Ending(FinishReason.STOP)
         return Ending(FinishReason.LENGTH) if self._num_tokens >= self.max_tokens else None

@@ -27,7 +27,7 @@ class SamplingParams:
         seed: keys the random numbers together with sample index and position; assigned before dispatch when None.
         sample_index: fan-out or sample index, the second key of the random numbers.
         stop: stop strings; the text ends before the first that occurs.
-        stop_token_ids: further end-of-sequence ids.
+        stop_token_ids: further end-of-sequence ids, part of the text but where they end a ``structured_output``.
         ignore_eos: go on past the model's own end of sequence.
         logprobs: report the log-probability of each chosen token.
         top_logprobs: report this many most likely tokens at each position, to 20; implies ``logprobs``.

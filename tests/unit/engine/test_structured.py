@@ -287,12 +287,31 @@ async def test_an_end_of_sequence_comes_only_where_the_answer_is_whole(stack: St
     [end] = stack.core.model.tokenizer.end_of_sequence_ids
     by_end = await bound(stack, prefilled, Regex("[ab]{3,9}"), logit_bias={end: 100.0})
     assert (len(by_end.text), by_end.tokens[-1], by_end.finished.finish_reason) == (3, end, FinishReason.STOP)
+    assert re.fullmatch("[ab]{3}", by_end.text)
     stop = next(t for t in range(256) if model_text(stack, (t,)) == "!")
-    by_stop = await bound(
-        stack, prefilled, Regex("[ab]{3,9}"), logit_bias={end: -100.0, stop: 100.0}, stop_token_ids=(stop,)
-    )
+    wish = {"logit_bias": {end: -100.0, stop: 100.0}, "stop_token_ids": (stop,), "stop": ("!!",)}
+    by_stop = await bound(stack, prefilled, Regex("[ab]{3,9}"), **wish)
     assert (by_stop.tokens[-1], by_stop.finished.finish_reason) == (stop, FinishReason.STOP)
     assert len(by_stop.tokens) == 4
+    assert re.fullmatch("[ab]{3}", by_stop.text), "the stop token is no part of it"
+    resume = Resume(by_stop.tokens, by_stop.started.invocation_start, by_stop.started.adapter_digest)
+    again = await bound(stack, prefilled, Regex("[ab]{3,9}"), resume=resume, **wish)
+    assert (again.text, again.tokens, again.finished.finish_reason) == ("", (), FinishReason.STOP)
+
+
+async def test_a_stop_token_is_a_token_like_any_other_until_the_answer_is_whole(
+    stack: Stack, prefilled: PrefillResult
+) -> None:
+    [a, b, brace] = [next(t for t in range(256) if model_text(stack, (t,)) == letter) for letter in "ab}"]
+    closed = await bound(stack, prefilled, json_schema(PERSON), stop_token_ids=(brace,))
+    assert closed.finished.finish_reason is FinishReason.STOP
+    jsonschema.validate(json.loads(closed.text), PERSON)
+    for letters, expected in (("a", "aaa"), ("ab", "bbb")):
+        bias = {b: 60.0} if "b" in letters else {}
+        ids = tuple({"a": a, "b": b}[letter] for letter in letters)
+        ended = await bound(stack, prefilled, Regex("[ab]{3,9}"), stop_token_ids=ids, logit_bias={a: 50.0, **bias})
+        assert (ended.text, ended.finished.finish_reason) == (expected, FinishReason.STOP)
+        assert ended.tokens == (ids[-1],) * 4
 
 
 # --- stop strings -----------------------------------------------------------------------------------------------------
@@ -339,12 +358,19 @@ async def test_bound_and_free_answers_in_one_batch_are_what_they_are_alone(
 
 @pytest.mark.parametrize("adapter", ["", "appended"])
 @pytest.mark.parametrize(
-    ("form", "stop"), [(json_schema(PERSON), ()), (FORMS["prefixes"][0], ()), (Regex("[a-h]{4,20}"), ("a", "b", "c"))]
+    ("form", "stop"),
+    [
+        (json_schema(PERSON), {}),
+        (FORMS["prefixes"][0], {}),
+        (Regex("[a-h]{4,20}"), {"stop": ("a", "b", "c")}),
+        (Regex("[!-~]{4,20}"), {"stop_token_ids": tuple(range(0, 256, 2))}),
+    ],
+    ids=["schema", "prefixes", "stop strings", "stop tokens"],
 )
 async def test_an_answer_resumed_at_any_cut_is_the_uncut_one(
-    stack: Stack, prefilled: PrefillResult, adapter: str, form: StructuredOutput, stop: tuple[str, ...]
+    stack: Stack, prefilled: PrefillResult, adapter: str, form: StructuredOutput, stop: dict[str, Any]
 ) -> None:
-    sampling = {"temperature": 1.0, "seed": 11, "stop": stop}
+    sampling = {"temperature": 1.0, "seed": 11, **stop}
     whole = await bound(stack, prefilled, form, adapter, **sampling)
     assert whole.finished.finish_reason is FinishReason.STOP
     texts = [event.text for event in whole.events[1:-1] if hasattr(event, "text")]
@@ -371,6 +397,10 @@ async def test_an_answer_resumed_at_any_cut_is_the_uncut_one(
 
 async def test_tokens_that_do_not_have_the_form_are_not_gone_on_with(stack: Stack, prefilled: PrefillResult) -> None:
     resume = Resume((1, 2, 3), None, "")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=r"resume\.generated_token_ids"):
+        await bound(stack, prefilled, Regex("[ab]*"), resume=resume)
+    [end] = stack.core.model.tokenizer.end_of_sequence_ids
+    resume = Resume((end, end), None, "")  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match=r"resume\.generated_token_ids"):
         await bound(stack, prefilled, Regex("[ab]*"), resume=resume)
 

@@ -29,15 +29,23 @@ class Constraint:
     """Follows one answer. Its state is a function of the form and the tokens; one thread at a time.
 
     All but its making may raise an ``AloraServeError``, and nothing else: what defects in llguidance come to.
+
+    Attributes:
+        has_ended: the last token was an end, which is no part of what has the form.
     """
 
     def __init__(self, form: CompiledForm, end_ids: frozenset[int]) -> None:
-        """Stand before the first token. ``end_ids`` are the tokens that end the answer, where it is complete."""
+        """Stand before the first token.
+
+        ``end_ids`` are the tokens that end the answer where it has the form. Elsewhere they are tokens like any other.
+        """
         self._form = form
         self._size = form.vocabulary.size
-        self._end_ids = np.array(sorted(token for token in end_ids if token < self._size), dtype=np.intp)
+        self._end_ids = end_ids
+        self._ends = np.array(sorted(token for token in end_ids if token < self._size), dtype=np.intp)
         self._no_ends = np.array(sorted({*form.vocabulary.tokens.eos_tokens} - end_ids), dtype=np.intp)
         self._tokens: list[int] = []
+        self.has_ended = False
         self._matcher = form.matcher()
         self._text: LLMatcher | None = None
 
@@ -48,22 +56,22 @@ class Constraint:
         Raises:
             InvalidRequestError: they are no beginning of an answer of this form.
         """
-        if not self._consume(token_ids):
-            self._start_afresh()
-        if self._matcher.is_error():
-            raise InvalidRequestError.of("resume.generated_token_ids", "they do not have the form of structured_output")
+        for token_id in token_ids:
+            if self.has_ended or not (self._consume(token_id) or self._start_afresh()):
+                told = "they do not have the form of structured_output"
+                raise InvalidRequestError.of("resume.generated_token_ids", told)
 
     @_contained()
     def push(self, token_id: int) -> None:
         """Go on after a token that :meth:`mask` allowed. Takes microseconds; what fails shows in the next mask."""
-        self._consume((token_id,))
+        self._consume(token_id)
 
     @property
     @_contained()
     def is_complete(self) -> bool:
-        """The answer has the form, and nothing can be added to it."""
+        """The answer has the form, and has ended or nothing can be added to it."""
         matcher = self._matcher
-        return matcher.is_stopped() and matcher.is_accepting() and not matcher.is_error()
+        return self.has_ended or (matcher.is_stopped() and matcher.is_accepting() and not matcher.is_error())
 
     @_contained()
     def mask(self) -> bytes:
@@ -83,9 +91,7 @@ class Constraint:
         packed = np.frombuffer(bytearray(computed), dtype=np.uint8)
         _clear(packed, self._no_ends)
         if self._matcher.is_accepting():
-            np.bitwise_or.at(packed, self._end_ids >> 3, _bits(self._end_ids))
-        else:
-            _clear(packed, self._end_ids)
+            np.bitwise_or.at(packed, self._ends >> 3, _bits(self._ends))
         # A tokenizer may have ids that its model has no logits for.
         packed[self._size >> 3 :] &= np.array([(1 << (self._size & 7)) - 1], dtype=np.uint8)
         packed[(self._size >> 3) + 1 :] = 0
@@ -104,16 +110,19 @@ class Constraint:
         matcher = self._with_text((self._text or self._form.matcher()).deep_copy(), text)
         return matcher.is_accepting() and not matcher.is_error()
 
-    def _consume(self, token_ids: Sequence[int]) -> bool:
-        new = [token_id for token_id in token_ids if token_id not in self._end_ids]
-        self._tokens += new
-        return self._matcher.consume_tokens(new)
+    def _consume(self, token_id: int) -> bool:
+        """Whether the form has this token in this place, as a part of the answer or as its end."""
+        if token_id in self._end_ids and self._matcher.is_accepting():
+            self.has_ended = True
+            return True
+        self._tokens.append(token_id)
+        return self._matcher.consume_tokens([token_id])
 
-    def _start_afresh(self) -> None:
+    def _start_afresh(self) -> bool:
         """Compile the form anew and catch up: what answers before this one needed may have used up its limits."""
         self._form = self._form.renewed()
         self._matcher = self._form.matcher()
-        self._matcher.consume_tokens(self._tokens)
+        return self._matcher.consume_tokens(self._tokens)
 
     def _with_text(self, matcher: LLMatcher, text: str) -> LLMatcher:
         matcher.consume_tokens(self._form.vocabulary.tokens.greedy_tokenize(text))
