@@ -109,7 +109,11 @@ leaves = st.one_of(
         lambda pair: {"type": "integer", "minimum": pair[0], "maximum": pair[0] + pair[1]}
     ),
     st.integers(1, 7).map(lambda step: {"type": "integer", "multipleOf": step, "minimum": 0, "maximum": 60}),
+    st.sampled_from([0.5, 0.25, 2.5, 7.0]).map(lambda step: {"type": "number", "multipleOf": step}),
     st.integers(-3, 3).map(lambda low: {"type": "number", "exclusiveMinimum": low, "maximum": low + 1.5}),
+    st.tuples(st.floats(-3, 3), st.floats(0.001, 3)).map(
+        lambda pair: {"type": "number", "exclusiveMinimum": pair[0], "exclusiveMaximum": pair[0] + pair[1]}
+    ),
     lengths.map(lambda pair: {"type": "string", "minLength": pair[0], "maxLength": pair[1]}),
     st.sampled_from(["^[a-c]{1,3}$", "^(yes|no)$", "^[^ ]$"]).map(lambda regex: {"type": "string", "pattern": regex}),
     patterns.map(lambda regex: {"type": "string", "pattern": regex}),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Iterator, Set
 from typing import Any, Final
 
@@ -15,6 +13,7 @@ from alora_serve.model.structure.bounds import (
     odd_divisor,
     optional_parts,
 )
+from alora_serve.model.structure.numbers import MAX_INTEGER, is_float, narrow_numbers
 from alora_serve.model.structure.patterns import UNWRITABLE, narrowed
 
 CONTROL_CHARACTERS: Final = "control characters other than \\b, \\t, \\n, \\f and \\r"
@@ -27,10 +26,6 @@ _PLAIN_VALUES: Final = ("const", "enum", "default", "examples")
 _CONSTRAINTS: Final = frozenset(
     {"pattern", "format", "properties", "patternProperties", "additionalProperties", "items", "prefixItems", "allOf"}
 )
-_MAX_INTEGER: Final = 1 << 53
-"""llguidance takes numbers as 64-bit floats, which have every integer up to here."""
-_BOUNDS: Final = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
-"""Bounds of numbers, and which way is inwards."""
 
 _REAL_DAY: Final = (
     "^(?:"
@@ -105,18 +100,10 @@ def narrow_schema(schema: Any, field: str) -> None:
                 inner["patternProperties"] = {narrowed(pattern): value for pattern, value in named.items()}
         except ValueError as error:
             raise InvalidRequestError.of(field, f"{error} in a pattern at {path or '/'}") from error
-        for keyword, inwards in _BOUNDS.items():
-            if type(inner.get(keyword)) is int and _MAX_INTEGER < abs(inner[keyword]) < sys.float_info.max:
-                inner[keyword] = _float_within(inner[keyword], inwards)
+        narrow_numbers(inner)
         stricter = _STRICTER_FORMATS.get(str(inner.get("format")), [])
         if stricter and isinstance(every := inner.get("allOf", []), list):
             inner["allOf"] = [*every, *({"pattern": pattern} for pattern in stricter)]
-
-
-def _float_within(bound: int, inwards: int) -> int:
-    """The nearest 64-bit float that is no less strict."""
-    nearest = float(bound)
-    return int(nearest if (int(nearest) - bound) * inwards >= 0 else math.nextafter(nearest, inwards * math.inf))
 
 
 def _joints(schema: dict[str, Any]) -> int:
@@ -139,6 +126,8 @@ def _complaints(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if isinstance(pattern, str) and optional_parts(pattern) > MAX_OPTIONAL_PARTS:
                 yield keyword, f"with more than {MAX_OPTIONAL_PARTS} parts that may be left out"
     multiple = schema.get("multipleOf")
+    if type(multiple) is float and not is_float(multiple):
+        yield "multipleOf", f"with {multiple}, which no 64-bit float is: validators refuse some of its multiples"
     if type(multiple) in (int, float) and odd_divisor(multiple) > MAX_DIVISOR:
         yield "multipleOf", f"beyond {MAX_DIVISOR}, factors of 2 and 5 not counted"
     for keyword in ("const", "enum", "required", "properties"):
@@ -147,8 +136,8 @@ def _complaints(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for plain in _plain_values(told):
             if isinstance(plain, str) and UNWRITABLE.search(plain):
                 yield keyword, f"with {CONTROL_CHARACTERS}"
-            if isinstance(plain, int) and abs(plain) > _MAX_INTEGER:
-                yield keyword, f"with an integer beyond {_MAX_INTEGER}"
+            if isinstance(plain, int) and abs(plain) > MAX_INTEGER:
+                yield keyword, f"with an integer beyond {MAX_INTEGER}"
 
 
 def _plain_values(value: Any) -> Iterator[Any]:
