@@ -8,7 +8,7 @@ from typing import Any
 
 from alora_serve.errors import FieldViolation, InvalidRequestError
 from alora_serve.intrinsics.definition import LAST_MESSAGE, IntrinsicDefinition
-from alora_serve.intrinsics.documents import with_documents_placed
+from alora_serve.intrinsics.documents import document_names, with_documents_placed
 from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.intrinsics.sentences import TaggedSentence, Tagger
 from alora_serve.types import ChatMessage, Prompt
@@ -122,8 +122,8 @@ def _tagged(boundaries: Mapping[str, str], prompt: Prompt) -> tuple[Prompt, Mapp
     if tag:
         tagger = Tagger(sentences["documents"])
         documents = [
-            replace(document, text=tagger.tag(document.text, tag, document_id=document.doc_id or None))
-            for document in documents
+            replace(document, text=tagger.tag(document.text, tag, document_id=name))
+            for document, name in zip(documents, document_names(documents), strict=True)
         ]
         number = tagger.next_number
     tag = boundaries.get("all_but_last_message")

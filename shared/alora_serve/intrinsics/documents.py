@@ -31,8 +31,13 @@ def with_documents_placed(prompt: Prompt, *, form: str = "", template_takes_docu
     return replace(prompt, messages=messages, documents=())
 
 
+def document_names(documents: Sequence[Document]) -> list[str]:
+    """What the documents are called: a document without an id by its position."""
+    return [document.doc_id or str(number) for number, document in enumerate(documents, start=1)]
+
+
 def _document_turns(documents: Sequence[Document], form: str) -> list[ChatMessage]:
-    names = [document.doc_id or str(number) for number, document in enumerate(documents, start=1)]
+    names = document_names(documents)
     match form:
         case "roles":
             return [

@@ -20,7 +20,7 @@ class TaggedSentence:
         text: with the space before the next tag, so that texts of neighbours join.
         begin: characters before it in its document or message, tags not counted.
         end: the same, after it.
-        document_id: of a document that has one.
+        document_id: of a document, or its position where it has none.
         message_index: of a message before the last.
     """
 

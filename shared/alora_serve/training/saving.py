@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def save_adapter(model: PeftModel, directory: Path, base_name: str, dtype: torch
     written = json.loads(config_path.read_text())
     written["target_modules"] = sorted(written["target_modules"])  # PEFT writes a set, whose order changes by process
     config_path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    # safetensors lets nobody else read what it writes, and services run as another user.
+    shutil.copymode(config_path, directory / "adapter_model.safetensors")
     loaded = dict(PeftModelForCausalLM.from_pretrained(model.unload(), str(directory)).named_parameters())
     for name, parameter in trained.items():
         if not torch.equal(loaded[name].float(), parameter.float()):

@@ -10,9 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alora_serve.errors import InvalidRequestError
-from alora_serve.intrinsics import IntrinsicDefinition, Question, ask, parse_definition, with_documents_placed
+from alora_serve.intrinsics import (
+    Answer,
+    IntrinsicDefinition,
+    Question,
+    ask,
+    conclude,
+    parse_definition,
+    with_documents_placed,
+)
 from alora_serve.intrinsics.sentences import Tagger
 from alora_serve.types import ChatMessage, Document, PrefixHandle, Prompt, PromptKind
+from intrinsic_cases import CITATIONS
 
 HANDLE = PrefixHandle(b"m" * 32, b"s" * 32, (1, 2), (3,), PromptKind.CONVERSATION, "user", False, 0)
 TURNS = (ChatMessage("system", "Be brief."), ChatMessage("user", "Why? Tell me."))
@@ -97,6 +106,22 @@ def test_the_requests_template_arguments_win_over_the_definitions() -> None:
     text = "parameters: {extra_body: {chat_template_kwargs: {a: 1, b: 2}}}"
     question = asked(text, Prompt(messages=TURNS, template_arguments={"b": 3}))
     assert question.prompt.template_arguments == {"a": 1, "b": 3}
+
+
+def test_documents_without_an_id_are_cited_by_the_position_that_the_prompt_shows() -> None:
+    citing = parse_definition(CITATIONS.encode())
+    documents = (Document("", "One. Two."), Document("", "Three. Four."), Document("", "Five.", "c"))
+    question = ask(citing, Prompt(messages=TURNS, documents=documents), {}, template_takes_documents=False)
+    shown = question.prompt.messages[1].content
+    assert [f"[Document {name}]" in shown for name in ("1", "2", "c")] == [True] * 3
+
+    def cited(*sentences: int) -> list[tuple[str, str]]:
+        answer = Answer(f'[{{"r": 0, "c": {list(sentences)}}}]', (), question.sentences)
+        return [(span["citation_doc_id"], span["citation_text"]) for span in conclude(citing, answer).result]
+
+    assert cited(0, 2) == [("1", "One. "), ("2", "Three. ")], "both begin at 0"
+    assert cited(0, 3) == [("1", "One. "), ("2", "Four.")], "one ends where the other begins"
+    assert cited(1, 0, 2, 3, 4) == [("1", "One. Two."), ("2", "Three. Four."), ("c", "Five.")]
 
 
 @given(st.lists(st.text(alphabet="ab .?!\n<c0>", max_size=40), max_size=4), st.integers(0, 3))

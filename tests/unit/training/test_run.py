@@ -30,6 +30,9 @@ def test_a_trained_adapter_is_loaded_by_stock_peft_and_says_how_it_was_made(
     assert result.trained.validation[-1]["accuracy"] > 0.7
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "io.yaml", "training.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    (tmp_path / "plain").touch()
+    modes = {path.name: path.stat().st_mode for path in (*(tmp_path / "out").iterdir(), tmp_path / "plain")}
+    assert set(modes.values()) == {modes["plain"]}, "a service's user reads all of them"
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
