@@ -35,7 +35,7 @@ def narrow_numbers(schema: dict[str, Any]) -> None:
         told, beyond = schema.get(keyword), schema.get(exclusive)
         if keyword in schema and not _is_number(told):
             continue  # llguidance says so
-        bounds = [] if largest is None else [-inwards * largest]
+        bounds: list[float] = [] if largest is None else [-inwards * largest]
         if _is_number(told):
             bounds.append(_within(told, inwards, strictly=beyond is True))  # as draft 4 has it
         if _is_number(beyond):
