@@ -12,6 +12,7 @@ Adapter KV never gets here: it lives in private segments (``sequence.py``).
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Protocol
 
@@ -204,20 +205,25 @@ class PrefixCache:
                         self._names[part.segment].add(name)
 
     def _evict(self, incoming_bytes: int) -> None:
-        """Drop unpinned segments, least recently used first, until the budget holds with ``incoming_bytes`` more."""
-        if self._size_bytes + incoming_bytes <= self.budget_bytes:
+        """Drop unpinned segments, least recently used first, until there is room for ``incoming_bytes`` more.
+
+        Room in the budget, and in one piece of the pool: what lies outside it is memory besides the budget.
+        """
+        if self._fits(incoming_bytes) and self._pool.has_room(incoming_bytes):
             return
         # Whoever uses a descendant uses its ancestors at the same tick, so on a tie the deeper segment goes first.
-        idle = sorted((s for s in self._names if not s.pins), key=lambda s: (s.last_use, -s.start))
-        dropped = 0
-        for segment in idle:
-            if self._size_bytes + incoming_bytes <= self.budget_bytes:
-                break
-            self._drop(segment)
-            dropped += 1
-        if dropped:
-            self._metrics.prefix_evicted(dropped)
+        idle = deque(sorted((s for s in self._names if not s.pins), key=lambda s: (s.last_use, -s.start)))
+        count = len(idle)
+        # Where what holders have leaves no such piece, whatever else goes, nothing has to go for it.
+        is_possible = self._pool.has_room(incoming_bytes, without=idle)
+        while idle and not (self._fits(incoming_bytes) and (not is_possible or self._pool.has_room(incoming_bytes))):
+            self._drop(idle.popleft())  # the last reference: its piece of the pool is free at once
+        if len(idle) < count:
+            self._metrics.prefix_evicted(count - len(idle))
             self._metrics.prefix_bytes(self._size_bytes)
+
+    def _fits(self, incoming_bytes: int) -> bool:
+        return self._size_bytes + incoming_bytes <= self.budget_bytes
 
     def _drop(self, segment: KVSegment) -> None:
         for name in self._names.pop(segment):

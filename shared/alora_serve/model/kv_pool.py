@@ -11,6 +11,7 @@ import threading
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Iterable
 from time import monotonic
 from typing import Final
 
@@ -31,7 +32,6 @@ PAUSE_SHARE: Final = 4.0
 """Pauses are so many times as long as what is done between them: a fifth of one core's time at most."""
 
 _TOUCH_BYTES: Final = 8 << 20
-_ALIGNMENT_BYTES: Final = 4096
 
 
 class Ranges:
@@ -44,6 +44,16 @@ class Ranges:
     def free(self) -> tuple[tuple[int, int], ...]:
         """``(start, end)`` of each, in order, no two adjoining."""
         return tuple(self._free)
+
+    def copy(self) -> Ranges:
+        """The same ranges, apart from these."""
+        other = Ranges(0)
+        other._free = list(self._free)
+        return other
+
+    def has(self, size: int) -> bool:
+        """Some free range has that size."""
+        return any(end - start >= size for start, end in self._free)
 
     def take(self, size: int) -> int | None:
         """Start of the lowest free range of that size, which is free no longer; None where there is none."""
@@ -117,34 +127,49 @@ class KVPool:
         if toucher is not None:
             toucher.join()
 
+    def has_room(self, size_bytes: int, without: Iterable[KVSegment] = ()) -> bool:
+        """A segment of that size would lie in the pool, once those of ``without`` are gone.
+
+        True as well of nothing, and of what no pool of this size could hold.
+        """
+        if not 0 < size_bytes <= self._size_bytes:
+            return True
+        with self._lock:
+            self._collect()
+            ranges = self._ranges.copy()
+        for segment in without:
+            first = segment.data.data_ptr() - self._memory.data_ptr()
+            if 0 <= first < self._size_bytes:
+                ranges.give_back(first, first + segment.size_bytes)
+        return ranges.has(size_bytes)
+
     def segment(self, capacity: int, start: int) -> KVSegment:
         """An empty segment with room for ``capacity`` positions from ``start`` on. What is in it is garbage."""
         layout = self._layout
         size_bytes = capacity * layout.bytes_per_token
-        taken_bytes = -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         with self._lock:
             self._collect()
-            first = self._ranges.take(taken_bytes)
+            first = self._ranges.take(size_bytes)
         if first is None:
             return KVSegment.allocate(layout, capacity, start, self._device)
         shape = (layout.layers, 2, layout.kv_heads, capacity, layout.head_dim)
         with torch.inference_mode(mode=False):
             data = self._memory[first : first + size_bytes].view(getattr(torch, layout.dtype)).view(shape)
         segment = KVSegment(data, start)
-        weakref.finalize(segment, self._let_go.append, (first, first + taken_bytes)).atexit = False
-        self._touch_ahead(first + taken_bytes, taken_bytes)
+        weakref.finalize(segment, self._let_go.append, (first, first + size_bytes)).atexit = False
+        self._touch_ahead(first + size_bytes, size_bytes)
         return segment
 
     def _collect(self) -> None:
         while self._let_go:
             self._ranges.give_back(*self._let_go.popleft())
 
-    def _touch_ahead(self, used_end: int, taken_bytes: int) -> None:
+    def _touch_ahead(self, used_end: int, size_bytes: int) -> None:
         """Start to touch what is given out next, if there is not enough of it."""
         with self._lock:
             # Whoever was given untouched memory touches it.
             self._touched_end = max(self._touched_end, used_end)
-            self._largest_bytes = max(self._largest_bytes, taken_bytes)
+            self._largest_bytes = max(self._largest_bytes, size_bytes)
             if self._touching or self._closed.is_set() or not self._lacks():
                 return
             self._touching = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 import torch
@@ -231,6 +232,26 @@ def test_more_in_use_than_fits_overruns_the_budget_until_it_is_released() -> Non
     cache.release(one)
     cache.release(other)
     assert cache.size_bytes == 0
+
+
+def test_segments_lie_in_the_memory_of_the_budget_however_their_lengths_mix() -> None:
+    """What fits the budget in bytes may fit no gap between segments: more go, so that nothing lies outside it."""
+    layout = KVLayout(layers=1, kv_heads=1, head_dim=512, dtype="float32")  # a token takes a page
+    cache = PrefixCache(
+        layout, budget_bytes=4000 * layout.bytes_per_token, device=torch.device("cpu"), metrics=CountingMetrics()
+    )
+    pool, drawn, chains = cache._pool._memory, Random(0), list[BlockChain]()
+    for conversation in range(200):
+        tokens = list(conversation.to_bytes(2)) * drawn.choice([20, 100, 300])
+        chains.append(_chain(tokens))
+        promised = cache.reserve(Prefix(), len(tokens))
+        cache.publish(chains[-1], Prefix((promised,)), 0, len(tokens))
+        cache.settle(promised, len(tokens))
+        for chain in drawn.sample(chains, min(3, len(chains))):  # so that neighbours do not leave together
+            cache.release(cache.acquire(chain, len(chain)))
+    low, high = pool.data_ptr(), pool.data_ptr() + pool.numel()
+    assert len(_segments(cache)) > 2
+    assert all(low <= segment.data.data_ptr() < high for segment in _segments(cache))
 
 
 def test_pinned_bytes_are_those_of_segments_that_have_holders(cache: PrefixCache, metrics: CountingMetrics) -> None:
