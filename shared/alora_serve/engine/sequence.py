@@ -183,6 +183,7 @@ class Sequence:
         if self._in_tail:
             own, held = self._make_tail(), self._tail_used
             count = min(count, own.tokens - held)
+            own.segment.used = held + count
         else:
             own = self._make_room(self.computed, self.pending_tokens + self._growth(self.known_tokens))
             count, held = min(count, own.end - self.computed), self._own.tokens if self._own else 0
@@ -210,7 +211,7 @@ class Sequence:
             self._tail = self.tails.take(wanted, self.computed)
             self._see_own()
         elif self._tail.capacity == self._tail_used:
-            self._tail = self.tails.grow(self._tail, self._tail_used, wanted)
+            self._tail = self.tails.grow(self._tail, wanted)
         return KVSlice(self._tail, 0, self._tail.capacity)
 
     def _close_room(self) -> None:

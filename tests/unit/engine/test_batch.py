@@ -130,6 +130,21 @@ def test_a_span_never_crosses_the_boundary(bench: Bench) -> None:
     assert span.destination.segment in bench.cache._names
 
 
+def test_what_a_step_may_have_written_to_a_tail_is_zero_again_when_its_sequence_leaves(bench: Bench) -> None:
+    """Of a step that failed as well: its span is never committed, and what it left may be no number."""
+    sequence = bench.sequence(3, adapter=A)
+    for is_committed in (True, False):
+        span = sequence.span(sequence.pending_tokens)
+        span.destination.positions().fill_(float("nan"))
+        if is_committed:
+            sequence.commit(span)
+            sequence.append(7)
+    arena = span.own.segment.data
+    assert arena.isnan().any()
+    sequence.release()
+    assert not arena.any()
+
+
 def test_answers_of_the_base_model_are_computed_in_a_tail_and_go_on_in_the_memory_of_their_prompt(
     bench: Bench,
 ) -> None:

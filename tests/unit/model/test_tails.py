@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from mmap import PAGESIZE
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,11 +44,27 @@ def test_tails_of_one_size_lie_side_by_side(pool: TailPool) -> None:
 def test_nothing_of_a_sequence_is_left_for_the_next(pool: TailPool) -> None:
     """A NaN would survive the zero that masked positions are multiplied with."""
     tail = pool.take(3, 0)
-    tail.data.fill_(float("nan"))
+    tail.used = 2
+    tail.data[:, :, :, :2].fill_(float("nan"))
     pool.give_back(tail)
     again = pool.take(3, 5)
     assert (again.arena, again.slot, again.start) == (tail.arena, tail.slot, 5)
     assert not again.data.any()
+
+
+def test_a_long_tail_takes_memory_as_it_is_written() -> None:
+    """To zero the slot of a long prompt of a plain LoRA would hold up a step of all others."""
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
+
+    before = resident_bytes()
+    tail = TailPool(KVLayout(30, 3, 64, "float32"), CPU).take(8192, 0)
+    assert tail.size_bytes > 300e6
+    tail.used = 1
+    tail.data[:, :, :, :1] = 1.0
+    tail.arena.give_back(tail)
+    assert resident_bytes() - before < 50e6
 
 
 @pytest.mark.parametrize("tokens", [1, 512, 2048, 4096])
@@ -85,9 +103,10 @@ def test_an_arena_is_bounded_by_addresses_and_on_a_gpu_by_tokens() -> None:
 
 def test_a_tail_grows_with_its_content(pool: TailPool) -> None:
     tail = pool.take(1, 7)
+    tail.used = 5
     tail.data[:, :, :, :5] = torch.arange(5.0).view(1, 1, 1, 5, 1)
-    larger = pool.grow(tail, 5, 3 * FIRST_TAIL_TOKENS)
-    assert (larger.capacity, larger.start) == (4 * FIRST_TAIL_TOKENS, 7)
+    larger = pool.grow(tail, 3 * FIRST_TAIL_TOKENS)
+    assert (larger.capacity, larger.start, larger.used) == (4 * FIRST_TAIL_TOKENS, 7, 5)
     assert torch.equal(larger.data[1, 0, 0, :5, 0], torch.arange(5.0))
     assert not larger.data[:, :, :, 5:].any()
     assert pool.take(1, 0).slot == tail.slot
@@ -101,6 +120,7 @@ def test_no_two_holders_share_memory(requests: list[tuple[int, bool]]) -> None:
         tail = pool.take(tokens, 0)
         assert tail.capacity >= tokens
         assert not tail.data.any()
+        tail.used = tail.capacity
         tail.data.fill_(float(number))
         held.append((float(number), tail))
         if not keep:
