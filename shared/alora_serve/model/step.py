@@ -21,7 +21,8 @@ from alora_serve.model.padding import PaddedRows, Rows, pad_rows
 from alora_serve.model.tails import TailArena, TailSegment
 
 NARROW_TOKENS: Final = 16
-"""Spans up to here attend to their tails in one masked call with others; longer ones are not worth the padding."""
+"""Spans up to here attend to their tails in one masked call with others. Longer ones are not worth the padding: of 16
+spans of 24 tokens on a prefix of 2,048, one call would save 1 % of what attention takes, and no more at 17 or 64."""
 
 _Masks = dict[tuple[int | None, int, torch.dtype], Tensor]
 """Masks by window, query heads of a key's head, and dtype: layers that have these in common have one."""
