@@ -34,6 +34,7 @@ from alora_serve.config import CACHE_DIRECTORY_VARIABLE, default_cache_directory
 from alora_serve.cores import usable_cores
 from alora_serve.errors import AloraServeError, ConfigError, UnavailableError
 from alora_serve.kv.factory import open_store
+from alora_serve.kv.redis_url import TlsFiles
 from alora_serve.kv.store import Put, StoreKey
 from alora_serve.metrics import CoreMetrics
 
@@ -141,6 +142,7 @@ def _store(settings: LocalSettings) -> str:
         breaker_failures=1,
         breaker_reset_seconds=settings.breaker_reset_seconds,
         metrics=CoreMetrics(CollectorRegistry()),
+        tls=TlsFiles.of(settings),
     )
     key, value = StoreKey(secrets.token_bytes(32)), secrets.token_bytes(1 << 16)
     found: list[bytes] = []

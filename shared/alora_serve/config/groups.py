@@ -123,7 +123,9 @@ class StoreSettings(SettingsGroup):
             "redis+sentinel://host:port,host:port/master/db; rediss for TLS."
         ),
     )
-    store_tls_ca_file: str = Field("", description="PEM certificates that sign the store's; empty: the system's.")
+    store_tls_ca_file: str = Field(
+        "", description="PEM certificates that sign the store's; empty: the system's. Refused without rediss."
+    )
     store_tls_cert_file: str = Field("", description="PEM certificate to show the store, where it asks for one.")
     store_tls_key_file: str = Field("", description="Its private key.")
     store_tls_check_hostname: bool = Field(True, description="The store's certificate must name its host.")

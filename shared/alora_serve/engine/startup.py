@@ -66,12 +66,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         breaker_failures=settings.breaker_failures,
         breaker_reset_seconds=settings.breaker_reset_seconds,
         metrics=metrics,
-        tls=TlsFiles(
-            settings.store_tls_ca_file,
-            settings.store_tls_cert_file,
-            settings.store_tls_key_file,
-            settings.store_tls_check_hostname,
-        ),
+        tls=TlsFiles.of(settings),
         protection=settings.store_protection,
         secrets=[secret.get_secret_value().encode() for secret in settings.store_secrets],
     )

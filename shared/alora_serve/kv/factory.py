@@ -40,7 +40,8 @@ def open_store(
         secrets: for that.
 
     Raises:
-        ConfigError: the URL cannot be served (names it, without user and password), or a secret is missing.
+        ConfigError: the URL cannot be served, or speaks no TLS where ``tls`` names files (names it, without user and
+            password), or a secret is missing.
     """
     backend = _backend(url, budget_bytes=budget_bytes, ttl_seconds=ttl_seconds, tls=tls)
     if protection != "none":
@@ -53,6 +54,8 @@ def open_store(
 
 def _backend(url: str, *, budget_bytes: int, ttl_seconds: float, tls: TlsFiles | None) -> KVStore:
     scheme = url.partition(":")[0]
+    if tls is not None and tls.has_files and not scheme.startswith("rediss"):
+        raise url_error(url, "store_tls_* are set, and only rediss, rediss+cluster and rediss+sentinel speak TLS")
     if scheme == "lmdb":
         return LmdbStore(lmdb_root(url), budget_bytes=budget_bytes)
     if scheme in REDIS_SCHEMES:

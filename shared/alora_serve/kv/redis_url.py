@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from alora_serve.errors import ConfigError
 from alora_serve.kv.store_url import url_error
+
+if TYPE_CHECKING:
+    from alora_serve.config import StoreSettings
 
 Address = tuple[str, int]
 """Host and port."""
@@ -46,6 +49,21 @@ class TlsFiles:
     cert_file: str = ""
     key_file: str = ""
     check_hostname: bool = True
+
+    @classmethod
+    def of(cls, settings: StoreSettings) -> TlsFiles:
+        """As a service is told."""
+        return cls(
+            settings.store_tls_ca_file,
+            settings.store_tls_cert_file,
+            settings.store_tls_key_file,
+            settings.store_tls_check_hostname,
+        )
+
+    @property
+    def has_files(self) -> bool:
+        """Whether any is named: whoever names one wants TLS."""
+        return bool(self.ca_file or self.cert_file or self.key_file)
 
     def context(self, socket_class: type[ssl.SSLSocket] = ssl.SSLSocket) -> ssl.SSLContext:
         """A client's context from the files as they are now.

@@ -84,6 +84,12 @@ def test_a_store_that_cannot_be_reached_is_wrong_and_says_what_it_means(findings
     assert "requests would still be answered, by computing everything anew" in store.detail
 
 
+def test_a_store_is_reached_as_services_reach_it(findings, quick, monkeypatch) -> None:
+    monkeypatch.setenv("ALORA_STORE_TLS_CA_FILE", "/etc/tls/ca.pem")
+    store = findings(store_url="redis://127.0.0.1:1/0")["store"]
+    assert "store_tls_* are set" in store.detail
+
+
 def test_a_store_that_loses_values_is_wrong(findings, quick, monkeypatch) -> None:
     monkeypatch.setattr("alora_serve.kv.lmdb.LmdbStore.get_many", lambda *arguments, **options: None)
     assert "a value that was just written did not come back" in findings()["store"].detail

@@ -12,6 +12,7 @@ from alora_serve.kv.factory import open_store
 from alora_serve.kv.guarded import InstrumentedStore
 from alora_serve.kv.lmdb import LmdbStore, default_location
 from alora_serve.kv.redis import RedisStore
+from alora_serve.kv.redis_url import TlsFiles
 from alora_serve.kv.sealed import Protection
 from alora_serve.kv.store import Put
 from store_peer import PATIENCE_SECONDS, RecordingMetrics, key_of, pattern, read
@@ -91,6 +92,22 @@ def test_other_urls_are_refused_with_the_reason_and_without_the_password(url: st
     while error is not None:
         assert "sec" not in str(error)
         error = error.__cause__
+
+
+@pytest.mark.parametrize("file", ["ca_file", "cert_file", "key_file"])
+@pytest.mark.parametrize(
+    "url", ["redis://user:secret@host", "redis+cluster://host", "redis+sentinel://host/primary", "unix:///s", "lmdb:"]
+)
+def test_files_for_tls_are_refused_where_none_would_be_spoken(url: str, file: str) -> None:
+    """Else KV and passwords would cross the network in plain text, with nobody told."""
+    with pytest.raises(ConfigError, match="only rediss, rediss\\+cluster and rediss\\+sentinel speak TLS") as caught:
+        made(url, tls=TlsFiles(**{file: "/etc/tls/file.pem"}))
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "rediss+cluster", "rediss+sentinel"])
+def test_files_for_tls_are_taken_where_it_is_spoken(scheme: str) -> None:
+    made(f"{scheme}://host/{'primary' if 'sentinel' in scheme else ''}", tls=TlsFiles("/etc/tls/ca.pem")).close()
 
 
 @pytest.mark.parametrize(("scheme", "beginning"), [("mac", b"aLSVm"), ("encrypt", b"aLSVe"), ("none", b"")])
