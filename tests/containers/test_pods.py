@@ -93,6 +93,10 @@ def as_podman_takes_it(deployment: Manifest) -> Manifest:
     return deployment
 
 
+def _is_for(service: Manifest, deployment: Manifest) -> bool:
+    return bool(service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"])
+
+
 def play_secret(secret: Manifest) -> None:
     """As kube play reads it, which makes none itself: JSON, with values in base64."""
     values = {key: base64.b64encode(value.encode()).decode() for key, value in secret["stringData"].items()}
@@ -101,7 +105,7 @@ def play_secret(secret: Manifest) -> None:
 
 @pytest.fixture(scope="module")
 def pods() -> Iterator[Pods]:
-    """The Deployments of the chart for the demo model, each under the name of its Service."""
+    """The Deployments of the chart for the demo model, each under the names of its Services."""
     manifests = rendered()
     podman("network", "create", NETWORK)
     for manifest in manifests:
@@ -114,7 +118,8 @@ def pods() -> Iterator[Pods]:
     try:
         for component in ("store", *COMPONENTS):
             deployment = as_podman_takes_it(deployments[component])
-            network = f"{NETWORK}:alias={deployment['metadata']['name']}"
+            services = [m["metadata"]["name"] for m in manifests if m["kind"] == "Service" and _is_for(m, deployment)]
+            network = f"{NETWORK}:{','.join(f'alias={name}' for name in services)}"
             podman("kube", "play", "--network", network, "-", given=yaml.safe_dump(deployment))
         names = podman("ps", "--format", "{{.Names}}").stdout.split()
         containers = {one: [name for name in names if name.endswith(f"-{one}")] for one in deployments}

@@ -65,12 +65,48 @@ def test_the_release_says_what_to_do_next(chart_helm: Callable[..., str]) -> Non
     assert "helm test r --namespace serving" in notes
 
 
+def test_the_release_says_how_it_is_called(chart_helm: Callable[..., str]) -> None:
+    plain, sure = _notes(chart_helm), str(CHART / "ci" / "tls-cert-manager-values.yaml")
+    assert "dns:///r-alora-serve-router-headless.serving.svc:50051" in plain
+    assert "ALORA_CLIENT_TLS" not in plain
+    secure = _notes(chart_helm, "--values", sure)
+    assert (
+        "get secret r-alora-serve-router-tls --output 'jsonpath={.data.ca\\.crt}' | base64 --decode > ca.crt" in secure
+    )
+    for told in ("CA_FILE=ca.crt", "SERVER_NAME=alora.example.com", "CERT_FILE=tls.crt", "KEY_FILE=tls.key"):
+        assert f"ALORA_CLIENT_TLS_{told}" in secure
+    assert "export ALORA_API_KEY=" in secure
+    asks_nobody = _notes(
+        chart_helm, "--values", sure, "--set", "tls.clientCaSecret=,access.fileSecret=,access.jwt.jwksConfigMap="
+    )
+    assert "ALORA_CLIENT_TLS_CERT_FILE" not in asks_nobody
+    assert all("alora-serve generate" in notes for notes in (plain, secure, asks_nobody))
+
+
 def test_the_release_says_that_its_alerts_link_to_nothing(chart_helm: Callable[..., str]) -> None:
     rules = "monitoring.prometheusRule.enabled=true"
     base = "monitoring.prometheusRule.runbookBase=https://docs.example.com/operations/"
     assert "monitoring.prometheusRule.runbookBase" in _notes(chart_helm, "--set", rules)
     assert "runbook" not in _notes(chart_helm, "--set", rules, "--set", base)
     assert "runbook" not in _notes(chart_helm)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["fullnameOverride", "nameOverride"])
+def test_the_longest_names_fit_where_kubernetes_puts_them(given: str, values: str, render: Any) -> None:
+    """In names of Services, which are labels of DNS, and in labels that are made of names."""
+    for manifest in render(values, "--set", f"{given}={'n' * 36}-{'n' * 40}"):
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        pods = manifest.get("spec", {}).get("template", {}).get("metadata", {}).get("labels", {})
+        labels = [*manifest["metadata"].get("labels", {}).values(), *pods.values()]
+        labels += {
+            "Service": [name],
+            "StatefulSet": [f"{name}-0123456789"],  # controller-revision-hash
+            "ScaledObject": [f"keda-hpa-{name}"],
+        }.get(kind, [])
+        assert [label for label in labels if not re.fullmatch(r"(\w([\w.-]{0,61}\w)?)?", label)] == [], (kind, name)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -144,7 +180,8 @@ def test_values_and_schema_name_the_same_things(schema: dict[str, Any], defaults
     def compare(value: Any, described: dict[str, Any], path: str) -> Iterator[str]:
         described = _without_definition(described, schema)
         properties = described.get("properties")
-        if properties is None or path.endswith(("settings", "resources", "behavior", "issuerRef", "routerIssuerRef")):
+        free = ("settings", "resources", "behavior", "issuerRef", "routerIssuerRef", "podLabels", "annotations")
+        if properties is None or path.endswith(free):
             return
         yield from (f"{path}.{name}" for name in properties.keys() ^ value.keys())
         for name in properties.keys() & value.keys():
@@ -164,11 +201,13 @@ def test_the_page_says_which_images_an_installation_pulls(render: Any) -> None:
     (images,) = re.findall(r"for image in ([a-z -]+);", told)
     (pattern,) = re.findall(r"docker push \$(registry/\S+)", told)
     pushed = {pattern.replace("$image", image) for image in images.split()}
-    pods = [m["spec"].get("template", m).get("spec", {}) for m in render("minimal", *REGISTRY) if "spec" in m]
+    manifests = render("minimal", *REGISTRY) + render("statefulset", *REGISTRY)
+    pods = [m["spec"].get("template", m).get("spec", {}) for m in manifests if "spec" in m]
     containers = [one for pod in pods for kind in ("containers", "initContainers") for one in pod.get(kind, [])]
     pulled = {container["image"] for container in containers}
-    (store,) = pulled - pushed
-    assert f"`{store.removeprefix('registry/')}`" in told
+    others = pulled - pushed
+    assert {other.rpartition("/")[2].partition(":")[0] for other in others} == {"valkey", "rclone"}
+    assert [other for other in others if f"`{other.removeprefix('registry/')}`" not in told] == []
     assert pushed < pulled
 
 

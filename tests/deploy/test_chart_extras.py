@@ -91,6 +91,13 @@ def test_pods_are_replaced_as_given(component: str, render: Any) -> None:
     assert changed["spec"]["strategy"] == {"type": "Recreate"}
     sets = ("--set", "basePrefill.kind=StatefulSet,adapterDecode.kind=StatefulSet")
     if component != "router":
+        # A GPU more than there are would be waited for, for ever.
+        assert _workload(render("gpu"), component)["spec"]["strategy"]["rollingUpdate"] == {
+            "maxSurge": 0,
+            "maxUnavailable": 1,
+        }
+        given = _workload(render("gpu", *_of_all("updateStrategy.type=Recreate")), component)
+        assert given["spec"]["strategy"] == {"type": "Recreate"}
         kept = _workload(render("minimal", *sets, *_of_all("updateStrategy.type=OnDelete")), component)
         assert kept["spec"]["updateStrategy"] == {"type": "OnDelete"}
 
@@ -144,7 +151,7 @@ def test_an_ingress_says_what_the_pods_speak(values: str, of_router: str, of_fro
     hosts = (
         "ingress.enabled=true,ingress.host=a.example.com,openaiFront.ingress.enabled=true,openaiFront.ingress.host=b"
     )
-    manifests = render(values, "--set", hosts)
+    manifests = render(values, "--set", hosts, "--set", "tls.clientCaSecret=")
     told = {name: _named(manifests, name, "Ingress")["metadata"]["annotations"] for name in ("router", "openai-front")}
     assert {name: annotations[BACKEND_PROTOCOL] for name, annotations in told.items()} == {
         "router": of_router,

@@ -30,6 +30,17 @@ def test_it_is_off_and_holds_no_secret_of_the_services(render: Any) -> None:
         assert ("ALORA_ALLOW_INSECURE" in told) == (values == "openai-front")
 
 
+def test_it_calls_every_router_and_verifies_each_by_the_name_of_their_service(render: Any) -> None:
+    for values in ("openai-front", "openai-front-tls"):
+        told = {entry["name"]: entry.get("value") for entry in _container(render, values)["env"]}
+        assert told["ALORA_ROUTER_ADDRESS"] == "dns:///r-alora-serve-router-headless:50051"
+        expected = "r-alora-serve-router" if values == "openai-front-tls" else None
+        assert told.get("ALORA_ROUTER_TLS_SERVER_NAME") == expected
+    services = {m["metadata"]["name"]: m["spec"] for m in render("openai-front") if m["kind"] == "Service"}
+    assert services["r-alora-serve-router-headless"]["clusterIP"] == "None"
+    assert services["r-alora-serve-router-headless"]["ports"][0]["port"] == 50051
+
+
 def test_a_router_that_asks_for_certificates_must_get_one(render: Any) -> None:
     """Else the front door would be ready, and fail every request."""
     with pytest.raises(subprocess.CalledProcessError) as refused:

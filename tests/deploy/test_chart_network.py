@@ -294,9 +294,9 @@ def _server_names(manifests: list[dict[str, Any]]) -> set[str]:
     """What the front door, helm test and the gateway find in the router's certificate."""
     pods = [_named(manifests, "Deployment", "-openai-front")["spec"]["template"], _named(manifests, "Pod", "-test")]
     told = {e["name"]: e.get("value", "") for pod in pods for e in pod["spec"]["containers"][0]["env"]}
-    addresses = {told["ALORA_ROUTER_ADDRESS"], told["ALORA_ADDRESS"]}
+    addresses = [told["ALORA_ROUTER_ADDRESS"], told["ALORA_ADDRESS"]]
     chosen = [told.get(name) for name in ("ALORA_ROUTER_TLS_SERVER_NAME", "ALORA_CLIENT_TLS_SERVER_NAME")]
-    names = {name for name in chosen if name} or {address.rpartition(":")[0] for address in addresses}
+    names = {name or address.rpartition(":")[0] for name, address in zip(chosen, addresses, strict=True)}
     return names | {_named(manifests, "BackendTLSPolicy", "-router")["spec"]["validation"]["hostname"]}
 
 

@@ -107,6 +107,8 @@ def public_options(
     """
     return [
         *_channel_options(PUBLIC_KEEPALIVE_MILLISECONDS, max_message_bytes),
+        # Where a name has several routers, each gets its share of the calls; the default sends all to the first.
+        ("grpc.lb_policy_name", "round_robin"),
         # A proxy cannot reach this machine's loopback, yet grpc would send calls to it there.
         ("grpc.enable_http_proxy", 0 if is_this_machine(target) else 1),
         # A router that restarts is found again soon; the defaults wait up to two minutes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from alora_serve.rpc.channels import (
 from alora_serve.rpc.health import HealthServicer
 
 TIMEOUT_SECONDS = 30.0
+_Status = health_pb2.HealthCheckResponse
 
 
 async def test_a_second_server_cannot_take_the_same_port() -> None:
@@ -54,10 +56,10 @@ async def test_a_proxy_in_the_environment_never_takes_calls_to_this_machine(dead
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with internal_channel(f"127.0.0.1:{port}") as channel:
-        assert await check(channel) == health_pb2.HealthCheckResponse.SERVING
+        assert await check(channel) == _Status.SERVING
     for target in (f"127.0.0.1:{port}", f"localhost:{port}", f"ipv4:127.0.0.1:{port}"):
         async with grpc.aio.insecure_channel(target, options=public_options(target)) as channel:
-            assert await check(channel) == health_pb2.HealthCheckResponse.SERVING
+            assert await check(channel) == _Status.SERVING
     await server.stop(0)
 
 
@@ -97,6 +99,27 @@ async def test_a_proxy_in_the_environment_takes_users_calls_elsewhere(dead_proxy
 )
 def test_this_machine_is_told_from_others(target: str, is_this: bool) -> None:
     assert is_this_machine(target) is is_this
+
+
+async def test_a_users_calls_go_to_all_routers_of_a_name_and_then_to_those_that_are_left() -> None:
+    servers, ports = [], []
+    for serving in (True, False):  # so that answers tell who gave them
+        server = grpc.aio.server(options=server_options())
+        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer([], serving=serving), server)
+        ports.append(server.add_insecure_port("127.0.0.1:0"))
+        servers.append(server)
+        await server.start()
+    target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
+    try:
+        async with grpc.aio.insecure_channel(target, options=public_options(target)) as channel:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                while {await check(channel) for _ in range(2)} != {_Status.SERVING, _Status.NOT_SERVING}:
+                    await asyncio.sleep(0.01)  # the second connection may come later than the first
+            await servers[0].stop(0)
+            assert {await check(channel) for _ in range(4)} == {_Status.NOT_SERVING}
+    finally:
+        for server in servers:
+            await server.stop(0)
 
 
 @pytest.mark.parametrize("client", [internal_options(), public_options("router:50051")], ids=["internal", "public"])

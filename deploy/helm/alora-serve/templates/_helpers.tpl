@@ -7,8 +7,8 @@ Names and small values. What is about one component takes
 {{- $name := .Values.nameOverride | default .Chart.Name -}}
 {{- $full := contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name) -}}
 {{- $full = .Values.fullnameOverride | default $full -}}
-{{- /* Room for -adapter-decode and the hash that a Deployment's pods get. */ -}}
-{{- $full | trunc 40 | trimSuffix "-" -}}
+{{- /* 63 are left for -adapter-decode and the hash that a StatefulSet's pods have as a label; for keda-hpa- before it. */ -}}
+{{- $full | trunc 37 | trimSuffix "-" -}}
 {{- end }}
 
 {{- define "alora-serve.name" -}}
@@ -23,7 +23,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
 {{- define "alora-serve.releaseLabels" -}}
-app.kubernetes.io/name: {{ .Values.nameOverride | default .Chart.Name | trunc 63 }}
+app.kubernetes.io/name: {{ .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 

@@ -153,12 +153,11 @@ a test compares them. A setting that changes changes the pod template, and so re
 
 {{- define "alora-serve.frontEnv" -}}
 {{- $router := include "alora-serve.name" (dict "ctx" .ctx "component" "router") -}}
-- {name: ALORA_ROUTER_ADDRESS, value: "{{ $router }}:{{ .ctx.Values.router.service.port }}"}
+# The name of every router, so that calls are shared among them.
+- {name: ALORA_ROUTER_ADDRESS, value: "dns:///{{ $router }}-headless:50051"}
 {{- if .ctx.Values.tls.enabled }}
 - {name: ALORA_ROUTER_TLS_CA_FILE, value: /etc/alora-serve/router-ca/ca.crt}
-{{- with include "alora-serve.routerServerName" .ctx }}
-- {name: ALORA_ROUTER_TLS_SERVER_NAME, value: {{ . | quote }}}
-{{- end }}
+- {name: ALORA_ROUTER_TLS_SERVER_NAME, value: {{ include "alora-serve.routerServerName" .ctx | default $router | quote }}}
 {{- if .values.routerClientSecret }}
 - {name: ALORA_ROUTER_TLS_CERT_FILE, value: /etc/alora-serve/router-client/tls.crt}
 - {name: ALORA_ROUTER_TLS_KEY_FILE, value: /etc/alora-serve/router-client/tls.key}

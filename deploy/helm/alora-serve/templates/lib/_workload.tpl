@@ -40,8 +40,10 @@ spec:
   # Longer than a start may take, or a rollout would be called failed while weights are fetched and read.
   progressDeadlineSeconds: {{ add (int .values.startupSeconds) 600 }}
   strategy:
-    {{- $surge := dict "type" "RollingUpdate" "rollingUpdate" (dict "maxSurge" 1 "maxUnavailable" 0) }}
-    {{- .values.updateStrategy | default $surge | toYaml | nindent 4 }}
+    {{- /* New pods first, but where each would need one more GPU than there may be. */}}
+    {{- $surge := and .ctx.Values.gpu.enabled (include "alora-serve.isModelService" .) | empty | ternary 1 0 }}
+    {{- $rolling := dict "type" "RollingUpdate" "rollingUpdate" (dict "maxSurge" $surge "maxUnavailable" (sub 1 $surge)) }}
+    {{- .values.updateStrategy | default $rolling | toYaml | nindent 4 }}
   {{- end }}
   template:
     metadata:
