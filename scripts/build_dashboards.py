@@ -3,7 +3,8 @@
 A page of panels is YAML: title, description, ``anchor``, and rows of panels. A panel has a title, a description that
 says what to read from it, a unit, and ``queries``: legends with their PromQL, in which
 
-- ``SELECTED`` stands for the job and the instances chosen above, which are those that have the metric ``anchor``;
+- ``SELECTED`` stands for the namespaces, jobs and instances chosen above, of those that have the metric ``anchor``;
+- ``NAMESPACE`` stands for the namespaces alone, for what other jobs have;
 - ``zero: LABEL`` adds a flat line ``none`` while nothing has that label: what never went wrong has no series.
 
 Further keys: ``type`` (timeseries, stat, heatmap), ``width`` of 24, ``stacked``, ``max``, and ``thresholds`` as
@@ -34,7 +35,10 @@ SCHEMA_VERSION: Final = 42
 GRID_COLUMNS: Final = 24
 HEIGHTS: Final = {"stat": 4, "timeseries": 8, "heatmap": 8}
 WIDTHS: Final = {"stat": 4, "timeseries": 8, "heatmap": 8}
-SELECTED: Final = 'job=~"$job", instance=~"$instance"'
+NAMESPACE: Final = 'namespace=~"$namespace"'
+SELECTED: Final = f'{NAMESPACE}, job=~"$job", instance=~"$instance"'
+EVERY: Final = {"namespace": ".*"}
+"""What All stands for, where what is asked may lack the label: Prometheus has none outside of Kubernetes."""
 DATASOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -58,11 +62,12 @@ def dashboard(name: str, page: dict[str, Any]) -> dict[str, Any]:
 
 
 def variables(anchor: str) -> Iterator[dict[str, Any]]:
-    """The choices above a dashboard: where from, which job, which of its instances."""
+    """The choices above a dashboard: where from, which namespace, which job, which of its instances."""
     yield {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
     for name, label, query in (
-        ("job", "Job", f"label_values({anchor}, job)"),
-        ("instance", "Instance", f'label_values({anchor}{{job=~"$job"}}, instance)'),
+        ("namespace", "Namespace", f"label_values({anchor}, namespace)"),
+        ("job", "Job", f"label_values({anchor}{{{NAMESPACE}}}, job)"),
+        ("instance", "Instance", f'label_values({anchor}{{{NAMESPACE}, job=~"$job"}}, instance)'),
     ):
         yield {
             "name": name,
@@ -75,6 +80,7 @@ def variables(anchor: str) -> Iterator[dict[str, Any]]:
             "sort": 1,
             "multi": True,
             "includeAll": True,
+            **({"allValue": EVERY[name]} if name in EVERY else {}),
             "current": {"text": "All", "value": "$__all"},
         }
 
@@ -105,7 +111,7 @@ def panel(number: int, kind: str, spec: dict[str, Any], place: dict[str, int]) -
         {
             "refId": chr(ord("A") + position),
             "datasource": DATASOURCE,
-            "expr": expression.strip().replace("SELECTED", SELECTED) + zero,
+            "expr": expression.strip().replace("SELECTED", SELECTED).replace("NAMESPACE", NAMESPACE) + zero,
             "legendFormat": legend,
             "range": True,
             "format": "heatmap" if kind == "heatmap" else "time_series",

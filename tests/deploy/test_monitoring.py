@@ -38,10 +38,14 @@ _GROUPING = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
 _NAME = re.compile(r"(?<![\w:.$])[a-zA-Z_:][\w:]*\b(?!\s*\()")
 _WORDS = {"and", "or", "unless", "offset", "bool"}
 
+CHOICES = ["namespace", "job", "instance"]
+"""Of every dashboard; each is of those chosen before it."""
+
 ABSENT_WHILE_WELL = {
     'alora_rpc_handled_total{code=~"INTERNAL|UNKNOWN"}',
     'alora_rpc_handled_total{method=~"/alora_serve.v1.AloraService/.+", code="FAILED_PRECONDITION"}',
     'alora_http_requests_total{route!~"GET /(health|metrics)", status=~"500|503|504"}',
+    'ALERTS{alertname="AloraServiceDown"}',
 }
 """What alerts ask for and a deployment that is well does not have."""
 
@@ -220,7 +224,7 @@ def test_a_dashboard_is_one_that_grafana_takes_and_people_can_read(name: str) ->
     page = pages()[name]
     everything = page["panels"]
     assert len({panel["id"] for panel in everything}) == len(everything)
-    assert [variable["name"] for variable in page["templating"]["list"]] == ["datasource", "job", "instance"]
+    assert [variable["name"] for variable in page["templating"]["list"]] == ["datasource", *CHOICES]
     taken: set[tuple[int, int]] = set()
     for panel in everything:
         place = panel["gridPos"]
@@ -239,6 +243,34 @@ def test_a_dashboard_is_one_that_grafana_takes_and_people_can_read(name: str) ->
         assert all(target["legendFormat"] for target in panel["targets"]), panel["title"]
     assert len({panel["title"] for panel in panels(page)}) == len(panels(page))
     assert len({other["uid"] for other in pages().values()}) == len(pages())
+
+
+@pytest.mark.parametrize("name", pages())
+def test_namespaces_are_chosen_first_and_all_of_them_are_those_without_one_too(name: str) -> None:
+    """Outside of Kubernetes no series has the label, and a choice of none of its values would show nothing."""
+    namespace, job, instance = pages()[name]["templating"]["list"][1:]
+    assert namespace["allValue"] == ".*"
+    assert 'namespace=~"$namespace"' in job["query"]["query"]
+    assert 'namespace=~"$namespace", job=~"$job"' in instance["query"]["query"]
+
+
+def test_every_query_keeps_to_the_chosen_namespaces_and_tells_them_apart() -> None:
+    chosen = 'namespace=~"$namespace"'
+    for page, panel, expression in queries():
+        asked = expression.replace("and on (namespace, job, instance) alora_tasks", "")
+        unbound = [name for name in metric_names(asked) if asked.count(name) != asked.count(f"{name}{{{chosen}")]
+        assert all(name.endswith(":objective") for name in unbound), (page, panel)
+        if "{{job}}" in panel or ":ratio" in expression:
+            assert "{{namespace}}" in panel, (page, panel)
+        groupings = [found for found in _GROUPING.findall(expression) if "job" in found]
+        assert all(found.startswith("namespace, ") for found in groupings), (page, panel)
+
+
+def test_recorded_series_keep_their_namespace() -> None:
+    for rule in rules("record"):
+        groupings = _GROUPING.findall(rule["expr"])
+        assert groupings or rule["record"].endswith(":objective")
+        assert all(found.startswith("namespace") for found in groupings), rule["record"]
 
 
 def test_prometheus_scrapes_the_services_of_compose_under_jobs_that_rules_know() -> None:

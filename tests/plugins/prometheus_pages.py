@@ -60,10 +60,12 @@ class Scraper:
         return any(math.isfinite(float(value)) for one in series for _, value in one["values"])
 
     def variables(self, page: dict[str, Any]) -> dict[str, str]:
-        """What Grafana fills into a dashboard's queries where all jobs and instances are chosen."""
+        """What Grafana fills into a dashboard's queries where all namespaces, jobs and instances are chosen."""
         values = {"__rate_interval": self._window}
         for variable in page["templating"]["list"]:
-            if variable["type"] == "query":
+            if "allValue" in variable:
+                values[variable["name"]] = variable["allValue"]
+            elif variable["type"] == "query":
                 metric, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"]).groups()
                 found = self.get("query", query=f"group by ({label}) ({filled_in(metric, values)})")["result"]
                 values[variable["name"]] = "|".join(one["metric"][label] for one in found)
