@@ -82,7 +82,8 @@ class Client:
         """Prepare; the first call connects.
 
         Args:
-            address: ``host:port`` of a router. One on this machine is reached directly, whatever proxy is set.
+            address: ``host:port`` of a router, or ``dns:///name:port``; where a name has several, they share the calls.
+                One on this machine is reached directly, whatever proxy is set.
             credentials: for TLS; None is plain text.
             server_name: the name in the router's certificate, where it is not that of ``address``.
             retry: see :class:`RetryPolicy`.
