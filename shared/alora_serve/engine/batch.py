@@ -45,7 +45,7 @@ def adapter_rows(batch: Batch) -> list[tuple[LoadedAdapter, slice]]:
         last = first + len(span.tokens)
         adapter = sequence.request.adapter
         if adapter is not None and not sequence.in_base_phase:
-            if runs and runs[-1][0] is adapter and runs[-1][1].stop == first:
+            if runs and runs[-1][0].digest == adapter.digest and runs[-1][1].stop == first:
                 runs[-1] = (adapter, slice(runs[-1][1].start, last))
             else:
                 runs.append((adapter, slice(first, last)))

@@ -73,6 +73,8 @@ class LoraRows:
         # While sequences only decode, one step's plan is the next one's.
         key = tuple((adapter.digest, where.start, where.stop) for adapter, where in rows)
         if self._plan.rows != key:
+            # Making a plan may move weights and then fail: what the old one says of memory may be wrong by then.
+            self._plan = _Plan((), ())
             self._plan = _Plan(key, self._runs_of(rows))
         runs: defaultdict[Projection, list[tuple[AdapterStack, PaddedRows]]] = defaultdict(list)
         for stack, where in self._plan.runs:
@@ -94,16 +96,17 @@ class LoraRows:
         self._adapted = []
 
     def _runs_of(self, rows: Sequence[tuple[LoadedAdapter, slice]]) -> Runs:
-        listed: dict[LoadedAdapter, list[int]] = {}
+        # By digest, as slots are: one adapter may be here under several names.
+        listed: defaultdict[AdapterDigest, list[int]] = defaultdict(list)
         for adapter, where in rows:
-            listed.setdefault(adapter, []).extend(range(where.start, where.stop))
+            listed[adapter.digest].extend(range(where.start, where.stop))
         groups: defaultdict[Shape, list[LoadedAdapter]] = defaultdict(list)
-        for adapter in listed:
+        for adapter in {adapter.digest: adapter for adapter, _ in rows}.values():
             groups[shape_of(adapter)].append(adapter)
         runs: list[tuple[AdapterStack, PaddedRows]] = []
         for shape, adapters in groups.items():
             stack = self._stack(shape)
-            by_slot = sorted(zip(stack.place(adapters), (listed[adapter] for adapter in adapters), strict=True))
+            by_slot = sorted(zip(stack.place(adapters), (listed[adapter.digest] for adapter in adapters), strict=True))
             runs.extend((stack, pad_rows(run, self._device)) for run in _runs(stack, by_slot))
         self._drop_old_stacks(keep=groups.keys())
         return tuple(runs)

@@ -46,7 +46,12 @@ def pad_rows(slots: Sequence[tuple[int, Sequence[int]]], device: torch.device) -
 
     Args:
         slots: slot numbers, each at most once, with the rows of each, at least one.
+
+    Raises:
+        ValueError: a slot comes twice; rows would overwrite each other.
     """
+    if len({slot for slot, _ in slots}) < len(slots):
+        raise ValueError(f"a slot comes twice in {[slot for slot, _ in slots]}")
     first, last = min(slot for slot, _ in slots), max(slot for slot, _ in slots) + 1
     width = max(len(rows) for _, rows in slots)
     listed = [row for _, rows in slots for row in rows]

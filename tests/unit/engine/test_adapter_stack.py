@@ -33,8 +33,8 @@ def a_pair(seed: int = 3, scaling: float = 3.0 / 7.0) -> LoraPair:
     return LoraPair(a=a, b=b, scaling=scaling)
 
 
-def an_adapter(name: str, pairs: dict[str, LoraPair]) -> LoadedAdapter:
-    info = AdapterInfo(name, AdapterDigest(name * 64), "alora", 4, (), (1,), "", 0, resident=True)
+def an_adapter(name: str, pairs: dict[str, LoraPair], digest: str = "") -> LoadedAdapter:
+    info = AdapterInfo(name, AdapterDigest(digest or name * 64), "alora", 4, (), (1,), "", 0, resident=True)
     return LoadedAdapter(info, pairs)
 
 
@@ -222,6 +222,46 @@ def test_slots_with_gaps_run_together_where_reading_what_lies_between_is_sooner_
     for adapter, where in chosen:
         expected = adapted(x, output, adapter.pairs["proj"], range(where.start, where.stop))[where]
         assert torch.allclose(out[where], expected, atol=1e-5)
+
+
+def test_one_adapter_under_two_names_is_on_for_the_rows_of_both() -> None:
+    """Names differ, weights and slot do not: each row gets its delta once, and its own."""
+    projection, pair = a_projection("proj"), a_pair()
+    adapters = [an_adapter(name, {"proj": pair}, digest="d" * 64) for name in ("one", "other")]
+    between = an_adapter("b", {"proj": a_pair(7)})
+    rows = LoraRows([projection], 4, CPU)
+    x, output = rows_of(torch.float32, rows=4)
+    out = output.clone()
+    chosen = [(adapters[0], slice(0, 1)), (between, slice(1, 2)), (adapters[1], slice(2, 4))]
+    rows.set_rows(chosen)
+    assert projection.adapt is not None
+    projection.adapt(x, out)
+    for adapter, where in chosen:
+        expected = adapted(x, output, adapter.pairs["proj"], range(where.start, where.stop))[where]
+        assert torch.allclose(out[where], expected, atol=1e-5)
+
+
+def test_what_a_failed_step_made_of_the_slots_is_not_taken_for_the_step_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    projection, (first, second) = a_projection("proj"), [an_adapter(n, {"proj": a_pair(i)}) for i, n in enumerate("ab")]
+    rows = LoraRows([projection], 1, CPU)
+    rows.set_rows([(first, slice(0, 1))])
+    rows.clear()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("alora_serve.engine.lora_rows.pad_rows", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            rows.set_rows([(second, slice(0, 1))])
+    x, output = rows_of(torch.float32, rows=1)
+    out = output.clone()
+    rows.set_rows([(first, slice(0, 1))])
+    assert projection.adapt is not None
+    projection.adapt(x, out)
+    assert torch.allclose(out, adapted(x, output, first.pairs["proj"], [0]), atol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 64])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -113,6 +113,13 @@ def test_neighbours_of_one_adapter_make_one_run(bench: Bench) -> None:
     sequences = [bench.sequence(count, adapter=adapter) for count, adapter in ((3, A), (2, A), (2, B), (1, A))]
     batch = [(sequence, sequence.span(sequence.pending_tokens)) for sequence in sequences]
     assert adapter_rows(batch) == [(A, slice(0, 5)), (B, slice(5, 7)), (A, slice(7, 8))]
+
+
+def test_neighbours_of_one_adapter_under_two_names_make_one_run(bench: Bench) -> None:
+    twin = LoadedAdapter(replace(A.info, name="twin"), A.pairs)
+    sequences = [bench.sequence(count, adapter=adapter) for count, adapter in ((3, A), (2, twin))]
+    ((adapter, rows),) = adapter_rows([(sequence, sequence.span(sequence.pending_tokens)) for sequence in sequences])
+    assert (adapter.digest, rows) == (A.digest, slice(0, 5))
 
 
 def test_a_span_never_crosses_the_boundary(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -106,3 +107,21 @@ async def test_adapters_that_lie_in_every_other_slot_run_in_one_call_and_answer_
     assert watch.steps[SEQUENCES // 2][-1] == watch.steps[1][0]
     assert [answer.tokens for answer in after] == [answer.tokens for answer in before[::2]]
     assert len({answer.tokens for answer in after}) > 1
+
+
+async def test_one_adapter_under_two_names_answers_each_of_its_conversations_as_alone(
+    model: BaseModel, sixteen: Path, tmp_path: Path
+) -> None:
+    """A folder and its copy have one digest, and so one slot."""
+    for name in ("a0", "copy"):
+        shutil.copytree(sixteen / "a0", tmp_path / name)
+    async with open_stack(model, MemoryStore(), tmp_path, options=CoreOptions(block_tokens=16)) as stack:
+        conversations = [CONVERSATION, tuple(range(120, 190))]
+        asked = [
+            ((await stack.prefill(Prompt(token_ids=tokens))).handle, name)
+            for tokens, name in zip(conversations, ("a0", "copy"), strict=True)
+        ]
+        alone = [await stack.generate(handle, name, max_tokens=24) for handle, name in asked]
+        together = await asyncio.gather(*(stack.generate(handle, name, max_tokens=24) for handle, name in asked))
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    assert alone[0].tokens != alone[1].tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,3 +43,8 @@ def test_a_full_rectangle_in_order_is_a_view() -> None:
     assert padded.gather is None
     assert padded.scatter is None
     assert padded.take(packed).data_ptr() == packed[2].data_ptr()
+
+
+def test_a_slot_that_comes_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        pad_rows([(1, [0]), (1, [1])], CPU)
