@@ -217,11 +217,17 @@ class Engine:
     def _cancel(self, sequence_id: SequenceId) -> None:
         for sequence in [*self._running, *self._waiting]:
             if sequence.id == sequence_id:
-                # What it computed of base KV is kept for others: nothing is computed twice.
-                kept = sequence.publish(tail=True)
-                if kept is not None:
-                    self._cache.release(kept.prefix)
+                self._keep(sequence)
                 self._leave(sequence)
+
+    def _keep(self, sequence: Sequence) -> None:
+        """What it computed of base KV stays for others: nothing is computed twice. Where there is memory for it."""
+        try:
+            kept = sequence.publish(tail=True)
+            if kept is not None:
+                self._cache.release(kept.prefix)
+        except Exception:  # noqa: BLE001 - nobody waits for it, and all others depend on this thread
+            _log.exception("KV of a cancelled sequence not kept", request_ids=[sequence.request_id])
 
     def _admit(self) -> None:
         free = self._limits.max_sequences - len(self._running)

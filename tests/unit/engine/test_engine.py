@@ -525,6 +525,26 @@ def test_what_a_cancelled_prefill_computed_is_kept(make_bench: Callable[..., Ben
     bench.cache.release(found)
 
 
+def test_a_cancelled_answer_that_there_is_no_memory_to_keep_is_let_go_of_and_the_engine_lives_on(
+    bench: Bench, greedy: Callable[..., tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.submit(_prompt(1), prefill=True).done()
+    gate = Gate(bench.engine)
+    gone = bench.submit(_prompt(1))
+    gate.waiting()
+    gate.let()
+    gate.waiting()
+    with monkeypatch.context() as full, capture_logs() as logs:
+        full.setattr(bench.cache, "reserve", lambda *_: 1 / 0)
+        bench.engine.cancel(gone.id)
+        neighbour = bench.submit((1, 2), prefill=True)
+        gate.open()
+        assert "ZeroDivisionError" in str(neighbour.error()), "it is the next to need memory"
+    assert [line["event"] for line in logs] == ["KV of a cancelled sequence not kept", "step failed"]
+    assert len(gone.tokens) >= 1
+    assert bench.submit(_prompt(2)).done().generated == greedy(_prompt(2), 6)
+
+
 def test_cancelling_the_finished_and_the_unknown_does_nothing(bench: Bench) -> None:
     run = bench.submit(_prompt(1))
     run.done()
