@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterator
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from typing import Final
 
 from torch import Tensor
 
@@ -14,6 +19,9 @@ from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.kv_memory import Prefix
+
+PINNED_SHARE: Final = 0.5
+"""Of the prefix cache, how much may be pinned by writes before those that nobody waits for are dropped."""
 
 
 class _PrefixSource:
@@ -27,42 +35,25 @@ class _PrefixSource:
             yield part.segment.data[:, :, :, part.offset : part.offset + part.tokens], distance
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Write:
+    """One that waits for a thread or runs, of at most so many tokens. It pins ``prefix``."""
+
+    prefix: Prefix
+    tokens: int
+
+
 class BlockWriter:
-    """Writes blocks from pinned prefixes on the executor's threads; one event loop."""
+    """Writes blocks from pinned prefixes on the executor's threads; one event loop.
+
+    A write waits for a thread no longer than the store may take for those before it.
+    """
 
     def __init__(self, cache: PrefixCache, blocks: BlockStore, executor: Executor) -> None:
         self._cache = cache
         self._blocks = blocks
         self._executor = executor
-        self._background: set[asyncio.Task[StoreResult]] = set()
-
-    async def write(
-        self,
-        chain: BlockChain,
-        prefix: Prefix,
-        start: int,
-        *,
-        known: Collection[BlockHash] | None = None,
-        within_quota: bool = True,
-    ) -> StoreResult:
-        """Store the blocks of ``chain`` that hold positions from ``start`` to the end of ``prefix``, and its tail.
-
-        Takes over the caller's pin on ``prefix``. Drops, never raises, when the store is slow, full or away.
-
-        Args:
-            known: when given, every block from position 0 is made sure of: those not in ``known`` that the store lacks
-                are written too, from memory.
-            within_quota: False drops all of it.
-        """
-        try:
-            if not within_quota:
-                return self._blocks.refuse(self._blocks.blocks(_covered(chain, prefix), start), "quota")
-            # In the caller's context: what the thread logs belongs to its request.
-            return await asyncio.get_running_loop().run_in_executor(
-                self._executor, copy_context().run, self._write, chain, prefix, start, known
-            )
-        finally:
-            self._cache.release(prefix)
+        self._writes: dict[asyncio.Future[StoreResult], _Write] = {}
 
     def start(
         self,
@@ -71,29 +62,73 @@ class BlockWriter:
         start: int,
         *,
         known: Collection[BlockHash] | None = None,
+        asked: bool = True,
         within_quota: bool = True,
-    ) -> asyncio.Task[StoreResult]:
-        """As :meth:`write`, beside whatever the caller does meanwhile; goes on also when the caller is cancelled."""
-        task = asyncio.get_running_loop().create_task(
-            self.write(chain, prefix, start, known=known, within_quota=within_quota)
-        )
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
+        awaited: bool = True,
+    ) -> asyncio.Future[StoreResult]:
+        """Store the blocks of ``chain`` that hold positions from ``start`` to the end of ``prefix``, and its tail.
+
+        Takes over the caller's pin on ``prefix``. Drops, never raises, when the store is slow, full or away. Goes on
+        also when whoever waits for it is cancelled.
+
+        Args:
+            known: when given, every block from position 0 is made sure of: those not in ``known`` that the store lacks
+                are written too, from memory.
+            asked: the store was asked for what comes from ``start`` on; False: what it has of that is left out.
+            within_quota: False drops all of it.
+            awaited: somebody waits for it, which bounds how many there are. Others are dropped while writes pin more of
+                the prefix cache than is good for it.
+        """
+        loop = asyncio.get_running_loop()
+        with ExitStack() as held:
+            held.callback(self._cache.release, prefix)
+            if not within_quota or (not awaited and self._pins_too_much(prefix)):
+                fresh = self._blocks.blocks(_covered(chain, prefix), start)
+                refused = loop.create_future()
+                refused.set_result(self._blocks.refuse(fresh, "backlog" if within_quota else "quota"))
+                return refused
+            ahead = sum(write.tokens for write in self._writes.values())
+            latest = monotonic() + self._blocks.timeout_seconds(ahead)
+            work = partial(self._write, chain, prefix, start, known, asked, latest)
+            # In the caller's context: what the thread logs belongs to its request.
+            writing = loop.run_in_executor(self._executor, copy_context().run, work)
+            self._writes[writing] = _Write(prefix, prefix.tokens - (start if known is None else 0))
+            # Only when the thread is done with the memory, whoever gives up waiting.
+            writing.add_done_callback(self._writes.pop)
+            release = held.pop_all()
+            writing.add_done_callback(lambda _: release.close())
+        return asyncio.shield(writing)
+
+    def _pins_too_much(self, prefix: Prefix) -> bool:
+        pinned = {part.segment for write in self._writes.values() for part in write.prefix.slices}
+        wanted = {part.segment for part in prefix.slices}
+        size_bytes = sum(segment.size_bytes for segment in pinned | wanted)
+        return bool(pinned) and not wanted <= pinned and size_bytes > PINNED_SHARE * self._cache.budget_bytes
 
     async def drain(self) -> None:
-        """Wait for background writes; for an orderly shutdown."""
-        if self._background:
-            await asyncio.wait(self._background)
+        """Wait for writes under way; for an orderly shutdown."""
+        if self._writes:
+            await asyncio.wait([*self._writes])
 
-    def _write(self, chain: BlockChain, prefix: Prefix, start: int, known: Collection[BlockHash] | None) -> StoreResult:
+    def _write(
+        self,
+        chain: BlockChain,
+        prefix: Prefix,
+        start: int,
+        known: Collection[BlockHash] | None,
+        asked: bool,
+        latest: float,
+    ) -> StoreResult:
         covered = _covered(chain, prefix)
         fresh = self._blocks.blocks(covered, start)
-        older = []
+        if monotonic() > latest:
+            return self._blocks.refuse(fresh, "timeout")
+        unsure = [] if asked else fresh
         if known is not None:
             earlier = [block for block in self._blocks.blocks(covered, 0) if block.end <= start]
-            older = self._blocks.missing([block for block in earlier if block.name not in known])
-        return self._blocks.write([*older, *fresh], _PrefixSource(prefix))
+            unsure = [*(block for block in earlier if block.name not in known), *unsure]
+        missing = self._blocks.missing(unsure)
+        return self._blocks.write([*missing, *fresh] if asked else missing, _PrefixSource(prefix))
 
 
 def _covered(chain: BlockChain, prefix: Prefix) -> BlockChain:

@@ -28,7 +28,8 @@ from alora_serve.telemetry import counts, note, span
 from alora_serve.types import EndpointStatus, ModelInfo, ServingLoad, TokenIds
 
 STORE_THREADS = 4
-"""Threads for blocking store calls: enough to fetch for several requests while a write waits for its deadline."""
+"""Threads for blocking store calls that fetch, and as many for those that write: requests wait for what they fetch, and
+a slow store has many writes waiting."""
 
 GIVEN_UP_SECONDS = 60.0
 """How long an engine may hang, beyond what makes others leave it, before its process is of no use: a false alarm costs
@@ -102,7 +103,8 @@ class ServingCore:
         )
         self.engine = Engine(model, self.cache, limits=options.limits, metrics=metrics)
         self._limits = options.limits
-        self._executor = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
+        self._fetching = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store-fetch")
+        self._writing = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store-write")
         self.rates = ServiceRates()
         fetching = FetchDecision(
             model.layout.bytes_per_token,
@@ -112,9 +114,9 @@ class ServingCore:
             always=options.always_fetch,
         )
         self.loader = PrefixLoader(
-            self.cache, self.blocks, self._executor, host_copies(model.device), fetching.should_fetch
+            self.cache, self.blocks, self._fetching, host_copies(model.device), fetching.should_fetch
         )
-        self.writer = BlockWriter(self.cache, self.blocks, self._executor)
+        self.writer = BlockWriter(self.cache, self.blocks, self._writing)
         fingerprints = PrefixFingerprints(options.tenant_salt)
         self.resident = ResidentPrefixes(self.cache.resident, fingerprints, model.model_digest)
 
@@ -198,5 +200,6 @@ class ServingCore:
     def close(self) -> None:
         """Stop the engine and the store's threads. Idempotent."""
         self.engine.close()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        for executor in (self._fetching, self._writing):
+            executor.shutdown(wait=True, cancel_futures=True)
         self.cache.close()

@@ -132,7 +132,7 @@ class Decoder:
                 tenant=request.tenant,
                 is_taken_over=request.is_taken_over,
             )
-            writes: list[asyncio.Task[StoreResult]] = []
+            writes: list[asyncio.Future[StoreResult]] = []
             submitted = monotonic()
             async with run_sequence(self._core.engine, sequence) as running:
                 async for event in running:
@@ -141,9 +141,15 @@ class Decoder:
                             yield event
                         case BaseComputed(computed, prefix, start, _):
                             self._core.resident.note(computed)
-                            writes.append(
-                                self._core.writer.start(computed, prefix, start, within_quota=not request.skip_store)
+                            write = self._core.writer.start(
+                                computed,
+                                prefix,
+                                start,
+                                asked=loaded.asked,
+                                within_quota=not request.skip_store,
+                                awaited=adapter is None,
                             )
+                            writes.append(write)
                         case SequenceDone():
                             stats = event.stats
                             self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)

@@ -83,15 +83,14 @@ class Prefiller:
         self, chain: BlockChain, loaded: LoadedPrefix, tenant: str, *, within_quota: bool
     ) -> tuple[int, StoreResult, SequenceStats | None]:
         known = loaded.present
-        write = partial(self._core.writer.write, within_quota=within_quota)
-        start_writing = partial(self._core.writer.start, within_quota=within_quota)
+        start_writing = partial(self._core.writer.start, asked=loaded.asked, within_quota=within_quota)
         if loaded.prefix.tokens == len(chain):
             putting = monotonic()
-            stored = await write(chain, loaded.prefix, len(chain), known=known)
+            stored = await start_writing(chain, loaded.prefix, len(chain), known=known)
             trace_store_put(putting, stored)
             return 0, stored, None
         request = SequenceRequest(prompt=chain.tokens, prefix=loaded.prefix, chain=chain, tenant=tenant)
-        writes: list[asyncio.Task[StoreResult]] = []
+        writes: list[asyncio.Future[StoreResult]] = []
         stats, submitted = None, monotonic()
         async with run_sequence(self._core.engine, request) as running:
             async for event in running:

@@ -41,6 +41,11 @@ class LoadedPrefix:
     misses: Mapping[str, int] = field(default_factory=dict)
     present: frozenset[BlockHash] = frozenset()
 
+    @property
+    def asked(self) -> bool:
+        """The store was asked for what follows; not where computing that has been faster."""
+        return "slower" not in self.misses
+
 
 @dataclass(frozen=True, slots=True)
 class _Fetched:

@@ -161,7 +161,10 @@ class Scorer:
                         logprobs += event.logprobs
                     case BaseComputed(computed, prefix, start, _):
                         core.resident.note(computed)
-                        core.writer.start(computed, prefix, start, within_quota=not job.request.skip_store)
+                        within_quota = not job.request.skip_store
+                        core.writer.start(
+                            computed, prefix, start, asked=loaded.asked, within_quota=within_quota, awaited=False
+                        )
                     case SequenceDone():
                         stats = event.stats
         if stats is None or len(logprobs) != len(tokens):

@@ -180,15 +180,15 @@ class BlockStore:
         except StoreError as error:
             _log.warning("rejected block not deleted", error=str(error))
 
-    def write(
-        self, blocks: Sequence[StoredBlock], source: KVSource, *, deadline_seconds: float | None = None
-    ) -> StoreResult:
+    def timeout_seconds(self, tokens: int) -> float:
+        """How long the store may take for the KV of so many tokens."""
+        return self._timing.timeout_seconds(tokens * self._layout.bytes_per_token)
+
+    def write(self, blocks: Sequence[StoredBlock], source: KVSource) -> StoreResult:
         """Store blocks, in order, from memory. Those that meet no deadline or no space are dropped and counted."""
         if not blocks:
             return StoreResult()
-        size_bytes = sum(self._size_bytes(block) for block in blocks)
-        timeout = self._timing.timeout_seconds(size_bytes) if deadline_seconds is None else deadline_seconds
-        end = monotonic() + timeout
+        end = monotonic() + self.timeout_seconds(sum(block.tokens for block in blocks))
         stored_bytes = 0
         for position, block in enumerate(blocks):
             puts = [

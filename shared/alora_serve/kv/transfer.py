@@ -12,7 +12,7 @@ from torch import Tensor
 from alora_serve.kv.keys import BlockHash
 from alora_serve.kv.record import MissReason
 
-DropReason = Literal["full", "timeout", "unavailable", "quota"]
+DropReason = Literal["full", "timeout", "unavailable", "backlog", "quota"]
 """Why a block was not written: ``quota`` is the tenant's, all others are the store's."""
 
 

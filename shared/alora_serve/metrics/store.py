@@ -14,7 +14,7 @@ from alora_serve.metrics.labels import create_series
 StoreOperation = Literal["get", "contains", "put", "delete"]
 StoreOutcome = Literal["ok", "unavailable", "timeout", "full", "error", "caller"]
 MissReason = Literal["absent", "corrupt", "version", "timeout", "unavailable"]
-DropReason = Literal["full", "timeout", "unavailable", "quota"]
+DropReason = Literal["full", "timeout", "unavailable", "backlog", "quota"]
 BreakerDirection = Literal["read", "write"]
 BreakerStateName = Literal["closed", "open", "half_open"]
 

@@ -34,7 +34,7 @@ class Usage:
         invocation_start: first adapted position; None for base and plain LoRA.
         store_misses: blocks not had from the store, by reason (``absent``, ``corrupt``, ``version``, ``timeout``,
             ``unavailable``), or ``slower``: not asked for, as computing them has been faster.
-        store_drops: blocks not written, by reason (``full``, ``timeout``, ``unavailable``, ``quota``).
+        store_drops: blocks not written, by reason (``full``, ``timeout``, ``unavailable``, ``backlog``, ``quota``).
     """
 
     prompt_tokens: int = 0

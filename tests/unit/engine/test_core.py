@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from alora_serve.engine.core import CoreOptions, ServingCore
+from alora_serve.engine.core import STORE_THREADS, CoreOptions, ServingCore
 from alora_serve.engine.prefiller import Prefiller
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.fingerprints import STRIDE_TOKENS, PrefixFingerprints
-from alora_serve.kv.store import Sink, StoreKey
+from alora_serve.kv.store import Put, Sink, StoreKey
 from alora_serve.model.host_copies import DirectCopies
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.weights import WeightQuantization
@@ -118,6 +120,42 @@ async def test_a_conversation_is_fetched_from_a_quick_store_and_computed_again_b
     computed = len(conversations[1]) if decision == "compute" else 0
     assert (second.computed_tokens, second.fetched_tokens) == (computed, len(conversations[1]) - computed)
     assert ("slower" in second.store_misses) == (decision == "compute")
+    assert second.stored_bytes == 0, "the store has it"
+
+
+@dataclass
+class StuckStore(MemoryStore):
+    """Writes wait until the gate is open."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    reached: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def put_many(self, puts: Sequence[Put], *, timeout_seconds: float) -> None:
+        self.reached.release()
+        assert self.gate.wait(60)
+        super().put_many(puts, timeout_seconds=timeout_seconds)
+
+
+async def test_a_fetch_waits_for_no_write(model: BaseModel) -> None:
+    filled = MemoryStore()
+    async with open_stack(model, filled, options=OPTIONS) as stack:
+        await stack.prefill(Prompt(token_ids=TOKENS))
+    store = StuckStore(filled.values)
+    async with open_stack(model, store, options=OPTIONS) as cold:
+        others = [
+            asyncio.create_task(cold.prefill(Prompt(token_ids=(first, *TOKENS))))
+            for first in range(2, 4 + STORE_THREADS)
+        ]
+        try:
+            for _ in range(STORE_THREADS):
+                assert await asyncio.to_thread(store.reached.acquire, timeout=30)
+            chain = cold.core.names.chain(TOKENS, cold.core.tenants.of(""))
+            loaded = await asyncio.wait_for(cold.core.load_prefix(chain, len(TOKENS)), timeout=20)
+        finally:
+            store.gate.set()
+        cold.core.cache.release(loaded.prefix)
+        await asyncio.gather(*others)
+    assert loaded.fetched_tokens == len(TOKENS)
 
 
 @pytest.mark.parametrize("weight_layout", ["packed", "plain"])

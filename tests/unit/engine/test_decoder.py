@@ -172,6 +172,25 @@ async def test_what_a_worker_had_to_compute_is_written_back(
     assert store.values == written
 
 
+async def test_what_a_worker_computed_rather_than_fetched_is_not_written_again(
+    stack: Stack,
+    prefilled: PrefillResult,
+    model: BaseModel,
+    adapters: Path,
+    store: FaultyStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (lost, _), *rest = store.values.items()
+    del store.values[lost]
+    store.calls.clear()
+    async with open_stack(model, store, adapters, options=OPTIONS) as cold:
+        monkeypatch.setattr(cold.core.loader, "_should_fetch", lambda _: False)
+        usage = (await cold.generate(prefilled.handle, "appended")).finished.usage
+        await cold.core.drain()
+    assert usage.store_misses.keys() == {"slower"}
+    assert (store.calls["put"], len(store.values)) == (1, 1 + len(rest))
+
+
 # --- accounts ---------------------------------------------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ async def store(executor: ThreadPoolExecutor) -> GatedStore:
     """A store that another process has filled."""
     store = GatedStore()
     writer = Process(store, executor)
-    result = await writer.writer.write(writer.names.chain(TOKENS), writer.compute(), 0)
+    result = await writer.writer.start(writer.names.chain(TOKENS), writer.compute(), 0)
     assert result.stored_bytes == SIZE_BYTES
     assert writer.pins == 0
     store.gate.set()
@@ -309,7 +309,7 @@ async def test_conversations_that_have_blocks_in_common_fetch_these_once(
     store: GatedStore, executor: ThreadPoolExecutor
 ) -> None:
     writer = Process(store, executor)
-    await writer.writer.write(writer.names.chain(OTHER), writer.compute(30, OTHER), 0)
+    await writer.writer.start(writer.names.chain(OTHER), writer.compute(30, OTHER), 0)
     process = Process(store, executor)
     store.gate.clear()
     tasks = await _start(process, (TOKENS, 30), (OTHER, 30), (OTHER, 29))
@@ -411,7 +411,7 @@ async def test_a_longer_conversation_asks_for_a_block_of_which_the_first_wanted_
 ) -> None:
     """A store lets partial tails go first, and may have the full block of a turn that went on."""
     writer = Process(store, executor)
-    await writer.writer.write(writer.names.chain(OPENED), writer.compute(35, OPENED), 0)
+    await writer.writer.start(writer.names.chain(OPENED), writer.compute(35, OPENED), 0)
     tail = writer.names.chain(TOKENS).tail(7, 2)
     del store.values[part_key(tail, 0)]
     process = Process(store, executor)
@@ -457,7 +457,7 @@ async def test_whatever_is_wanted_at_once_is_right_and_fetched_about_once(
 ) -> None:
     chance = random.Random(seed)
     writer = Process(store, executor)
-    await writer.writer.write(writer.names.chain(OTHER), writer.compute(30, OTHER), 0)
+    await writer.writer.start(writer.names.chain(OTHER), writer.compute(30, OTHER), 0)
     process = Process(store, executor)
     store.gate.clear()
     wanted = []
@@ -533,7 +533,7 @@ async def test_a_fetch_that_waits_for_a_thread_never_begins_once_nobody_waits_fo
 async def test_a_fetch_ends_between_parts_once_nobody_waits_for_it(executor: ThreadPoolExecutor) -> None:
     store = PartwiseStore()
     writer = Process(store, executor)
-    await writer.writer.write(writer.names.chain(TOKENS), writer.compute(), 0)
+    await writer.writer.start(writer.names.chain(TOKENS), writer.compute(), 0)
     process = Process(store, executor)
     chain = process.names.chain(TOKENS)
     loading = [asyncio.create_task(process.loader.load(chain, limit)) for limit in (30, 30, 22)]
@@ -555,7 +555,7 @@ async def test_a_fetch_ends_between_parts_once_nobody_waits_for_it(executor: Thr
 async def test_only_blocks_from_the_start_are_written(store: GatedStore, executor: ThreadPoolExecutor) -> None:
     process = Process(store, executor)
     store.values.clear()
-    result = await process.writer.write(process.names.chain(TOKENS), process.compute(), 18)
+    result = await process.writer.start(process.names.chain(TOKENS), process.compute(), 18)
     assert result.stored_bytes == (30 - 16) * LAYOUT.bytes_per_token
     assert process.pins == 0
 
@@ -569,7 +569,7 @@ async def test_with_known_blocks_given_all_others_are_made_sure_of(
     for block in (0, 3):
         del store.values[part_key(chain.full[block], 0)]
     known = {chain.full[1], chain.full[3]}
-    result = await process.writer.write(chain, process.compute(), 30, known=known)
+    result = await process.writer.start(chain, process.compute(), 30, known=known)
     # Block 3 is believed to be there because it was just seen; block 0 is asked for and written.
     assert result.stored_bytes == 4 * LAYOUT.bytes_per_token
     assert part_key(chain.full[0], 0) in store.values
@@ -581,7 +581,7 @@ async def test_a_prefix_shorter_than_its_chain_is_written_with_its_own_tail(
 ) -> None:
     process = Process(store, executor)
     store.values.clear()
-    await process.writer.write(process.names.chain(TOKENS), process.compute(10), 0)
+    await process.writer.start(process.names.chain(TOKENS), process.compute(10), 0)
     loaded = await Process(store, executor).loader.load(process.names.chain(TOKENS[:10]), 10)
     assert (loaded.fetched_tokens, loaded.misses) == (10, {})
 
@@ -591,7 +591,7 @@ async def test_a_write_that_fails_is_counted_and_gives_its_pin_back(
 ) -> None:
     process = Process(store, executor)
     store.faults["put", -1] = StoreUnavailableError("refused")
-    result = await process.writer.write(process.names.chain(TOKENS), process.compute(), 0)
+    result = await process.writer.start(process.names.chain(TOKENS), process.compute(), 0)
     assert result.drops == {"unavailable": 8}
     assert process.pins == 0
 

@@ -442,9 +442,6 @@ def test_a_write_that_failed_between_parts_leaves_no_block(parts_bench: Bench) -
 
 
 def test_a_write_has_one_deadline_for_all_its_blocks(bench: Bench) -> None:
-    bench.blocks.write(bench.blocks.blocks(bench.chain(), 0), Memory(_kv_of(18)), deadline_seconds=0.0)
-    assert bench.store.timeouts == [("put", 0.0)] * 5
-    bench.store.timeouts.clear()
     bench.write()
     given_seconds = [seconds for _, seconds in bench.store.timeouts]
     assert given_seconds == sorted(given_seconds, reverse=True)
