@@ -21,10 +21,10 @@ def share_step(
     rest of the budget goes to the others in equal shares, shortest first: what a short one leaves flows to longer ones,
     and a long prompt cannot block a short one. Tenants are given equal shares first, and theirs are shared out among
     their sequences, so that many prompts of one tenant weigh as much as one of another. At least one token a step goes
-    to the prompts, so none starves.
+    to the prompts, and where there is not one for each, those that came first have them, so none starves.
 
     Args:
-        pending: tokens each sequence could run now, each >= 1.
+        pending: tokens each sequence could run now, each >= 1, in the order of their coming.
         budget_tokens: tokens of one step, >= 1; decoding sequences may exceed it together.
         mixed_budget_tokens: prompt tokens beside decoding sequences, whose next token waits for the whole step.
         tenants: whose each sequence is; None: all of them one's.
@@ -49,11 +49,16 @@ def share_step(
 
 
 def fill(wanted: Listed[int], amount: int) -> list[int]:
-    """Share out an amount equally; what one does not want flows to those who want more. Whole units, none left over."""
+    """Share out an amount equally; what one does not want flows to those who want more. Whole units, none left over.
+
+    Where there is not one unit for each who wants any, the first in the list have one.
+    """
     shares = [0] * len(wanted)
-    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    order = sorted((index for index, most in enumerate(wanted) if most), key=wanted.__getitem__)
+    if amount < len(order):
+        order = sorted(order)[:amount]
     for position, index in enumerate(order):
-        shares[index] = min(wanted[index], max(amount // (len(order) - position), 1 if amount else 0))
+        shares[index] = min(wanted[index], amount // (len(order) - position))
         amount -= shares[index]
     return shares
 

@@ -85,8 +85,29 @@ def test_nothing_pending_is_nothing_to_do() -> None:
     assert share_step([], 256) == []
 
 
-def test_the_shortest_go_first_when_there_is_not_enough_for_all() -> None:
-    assert share_step([70, 50, 60], 2) == [0, 1, 1]
+@given(st.lists(st.tuples(st.sampled_from(["acme", "beta"]), st.integers(2, 500)), min_size=1, max_size=40), budgets)
+def test_who_came_first_moves_whatever_comes_later(prompts: list[tuple[str, int]], budget: int) -> None:
+    names, pending = [name for name, _ in prompts], [count for _, count in prompts]
+    shares = share_step(pending, budget, None, names)
+    assert shares[0] >= 1
+    for name in set(names):
+        its = [share for share, whose in zip(shares, names, strict=True) if whose == name]
+        assert 0 not in its[: sum(its)], "within a tenant likewise"
+
+
+def test_a_long_prompt_ends_though_more_short_ones_come_than_there_are_tokens_for() -> None:
+    long, short, steps = 40, list[int](), 0
+    while long:
+        short += [2] * 3
+        shares = share_step([long, *short], 4)
+        long -= shares[0]
+        short = [count - share for count, share in zip(short, shares[1:], strict=True) if count > share]
+        steps += 1
+        assert steps <= 40
+
+
+def test_those_who_came_first_go_on_when_there_is_not_enough_for_all() -> None:
+    assert share_step([70, 50, 60], 2) == [1, 1, 0]
 
 
 # --- tenants ----------------------------------------------------------------------------------------------------------
