@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import socket
 from collections import namedtuple
 from pathlib import Path
@@ -11,6 +12,7 @@ from alora_serve.cli.local.store_room import COMFORTABLE_BYTES, LEAST_BYTES, USA
 from alora_serve.cores import usable_cores
 from alora_serve.errors import ConfigError
 
+DOCKERFILE = Path(__file__).resolve().parents[4] / "deploy" / "docker" / "Dockerfile"
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -132,3 +134,11 @@ def test_services_get_threads_that_sleep_and_an_allocator_that_keeps_and_the_use
     assert machine.service_environment({"OMP_NUM_THREADS": "5"}, threads=0)["OMP_NUM_THREADS"] == "5"
     told = machine.service_environment({"OMP_NUM_THREADS": "5", "MKL_NUM_THREADS": "1"}, threads=3)
     assert (told["OMP_NUM_THREADS"], told["MKL_NUM_THREADS"]) == ("3", "3"), "torch takes the smaller one"
+
+
+def test_the_image_has_the_environment_that_the_launcher_gives_services() -> None:
+    (stage,) = re.findall(r"^FROM runtime AS service$(.*?)^FROM", DOCKERFILE.read_text(), re.MULTILINE | re.DOTALL)
+    image = dict(re.findall(r"\b([A-Z_]+)=(\S+)", stage))
+    ours = machine.service_environment({}, threads=0)
+    del ours["OMP_NUM_THREADS"]  # of the machine that it runs on
+    assert {name: image.get(name) for name in ours} == ours
