@@ -192,7 +192,7 @@ async def test_sentences_of_documents_are_tagged_and_looked_up_where_the_templat
     found = await run(serving, conversation("cited sea"), "cites", documents=DOCUMENTS)
     (cited,) = json.loads(found.raw_text)
     texts = ["The sea is deep. ", "It is salt.", "Ships go over it."]
-    documents = ["sea", "sea", None]
+    documents = ["sea", "sea", "2"]
     number = cited["s"]
     assert found.result == [{"s": number, "text": texts[number], "document": documents[number]}]
     assert found.probabilities == {}
