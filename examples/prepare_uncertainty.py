@@ -131,7 +131,7 @@ class Answerer:
             prefix=Prefix(),
             chain=BlockChain(BlockHash(bytes(32)), prompt, _BLOCK_TOKENS),
             sampling=self._sampling,
-            answer=Answer(TextStream(tokenizer.decode, ()), self._sampling.max_tokens, tokenizer.end_of_sequence_ids),
+            answer=Answer(TextStream(tokenizer.decode, ()), self._sampling.most_tokens, tokenizer.end_of_sequence_ids),
         )
         text = ""
         async with self._places, run_sequence(self._engine, request) as running:

@@ -97,6 +97,19 @@ class InvalidRequestError(AloraServeError):
         return cls(f"{field}: {description}", violations=[FieldViolation(field, description)])
 
 
+class ContextExceededError(InvalidRequestError):
+    """Prompt and answer are longer than the model's context. Says how long that is; shorten what is asked."""
+
+    reason = "CONTEXT_EXCEEDED"
+
+    @classmethod
+    def beyond(cls, field: str, excess: str, context_tokens: int) -> ContextExceededError:
+        """The error for a field that makes it so; ``excess`` are the tokens that are too many."""
+        # Clients of OpenAI's API tell this case by these words.
+        description = f"this model's maximum context length is {context_tokens} tokens; {excess}"
+        return cls(f"{field}: {description}", violations=[FieldViolation(field, description)])
+
+
 class HandleInvalidError(InvalidRequestError):
     """A prefix handle whose MAC does not verify: forged, damaged, or issued under another secret or tenant salt."""
 

@@ -81,7 +81,10 @@ Parameters = Annotated[
     typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="What an instruction names; repeat for more."),
 ]
 
-MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Most tokens to generate; unset: 256, or what the context leaves."),
+]
 Temperature = Annotated[float, typer.Option(metavar="X", help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(metavar="X", help="Nucleus mass in (0, 1].")]
 TopK = Annotated[int, typer.Option(min=0, metavar="N", help="Keep the N most likely tokens; 0 keeps all.")]

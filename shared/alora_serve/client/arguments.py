@@ -52,7 +52,7 @@ class GenerateFields(PromptFields, total=False):
 
     sampling: SamplingParams
     """All sampling parameters at once; those given one by one replace its own."""
-    max_tokens: int
+    max_tokens: int | None
     temperature: float
     top_p: float
     top_k: int
@@ -68,6 +68,7 @@ class GenerateFields(PromptFields, total=False):
     logprobs: bool
     top_logprobs: int
     structured_output: StructuredOutput | None
+    default_max_tokens: int
 
 
 _PROMPT_FIELDS: Final = PromptFields.__optional_keys__

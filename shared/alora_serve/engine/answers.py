@@ -47,7 +47,7 @@ class AnswerMaker:
             self._vocabulary.warm()  # here and not between two tokens of everybody's
         answer = Answer(
             TextStream(self._tokenizer.decode, sampling.stop, constraint),
-            sampling.max_tokens,
+            sampling.most_tokens,
             end_ids,
             constraint,
             self._vocabulary.token_bytes if sampling.logprobs else None,

@@ -25,7 +25,7 @@ from alora_serve.engine.plan import PromptPlan, plan_prompt
 from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.engine.turns import Turns
-from alora_serve.errors import AdapterRefusedError, FieldViolation, InvalidRequestError
+from alora_serve.errors import AdapterRefusedError, ContextExceededError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.keys import BlockChain
 from alora_serve.kv.transfer import StoreResult
@@ -71,8 +71,8 @@ class Decoder:
         Raises:
             HandleInvalidError, HandleExpiredError, ModelMismatchError: the handle is not for this worker.
             AdapterNotFoundError, AdapterRefusedError: the adapter cannot be used.
-            InvalidRequestError: prompt and ``max_tokens`` exceed the context, a token id the vocabulary, or the form of
-                the answer what can be held to.
+            ContextExceededError: the prompt leaves no room for an answer, or not for ``max_tokens``.
+            InvalidRequestError: a token id exceeds the vocabulary, or the form of the answer what can be held to.
             InvocationUnplaceableError: the adapter's invocation has no place in the prompt.
             OverloadedError: the queue is full.
         """
@@ -92,14 +92,15 @@ class Decoder:
                 past_span("acquire adapter", started, monotonic())
             adapter_load_seconds = monotonic() - started
             plan = self._plan(request, adapter)
+            sampling = self._fitted(request.sampling, plan)
             generated = request.resume.generated_tokens if request.resume else ()
-            if self._answers.takes_time(request.sampling):
-                making = held.enter_context(self._making(request.sampling, generated, salt))
+            if self._answers.takes_time(sampling):
+                making = held.enter_context(self._making(sampling, generated, salt))
                 while not await making.done_within(HEARTBEAT_SECONDS):
                     yield Heartbeat()
                 answer, ending = making.take()
             else:
-                answer, ending = self._answers.make(request.sampling, generated, salt)
+                answer, ending = self._answers.make(sampling, generated, salt)
             yield Started(
                 adapter_digest=adapter.digest if adapter else AdapterDigest(""),
                 invocation_start=plan.activation.invocation_start,
@@ -126,7 +127,7 @@ class Decoder:
                 chain=chain,
                 base_until=plan.base_tokens if adapter else None,
                 adapter=adapter,
-                sampling=request.sampling,
+                sampling=sampling,
                 generated=generated,
                 answer=answer,
                 tenant=request.tenant,
@@ -187,15 +188,21 @@ class Decoder:
 
     def _plan(self, request: GenerateRequest, adapter: LoadedAdapter | None) -> PromptPlan:
         plan = plan_prompt(request.handle, adapter, request.adapter, self._core.model.vocabulary_size)
-        prompt, sampling = plan.prompt, request.sampling
         self._check(request, plan.activation)
-        if len(prompt) + sampling.max_tokens > self._core.model.context_tokens:
-            raise InvalidRequestError.of(
-                "sampling.max_tokens",
-                f"prompt of {len(prompt)} tokens plus max_tokens {sampling.max_tokens} exceeds the context of "
-                f"{self._core.model.context_tokens}",
-            )
         return plan
+
+    def _fitted(self, sampling: SamplingParams, plan: PromptPlan) -> SamplingParams:
+        """With a length that fits the context: a function of the request, so that it is the same at any worker."""
+        context, given, prompt = self._core.model.context_tokens, sampling.max_tokens, f"{len(plan.prompt)} tokens"
+        room = context - len(plan.prompt)
+        if room < 1:
+            raise ContextExceededError.beyond(
+                "prompt", f"its {prompt} leave no room for an answer: shorten it", context
+            )
+        if given is not None and given > room:
+            excess = f"the prompt has {prompt}, and max_tokens {given} comes to them"
+            raise ContextExceededError.beyond("sampling.max_tokens", excess, context)
+        return replace(sampling, max_tokens=min(sampling.most_tokens, room))
 
     def _check(self, request: GenerateRequest, activation: Activation) -> None:
         vocabulary = self._core.model.vocabulary_size

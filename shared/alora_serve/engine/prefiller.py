@@ -14,7 +14,7 @@ from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceStats
 from alora_serve.engine.phases import trace_sequence, trace_store_put
 from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import SequenceRequest
-from alora_serve.errors import FieldViolation, InvalidRequestError
+from alora_serve.errors import ContextExceededError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.keys import BlockChain
 from alora_serve.kv.transfer import StoreResult
@@ -42,7 +42,8 @@ class Prefiller:
             skip_store: write nothing new to the store.
 
         Raises:
-            InvalidRequestError: bad prompt or handle, or a prompt longer than the context.
+            InvalidRequestError: bad prompt or handle.
+            ContextExceededError: a prompt longer than the context.
             ModelMismatchError: the handle is of another model.
             OverloadedError: the engine's queue is full.
         """
@@ -115,9 +116,8 @@ class Prefiller:
     def _check_length(self, tokens: TokenIds) -> None:
         limit = self._core.model.context_tokens
         if len(tokens) >= limit:
-            raise InvalidRequestError.of(
-                "prompt", f"{len(tokens)} tokens leave no room for an answer in a context of {limit}; shorten it"
-            )
+            excess = f"its {len(tokens)} tokens leave no room for an answer: shorten it"
+            raise ContextExceededError.beyond("prompt", excess, limit)
 
     def _tokens(self, prompt: Prompt, tenant_salt: bytes) -> PrefixHandle:
         """The prompt as an unsigned handle."""

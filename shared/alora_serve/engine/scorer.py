@@ -19,7 +19,7 @@ from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceStats,
 from alora_serve.engine.plan import PromptPlan, plan_prompt
 from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.scoring import ScoringRequest
-from alora_serve.errors import FieldViolation, InvalidRequestError
+from alora_serve.errors import ContextExceededError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.keys import BlockChain
 from alora_serve.model.kv_memory import Prefix
@@ -67,7 +67,8 @@ class Scorer:
         Raises:
             HandleInvalidError, HandleExpiredError, ModelMismatchError: the handle is not for this worker.
             AdapterNotFoundError, AdapterRefusedError: the adapter cannot be used.
-            InvalidRequestError: a continuation has no tokens, or exceeds the context with the prompt; names all.
+            InvalidRequestError: a continuation has no tokens; names all.
+            ContextExceededError: one exceeds the context with the prompt.
             InvocationUnplaceableError: the adapter's invocation has no place in the prompt.
             OverloadedError: the queue is full.
         """
@@ -118,7 +119,8 @@ class Scorer:
                 text = f"prompt of {prompt_tokens} tokens plus {len(tokens)} exceeds the context of {limit}"
                 bad.append(FieldViolation(f"continuations[{index}]", text))
         if bad:
-            raise InvalidRequestError(f"{bad[0].field}: {bad[0].description}", violations=bad)
+            kind = ContextExceededError if all(tokenized) else InvalidRequestError
+            raise kind(f"{bad[0].field}: {bad[0].description}", violations=bad)
         return tokenized
 
     async def _together(self, job: _Job, continuations: Sequence[TokenIds]) -> list[_Scored]:

@@ -262,7 +262,7 @@ class Sequence:
         sampling = self.request.sampling
         if sampling is None or self.request.adapter is not None:
             return 0
-        return min(len(self.request.prompt) + sampling.max_tokens - position, BASE_GROWTH_TOKENS)
+        return min(len(self.request.prompt) + sampling.most_tokens - position, BASE_GROWTH_TOKENS)
 
     def publish(self, *, tail: bool) -> BaseComputed | None:
         """Make base KV computed here findable; a pinned view of it, or None when there is nothing new.

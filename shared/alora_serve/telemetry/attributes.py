@@ -22,7 +22,7 @@ def request_attributes(request: GenerateRequest, model_name: str) -> Attributes:
         "gen_ai.operation.name": "chat" if is_chat else "text_completion",
         "gen_ai.provider.name": "alora_serve",
         "gen_ai.request.model": request.adapter or model_name,
-        "gen_ai.request.max_tokens": request.sampling.max_tokens,
+        "gen_ai.request.max_tokens": request.sampling.most_tokens,
         "alora.base_model": model_name,
     }
     if request.adapter:

@@ -15,7 +15,8 @@ class SamplingParams:
     """How to choose tokens and when to stop. Defaults are greedy.
 
     Attributes:
-        max_tokens: most tokens to generate, >= 1.
+        max_tokens: most tokens to generate, >= 1; prompt and these must fit the context. None is
+            ``default_max_tokens``, or what the context leaves where that is less.
         temperature: 0 is greedy; otherwise logits are divided by it, <= 100.
         top_p: nucleus mass in (0, 1].
         top_k: keep the k most likely; 0 keeps all.
@@ -33,9 +34,10 @@ class SamplingParams:
         top_logprobs: report this many most likely tokens at each position, to 20; implies ``logprobs``.
         n: samples from one prefix, 1 to 64; the router makes as many requests of it, each with its ``sample_index``.
         structured_output: the form that the answer must have; None leaves it free.
+        default_max_tokens: most tokens to generate where ``max_tokens`` is None, >= 1.
     """
 
-    max_tokens: int = 256
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -53,6 +55,12 @@ class SamplingParams:
     top_logprobs: int = 0
     n: int = 1
     structured_output: StructuredOutput | None = None
+    default_max_tokens: int = 256
+
+    @property
+    def most_tokens(self) -> int:
+        """Where the answer ends at the latest, if the context has room for so much."""
+        return self.default_max_tokens if self.max_tokens is None else self.max_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from alora_serve.engine.stepper import EngineLimits
 from alora_serve.errors import (
     AdapterNotFoundError,
     AdapterRefusedError,
+    ContextExceededError,
     HandleInvalidError,
     InvalidRequestError,
     ModelMismatchError,
@@ -243,9 +244,31 @@ async def test_an_unknown_adapter_is_not_found(stack: Stack, prefilled: PrefillR
 
 async def test_an_answer_that_would_leave_the_context_is_refused(stack: Stack, prefilled: PrefillResult) -> None:
     room = stack.core.model.context_tokens - len(prefilled.handle.prefix_tokens) - len(INVOCATION)
-    with pytest.raises(InvalidRequestError, match="exceeds the context of 512") as caught:
+    with pytest.raises(ContextExceededError, match="maximum context length is 512 tokens") as caught:
         await stack.generate(prefilled.handle, "appended", max_tokens=room + 1)
     assert [violation.field for violation in caught.value.violations] == ["sampling.max_tokens"]
+
+
+async def test_an_answer_of_no_given_length_takes_what_the_context_leaves_and_as_much_when_it_goes_on(
+    stack: Stack,
+) -> None:
+    context, room = stack.core.model.context_tokens, 5
+    handle = (await stack.prefill(Prompt(token_ids=tuple(1 + index % 250 for index in range(context - room))))).handle
+    whole = await stack.generate(handle, max_tokens=None)
+    assert (len(whole.tokens), whole.finished.finish_reason) == (room, FinishReason.LENGTH)
+    resume = Resume(whole.tokens[:3], None, AdapterDigest(""))
+    rest = await stack.generate(handle, resume=resume, max_tokens=None)
+    assert (whole.tokens[:3] + rest.tokens, rest.finished.finish_reason) == (whole.tokens, FinishReason.LENGTH)
+    given = await stack.generate(handle, max_tokens=None, default_max_tokens=2)
+    assert given.tokens == whole.tokens[:2]
+
+
+async def test_an_invocation_that_leaves_no_room_for_an_answer_is_not_told_as_max_tokens(stack: Stack) -> None:
+    context = stack.core.model.context_tokens
+    handle = (await stack.prefill(Prompt(token_ids=tuple(1 + index % 250 for index in range(context - 1))))).handle
+    with pytest.raises(ContextExceededError, match="leave no room for an answer") as caught:
+        await stack.generate(handle, "appended", max_tokens=None)
+    assert [violation.field for violation in caught.value.violations] == ["prompt"]
 
 
 @pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids"])

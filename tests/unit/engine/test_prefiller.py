@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from alora_serve.engine.core import CoreOptions
 from alora_serve.engine.stepper import EngineLimits
 from alora_serve.errors import (
+    ContextExceededError,
     HandleInvalidError,
     InvalidRequestError,
     ModelMismatchError,
@@ -212,7 +213,9 @@ async def test_a_foreign_handle_is_refused(stack: Stack) -> None:
 async def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(stack: Stack) -> None:
     limit = stack.core.model.context_tokens
     tokens = tuple(1 + index % 250 for index in range(limit))
-    with pytest.raises(InvalidRequestError, match=f"{limit} tokens leave no room for an answer"):
+    with pytest.raises(
+        ContextExceededError, match=f"maximum context length is {limit} tokens; its {limit} tokens leave"
+    ):
         await stack.prefill(Prompt(token_ids=tokens))
     assert (await stack.prefill(Prompt(token_ids=tokens[:-1]))).usage.computed_tokens == limit - 1
 

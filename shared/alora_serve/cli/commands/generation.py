@@ -59,7 +59,7 @@ def generate(
     adapter: Annotated[
         str, typer.Option("--adapter", "-a", metavar="NAME", help="Who answers; without it, the base model.")
     ] = "",
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -148,7 +148,7 @@ def fanout(
     system: System = None,
     file: ConversationFile = None,
     handle: HandleFile = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
     seed: Seed = None,
     stop: Stop = None,

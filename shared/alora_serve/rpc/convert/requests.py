@@ -143,7 +143,7 @@ def _read_resume(
         return sampling, None
     seed = request.resume.seed
     violations.require(sampling.seed in (None, seed), f"{field}.seed", f"{seed} is not sampling.seed {sampling.seed}")
-    resume = read_resume(request.resume, sampling.max_tokens, violations, field=field)
+    resume = read_resume(request.resume, sampling.most_tokens, violations, field=field)
     return dataclasses.replace(sampling, seed=seed), resume
 
 

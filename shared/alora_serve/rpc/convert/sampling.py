@@ -30,6 +30,7 @@ _OPTIONAL_FIELDS: Final = (
     "presence_penalty",
     "frequency_penalty",
     "seed",
+    "default_max_tokens",
 )
 """Fields with presence in the proto, where unset means the default of :class:`SamplingParams`."""
 
@@ -82,7 +83,8 @@ def read_sampling(
 def _check_ranges(params: SamplingParams, violations: Violations, field: str) -> None:
     """Every condition is written so that NaN, which compares false with everything, fails it."""
     require = violations.require
-    require(params.max_tokens >= 1, f"{field}.max_tokens", "0 is not at least 1")
+    require(params.max_tokens != 0, f"{field}.max_tokens", "0 is not at least 1")
+    require(params.default_max_tokens != 0, f"{field}.default_max_tokens", "0 is not at least 1")
     require(
         0 <= params.temperature <= MAX_TEMPERATURE,
         f"{field}.temperature",
@@ -154,6 +156,7 @@ def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
         top_logprobs=params.top_logprobs,
         n=params.n,
         structured_output=structure_to_proto(params.structured_output) if params.structured_output else None,
+        default_max_tokens=params.default_max_tokens,
     )
 
 

@@ -26,6 +26,7 @@ def fields(error: InvalidRequestError) -> list[str]:
     ("name", "value"),
     [
         ("max_tokens", 0),
+        ("default_max_tokens", 0),
         ("temperature", -0.1),
         ("temperature", 100.5),
         ("temperature", math.nan),

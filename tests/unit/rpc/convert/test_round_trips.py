@@ -80,7 +80,8 @@ usages = st.builds(Usage, uint32, uint32, uint32, uint32, uint32, uint64, uint64
 timings = st.builds(Timings, *[seconds] * 7)
 samplings = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 2**32 - 1),
+    max_tokens=st.none() | st.integers(1, 2**32 - 1),
+    default_max_tokens=st.integers(1, 2**32 - 1),
     temperature=float32(0, 100),
     top_p=float32(0, 1, exclude_min=True),
     top_k=uint32,
@@ -334,7 +335,7 @@ def test_decode_requests(
 ) -> None:
     sampling = dataclasses.replace(sampling, sample_index=sample_index)
     if resume is not None:
-        max_tokens = max(sampling.max_tokens, len(resume.generated_tokens))
+        max_tokens = max(sampling.most_tokens, len(resume.generated_tokens))
         sampling = dataclasses.replace(sampling, seed=sampling.seed or 1, max_tokens=max_tokens)
     request = GenerateRequest(handle, adapter, sampling, resume, "id", is_taken_over=is_taken_over)
     message = convert.decode_to_proto(request, attempt=2)
