@@ -19,7 +19,7 @@ async def main(settings: Settings) -> int:
     try:
         async with monitored(settings, [SERVICE]) as monitoring:
             app = build_app(
-                Endpoints(router, settings.write_timeout_seconds),
+                Endpoints(router, settings.write_timeout_seconds, settings.default_max_tokens),
                 monitoring.registry,
                 in_flight,
                 with_page=settings.page,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
 from alora_serve.errors import AloraServeError
+from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.metrics import HttpMetrics
 from alora_serve.rpc.in_flight import InFlightCalls
 from openai_front.endpoints import Endpoints
@@ -19,6 +23,9 @@ from openai_front.middleware import RequestMiddleware, answer_unrouted, answer_w
 from openai_front.page import page_routes
 
 _TITLE: Final = "alora-serve"
+_PATH_CHARACTERS: Final = 100
+_NO_SUCH_PATH: Final = 404
+_NOT_JSON: Final = 415
 
 
 def build_app(
@@ -39,8 +46,10 @@ def build_app(
         read_timeout_seconds: longest wait for a body to arrive whole.
     """
     # FastAPI's own pages of documentation load scripts from other hosts.
-    app = FastAPI(title=_TITLE, docs_url=None, redoc_url=None)
-    app.include_router(endpoints.routes())
+    app = FastAPI(title=_TITLE, docs_url=None, redoc_url=None, redirect_slashes=False)
+    api = endpoints.routes()
+    app.include_router(api)
+    paths = list(dict.fromkeys(route.path for route in api.routes if isinstance(route, APIRoute)))
     if with_page:
         app.include_router(page_routes())
 
@@ -54,11 +63,15 @@ def build_app(
         return answer_with(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        if isinstance(error.body, bytes):  # it was not parsed
+            return answer_unrouted(HTTPException(_NOT_JSON, "send the body as `Content-Type: application/json`"))
         return answer_with(validation_error(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
-    async def unrouted(_: Request, error: HTTPException) -> Response:
+    async def unrouted(request: Request, error: HTTPException) -> Response:
+        if error.status_code == _NO_SUCH_PATH:
+            return answer_unrouted(HTTPException(error.status_code, _nearest(request.url.path, paths)))
         return answer_unrouted(error)
 
     app.add_middleware(
@@ -68,3 +81,8 @@ def build_app(
         read_timeout_seconds=read_timeout_seconds,
     )
     return app
+
+
+def _nearest(path: str, served: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(path[:_PATH_CHARACTERS], served, cutoff=0.0)
+    return f"there is no {excerpt(path)} here; the nearest paths are {', '.join(nearest)}"

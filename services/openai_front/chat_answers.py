@@ -134,4 +134,7 @@ def _reader(request: ChatRequest) -> CallReader | None:
         case "none":
             return None
         case _:
-            return ToolCallReader({tool.function.name for tool in request.tools}) if request.tools else None
+            if not request.tools:
+                return None
+            names = {tool.function.name for tool in request.tools}
+            return ToolCallReader(names, only_first=request.parallel_tool_calls is False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt
@@ -9,7 +10,7 @@ from pydantic import Field, StrictBool, StrictInt
 from alora_serve.client import SamplingParams
 from alora_serve.errors import InvalidRequestError
 from openai_front.conversation import ConversationFields
-from openai_front.forms import ResponseFormat, ToolChoice, chosen_form
+from openai_front.forms import AskedForm, ResponseFormat, ToolChoice, chosen_form
 from openai_front.request_fields import MAX_TOP_LOGPROBS, CompletionFields, Ignored, Unsigned
 
 
@@ -23,7 +24,13 @@ class ChatRequest(ConversationFields, CompletionFields):
     tool_choice: ToolChoice | None = None
     modalities: list[Literal["text"]] | None = None
 
-    parallel_tool_calls: Ignored = None
+    parallel_tool_calls: StrictBool | None = None
+    functions: None = None
+    function_call: None = None
+    audio: None = None
+    web_search_options: None = None
+    moderation: None = None
+
     prediction: Ignored = None
     reasoning_effort: Ignored = None
     verbosity: Ignored = None
@@ -37,6 +44,16 @@ class ChatRequest(ConversationFields, CompletionFields):
             "chat_template_kwargs.adapter_name": arguments.adapter_name if arguments else None,
         }
 
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """What this request has for fields of the gRPC API, where it is not the same."""
+        form, names = self._form(), {"prompt": "messages"}
+        if form is not None:
+            names["structured_output"] = form.field
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return names
+
     def sampling_params(self) -> SamplingParams:
         """How to choose tokens.
 
@@ -47,12 +64,14 @@ class ChatRequest(ConversationFields, CompletionFields):
             raise InvalidRequestError.of("max_completion_tokens", "contradicts max_tokens; give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError.of("top_logprobs", "needs logprobs: true")
-        form = chosen_form(
-            self, self.response_format, self.tool_choice, [tool.function.model_dump() for tool in self.tools or ()]
-        )
+        form = self._form()
         return self.sampling(
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=bool(self.logprobs),
             top_logprobs=self.top_logprobs,
-            structured_output=form,
+            structured_output=form and form.form,
         )
+
+    def _form(self) -> AskedForm | None:
+        functions = [tool.function.model_dump() for tool in self.tools or ()]
+        return chosen_form(self, self.response_format, self.tool_choice, functions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field, StrictInt
@@ -28,6 +29,12 @@ class CompletionRequest(CompletionFields):
     def adapter_names(self) -> dict[str, str | None]:
         """Each field that may name an adapter, and what it says."""
         return {"adapter": self.adapter}
+
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """What this request has for fields of the gRPC API, where it is not the same."""
+        form = chosen_form(self, None, None, ())
+        return {} if form is None else {"structured_output": form.field}
 
     def prompts(self) -> list[Prompt]:
         """What to continue, each apart.
@@ -62,8 +69,9 @@ class CompletionRequest(CompletionFields):
         }
         if any(unserved.values()):
             raise UnimplementedFeatureError.of(*(name for name, given in unserved.items() if given))
+        form = chosen_form(self, None, None, ())
         return self.sampling(
             logprobs=self.logprobs is not None,
             top_logprobs=self.logprobs,
-            structured_output=chosen_form(self, None, None, ()),
+            structured_output=form and form.form,
         )

@@ -16,6 +16,29 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: Ignored = None
+
+
+class RefusalPart(Body):
+    """What the assistant said when it refused: text, too."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+    @property
+    def text(self) -> str:
+        """What it said."""
+        return self.refusal
+
+
+def _part_kind(value: object) -> str:
+    is_refusal = isinstance(value, dict) and value.get("type") == "refusal"
+    return "refusal part" if is_refusal else "text part"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("text part")] | Annotated[RefusalPart, Tag("refusal part")], Discriminator(_part_kind)
+]
 
 
 class FunctionCall(Body):
@@ -23,6 +46,7 @@ class FunctionCall(Body):
 
     name: Text
     arguments: Text
+    parsed_arguments: Ignored = None
 
 
 class MessageToolCall(Body):
@@ -42,9 +66,7 @@ def _content_kind(value: object) -> str:
     return "parts" if isinstance(value, list) else "text"
 
 
-Content = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_content_kind)
-]
+Content = Annotated[Annotated[Text, Tag("text")] | Annotated[list[Part], Tag("parts")], Discriminator(_content_kind)]
 
 
 class Message(Body):
@@ -55,6 +77,7 @@ class Message(Body):
     name: Text | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: Text | None = None
+    parsed: Ignored = None
     refusal: Ignored = None
     annotations: Ignored = None
     reasoning: Ignored = None

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from alora_serve.client import AdapterInfo, AsyncClient, AsyncIntrinsicsStream, ModelInfo, StreamEvent
+from alora_serve.client import AdapterInfo, AsyncClient, AsyncIntrinsicsStream, ModelInfo, Prompt, StreamEvent
 from alora_serve.errors import AdapterNotFoundError, AloraServeError, InvalidRequestError, UnavailableError
 from alora_serve.intrinsics import with_documents_placed
 from alora_serve.intrinsics.excerpts import excerpt
@@ -41,10 +41,12 @@ class Endpoints:
     Attributes:
         router: whom they ask.
         write_timeout_seconds: how long an event waits for a client that stopped reading.
+        default_max_tokens: longest answer to a request that does not say.
     """
 
     router: Router
     write_timeout_seconds: float
+    default_max_tokens: int
 
     def routes(self) -> APIRouter:
         """The routes of OpenAI's API, and of health."""
@@ -58,6 +60,7 @@ class Endpoints:
             ("GET", "/health", self.health),
         ):
             routes.add_api_route(path, endpoint, methods=[method], response_model=None)
+        routes.add_api_route("/health", self.health, methods=["HEAD"], response_model=None, include_in_schema=False)
         return routes
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -66,7 +69,7 @@ class Endpoints:
         base = await self.router.model(client)
         adapter = _adapter(body.model, base.name, body.adapter_names)
         prompt = with_documents_placed(body.prompt(), template_takes_documents=base.takes_documents)
-        question = Question([prompt], adapter, body.sampling_params(), body.num_samples)
+        question = self._question(body, [prompt], adapter)
         return await self._answer(request, body, client, question, ChatWriter(_head(body.model, base), body, question))
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -74,7 +77,7 @@ class Endpoints:
         client = self._client(request)
         base = await self.router.model(client)
         adapter = _adapter(body.model, base.name, body.adapter_names)
-        question = Question(body.prompts(), adapter, body.sampling_params(), body.num_samples)
+        question = self._question(body, body.prompts(), adapter)
         writer = CompletionWriter(_head(body.model, base), body, question)
         return await self._answer(request, body, client, question, writer)
 
@@ -117,6 +120,10 @@ class Endpoints:
     def _client(self, request: Request) -> AsyncClient:
         caller = Caller.of(request)
         return self.router.as_caller(caller.api_key, caller.request_id)
+
+    def _question(self, body: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], adapter: str) -> Question:
+        sampling = replace(body.sampling_params(), default_max_tokens=self.default_max_tokens)
+        return Question(prompts, adapter, sampling, body.num_samples, body.field_names)
 
     async def _models(self, request: Request) -> dict[str, Mapping[str, Any]]:
         client = self._client(request)

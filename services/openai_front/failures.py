@@ -33,6 +33,9 @@ _TYPES: Final[Mapping[int, str]] = {
 }
 """What ``error.type`` says, where it is neither ``invalid_request_error`` nor ``server_error``."""
 
+_CODES: Final = {"CONTEXT_EXCEEDED": "context_length_exceeded"}
+"""What ``error.code`` says instead of the reason: clients that shorten a conversation look for OpenAI's word."""
+
 _SERVER_FAULTS: Final = 499
 _UNAVAILABLE_RETRY_SECONDS: Final = 1.0
 
@@ -74,7 +77,7 @@ def failure_of(error: AloraServeError) -> Failure:
                 "message": _GRPC_PARTS.sub("", str(error)),
                 "type": _TYPES.get(status, "server_error" if status >= _SERVER_FAULTS else "invalid_request_error"),
                 "param": violations[0].field if violations else ("model" if error.status == "NOT_FOUND" else None),
-                "code": error.reason,
+                "code": _CODES.get(error.reason, error.reason),
                 **({"violations": [_violation(each) for each in violations]} if len(violations) > 1 else {}),
             }
         },
@@ -86,12 +89,16 @@ def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> InvalidR
     found: dict[str, str] = {}
     for detail in errors:
         field = field_path(_place(detail["loc"], body, is_missing=detail["type"] == "missing"))
-        found.setdefault(field, _UNKNOWN if detail["type"] == "extra_forbidden" else str(detail["msg"]))
+        found.setdefault(field, _UNKNOWN if detail["type"] in _UNKNOWN_TYPES else _complaint(detail))
     violations = [FieldViolation(field, description) for field, description in found.items()]
     return InvalidRequestError(
         "; ".join(f"{each.field}: {each.description}" if each.field else each.description for each in violations),
         violations=violations,
     )
+
+
+def _complaint(detail: Mapping[str, Any]) -> str:
+    return str(detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"])
 
 
 def _place(location: Sequence[int | str], body: Any, *, is_missing: bool) -> list[int | str]:
@@ -105,6 +112,8 @@ def _place(location: Sequence[int | str], body: Any, *, is_missing: bool) -> lis
 
 
 _NAME_CHARACTERS: Final = 60
+_UNKNOWN_TYPES: Final = frozenset({"extra_forbidden", "none_required"})
+"""Of pydantic's complaints: about a field that is not there, or takes nothing but null."""
 _UNKNOWN: Final = "is no field that this server knows; see docs/http.md for those it takes"
 
 

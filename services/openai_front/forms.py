@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
+from openai_front.field_names import ALL_TOOLS
 from openai_front.request_fields import Body, CompletionFields, Ignored, Text
 
 
@@ -62,16 +64,25 @@ class NamedTool(Body):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
+@dataclass(frozen=True, slots=True)
+class AskedForm:
+    """A form, and the field of the request that has it."""
+
+    form: StructuredOutput
+    field: str
+
+
 def chosen_form(
     fields: CompletionFields,
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None,
     functions: Sequence[Mapping[str, Any]],
-) -> StructuredOutput | None:
+) -> AskedForm | None:
     """The one form that a request asks for; None leaves the answer free.
 
     Raises:
-        InvalidRequestError: it asks for two, or for a tool that it does not bring.
+        InvalidRequestError: it asks for two, for one that leaves no room to call the tools that may be called, or for a
+            tool that it does not bring.
     """
     asked = {
         "response_format": _of_format(response_format),
@@ -81,20 +92,23 @@ def chosen_form(
     given = {name: form for name, form in asked.items() if form is not None}
     if len(given) > 1:
         raise InvalidRequestError.of(list(given)[1], f"asks for a form, and so does {next(iter(given))}; give one")
+    if given and functions and tool_choice in (None, "auto"):
+        field = next(iter(given))
+        raise InvalidRequestError.of(field, "leaves no room to call a tool; leave it out, or set tool_choice to none")
     return next(iter(given.values()), None)
 
 
-def _of_format(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> StructuredOutput | None:
+def _of_format(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> AskedForm | None:
     match wanted:
         case JsonObjectFormat():
-            return _json_schema({"type": "object"})
+            return AskedForm(_json_schema({"type": "object"}), "response_format")
         case JsonSchemaFormat():
-            return _json_schema(wanted.json_schema.content or {})
+            return AskedForm(_json_schema(wanted.json_schema.content or {}), "response_format.json_schema.schema")
         case _:
             return None
 
 
-def _of_vllm(fields: CompletionFields) -> dict[str, StructuredOutput | None]:
+def _of_vllm(fields: CompletionFields) -> dict[str, AskedForm | None]:
     """By the path of each field."""
     outputs = fields.structured_outputs
     if outputs is None:
@@ -113,18 +127,19 @@ def _forms(
     regex: str | None,
     choice: Sequence[str] | None,
     grammar: str | None,
-) -> dict[str, StructuredOutput | None]:
-    return {
+) -> dict[str, AskedForm | None]:
+    forms: dict[str, StructuredOutput | None] = {
         f"{path}json": None if schema is None else _json_schema(schema),
         f"{path}regex": None if regex is None else Regex(regex),
         f"{path}choice": None if choice is None else Choice(tuple(choice)),
         f"{path}grammar": None if grammar is None else Grammar(grammar),
     }
+    return {field: None if form is None else AskedForm(form, field) for field, form in forms.items()}
 
 
 def _of_tools(
     choice: Literal["none", "auto", "required"] | NamedTool | None, functions: Sequence[Mapping[str, Any]]
-) -> StructuredOutput | None:
+) -> AskedForm | None:
     """A call as its parameters alone where the tool is named, else as ``{"name", "arguments"}``."""
     if (choice == "required" or isinstance(choice, NamedTool)) and not functions:
         raise InvalidRequestError.of("tool_choice", "needs tools to choose from")
@@ -138,12 +153,12 @@ def _of_tools(
             }
             for index, function in enumerate(functions)
         ]
-        return _json_schema(calls[0] if len(calls) == 1 else {"anyOf": calls})
+        return AskedForm(_json_schema(calls[0] if len(calls) == 1 else {"anyOf": calls}), ALL_TOOLS)
     if isinstance(choice, NamedTool):
-        named = next((each for each in functions if each["name"] == choice.function.name), None)
-        if named is None:
-            raise InvalidRequestError.of("tool_choice.function.name", "is the name of none of the tools")
-        return _json_schema(_parameters(named))
+        for index, function in enumerate(functions):
+            if function["name"] == choice.function.name:
+                return AskedForm(_json_schema(_parameters(function)), f"{ALL_TOOLS}[{index}].function.parameters")
+        raise InvalidRequestError.of("tool_choice.function.name", "is the name of none of the tools")
     return None
 
 

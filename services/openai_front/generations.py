@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -17,7 +17,9 @@ from alora_serve.client import (
     StreamEvent,
     TokenChunk,
 )
+from alora_serve.errors import AloraServeError
 from alora_serve.types import TokenLogprob
+from openai_front.field_names import as_asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,14 @@ class Question:
         prompts: each is answered apart.
         adapter: who answers; empty is the base model.
         samples: answers to each prompt.
+        field_names: what the request has for fields of the gRPC API, where it is not the same.
     """
 
     prompts: Sequence[Prompt]
     adapter: str
     sampling: SamplingParams
     samples: int
+    field_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_choices(self) -> int:
@@ -82,8 +86,17 @@ async def run(client: AsyncClient, question: Question) -> AsyncGenerator[tuple[i
     Leaving the iterator cancels what still runs.
 
     Raises:
-        AloraServeError: one of them failed; the others are cancelled.
+        AloraServeError: one of them failed, told in the request's words; the others are cancelled.
     """
+    try:
+        async with aclosing(_of_prompts(client, question)) as events:
+            async for item in events:
+                yield item
+    except AloraServeError as error:
+        raise as_asked(error, question.field_names) from error
+
+
+async def _of_prompts(client: AsyncClient, question: Question) -> AsyncGenerator[tuple[int, StreamEvent]]:
     streams = [_of_prompt(client, question, at) for at in range(len(question.prompts))]
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:

@@ -68,7 +68,7 @@ class StructuredOutputs(Body):
 class CompletionFields(Body):
     """The fields of both."""
 
-    model: Text
+    model: Annotated[Text, Field(min_length=1)]
     adapter: Text | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -100,6 +100,7 @@ class CompletionFields(Body):
     service_tier: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
 
     @property

@@ -24,12 +24,23 @@ class Call:
 
 
 class ToolCallReader:
-    """Tells calls from text while an answer grows. Text that may be the beginning of a call is held back."""
+    """Tells calls from text while an answer grows. Text that may be the beginning of a call is held back.
 
-    def __init__(self, names: Collection[str]) -> None:
-        """``names`` are the tools there are; a call of another one stays text."""
+    So is white space: between calls, and before the first or after the last, it is no part of the text.
+    """
+
+    def __init__(self, names: Collection[str], *, only_first: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            names: the tools there are; a call of another one stays text.
+            only_first: leave out all calls but the first.
+        """
         self._names = frozenset(names)
+        self._only_first = only_first
         self._held = ""
+        self._space = ""
+        self._has_text = self._has_called = self._is_after_call = False
 
     def push(self, text: str) -> tuple[str, list[Call]]:
         """The text that is certain now, and the calls that are whole."""
@@ -38,15 +49,16 @@ class ToolCallReader:
         while (start := self._held.find(_OPEN)) >= 0:
             end = self._held.find(_CLOSE, start)
             if end < 0:
-                plain, self._held = plain + self._held[:start], self._held[start:]
+                plain += self._text(self._held[:start])
+                self._held = self._held[start:]
                 return plain, calls
             found = self._calls(self._held[start + len(_OPEN) : end])
-            calls += found
             end += len(_CLOSE)
-            plain += self._held[:start] if found else self._held[:end]
+            plain += self._text(self._held[:start] if found else self._held[:end])
+            calls += self._noted(found)
             self._held = self._held[end:]
         kept = _beginning(self._held)
-        plain += self._held[: len(self._held) - kept]
+        plain += self._text(self._held[: len(self._held) - kept])
         self._held = self._held[len(self._held) - kept :]
         return plain, calls
 
@@ -54,7 +66,28 @@ class ToolCallReader:
         """What was held back, now that nothing follows: some models leave the end mark out."""
         held, self._held = self._held, ""
         calls = self._calls(held.removeprefix(_OPEN)) if held.startswith(_OPEN) else []
-        return ("", calls) if calls else (held, [])
+        if calls:
+            return "", self._noted(calls)
+        text = self._text(held)
+        return text if self._is_after_call else text + self._space, []
+
+    def _text(self, text: str) -> str:
+        """What of it is certain to be said, after the white space before it; that behind it waits for what follows."""
+        whole = self._space + (text.lstrip() if self._is_after_call else text)
+        said = whole.rstrip()
+        self._space = whole[len(said) :]
+        self._has_text, self._is_after_call = self._has_text or said != "", self._is_after_call and said == ""
+        return said
+
+    def _noted(self, calls: list[Call]) -> list[Call]:
+        """Those of them that are told."""
+        if not calls:
+            return []
+        told = calls if not self._only_first else calls[: 0 if self._has_called else 1]
+        self._has_called = self._is_after_call = True
+        if not self._has_text:
+            self._space = ""
+        return told
 
     def _calls(self, text: str) -> list[Call]:
         try:

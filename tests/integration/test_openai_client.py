@@ -8,6 +8,7 @@ import os
 import ssl
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,24 @@ async def test_an_answer_is_held_to_a_json_schema(door: FrontDoor, model: str) -
     assert refused.value.body["param"].startswith("response_format")
 
 
+async def test_an_answer_of_no_given_length_fits_and_what_does_not_fit_is_told_so(
+    tiny: Deployed, door: FrontDoor
+) -> None:
+    context, room = (await tiny.client.get_model()).context_tokens, 5
+    prompt = [1 + index % 250 for index in range(context - room)]
+    ask: Any = partial(door.openai.completions.create, model=MODEL, extra_body={"ignore_eos": True})
+    answer = await ask(prompt=prompt)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", room)
+    for fields, param in (
+        ({"prompt": prompt, "max_tokens": room + 1}, "max_tokens"),
+        ({"prompt": prompt * 2}, "prompt"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            await ask(**fields)
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", param)
+        assert f"maximum context length is {context} tokens" in refused.value.message
+
+
 async def test_likely_tokens_are_told_with_the_one_that_was_chosen_first(tiny: Deployed, door: FrontDoor) -> None:
     expected = await tiny.client.generate(TURNS, max_tokens=8, ignore_eos=True, logprobs=True).result()
     answer = await door.openai.chat.completions.create(**BRIEF, logprobs=True, top_logprobs=20)
@@ -212,7 +231,7 @@ async def test_keys_are_judged_by_the_router(tiny: Deployed, tmp_path: Path) -> 
             await guarded.openai.with_options(api_key="guessed").chat.completions.create(**BRIEF)
         async with httpx.AsyncClient(base_url=guarded.url) as http:
             assert (await http.get("/v1/models")).status_code == 401
-            assert (await http.get("/health")).status_code == 200
+            assert (await http.get("/health")).status_code == (await http.head("/health")).status_code == 200
 
 
 async def test_sigterm_lets_a_stream_end(tiny: Deployed) -> None:

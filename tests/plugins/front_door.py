@@ -79,7 +79,7 @@ async def open_door(router_address: str, **settings: Any) -> AsyncIterator[OpenD
     registry, in_flight = CollectorRegistry(), InFlightCalls(chosen.http_max_requests)
     router = Router(router_address, None)
     app = build_app(
-        Endpoints(router, chosen.write_timeout_seconds),
+        Endpoints(router, chosen.write_timeout_seconds, chosen.default_max_tokens),
         registry,
         in_flight,
         with_page=chosen.page,

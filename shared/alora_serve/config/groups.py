@@ -280,6 +280,9 @@ class FrontDoorSettings(SettingsGroup):
     http_max_requests: int = Field(
         1000, ge=1, description="Requests at once, bodies that still arrive among them; the rest is 429."
     )
+    default_max_tokens: int = Field(
+        1024, ge=1, lt=2**32, description="Longest answer to a request that does not say, or what the context leaves."
+    )
     page: bool = Field(True, description="Serve the page /ui.")
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from alora_serve.errors import InvalidRequestError
 from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.structure.compiler import FormCompiler
 from alora_serve.model.structure.vocabulary import TokenVocabulary
 from openai_front.chat_request import ChatRequest
+from openai_front.field_names import as_asked
 from small_tokenizers import byte_level_tokenizer
 
 TOKENIZER = ChatTokenizer(byte_level_tokenizer())
@@ -19,20 +21,24 @@ COMPILER = FormCompiler(VOCABULARY)
 CITY = {"enum": ["Rome", "Oslo"]}
 
 
-def takes(call: dict[str, Any], *tools: dict[str, Any]) -> bool:
-    """Whether ``call`` may be the answer where one of tools ``f0``, ``f1``, ... with these parameters is required."""
+def requiring(*tools: dict[str, Any], choice: Any = "required") -> ChatRequest:
+    """A request that must be answered by a call of one of these."""
     functions = [
         {"type": "function", "function": {"name": f"f{i}", "parameters": each}} for i, each in enumerate(tools)
     ]
-    request = ChatRequest.model_validate(
+    return ChatRequest.model_validate(
         {
             "model": "m",
             "messages": [{"role": "user", "content": "Hello"}],
             "tools": functions,
-            "tool_choice": "required",
+            "tool_choice": choice,
         }
     )
-    form = request.sampling_params().structured_output
+
+
+def takes(call: dict[str, Any], *tools: dict[str, Any]) -> bool:
+    """Whether ``call`` may be the answer where one of tools ``f0``, ``f1``, ... with these parameters is required."""
+    form = requiring(*tools).sampling_params().structured_output
     assert form is not None
     matcher = COMPILER.compile(form).matcher()
     tokens = VOCABULARY.tokens.greedy_tokenize(json.dumps(call))
@@ -77,3 +83,29 @@ def test_what_only_looks_like_a_reference_is_none() -> None:
     assert takes({"name": "f0", "arguments": {"$ref": text}}, parameters)
     assert takes({"name": "f0", "arguments": {"b": {"$ref": text}}}, parameters)
     assert not takes({"name": "f0", "arguments": {"$ref": "#/properties/arguments/$defs/City"}}, parameters)
+
+
+NAMED = {"type": "function", "function": {"name": "f1"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        ({"uniqueItems": True}, "'uniqueItems' at /properties/a is not supported"),
+        ({"type": "nonsense"}, "at /properties/a: "),
+    ],
+)
+def test_what_parameters_ask_for_in_vain_is_told_by_their_tool(
+    choice: Any, bad: dict[str, Any], complaint: str
+) -> None:
+    request = requiring(an_object(a=CITY), an_object(a=bad), choice=choice)
+    form = request.sampling_params().structured_output
+    assert form is not None
+    with pytest.raises(InvalidRequestError) as refused:
+        COMPILER.compile(form)
+    told = as_asked(refused.value, request.field_names)
+    (violation,) = told.violations
+    assert violation.field == "sampling.tools[1].function.parameters"
+    assert violation.description.startswith(complaint)
+    assert str(told) == f"{violation.field}: {violation.description}"

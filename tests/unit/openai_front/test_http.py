@@ -10,8 +10,15 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
-from alora_serve.errors import AloraServeError, DeadlinePassedError, OverloadedError
+from alora_serve.errors import (
+    AloraServeError,
+    ContextExceededError,
+    DeadlinePassedError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from alora_serve.rpc.channels import MAX_MESSAGE_BYTES
 from alora_serve.types import (
     AdapterDigest,
@@ -175,13 +182,13 @@ async def test_a_call_of_a_tool_is_an_object_whole_and_streamed() -> None:
         whole = (await door.openai.chat.completions.create(**CHAT, tools=TOOLS)).choices[0]
         stream = await door.openai.chat.completions.create(**CHAT, tools=TOOLS, stream=True)
         chunks = [chunk.choices[0] async for chunk in stream]
-        assert whole.message.content == "Let me see. "
+        assert whole.message.content == "Let me see."
         assert whole.message.tool_calls is not None
         (call,) = whole.message.tool_calls
         assert (call.type, call.function.name, call.function.arguments) == ("function", "weather", '{"place": "Rome"}')
         (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
         assert (streamed.index, streamed.function.arguments) == (0, '{"place": "Rome"}')
-        assert "".join(chunk.delta.content or "" for chunk in chunks) == "Let me see. "
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == "Let me see."
         assert whole.finish_reason == chunks[-1].finish_reason == "tool_calls"
         unread = (await door.openai.chat.completions.create(**CHAT, tools=TOOLS, tool_choice="none")).choices[0]
         assert unread.message.content == f"Let me see. {CALL}"
@@ -311,23 +318,143 @@ async def test_a_body_without_end_is_not_read(announced: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "kind"),
-    [(b"{", "application/json"), (b"[]", "application/json"), (json.dumps(CHAT).encode(), "text/plain")],
-    ids=["half", "no object", "what a page of another site could send"],
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (json.dumps(CHAT).encode(), "text/plain", 415),
+        (json.dumps(CHAT).encode(), "application/x-www-form-urlencoded", 415),
+    ],
+    ids=["half", "no object", "what a page of another site could send", "what curl sends unless told"],
 )
-async def test_what_is_no_json_object_is_refused(content: bytes, kind: str) -> None:
+async def test_what_is_no_json_object_is_refused(content: bytes, kind: str, status: int) -> None:
     async with behind() as (door, worker):
         refused = await door.http.post("/v1/chat/completions", content=content, headers={"content-type": kind})
-        assert refused.status_code == 400
+        assert refused.status_code == status
         assert refused.json()["error"]["type"] == "invalid_request_error"
+        assert ("`Content-Type: application/json`" in refused.json()["error"]["message"]) == (status == 415)
         assert not worker.requests
 
 
 async def test_other_paths_and_methods_fail_in_the_same_form() -> None:
     async with behind() as (door, _):
-        assert (await door.http.post("/v1/embeddings", json={})).json()["error"]["message"] == "Not Found"
+        for path in ("/chat/completions", "/v1/chat/completions/"):
+            unknown = await door.http.post(path, json=CHAT)
+            assert unknown.status_code == 404
+            assert unknown.json()["error"]["message"].startswith(
+                f"there is no '{path}' here; the nearest paths are /v1/chat/completions, "
+            )
         assert (await door.http.get("/v1/chat/completions")).status_code == 405
-        assert served(door, "POST other", 404) == 1
+        assert served(door, "POST other", 404) == 2
+
+
+async def test_an_answer_is_as_long_as_the_request_or_the_setting_says() -> None:
+    async with behind(default_max_tokens=7) as (door, worker):
+        await door.openai.chat.completions.create(**CHAT)
+        sampling = worker.requests[-1].sampling
+        assert (sampling.HasField("max_tokens"), sampling.default_max_tokens) == (False, 7)
+        await door.openai.completions.create(model="m", prompt="once", max_tokens=9)
+        assert worker.requests[-1].sampling.max_tokens == 9
+
+
+TOO_LONG = ContextExceededError.beyond("prompt", "its 600 tokens leave no room for an answer", 512)
+BAD_SCHEMA = "sampling.structured_output.json_schema"
+JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+TWO_TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}, *TOOLS]
+
+
+@pytest.mark.parametrize(
+    ("error", "fields", "message"),
+    [
+        (TOO_LONG, {}, "messages: this model's maximum context length is 512 tokens; its 600"),
+        (
+            ContextExceededError.beyond("sampling.max_tokens", "max_tokens 600", 512),
+            {"max_completion_tokens": 600},
+            "max_completion_tokens: this model's maximum context length is 512 tokens; max_completion_tokens 600",
+        ),
+        (InvalidRequestError.of(BAD_SCHEMA, "no"), {"guided_json": {}}, "guided_json: no"),
+        (InvalidRequestError.of(BAD_SCHEMA, "no"), {"response_format": {"type": "json_object"}}, "response_format: no"),
+        (
+            InvalidRequestError.of(BAD_SCHEMA, "no"),
+            {"response_format": JSON_FORMAT},
+            "response_format.json_schema.schema: no",
+        ),
+        (
+            InvalidRequestError.of("sampling.structured_output.grammar", "no"),
+            {"structured_outputs": {"grammar": "g"}},
+            "structured_outputs.grammar: no",
+        ),
+        (
+            InvalidRequestError.of("sampling.structured_output.choice.values[1]", "no"),
+            {"guided_choice": ["a", ""]},
+            "guided_choice[1]: is empty",
+        ),
+        (
+            InvalidRequestError.of("sampling.ignore_eos", "structured_output says where the answer ends"),
+            {"guided_regex": "a", "ignore_eos": True},
+            "ignore_eos: guided_regex says where the answer ends",
+        ),
+        (
+            InvalidRequestError.of(BAD_SCHEMA, "'x' at /properties/a is not supported"),
+            {"tools": TWO_TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+            "tools[1].function.parameters: 'x' at /properties/a is not supported",
+        ),
+        (
+            InvalidRequestError.of(BAD_SCHEMA, "'x' at /anyOf/1/properties/arguments/properties/a is not supported"),
+            {"tools": TWO_TOOLS, "tool_choice": "required"},
+            "tools[1].function.parameters: 'x' at /properties/a is not supported",
+        ),
+        (
+            InvalidRequestError.of(BAD_SCHEMA, "at /properties/arguments: no"),
+            {"tools": TOOLS, "tool_choice": "required"},
+            "tools[0].function.parameters: at /: no",
+        ),
+        (InvalidRequestError.of(BAD_SCHEMA, "no"), {"tools": TOOLS, "tool_choice": "required"}, "tools: no"),
+    ],
+)
+async def test_what_a_router_refuses_is_told_in_the_words_of_the_request(
+    error: AloraServeError, fields: dict[str, Any], message: str
+) -> None:
+    async with behind(fails(error)) as (door, _):
+        for stream in (False, True):
+            answer = await door.http.post("/v1/chat/completions", json={**CHAT, **fields, "stream": stream})
+            told = answer.json()["error"]
+            assert answer.status_code == 400
+            assert told["message"].startswith(message)
+            assert told["param"] == message.partition(":")[0]
+            assert (told["code"] == "context_length_exceeded") == isinstance(error, ContextExceededError)
+
+
+class Weather(BaseModel):
+    """What an answer, or a call, is parsed to."""
+
+    place: str
+
+
+async def test_what_openais_helpers_parsed_can_be_sent_back() -> None:
+    tool = openai.pydantic_function_tool(Weather, name="weather")
+    async with behind(says(TokenChunk((1,), '{"place": "Rome"}'))) as (door, _):
+        completions = door.openai.chat.completions
+        answers = [(await completions.parse(**CHAT, response_format=Weather)).choices[0].message]
+        assert answers[0].parsed == Weather(place="Rome")
+        chosen: Any = {"type": "function", "function": {"name": "weather"}}
+        answers.append((await completions.parse(**CHAT, tools=[tool], tool_choice=chosen)).choices[0].message)
+        async with completions.stream(**CHAT, tools=[tool], tool_choice=chosen) as stream:
+            answers.append((await stream.get_final_completion()).choices[0].message)
+        for message in answers:
+            await completions.create(model="m", messages=[*HELLO, message, *HELLO])  # type: ignore[list-item]
+        for message in answers[1:]:
+            assert message.tool_calls
+            assert message.tool_calls[0].function.parsed_arguments == Weather(place="Rome")
+
+
+async def test_one_call_is_wanted_and_white_space_is_no_content() -> None:
+    async with behind(says(TokenChunk((1,), f"\n{CALL}\n{CALL}\n"))) as (door, _):
+        both = (await door.openai.chat.completions.create(**CHAT, tools=TOOLS)).choices[0].message
+        one = (await door.openai.chat.completions.create(**CHAT, tools=TOOLS, parallel_tool_calls=False)).choices[0]
+        assert (both.content, len(both.tool_calls or ())) == (None, 2)
+        assert (one.message.content, len(one.message.tool_calls or ())) == (None, 1)
+        assert one.finish_reason == "tool_calls"
 
 
 async def test_only_a_bearers_key_is_passed_on() -> None:

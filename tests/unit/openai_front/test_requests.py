@@ -125,6 +125,8 @@ def test_a_form_is_asked_for_as_by_openai_and_as_by_vllm() -> None:
 
 def test_a_tool_that_must_be_called_is_a_form() -> None:
     tools = {"tools": [WEATHER, CLOCK]}
+    of_json = {"response_format": {"type": "json_object"}}
+    assert form_of(tool_choice="none", **tools, **of_json) == form_of(tools=[], **of_json) == form_of(**of_json)
     assert form_of(tool_choice="auto", **tools) is form_of(tool_choice="none", **tools) is None
     chosen = {"type": "function", "function": {"name": "weather"}}
     assert form_of(tool_choice=chosen, **tools) == JsonSchema(json.dumps(WEATHER["function"]["parameters"]))  # type: ignore[index]
@@ -145,12 +147,22 @@ def test_a_tool_that_must_be_called_is_a_form() -> None:
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"guided_json": {}, "structured_outputs": {"regex": "a"}}, "guided_json"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
+        ({"response_format": {"type": "json_object"}, "tools": [CLOCK]}, "response_format"),
+        ({"guided_regex": "a", "tools": [CLOCK], "tool_choice": "auto"}, "guided_regex"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         chat(**fields).sampling_params()
     assert [violation.field for violation in refused.value.violations] == [named]
+
+
+def test_a_refusal_and_marks_of_a_cache_are_taken_back_as_text() -> None:
+    marked = {"type": "text", "text": "Hello", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    refusal = {"type": "refusal", "refusal": "I'd rather not."}
+    messages = [{"role": "user", "content": [marked]}, {"role": "assistant", "content": [refusal]}, *HELLO]
+    asked = [message.content for message in chat(messages=messages).prompt().messages]
+    assert asked == ["Hello", "I'd rather not.", "Hello"]
 
 
 def refused_fields(kind: Any, **fields: Any) -> list[str]:
@@ -185,6 +197,13 @@ def refused_fields(kind: Any, **fields: Any) -> list[str]:
         ),
         ({"tools": [{"type": "retrieval"}]}, ["tools[0].type", "tools[0].function"]),
         ({"functions": []}, ["functions"]),
+        ({"audio": {"voice": "alloy"}}, ["audio"]),
+        ({"model": ""}, ["model"]),
+        ({"parallel_tool_calls": "no"}, ["parallel_tool_calls"]),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "refusal", "text": "x"}]}]},
+            ["messages[0].content[0].refusal", "messages[0].content[0].text"],
+        ),
         ({"stop": [None]}, ["stop", "stop[0]"]),
         ({"tool_choice": "any"}, ["tool_choice"]),
         ({"tool_choice": {"type": "function"}}, ["tool_choice", "tool_choice.function"]),
@@ -227,7 +246,13 @@ def test_what_means_nothing_here_is_taken_and_left() -> None:
         "service_tier": "auto",
         "safety_identifier": "s",
         "prompt_cache_key": "k",
-        "parallel_tool_calls": False,
+        "prompt_cache_options": {"ttl": "1h"},
+        "parallel_tool_calls": True,
+        "functions": None,
+        "function_call": None,
+        "audio": None,
+        "web_search_options": None,
+        "moderation": None,
         "reasoning_effort": "low",
         "modalities": ["text"],
     }

@@ -17,8 +17,10 @@ CLOCK = Call("clock", "{}")
 ANSWERS = {
     "text alone": ("It is sunny.", "It is sunny.", []),
     "a call alone": (ROME, "", [CALL]),
-    "text, a call, text": (f"Let me see. {ROME} Done.", "Let me see.  Done.", [CALL]),
+    "text, a call, text": (f"Let me see. {ROME} Done.", "Let me see. Done.", [CALL]),
     "two calls": (f'{ROME}<tool_call>{{"name": "clock"}}</tool_call>', "", [CALL, CLOCK]),
+    "white space around calls": (f"\n{ROME}\n{ROME}\n\n", "", [CALL, CALL]),
+    "white space around text": (f"{ROME}\n\nSunny.\n", "Sunny.\n", [CALL]),
     "a list of calls": (
         '<tool_call>[{"name": "weather", "arguments": {"place": "Rome"}}, {"name": "clock"}]</tool_call>',
         "",
@@ -54,8 +56,14 @@ def test_text_without_marks_is_never_lost(text: str) -> None:
 
 def test_what_is_no_part_of_a_mark_is_not_held_back() -> None:
     reader = ToolCallReader({"weather"})
-    assert reader.push("It is <b>sunny</b> <to") == ("It is <b>sunny</b> ", [])
-    assert reader.push("day>") == ("<today>", [])
+    assert reader.push("It is <b>sunny</b> <to") == ("It is <b>sunny</b>", [])
+    assert reader.push("day>") == (" <today>", [])
+
+
+def test_of_several_calls_the_first_alone_is_told_where_one_is_wanted() -> None:
+    listed = f"<tool_call>{json.dumps([{'name': 'clock'}, {'name': 'weather'}])}</tool_call>"
+    for answer in (f"{listed}\n{ROME}", f"{listed}{ROME.removesuffix('</tool_call>')}"):
+        assert read(ToolCallReader({"weather", "clock"}, only_first=True), [answer]) == ("", [CLOCK])
 
 
 def test_a_forced_call_is_the_whole_answer_or_text_when_it_was_cut() -> None:

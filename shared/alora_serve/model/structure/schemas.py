@@ -93,6 +93,8 @@ def narrow_schema(schema: Any, field: str) -> None:
         InvalidRequestError: of ``field``; a pattern has a flag that JSON Schema does not know.
     """
     for path, inner in list(schemas_in(schema)):
+        if inner.get("uniqueItems") is False:  # as if it were not there, and llguidance knows it in no way
+            del inner["uniqueItems"]
         try:
             if isinstance(inner.get("pattern"), str):
                 inner["pattern"] = narrowed(inner["pattern"])

@@ -52,6 +52,12 @@ PLACES = {
 }
 
 
+def test_a_keyword_that_asks_for_nothing_is_left_out() -> None:
+    listed = schema(type="array", items={"enum": [1, 2]}, uniqueItems=False)
+    assert holds(listed, "[1,1]")
+    assert holds(schema(const={"uniqueItems": False}), '{"uniqueItems":false}')
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("keyword", UNSUPPORTED)
 def test_a_keyword_that_is_not_held_to_is_named_with_its_place(keyword: str, place: str) -> None:
