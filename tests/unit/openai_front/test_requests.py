@@ -165,11 +165,15 @@ def test_a_refusal_and_marks_of_a_cache_are_taken_back_as_text() -> None:
     assert asked == ["Hello", "I'd rather not.", "Hello"]
 
 
-def refused_fields(kind: Any, **fields: Any) -> list[str]:
+def refusal(kind: Any, **fields: Any) -> InvalidRequestError:
     with pytest.raises(ValidationError) as refused:
         kind(**fields)
     errors = [{**error, "loc": ("body", *error["loc"])} for error in refused.value.errors()]
-    return [violation.field for violation in validation_error(errors, fields).violations]
+    return validation_error(errors, fields)
+
+
+def refused_fields(kind: Any, **fields: Any) -> list[str]:
+    return [violation.field for violation in refusal(kind, **fields).violations]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +227,18 @@ def refused_fields(kind: Any, **fields: Any) -> list[str]:
 )
 def test_what_is_not_known_is_refused_by_its_name(fields: dict[str, Any], named: list[str]) -> None:
     assert refused_fields(chat, **fields) == named
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": "1"}, "temperature: is no number"),
+        ({"adapter": "\ud83d"}, "adapter: holds half of a surrogate pair"),
+        ({"audio": {}}, "audio: is no field that this server knows; see docs/http.md for those it takes"),
+    ],
+)
+def test_what_is_wrong_is_told_in_our_words(fields: dict[str, Any], message: str) -> None:
+    assert str(refusal(chat, **fields)) == message
 
 
 @pytest.mark.parametrize(
