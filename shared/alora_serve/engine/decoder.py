@@ -192,7 +192,7 @@ class Decoder:
         return plan
 
     def _fitted(self, sampling: SamplingParams, plan: PromptPlan) -> SamplingParams:
-        """With a length that fits the context: a function of the request, so that it is the same at any worker."""
+        """With a length that fits. It follows from prompt and context, so that a stream ends alike where it goes on."""
         context, given, prompt = self._core.model.context_tokens, sampling.max_tokens, f"{len(plan.prompt)} tokens"
         room = context - len(plan.prompt)
         if room < 1:
