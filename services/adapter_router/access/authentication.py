@@ -112,7 +112,8 @@ class Jwts:
         except ValidationError:
             return None
         listed = claims.get(self._rules.roles_claim, ["generate"])
-        named = {listed} if isinstance(listed, str) else {*listed} if isinstance(listed, list) else set()
+        # A list, and not a set: an issuer may list what cannot be hashed, which is no role that is known here.
+        named = [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
         known: tuple[Role, ...] = ("generate", "admin")
         return Identity(tenant, frozenset(role for role in known if role in named))
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final
 
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError
 
 import small_tokenizers as small
+from adapter_router.access.authentication import Access, JwtRules, Jwts
+from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import (
     AloraServeError,
     HandleInvalidError,
     InvalidRequestError,
+    PermissionRefusedError,
+    UnauthenticatedError,
 )
 from alora_serve.handles import HandleSigner
 from alora_serve.model.chat import ChatTokenizer
@@ -32,12 +39,14 @@ from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto
 from alora_serve.rpc.wire import find_invalid_utf8, find_largest_field
 from alora_serve.types import (
     GenerateRequest,
+    Identity,
     PrefixHandle,
     PromptKind,
 )
 from alora_serve.v1 import adapter_decode_pb2, alora_pb2, types_pb2
 from fuzz_targets.target import Target, must
 
+_ISSUER: Final = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 _SECRET: Final = b"a secret of the fuzz targets"
 _SIGNER: Final = HandleSigner([_SECRET], b"salt", 600)
 _ISSUED: Final = _SIGNER.sign(
@@ -57,6 +66,28 @@ def handle(data: bytes) -> None:
     except (InvalidRequestError, HandleInvalidError):
         return
     must(parsed == _ISSUED, "forged")
+
+
+def bearer_token(data: bytes) -> None:
+    """What a caller shows: a token as it is, or one that the issuer signed, with these bytes as its claims."""
+    authorized = _authorized(data.decode("latin-1"))
+    must(authorized is None, "forged")
+    identity = _authorized(jwt.PyJWS().encode(data, _ISSUER, "EdDSA"))
+    must(identity is None or bool(identity.tenant), "somebody without a name")
+
+
+def _authorized(token: str) -> Identity | None:
+    try:
+        return _access().authorize("/alora_serve.v1.AloraService/Generate", {"authorization": f"Bearer {token}"})
+    except (UnauthenticatedError, PermissionRefusedError):
+        return None
+
+
+@cache
+def _access() -> Access:
+    key = jwt.algorithms.OKPAlgorithm.to_jwk(_ISSUER.public_key(), as_dict=True)
+    keys = jwt.PyJWKSet.from_dict({"keys": [{**key, "alg": "EdDSA"}]})
+    return Access(Jwts(Reloaded([], lambda: keys), JwtRules("issuer", "alora", "tenant", "roles")))
 
 
 def requests(data: bytes) -> None:
@@ -137,7 +168,13 @@ def _handle() -> bytes:
     return handle_to_proto(_ISSUED).SerializeToString()
 
 
+def _claims(roles: object) -> bytes:
+    claims = {"iss": "issuer", "aud": ["alora"], "exp": 2**40, "tenant": "acme", "roles": roles}
+    return json.dumps(claims).encode()
+
+
 TARGETS: Final[dict[str, Target]] = {
+    "bearer-token": Target(bearer_token, [_claims(["generate", {"name": "admin"}]), _claims("generate"), b"a.b.c"]),
     "handle": Target(handle, [_handle()]),
     "requests": Target(requests, [_request(), _decode("ab"), _decode("x" * 40_000)]),
     "forms": Target(

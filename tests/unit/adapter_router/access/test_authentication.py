@@ -17,6 +17,8 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from adapter_router.access.authentication import Access, ApiKeys, JwtRules, Jwts, read_jwks
 from adapter_router.access.rules import AccessRules, Quota, read_rules
@@ -200,6 +202,27 @@ def test_a_token_of_the_issuer_is_taken(jwts: Jwts) -> None:
     assert jwts.identify(token()) == Identity("acme", frozenset({"generate"}))
     assert jwts.identify(token(RSA, "RS256", "r", roles=["admin", "else"])) == Identity("acme", frozenset({"admin"}))
     assert jwts.identify(token(kid=None, roles="generate")) == Identity("acme", frozenset({"generate"}))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["generate", "admin"]),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(roles=JSON)
+def test_whatever_it_says_about_roles_only_roles_count(jwts: Jwts, roles: Any) -> None:
+    named = [roles] if isinstance(roles, str) else roles if isinstance(roles, list) else []
+    claims = {"roles": roles} if roles is not None else {}
+    expected = {role for role in ("generate", "admin") if role in named} if claims else {"generate"}
+    assert jwts.identify(token(**claims)) == Identity("acme", frozenset(expected))
+
+
+def test_what_it_lists_besides_roles_is_passed_over(jwts: Jwts) -> None:
+    roles = [{"name": "admin"}, ["admin"], 7, None, "generate"]
+    assert jwts.identify(token(roles=roles)) == Identity("acme", frozenset({"generate"}))
 
 
 @pytest.mark.parametrize(
