@@ -154,7 +154,7 @@ def parse_adapter_config(raw: bytes) -> AdapterConfig:
 def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterRefusedError(f"adapter_config.json is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise AdapterRefusedError("adapter_config.json is not a JSON object")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 
 import safetensors
 import safetensors.torch
@@ -16,13 +17,11 @@ from alora_serve.adapters.files import AdapterFiles, chunks, digest_of
 from alora_serve.adapters.lora import LoadedAdapter, LoraPair
 from alora_serve.adapters.modules import module_shapes
 from alora_serve.adapters.targets import ModuleShape, ResolvedTarget, resolve_targets
+from alora_serve.adapters.weights_header import SERVED_DTYPES, TensorSpec, read_header
 from alora_serve.errors import AdapterRefusedError
 from alora_serve.intrinsics import parse_definition
 from alora_serve.model.loader import BaseModel
 from alora_serve.types import AdapterDigest, AdapterInfo, TokenIds
-
-_SERVED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""What a weights file may hold, by safetensors' names."""
 
 _FOREIGN_TENSORS: Mapping[str, str] = {
     "lora_magnitude_vector": "DoRA is not served",
@@ -69,14 +68,7 @@ def inspect_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Ada
     """
     plan = _Plan.read(files, name, base)
     with files.weights.open() as file:
-        try:
-            # By the name of what is open: it is the file that was looked at, and whose digest is told.
-            with safetensors.safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as weights:
-                slices = {key: weights.get_slice(key) for key in weights.offset_keys()}
-                specs = {key: _TensorSpec(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
-        except safetensors.SafetensorError as error:
-            raise _damaged(error) from error
-        plan.check_tensors(specs)
+        plan.check_tensors(read_header(file))
         return plan.info(digest_of(plan.raw_config, chunks(file)))
 
 
@@ -92,15 +84,12 @@ def load_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Loaded
     """
     plan = _Plan.read(files, name, base)
     content = files.weights.read()
+    plan.check_tensors(read_header(BytesIO(content)))
     info = plan.info(digest_of(plan.raw_config, [content]))
     try:
         tensors = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
-        raise _damaged(error) from error
-    labels = {dtype: label for label, dtype in _SERVED_DTYPES.items()}
-    plan.check_tensors(
-        {key: _TensorSpec(labels.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in tensors.items()}
-    )
+        raise AdapterRefusedError(f"the weights file is not valid safetensors: {error}") from error
     pairs = {
         module: LoraPair(
             a=_finite_float32(tensors, _tensor_name(module, "A")),
@@ -110,12 +99,6 @@ def load_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Loaded
         for module, target in plan.targets.items()
     }
     return LoadedAdapter(info=info, pairs=pairs, lead_tokens=plan.lead_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _TensorSpec:
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +133,7 @@ class _Plan:
             shapes[_tensor_name(module, "B")] = (self.base.module_shapes[module].out_features, target.rank)
         return shapes
 
-    def check_tensors(self, specs: Mapping[str, _TensorSpec]) -> None:
+    def check_tensors(self, specs: Mapping[str, TensorSpec]) -> None:
         """Refuse the first tensor that is not expected, missing, of another shape, or of a dtype that is not served."""
         expected = self.tensor_shapes()
         for key in sorted(specs.keys() - expected.keys()):
@@ -165,8 +148,8 @@ class _Plan:
                     f"tensor {key} has shape {list(spec.shape)}, but its rank and this base "
                     f"model need {list(shape)}; was it trained on another base model?"
                 )
-            if spec.dtype not in _SERVED_DTYPES:
-                raise AdapterRefusedError(f"tensor {key} has dtype {spec.dtype}, not one of {list(_SERVED_DTYPES)}")
+            if spec.dtype not in SERVED_DTYPES:
+                raise AdapterRefusedError(f"tensor {key} has dtype {spec.dtype}, not one of {list(SERVED_DTYPES)}")
 
     def info(self, digest: AdapterDigest) -> AdapterInfo:
         tokens = self.invocation_tokens
@@ -214,7 +197,3 @@ def _finite_float32(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise AdapterRefusedError(f"tensor {key} holds infinities or NaNs")
     return tensor
-
-
-def _damaged(error: Exception) -> AdapterRefusedError:
-    return AdapterRefusedError(f"the weights file is not valid safetensors: {error}")

@@ -213,7 +213,7 @@ def test_layers_cannot_be_chosen_for_a_regular_expression_as_in_peft(fields: dic
         peft.LoraConfig(target_modules=".*q_proj", **fields)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[]", b'"LORA"', b"{}"])
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[]", b'"LORA"', b"{}", b"[" * 10_000])
 def test_what_is_no_peft_config_is_refused(raw: bytes) -> None:
     with pytest.raises(AdapterRefusedError, match=r"^adapter_config\.json"):
         parse_adapter_config(raw)
