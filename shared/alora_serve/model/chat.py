@@ -46,12 +46,21 @@ class RenderedPrompt:
 class ChatTokenizer:
     """One model's tokenizer. Immutable and thread-safe after construction."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_of_sequence_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_of_sequence_ids: Iterable[int] = (),
+        *,
+        context_tokens: int | None = None,
+    ) -> None:
         """``end_of_sequence_ids`` are those of the model's config and generation config.
+
+        Prompts that by their length cannot fit into ``context_tokens`` are refused before they are tokenized.
 
         Raises :class:`~alora_serve.errors.ModelUnsupportedError` for a tokenizer without a fast implementation.
         """
         self._tokens = PlainTextTokenizer(tokenizer)
+        self._context_tokens = context_tokens
         self._template = ChatTemplate(tokenizer)
         self._chat_template = tokenizer.chat_template
         self._special_tokens = tokenizer.special_tokens_map
@@ -102,6 +111,10 @@ class ChatTokenizer:
         """The text of tokens, special tokens spelt out: for people, never for an answer."""
         return self._tokens.spell(token_ids)
 
+    def least_tokens(self, text: str) -> int:
+        """What a text comes to at least, without tokenizing it; 0 where that is not known."""
+        return self._tokens.least_tokens(text)
+
     def encode_text(self, text: str) -> TokenIds:
         """Tokens of text that goes on after others; text of added tokens stays text.
 
@@ -118,8 +131,9 @@ class ChatTokenizer:
     def raw(self, text: str) -> RenderedPrompt:
         """Tokens of a complete prompt, with no template: text of special tokens in it stands for them.
 
-        Raises :class:`~alora_serve.errors.InvalidRequestError` for a text that comes to no token.
+        Raises :class:`~alora_serve.errors.InvalidRequestError` for a text that comes to no token, or to too many.
         """
+        self._check_fits(text)
         tokens = self._tokens.encode_raw(text)
         if not tokens:
             raise InvalidRequestError.of("prompt.text", "comes to no token in this model's vocabulary")
@@ -143,6 +157,7 @@ class ChatTokenizer:
             raise InvalidRequestError.of("prompt.messages", "is empty; send at least one message")
         request = TemplateInput(tuple(messages), tuple(documents), tuple(tools), template_arguments)
         prefix, generation_prompt = self._split(self._rendering(request))
+        self._check_fits(prefix.text)
         return RenderedPrompt(
             self._tokens.encode(prefix, at_start=True),
             self._tokens.encode(generation_prompt, at_start=False),
@@ -173,6 +188,7 @@ class ChatTokenizer:
             raise InvalidRequestError.of("prompt.handle.last_role", f"is {last_role!r}, not one of {', '.join(ROLES)}")
         request = TemplateInput(tuple(messages), tuple(documents), tuple(tools), template_arguments)
         prefix, closing, generation_prompt = self._continuation(request, last_role)
+        self._check_fits(prefix.text)
         if handle.open_turn:
             added = self._tokens.encode(prefix, at_start=False)
             closing_tokens = self._tokens.encode(closing, at_start=False)
@@ -186,6 +202,11 @@ class ChatTokenizer:
             self._tokens.encode(generation_prompt, at_start=False),
             messages[-1].role if messages else last_role,
         )
+
+    def _check_fits(self, text: str) -> None:
+        limit, least = self._context_tokens, self._tokens.least_tokens(text)
+        if limit is not None and least > limit:
+            raise InvalidRequestError.of("prompt", f"{least} tokens or more exceed the context of {limit}; shorten it")
 
     def _rendering(self, request: TemplateInput) -> Rendering:
         check_messages(request.messages)

@@ -132,9 +132,11 @@ def load_base_model(
     module.set_attn_implementation(implementation)
     layout, windows = _probe(module, attention, dtype)
     generation_ids = getattr(module.generation_config, "eos_token_id", None)
+    limit = _context_limit(config, context_tokens)
     tokenizer = ChatTokenizer(
         AutoTokenizer.from_pretrained(directory),
         end_of_sequence_ids=[*_ids(config.eos_token_id), *_ids(generation_ids)],
+        context_tokens=limit,
     )
     return BaseModel(
         name=name or directory.name,
@@ -148,7 +150,7 @@ def load_base_model(
         weight_layout=weight_layout,
         weight_quantization=quantization,
         device=device,
-        context_tokens=_context_limit(config, context_tokens),
+        context_tokens=limit,
         vocabulary_size=int(config.vocab_size),
         weights_digest=kept_weights_digest(directory, digests) if digests else weights_digest(directory),
         forward_config_digest=forward_config_digest(config),

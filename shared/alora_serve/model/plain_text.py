@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alora_serve.errors import InvalidRequestError, ModelUnsupportedError
 from alora_serve.model.template_guard import AddedTokenTexts, CutText
+from alora_serve.model.token_lengths import longest_token_bytes
 from alora_serve.types import TokenIds
 
 
@@ -39,6 +40,7 @@ class PlainTextTokenizer:
             if token.content in self.added_texts and token_id != unknown
         }
         self._anchor = self._anchor_ids()
+        self._longest_token_bytes = longest_token_bytes(self.serialized)
 
     @property
     def vocabulary_size(self) -> int:
@@ -50,6 +52,11 @@ class PlainTextTokenizer:
         """Vocabulary, merges, added tokens and every processing step, as in ``tokenizer.json``."""
         state: dict[str, Any] = json.loads(self._backend.to_str())
         return state
+
+    def least_tokens(self, text: str) -> int:
+        """What a text comes to at least: 0 where this tokenizer does not say how much one token can stand for."""
+        longest = self._longest_token_bytes
+        return 0 if longest is None else -(-len(text.encode(errors="surrogatepass")) // longest)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""
@@ -75,15 +82,15 @@ class PlainTextTokenizer:
 
     def encode_raw(self, text: str) -> TokenIds:
         """Ids of a whole prompt as ``tokenizer(text)`` gives them: added tokens found, special ones put around it."""
-        return tuple(self._backend.encode(text).ids)
+        return tuple(_encoding(self._backend, text, add_special_tokens=True).ids)
 
     def border(self, text: str, position: int) -> int:
         """The last place at or before ``position`` where one token ends and the next may begin."""
-        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        offsets = _encoding(self._backend, text).offsets
         return max((place for span in offsets for place in span if place <= position), default=0)
 
     def _encode_piece(self, text: str, *, at_start: bool) -> list[int]:
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = _encoding(self._backend, text)
         token_ids: list[int] = encoding.ids
         forged = self._forged(text, encoding)
         if forged:
@@ -96,7 +103,7 @@ class PlainTextTokenizer:
             return token_ids
         if at_start or not self._anchor:
             return token_ids
-        anchored: list[int] = self._backend.encode("\n" + text, add_special_tokens=False).ids
+        anchored: list[int] = _encoding(self._backend, "\n" + text).ids
         length = len(self._anchor)
         return anchored[length:] if anchored[:length] == self._anchor else token_ids
 
@@ -111,7 +118,7 @@ class PlainTextTokenizer:
         ]
 
     def _encode_unmatched(self, text: str) -> list[int]:
-        token_ids: list[int] = self._without_added_tokens.encode(text, add_special_tokens=False).ids
+        token_ids: list[int] = _encoding(self._without_added_tokens, text).ids
         if any(token_id in self.special_ids and token_id in self._forgeable for token_id in token_ids):
             raise InvalidRequestError.of("prompt", f"{text!r} is a special token of this model and cannot be text")
         return token_ids
@@ -132,8 +139,13 @@ class PlainTextTokenizer:
         Tokenizers in the manner of SentencePiece put a space before whatever text they are given; behind a line end,
         which they leave alone, a piece gets the ids that it has in the middle of a text.
         """
-        line_end: list[int] = self._backend.encode("\n", add_special_tokens=False).ids
-        anchored: list[int] = self._backend.encode("\na", add_special_tokens=False).ids
-        alone: list[int] = self._backend.encode("a", add_special_tokens=False).ids
+        line_end: list[int] = _encoding(self._backend, "\n").ids
+        anchored: list[int] = _encoding(self._backend, "\na").ids
+        alone: list[int] = _encoding(self._backend, "a").ids
         in_the_middle = anchored[: len(line_end)] == line_end and anchored[len(line_end) :] != alone
         return line_end if in_the_middle else []
+
+
+def _encoding(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> Encoding:
+    # As a batch of one: `encode` holds Python's lock throughout, and a long text would stop every other thread.
+    return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
