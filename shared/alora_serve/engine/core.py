@@ -9,11 +9,13 @@ from typing import Protocol
 from alora_serve.engine.block_writer import BlockWriter
 from alora_serve.engine.engine import Engine, EngineMetrics
 from alora_serve.engine.fetch_decision import FetchDecision, FetchMetrics
+from alora_serve.engine.places import Places
 from alora_serve.engine.prefix_cache import PrefixCache, PrefixCacheMetrics
 from alora_serve.engine.prefix_loader import LoadedPrefix, PrefixLoader
 from alora_serve.engine.rates import ServiceRates
 from alora_serve.engine.resident_prefixes import ResidentPrefixes
 from alora_serve.engine.stepper import EngineLimits
+from alora_serve.engine.turns import Turns
 from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.fingerprints import PrefixFingerprints
 from alora_serve.kv.keys import BlockChain, RootFields, root_hash, storage_digest
@@ -68,6 +70,8 @@ class ServingCore:
 
     Attributes:
         storage_digest: what handles carry of the key root.
+        turns: tenants' turns at what takes a processor before the engine: rendering and tokenizing.
+        tokenizing: places of calls that want tokens and nothing of the engine; as many as it has.
         resident: which prefixes routers may count on.
         rates: told by those who run requests, for routers.
     """
@@ -103,6 +107,8 @@ class ServingCore:
         )
         self.engine = Engine(model, self.cache, limits=options.limits, metrics=metrics)
         self._limits = options.limits
+        self.turns = Turns()
+        self.tokenizing = Places(options.limits.max_sequences, options.limits.max_queue, options.limits.tenant_share)
         self._fetching = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store-fetch")
         self._writing = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store-write")
         self.rates = ServiceRates()

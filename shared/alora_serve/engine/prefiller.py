@@ -45,21 +45,22 @@ class Prefiller:
             InvalidRequestError: bad prompt or handle.
             ContextExceededError: a prompt longer than the context.
             ModelMismatchError: the handle is of another model.
-            OverloadedError: the engine's queue is full.
+            OverloadedError: the queue is full, or holds as much of the tenant as it may.
         """
         started = monotonic()
         salt = self._core.tenants.of(tenant)
-        with span("render"):
-            unsigned = await asyncio.to_thread(self._tokens, prompt, salt)
-        tokens = unsigned.prefix_tokens
-        self._check_length(tokens)
-        if tokenize_only:
-            usage = Usage(prompt_tokens=len(tokens), computed_tokens=0)
-            return PrefillResult(
-                self._signer.sign(unsigned, tenant_salt=salt), usage, Timings(total_seconds=monotonic() - started)
-            )
-        chain = self._core.names.chain(tokens, salt)
-        with self._core.engine.place(tenant):
+        hold = self._core.tokenizing.hold if tokenize_only else self._core.engine.place
+        with hold(tenant):
+            with span("render"):
+                unsigned = await self._core.turns.run(salt, partial(self._tokens, prompt, salt))
+            tokens = unsigned.prefix_tokens
+            self._check_length(tokens)
+            if tokenize_only:
+                usage = Usage(prompt_tokens=len(tokens), computed_tokens=0)
+                return PrefillResult(
+                    self._signer.sign(unsigned, tenant_salt=salt), usage, Timings(total_seconds=monotonic() - started)
+                )
+            chain = self._core.names.chain(tokens, salt)
             loaded = await self._core.load_prefix(chain, len(tokens))
             computed, stored, stats = await self._compute_and_store(chain, loaded, tenant, within_quota=not skip_store)
         usage = Usage(

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Final
 
@@ -84,7 +85,8 @@ class Scorer:
                 acquiring = Awaited(asyncio.to_thread(self._adapters.acquire, request.adapter), Lease.release)
                 adapter = held.enter_context(await held.enter_context(acquiring).result()).adapter
             plan = plan_prompt(handle, adapter, request.adapter, core.model.vocabulary_size)
-            continuations = await asyncio.to_thread(self._tokens, request.continuations, len(plan.prompt))
+            tokenize = partial(self._tokens, request.continuations, len(plan.prompt))
+            continuations = await core.turns.run(salt, tokenize)
             chain = core.names.chain(plan.prompt if adapter is None else handle.prefix_tokens, salt)
             job = _Job(request, plan, adapter, chain)
             scored = await self._together(job, continuations)
@@ -109,15 +111,18 @@ class Scorer:
         )
 
     def _tokens(self, continuations: Sequence[str], prompt_tokens: int) -> list[TokenIds]:
-        tokenized = [self._core.model.tokenizer.encode_text(text) for text in continuations]
-        limit = self._core.model.context_tokens
-        bad = []
-        for index, tokens in enumerate(tokenized):
-            if not tokens:
+        tokenizer, limit = self._core.model.tokenizer, self._core.model.context_tokens
+        tokenized, bad = list[TokenIds](), list[FieldViolation]()
+        for index, text in enumerate(continuations):
+            least = tokenizer.least_tokens(text)
+            tokens = tokenizer.encode_text(text) if prompt_tokens + least <= limit else ()
+            tokenized.append(tokens)
+            count = max(least, len(tokens))
+            if not count:
                 bad.append(FieldViolation(f"continuations[{index}]", "has no tokens"))
-            if prompt_tokens + len(tokens) > limit:
-                text = f"prompt of {prompt_tokens} tokens plus {len(tokens)} exceeds the context of {limit}"
-                bad.append(FieldViolation(f"continuations[{index}]", text))
+            if prompt_tokens + count > limit:
+                problem = f"prompt of {prompt_tokens} tokens plus {count} exceeds the context of {limit}"
+                bad.append(FieldViolation(f"continuations[{index}]", problem))
         if bad:
             kind = ContextExceededError if all(tokenized) else InvalidRequestError
             raise kind(f"{bad[0].field}: {bad[0].description}", violations=bad)

@@ -10,7 +10,8 @@ from typing import Final, TypeVar
 from weakref import WeakValueDictionary
 
 TURNS: Final = 2
-"""A form within all bounds may still take a minute to compile. A second one keeps it from holding up all others."""
+"""A form within all bounds may still take a minute to compile, and a long prompt a second to tokenize. A second turn
+keeps such work from holding up all other of its tenant's."""
 
 THREADS: Final = 8
 """More tenants than a quarter of these have to wait for each other."""

@@ -18,6 +18,7 @@ from alora_serve.engine.core import CoreOptions
 from alora_serve.engine.events import Sink
 from alora_serve.engine.sequence import SequenceId, SequenceRequest
 from alora_serve.engine.stepper import EngineLimits
+from alora_serve.engine.turns import TURNS
 from alora_serve.errors import (
     AdapterNotFoundError,
     AdapterRefusedError,
@@ -45,9 +46,10 @@ from alora_serve.types import (
     ScoreRequest,
     Started,
     TokenChunk,
+    TokenIds,
 )
 from faulty_store import FaultyStore
-from in_process import SECRET, Stack, open_stack
+from in_process import SECRET, MemoryStore, Stack, open_stack
 from tiny_models import peft_generate
 
 OPTIONS = CoreOptions(block_tokens=16)
@@ -383,6 +385,35 @@ async def test_who_may_store_no_more_is_answered_and_nothing_is_written(
         assert store.calls["put"] == 0
         free = await cold.generate(prefilled.handle, max_tokens=20)
         assert free.finished.usage.stored_bytes > 0, "who may, stores"
+
+
+async def test_a_tenants_long_texts_to_score_hold_up_no_other_tenants(
+    model: BaseModel, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, encode = threading.Semaphore(0), threading.Event(), model.tokenizer.encode_text
+
+    def held(text: str) -> TokenIds:
+        if text == "long":
+            begun.release()
+            assert go_on.wait(30)
+        return encode(text)
+
+    monkeypatch.setattr(model.tokenizer, "encode_text", held)
+    options = replace(OPTIONS, tenant_salt=b"salt of these tests")
+    async with open_stack(model, MemoryStore(), adapters, options=options) as stack:
+
+        async def score(text: str, tenant: str) -> None:
+            handle = (await stack.prefiller.prefill(Prompt(messages=CONVERSATION), tenant=tenant)).handle
+            await stack.scorer.score(ScoreRequest(handle, "", (text,), tenant=tenant))
+
+        noisy = [asyncio.create_task(score("long", "noisy")) for _ in range(40)]
+        for _ in range(TURNS):
+            assert await asyncio.to_thread(begun.acquire, timeout=30)
+        async with asyncio.timeout(15):
+            await score("short", "quiet")
+        assert not begun.acquire(blocking=False)
+        go_on.set()
+        await asyncio.gather(*noisy)
 
 
 # --- signs of life ----------------------------------------------------------------------------------------------------

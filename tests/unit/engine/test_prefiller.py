@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import pytest
@@ -15,6 +16,7 @@ from structlog.testing import capture_logs
 
 from alora_serve.engine.core import CoreOptions
 from alora_serve.engine.stepper import EngineLimits
+from alora_serve.engine.turns import TURNS
 from alora_serve.errors import (
     ContextExceededError,
     HandleInvalidError,
@@ -26,6 +28,7 @@ from alora_serve.errors import (
 )
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.keys import part_key
+from alora_serve.model.chat import RenderedPrompt
 from alora_serve.model.loader import BaseModel
 from alora_serve.telemetry import current
 from alora_serve.types import ChatMessage, Prompt, PromptKind
@@ -34,6 +37,7 @@ from in_process import SECRET, MemoryStore, Stack, open_stack
 from recorded_spans import Recorded, recording
 
 OPTIONS = CoreOptions(block_tokens=16)
+TENANTS = replace(OPTIONS, tenant_salt=b"salt of these tests")
 CONVERSATION = (ChatMessage("user", "What is the capital of France? Think of the river."),)
 TOKENS = tuple(range(1, 81))
 PATIENCE_SECONDS = 30.0
@@ -281,3 +285,59 @@ async def test_who_may_store_no_more_is_answered_and_nothing_is_written(stack: S
     again = await stack.prefiller.prefill(Prompt(token_ids=TOKENS))
     assert again.usage.computed_tokens == 0, "it is resident"
     assert len(store.values) == 5, "and stored for who may"
+
+
+# --- before the engine ------------------------------------------------------------------------------------------------
+
+
+class HeldTexts:
+    """Tokenizing of texts waits for a sign."""
+
+    def __init__(self, model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Semaphore(0)
+        self.go_on = threading.Event()
+        self._raw = model.tokenizer.raw
+        monkeypatch.setattr(model.tokenizer, "raw", self._held)
+
+    def _held(self, text: str) -> RenderedPrompt:
+        self.begun.release()
+        assert self.go_on.wait(PATIENCE_SECONDS)
+        return self._raw(text)
+
+    async def has_begun(self) -> bool:
+        return await asyncio.to_thread(self.begun.acquire, timeout=PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize("tokenize_only", [False, True])
+async def test_a_tenants_long_texts_hold_up_no_other_tenant(
+    model: BaseModel, monkeypatch: pytest.MonkeyPatch, tokenize_only: bool
+) -> None:
+    texts = HeldTexts(model, monkeypatch)
+    async with open_stack(model, MemoryStore(), options=TENANTS) as stack:
+        ask = partial(stack.prefiller.prefill, tokenize_only=tokenize_only)
+        noisy = [asyncio.create_task(ask(Prompt(text=f"text {n}"), tenant="noisy")) for n in range(40)]
+        for _ in range(TURNS):
+            assert await texts.has_begun()
+        async with asyncio.timeout(PATIENCE_SECONDS / 2):
+            await ask(Prompt(messages=CONVERSATION), tenant="quiet")
+        assert not texts.begun.acquire(blocking=False), "the rest of the noisy one's waits"
+        texts.go_on.set()
+        assert len(await asyncio.gather(*noisy)) == 40
+
+
+@pytest.mark.parametrize("tokenize_only", [False, True])
+async def test_of_texts_that_wait_to_be_tokenized_there_are_as_many_as_places(
+    model: BaseModel, monkeypatch: pytest.MonkeyPatch, tokenize_only: bool
+) -> None:
+    texts = HeldTexts(model, monkeypatch)
+    limits = EngineLimits(max_sequences=2, max_queue=6, tenant_share=0.5)
+    async with open_stack(model, MemoryStore(), options=replace(TENANTS, limits=limits)) as stack:
+        ask = partial(stack.prefiller.prefill, tokenize_only=tokenize_only)
+        asked = [asyncio.create_task(ask(Prompt(text=f"text {n}"), tenant="noisy")) for n in range(4)]
+        assert await texts.has_begun()
+        with pytest.raises(OverloadedError, match="of this tenant") as caught:
+            await ask(Prompt(text="one more"), tenant="noisy")
+        assert caught.value.retry_after_seconds
+        texts.go_on.set()
+        await asyncio.gather(*asked)
+        await ask(Prompt(text="one more"), tenant="noisy")
