@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapter_router.access.quotas import Quotas
+from adapter_router.admission import BYTES_PER_TOKEN
 from adapter_router.catalog import NO_MODEL, paired_models
 from adapter_router.demands import Demands
 from adapter_router.dispatch import Call
 from adapter_router.policy import Demand, EndpointSnapshot
 from adapter_router.prefilling import Prefilling
-from alora_serve.errors import ModelMismatchError, UnavailableError
+from alora_serve.errors import DeadlinePassedError, ModelMismatchError, UnavailableError
 from alora_serve.handles import HandleSigner
 from alora_serve.rpc.convert import prefill_result_from_proto
-from alora_serve.types import PrefillResult, PrefixHandle, Prompt
+from alora_serve.types import PrefillResult, PrefixHandle, Prompt, Usage
 from alora_serve.v1 import types_pb2
 from alora_serve.v1.base_prefill_pb2 import BasePrefillServicePrefillRequest
 
@@ -50,7 +52,7 @@ class Preparer:
             signer: verifies handles before anyone works on them.
             demands: says what a prefill needs of an endpoint.
             quotas: says whether more may be stored for a tenant; charged with each prefill when it is done, since who
-                asked may be gone before an answer ends, or begins.
+                asked may be gone before an answer ends, or begins; and with a guess when they go before that.
         """
         self._prefilling = prefilling
         self._workers = workers
@@ -109,7 +111,12 @@ class Preparer:
         demand = self._prefill_demand(prompt, adapter, call)
         if tokenize_only:
             demand = replace(demand, expected_tokens=0)
-        result = prefill_result_from_proto(await self._prefilling.prefill(demand, request, call))
+        try:
+            result = prefill_result_from_proto(await self._prefilling.prefill(demand, request, call))
+        except (asyncio.CancelledError, DeadlinePassedError):
+            if not tokenize_only:  # it may have been computed to its last token
+                self._quotas.charge(call.tenant, Usage(computed_tokens=_guessed_tokens(message)))
+            raise
         self._quotas.charge(call.tenant, result.usage)
         return result
 
@@ -121,6 +128,11 @@ class Preparer:
         if not models:
             raise UnavailableError(NO_MODEL)
         return self._demands.prefill(prompt, models, call.tenant_salt)
+
+
+def _guessed_tokens(message: types_pb2.Prompt) -> int:
+    """As many as it was admitted with, but for those of its handle: to get that, they have been paid for."""
+    return (message.ByteSize() - message.handle.ByteSize()) // BYTES_PER_TOKEN
 
 
 def _check_model_left(handle: PrefixHandle, *services: Sequence[EndpointSnapshot]) -> None:

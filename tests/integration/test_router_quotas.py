@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -120,6 +121,47 @@ async def test_a_score_that_is_given_up_is_charged_its_prefill() -> None:
         call.cancel()
         await until(lambda: router.metric("alora_router_in_flight") == 0)
     assert (quotas.tokens, quotas.stored_bytes) == (PREFILL_TOKENS, PREFILL_BYTES)
+
+
+LONG = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hi " * 400)])
+
+
+class NeverPrefills(FakePrefill):
+    """Says nothing until its caller goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = asyncio.Event()
+
+    async def Prefill(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.asked.set()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("goes", ["cancels", "runs out of time"])
+async def test_a_prefill_that_is_given_up_is_charged_as_many_tokens_as_it_was_admitted_with(goes: str) -> None:
+    quotas, prefill = Ledger(), NeverPrefills()
+    async with deployment([prefill], [FakeWorker()], quotas=quotas) as (router, _):
+        request = alora_pb2.GenerateRequest(prompt=LONG)
+        call = router.stub.Generate(request, timeout=1.0 if goes == "runs out of time" else None)
+        reading = asyncio.ensure_future(read_all(call))
+        await asyncio.wait((asyncio.ensure_future(prefill.asked.wait()),), timeout=20)
+        if goes == "cancels":
+            call.cancel()
+        with suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+            await reading
+        await until(lambda: router.metric("alora_router_in_flight") == 0)
+    assert (quotas.tokens, quotas.stored_bytes) == (LONG.ByteSize() // 4, 0)
+
+
+async def test_what_is_only_to_be_tokenized_is_charged_nothing_when_it_is_given_up() -> None:
+    quotas, prefill = Ledger(), NeverPrefills()
+    async with deployment([prefill], [FakeWorker()], quotas=quotas) as (router, _):
+        call = router.stub.Tokenize(alora_pb2.TokenizeRequest(prompt=LONG))
+        await asyncio.wait((asyncio.ensure_future(prefill.asked.wait()),), timeout=20)
+        call.cancel()
+        await until(lambda: router.metric("alora_router_in_flight") == 0)
+    assert not quotas.tokens
 
 
 async def test_what_is_answered_is_charged_once() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
 from typing import Final
@@ -37,10 +37,16 @@ class _PrefixSource:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Write:
-    """One that waits for a thread or runs, of at most so many tokens. It pins ``prefix``."""
+    """One that waits for a thread or runs, of at most so many tokens. It pins ``prefix``.
 
+    Attributes:
+        size_bytes: of what was computed here.
+    """
+
+    running: asyncio.Future[StoreResult]
     prefix: Prefix
     tokens: int
+    size_bytes: int
 
 
 class BlockWriter:
@@ -53,7 +59,7 @@ class BlockWriter:
         self._cache = cache
         self._blocks = blocks
         self._executor = executor
-        self._writes: dict[asyncio.Future[StoreResult], _Write] = {}
+        self._writes: dict[asyncio.Future[StoreResult], _Write] = {}  # by what was returned
 
     def start(
         self,
@@ -82,8 +88,8 @@ class BlockWriter:
         loop = asyncio.get_running_loop()
         with ExitStack() as held:
             held.callback(self._cache.release, prefix)
+            fresh = self._blocks.blocks(_covered(chain, prefix), start)
             if not within_quota or (not awaited and self._pins_too_much(prefix)):
-                fresh = self._blocks.blocks(_covered(chain, prefix), start)
                 refused = loop.create_future()
                 refused.set_result(self._blocks.refuse(fresh, "backlog" if within_quota else "quota"))
                 return refused
@@ -92,12 +98,14 @@ class BlockWriter:
             work = partial(self._write, chain, prefix, start, known, asked, latest)
             # In the caller's context: what the thread logs belongs to its request.
             writing = loop.run_in_executor(self._executor, copy_context().run, work)
-            self._writes[writing] = _Write(prefix, prefix.tokens - (start if known is None else 0))
+            result = asyncio.shield(writing)
+            tokens = prefix.tokens - (start if known is None else 0)
+            self._writes[result] = _Write(writing, prefix, tokens, sum(map(self._blocks.size_bytes, fresh)))
             # Only when the thread is done with the memory, whoever gives up waiting.
-            writing.add_done_callback(self._writes.pop)
+            writing.add_done_callback(lambda _: self._writes.pop(result))
             release = held.pop_all()
             writing.add_done_callback(lambda _: release.close())
-        return asyncio.shield(writing)
+        return result
 
     def _pins_too_much(self, prefix: Prefix) -> bool:
         pinned = {part.segment for write in self._writes.values() for part in write.prefix.slices}
@@ -105,10 +113,17 @@ class BlockWriter:
         size_bytes = sum(segment.size_bytes for segment in pinned | wanted)
         return bool(pinned) and not wanted <= pinned and size_bytes > PINNED_SHARE * self._cache.budget_bytes
 
+    def so_far(self, writes: Iterable[asyncio.Future[StoreResult]]) -> StoreResult:
+        """What writes that were started come to, without waiting; those that still run count as if they succeed."""
+        writes = list(writes)
+        done = sum((write.result() for write in writes if write.done()), StoreResult())
+        pending = sum(self._writes[write].size_bytes for write in writes if not write.done())
+        return replace(done, stored_bytes=done.stored_bytes + pending)
+
     async def drain(self) -> None:
         """Wait for writes under way; for an orderly shutdown."""
         if self._writes:
-            await asyncio.wait([*self._writes])
+            await asyncio.wait([write.running for write in self._writes.values()])
 
     def _write(
         self,

@@ -163,7 +163,7 @@ class Decoder:
                                 and (await asyncio.wait(writes, timeout=HEARTBEAT_SECONDS))[1]
                             ):
                                 yield Heartbeat()
-                            stored = sum((write.result() for write in writes if adapter is None), StoreResult())
+                            stored = self._core.writer.so_far(writes)
                             if adapter is None and writes:
                                 trace_store_put(putting, stored)
                             timings = decode_timings(stats, loaded, adapter_load_seconds, monotonic() - started)

@@ -23,6 +23,7 @@ from alora_serve.engine.scoring import ScoringRequest
 from alora_serve.errors import ContextExceededError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.keys import BlockChain
+from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.kv_memory import Prefix
 from alora_serve.types import ContinuationScore, ScoreRequest, ScoreResult, Timings, TokenIds, Usage
 
@@ -37,6 +38,7 @@ class _Scored:
     score: ContinuationScore
     loaded: LoadedPrefix
     stats: SequenceStats
+    writes: Sequence[asyncio.Future[StoreResult]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Scorer:
             chain = core.names.chain(plan.prompt if adapter is None else handle.prefix_tokens, salt)
             job = _Job(request, plan, adapter, chain)
             scored = await self._together(job, continuations)
+        stored = core.writer.so_far(write for one in scored for write in one.writes)
         loaded = max((one.loaded for one in scored), key=lambda one: one.fetched_tokens)
         return ScoreResult(
             scores=tuple(one.score for one in scored),
@@ -100,7 +103,9 @@ class Scorer:
                 computed_tokens=len(plan.prompt) - loaded.prefix.tokens,
                 fetched_bytes=loaded.fetched_bytes,
                 invocation_start=plan.activation.invocation_start,
+                stored_bytes=stored.stored_bytes,
                 store_misses=loaded.misses,
+                store_drops=stored.drops,
             ),
             timings=Timings(
                 queue_seconds=max(one.stats.queue_seconds for one in scored),
@@ -160,6 +165,7 @@ class Scorer:
             given=tokens,
         )
         logprobs: list[float] = []
+        writes: list[asyncio.Future[StoreResult]] = []
         stats = None
         async with run_sequence(core.engine, sequence) as running:
             async for event in running:
@@ -169,11 +175,13 @@ class Scorer:
                     case BaseComputed(computed, prefix, start, _):
                         core.resident.note(computed)
                         within_quota = not job.request.skip_store
-                        core.writer.start(
-                            computed, prefix, start, asked=loaded.asked, within_quota=within_quota, awaited=False
+                        writes.append(
+                            core.writer.start(
+                                computed, prefix, start, asked=loaded.asked, within_quota=within_quota, awaited=False
+                            )
                         )
                     case SequenceDone():
                         stats = event.stats
         if stats is None or len(logprobs) != len(tokens):
             raise RuntimeError("a scored sequence ended without its scores")
-        return _Scored(ContinuationScore(tokens, tuple(logprobs)), loaded, stats)
+        return _Scored(ContinuationScore(tokens, tuple(logprobs)), loaded, stats, writes)

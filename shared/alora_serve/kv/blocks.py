@@ -74,6 +74,10 @@ class BlockStore:
             listed.append(StoredBlock(index * size, tail, chain.tail(index, tail)))
         return listed
 
+    def size_bytes(self, block: StoredBlock) -> int:
+        """Of its KV."""
+        return block.tokens * self._layout.bytes_per_token
+
     def fetch(self, chain: BlockChain, destination: KVDestination) -> FetchResult:
         """Fill ``destination`` from its start with as much of the chain as the store has without a gap.
 
@@ -88,13 +92,13 @@ class BlockStore:
             if block.name not in good:
                 break
             end = min(block.end, destination.end)
-            fetched_bytes += self._size_bytes(block)
+            fetched_bytes += self.size_bytes(block)
             present.add(block.name)
         if end < destination.end and not misses.keys() & {"timeout", "unavailable"}:
             tail = self._longest_tail(chain, end, destination.end, {block.name for block in wanted}, misses)
             if tail is not None and self._read([tail], destination, misses):
                 end = tail.end
-                fetched_bytes += self._size_bytes(tail)
+                fetched_bytes += self.size_bytes(tail)
                 present.add(tail.name)
         for reason, blocks in misses.items():
             self._metrics.store_miss(reason, blocks)
@@ -203,7 +207,7 @@ class BlockStore:
                 self._metrics.store_drop(reason, left)
                 _log.warning("blocks not stored", reason=reason, blocks=left, error=str(error))
                 return StoreResult(stored_bytes, {reason: left})
-            stored_bytes += self._size_bytes(block)
+            stored_bytes += self.size_bytes(block)
         return StoreResult(stored_bytes)
 
     def refuse(self, blocks: Sequence[StoredBlock], reason: DropReason) -> StoreResult:
@@ -239,9 +243,6 @@ class BlockStore:
             RecordSpec(part_key(block.name, part), self._layout, group, block.tokens)
             for part, group in enumerate(self._groups)
         ]
-
-    def _size_bytes(self, block: StoredBlock) -> int:
-        return block.tokens * self._layout.bytes_per_token
 
 
 def _miss_reason(error: StoreError) -> MissReason:

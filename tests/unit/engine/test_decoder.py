@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from alora_serve.errors import (
     StoreUnavailableError,
 )
 from alora_serve.handles import HandleSigner
+from alora_serve.kv.store import Put
 from alora_serve.model.loader import BaseModel
 from alora_serve.types import (
     AdapterDigest,
@@ -385,6 +386,31 @@ async def test_who_may_store_no_more_is_answered_and_nothing_is_written(
         assert store.calls["put"] == 0
         free = await cold.generate(prefilled.handle, max_tokens=20)
         assert free.finished.usage.stored_bytes > 0, "who may, stores"
+
+
+@pytest.mark.parametrize("ends", ["in time", "later"])
+async def test_what_is_written_for_adapters_and_scores_is_told_and_not_waited_for(
+    model: BaseModel, adapters: Path, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Tenants are charged by it."""
+    store, go_on = MemoryStore(), threading.Event()
+    put_many = store.put_many
+
+    def held(puts: Sequence[Put], *, timeout_seconds: float) -> None:
+        assert go_on.wait(30)
+        put_many(puts, timeout_seconds=timeout_seconds)
+
+    monkeypatch.setattr(store, "put_many", held)
+    if ends == "in time":
+        go_on.set()
+    async with open_stack(model, store, adapters, options=OPTIONS) as cold:
+        finished = (await cold.generate(prefilled.handle, "appended", max_tokens=1)).finished
+        longer = await cold.prefiller.prefill(Prompt(token_ids=(5, 6, 7)), tokenize_only=True)
+        scored = await cold.scorer.score(ScoreRequest(longer.handle, "", ("a", "b")))
+        go_on.set()
+        await cold.core.drain()
+    assert finished.usage.stored_bytes == len(prefilled.handle.prefix_tokens) * model.layout.bytes_per_token
+    assert scored.usage.stored_bytes > 0
 
 
 async def test_a_tenants_long_texts_to_score_hold_up_no_other_tenants(
