@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from adapter_router.access.quotas import Quotas
@@ -27,6 +28,7 @@ from alora_serve.errors import (
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.tenancy import TenantSalts
 from alora_serve.metrics import RequestMetrics, RouterMetrics
+from alora_serve.rpc.caller import CALLER
 from alora_serve.rpc.channels import DEFAULT_MESSAGE_BYTES, message_bytes_for_context
 from alora_serve.rpc.convert import (
     MAX_SAMPLES,
@@ -201,8 +203,11 @@ class AloraServicer(AloraServiceServicer):
     async def ListAdapters(
         self, request: alora_pb2.ListAdaptersRequest, context: Context
     ) -> alora_pb2.ListAdaptersResponse:
-        """Merged over workers."""
-        return alora_pb2.ListAdaptersResponse(adapters=map(adapter_to_proto, self._adapters.list()))
+        """Merged over workers. Which are in memory tells who else has used them lately: that is for administrators."""
+        listed = self._adapters.list()
+        if "admin" not in CALLER.get().roles:
+            listed = [replace(adapter, resident=False) for adapter in listed]
+        return alora_pb2.ListAdaptersResponse(adapters=map(adapter_to_proto, listed))
 
     async def LoadAdapter(
         self, request: alora_pb2.LoadAdapterRequest, context: Context

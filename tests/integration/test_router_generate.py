@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from adapter_router.access.authentication import Access
 from adapter_router.admission import RouterLimits
 from adapter_router.affinity import adapter_key, conversation_key, opening_key, rendezvous_order
 from alora_serve.errors import (
@@ -27,7 +28,7 @@ from alora_serve.errors import (
 )
 from alora_serve.rpc.convert import handle_from_proto, handle_to_proto, model_from_proto
 from alora_serve.rpc.status import error_from_rpc
-from alora_serve.types import ChatMessage, EndpointStatus, GenerateRequest, StreamEvent
+from alora_serve.types import ChatMessage, EndpointStatus, GenerateRequest, Identity, StreamEvent
 from alora_serve.v1 import alora_pb2, types_pb2
 from fake_services import (
     ADAPTERS,
@@ -387,6 +388,26 @@ async def test_adapters_are_listed_loaded_where_they_are_used_and_unloaded_every
             unnamed = await failure_of(getattr(router.stub, method)(type(request)()))
             assert isinstance(unnamed, InvalidRequestError)
             assert [violation.field for violation in unnamed.violations] == ["name"]
+
+
+class ByRole:
+    """Takes every token for the name of its role."""
+
+    def identify(self, token: str) -> Identity | None:
+        return Identity("acme", frozenset({"generate", "admin"} if token == "admin" else {"generate"}))
+
+
+async def test_which_adapters_are_in_memory_is_told_to_administrators_alone() -> None:
+    worker = FakeWorker()
+    worker.status = dataclasses.replace(worker.status, adapters=(dataclasses.replace(ADAPTERS[0], resident=True),))
+    async with deployment([FakePrefill()], [worker], access=Access(ByRole())) as (router, _):
+
+        async def resident(role: str) -> list[bool]:
+            metadata = (("authorization", f"Bearer {role}"),)
+            response = await router.stub.ListAdapters(alora_pb2.ListAdaptersRequest(), metadata=metadata)
+            return [adapter.resident for adapter in response.adapters]
+
+        assert (await resident("admin"), await resident("generate")) == ([True], [False])
 
 
 @pytest.mark.parametrize("refusal", [UnavailableError("going"), AdapterNotFoundError("not seen yet")])

@@ -75,6 +75,11 @@ def new_prompt(number: int, tokens: int) -> tuple[int, ...]:
     return 5 + number % 200, 5 + number // 200 % 200, *(10 + place % 80 for place in range(tokens - 2))
 
 
+def new_text(number: int, most_tokens: int) -> str:
+    """A prompt as text, another one for each number, of as many bytes as it may come to tokens."""
+    return f"{number} {'xqjzvkw ' * (most_tokens // 8)}"[:most_tokens]
+
+
 def wrong_answers(model: ServedModel, answered: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[str]:
     """Those of the base model that are not what stock transformers says greedily, in float32 and from nothing."""
     torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import quantiles
@@ -15,7 +15,7 @@ from typing import Final
 from alora_serve.client import AsyncClient, ChatMessage, SamplingParams, TokenChunk
 from alora_serve.errors import AloraServeError, OverloadedError
 from deployment import ServedModel, deployed, save_tiny_model
-from faults.conversations import new_prompt
+from faults.conversations import new_prompt, new_text
 from faults.harness import ONCE, QUICK, Chaos, Row, Scenario
 from tenants import key_of, write_access
 
@@ -33,6 +33,7 @@ TIMES_LOOSER: Final = 3.0
 LEAST_SAMPLES: Final = 20
 """Answers that a 95th percentile needs."""
 LONG_CONTEXT_TOKENS: Final = 16_384
+TEXTS_AT_ONCE: Final = 16
 LONG_SECONDS: Final = 300.0
 """Deadline of a prompt that fills it, on two cores."""
 
@@ -195,21 +196,25 @@ async def beside_a_noisy_tenant(chaos: Chaos) -> list[Row]:
 
 
 async def behind_five_hundred(chaos: Chaos) -> list[Row]:
-    """Short questions of one tenant while another, without a quota, sends 500 at once and prompts of 16k tokens."""
+    """Short questions of one tenant while another, without a quota, sends 500 at once and prompts of 16k tokens.
+
+    Many of those come as text: what they wait for, and make others wait for, is to be tokenized.
+    """
     prompt_tokens = chaos.pick(LONG_CONTEXT_TOKENS // 4, LONG_CONTEXT_TOKENS)
     model = save_tiny_model(chaos.place("long context"), context_tokens=prompt_tokens + LONG.max_tokens)
     async with two_tenants(chaos, "five hundred", model) as (quiet, noisy):
         alone = await one_after_the_other(quiet, SHORT, time.monotonic() + chaos.pick(1.0, 10.0))
         found, others, stop = Outcomes(), Outcomes(), asyncio.Event()
         prompts = asyncio.create_task(long_prompts(noisy, prompt_tokens, stop))
+        texts = asyncio.create_task(long_texts(noisy, prompt_tokens, stop))
         burst = asyncio.create_task(burst_and_go_on(noisy, chaos.pick(60, 500), others, stop))
         enough, until = chaos.pick(5, 3 * LEAST_SAMPLES), time.monotonic() + 120
         while len(found.seconds) < enough and time.monotonic() < until:
             await quiet.ask(SHORT, found)
             await asyncio.sleep(0.05)
         stop.set()
-        long, _ = await asyncio.gather(prompts, burst)
-        found.failures += long.failures
+        long, tokenized, _ = await asyncio.gather(prompts, texts, burst)
+        found.failures += long.failures + tokenized.failures
         if not long.seconds:
             found.failures.append("none of the other's long prompts was computed meanwhile")
         times_alone = compared(chaos, found, alone, MOST_TIMES_ALONE_BEHIND)
@@ -225,6 +230,7 @@ async def behind_five_hundred(chaos: Chaos) -> list[Row]:
                 other_answered=len(others.seconds),
                 other_refused=others.refused,
                 other_long_prompts=len(long.seconds),
+                other_texts_tokenized=len(tokenized.seconds),
             )
         ]
 
@@ -243,14 +249,39 @@ async def burst_and_go_on(tenant: Tenant, at_once: int, found: Outcomes, stop: a
 
 
 async def long_prompts(tenant: Tenant, tokens: int, stop: asyncio.Event) -> Outcomes:
-    """One prompt after the other that nobody has stored; who is told to come back later does."""
+    """One prompt after the other that nobody has stored, every other one as text."""
+
+    async def prefill(number: int) -> None:
+        if number % 2:
+            await tenant.client.prefill(text=new_text(number, tokens), timeout_seconds=LONG_SECONDS)
+        else:
+            await tenant.client.prefill(token_ids=new_prompt(number, tokens), timeout_seconds=LONG_SECONDS)
+
+    return await in_turn(prefill, stop)
+
+
+async def long_texts(tenant: Tenant, tokens: int, stop: asyncio.Event) -> Outcomes:
+    """Texts that are only to be tokenized, from more clients than a service has threads for that."""
+
+    async def tokenize(number: int) -> None:
+        await tenant.client.tokenize(text=new_text(number, tokens), timeout_seconds=LONG_SECONDS)
+
+    found = Outcomes()
+    for client in await asyncio.gather(*(in_turn(tokenize, stop) for _ in range(TEXTS_AT_ONCE))):
+        found.seconds += client.seconds
+        found.failures += client.failures
+    return found
+
+
+async def in_turn(ask: Callable[[int], Awaitable[None]], stop: asyncio.Event) -> Outcomes:
+    """One long prompt after the other; who is told to come back later does."""
     found = Outcomes()
     for number in itertools.count():
         if stop.is_set():
             break
         began, pause = time.monotonic(), 0.0
         try:
-            await tenant.client.prefill(token_ids=new_prompt(number, tokens), timeout_seconds=LONG_SECONDS)
+            await ask(number)
         except OverloadedError as error:
             found.refused += 1
             pause = error.retry_after_seconds or 1.0
