@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from adapter_router.access.quotas import Quotas
 from adapter_router.admission import BYTES_PER_TOKEN
@@ -15,14 +15,17 @@ from adapter_router.dispatch import Call
 from adapter_router.policy import Demand, EndpointSnapshot
 from adapter_router.prefilling import Prefilling
 from alora_serve.errors import DeadlinePassedError, ModelMismatchError, UnavailableError
-from alora_serve.handles import HandleSigner
-from alora_serve.rpc.convert import prefill_result_from_proto
+from alora_serve.handles import HandleSigner, check_begun
+from alora_serve.rpc.convert import Target, prefill_result_from_proto
 from alora_serve.types import PrefillResult, PrefixHandle, Prompt, Usage
 from alora_serve.v1 import types_pb2
 from alora_serve.v1.base_prefill_pb2 import BasePrefillServicePrefillRequest
 
 if TYPE_CHECKING:
     from adapter_router.peers import Workers
+
+_HANDLE: Final = "prompt.handle"
+_BEGUN: Final = "the interrupted stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,14 @@ class Preparer:
         self._quotas = quotas
 
     async def prepare(
-        self, prompt: Prompt, message: types_pb2.Prompt, *, call: Call, adapter: str = "", tokenize_only: bool = False
+        self,
+        prompt: Prompt,
+        message: types_pb2.Prompt,
+        *,
+        call: Call,
+        adapter: str = "",
+        tokenize_only: bool = False,
+        begun_with: bytes = b"",
     ) -> Prepared:
         """The handle of a prompt about to be generated from. A closed handle alone passes as it is.
 
@@ -71,19 +81,22 @@ class Preparer:
             call: the public call.
             adapter: what will run on it; decides which models will do.
             tokenize_only: nothing that will run on it can use base KV.
+            begun_with: digest of the model that alone will do, as a stream that goes on began with it; empty for any.
 
         Raises:
             InvalidRequestError: a handle that does not verify, or what base prefill finds wrong.
-            ModelMismatchError: a handle of a model that no endpoint has.
+            ModelMismatchError: a handle, or an interrupted stream, of a model that no endpoint has; or of two.
             UnavailableError: nobody can prefill it.
         """
         handle = prompt.handle
         if handle is not None:
             self._signer.verify(handle, tenant_salt=call.tenant_salt)
+            if begun_with:
+                check_begun(begun_with, handle.model_digest)
         if handle is not None and not prompt.messages and not handle.open_turn:
-            _check_model_left(handle, self._workers.snapshots())
+            _check_model_left(handle.model_digest, _HANDLE, self._workers.snapshots())
             return Prepared(handle, None)
-        result = await self._prefill(prompt, message, call, adapter, tokenize_only)
+        result = await self._prefill(prompt, message, call, adapter, tokenize_only, begun_with)
         return Prepared(result.handle, result)
 
     async def prefill(self, prompt: Prompt, message: types_pb2.Prompt, *, call: Call) -> PrefillResult:
@@ -99,7 +112,13 @@ class Preparer:
         return (await self._prefill(prompt, message, call, "", tokenize_only=True)).handle
 
     async def _prefill(
-        self, prompt: Prompt, message: types_pb2.Prompt, call: Call, adapter: str, tokenize_only: bool
+        self,
+        prompt: Prompt,
+        message: types_pb2.Prompt,
+        call: Call,
+        adapter: str,
+        tokenize_only: bool,
+        begun_with: bytes = b"",
     ) -> PrefillResult:
         request = BasePrefillServicePrefillRequest(
             prompt=message,
@@ -108,7 +127,7 @@ class Preparer:
             tenant=call.tenant,
             skip_store=not self._quotas.may_store(call.tenant),
         )
-        demand = self._prefill_demand(prompt, adapter, call)
+        demand = self._prefill_demand(prompt, adapter, call, begun_with)
         if tokenize_only:
             demand = replace(demand, expected_tokens=0)
         try:
@@ -120,10 +139,12 @@ class Preparer:
         self._quotas.charge(call.tenant, result.usage)
         return result
 
-    def _prefill_demand(self, prompt: Prompt, adapter: str, call: Call) -> Demand:
-        if prompt.handle is not None:
-            _check_model_left(prompt.handle, self._prefilling.snapshots(), self._workers.snapshots())
-            return self._demands.prefill(prompt, {prompt.handle.model_digest}, call.tenant_salt)
+    def _prefill_demand(self, prompt: Prompt, adapter: str, call: Call, begun_with: bytes) -> Demand:
+        model = prompt.handle.model_digest if prompt.handle is not None else begun_with
+        if model:
+            what = _HANDLE if prompt.handle is not None else _BEGUN
+            _check_model_left(model, what, self._prefilling.snapshots(), self._workers.snapshots())
+            return self._demands.prefill(prompt, {model}, call.tenant_salt)
         models = paired_models(self._prefilling.snapshots(), self._workers.snapshots(), adapter)
         if not models:
             raise UnavailableError(NO_MODEL)
@@ -135,8 +156,20 @@ def _guessed_tokens(message: types_pb2.Prompt) -> int:
     return (message.ByteSize() - message.handle.ByteSize()) // BYTES_PER_TOKEN
 
 
-def _check_model_left(handle: PrefixHandle, *services: Sequence[EndpointSnapshot]) -> None:
-    """Return if each service has an endpoint of the handle's model, reachable or not.
+def begun_model(targets: Iterable[Target]) -> bytes:
+    """Digest of the model that interrupted targets of one prompt began with; empty where none of them says.
+
+    Raises:
+        ModelMismatchError: with different ones.
+    """
+    models = sorted({target.resume.model_digest for target in targets if target.resume} - {b""})
+    for model in models:
+        check_begun(models[0], model)
+    return models[0] if models else b""
+
+
+def _check_model_left(model_digest: bytes, what: str, *services: Sequence[EndpointSnapshot]) -> None:
+    """Return if each service has an endpoint of the model that ``what`` is of, reachable or not.
 
     Raises:
         ModelMismatchError: one has none.
@@ -146,8 +179,7 @@ def _check_model_left(handle: PrefixHandle, *services: Sequence[EndpointSnapshot
         models = {snapshot.model_digest for snapshot in snapshots if snapshot.model_digest}
         if not models:
             raise UnavailableError("no endpoint has reported its model yet; retry later")
-        if handle.model_digest not in models:
+        if model_digest not in models:
             raise ModelMismatchError(
-                f"prompt.handle is of model {handle.model_digest.hex()[:12]}, which no endpoint serves; "
-                "send the conversation again"
+                f"{what} is of model {model_digest.hex()[:12]}, which no endpoint serves; send the conversation again"
             )

@@ -16,7 +16,7 @@ from adapter_router.demands import Demands, is_plain_lora
 from adapter_router.intrinsics import Intrinsics
 from adapter_router.merge import merge_samples, merge_streams
 from adapter_router.opening import StreamOpener
-from adapter_router.prepare import Preparer
+from adapter_router.prepare import Preparer, begun_model
 from adapter_router.scoring import ScoringWorkers
 from alora_serve.errors import (
     AdapterNotFoundError,
@@ -123,7 +123,12 @@ class AloraServicer(AloraServiceServicer):
                 return
             adapter = self._adapters.find(request.adapter)
             prepared = await self._preparer.prepare(
-                prompt, request.prompt, call=call, adapter=request.adapter, tokenize_only=is_plain_lora(adapter)
+                prompt,
+                request.prompt,
+                call=call,
+                adapter=request.adapter,
+                tokenize_only=is_plain_lora(adapter),
+                begun_with=begun_model(asked.values()),
             )
             if len(samples) == 1:
                 demand = self._demands.generation(prepared.handle, adapter, call.tenant_salt)
@@ -150,7 +155,11 @@ class AloraServicer(AloraServiceServicer):
             if not adapters:
                 return
             prepared = await self._preparer.prepare(
-                fan_out.prompt, request.prompt, call=call, tokenize_only=all(map(is_plain_lora, adapters.values()))
+                fan_out.prompt,
+                request.prompt,
+                call=call,
+                tokenize_only=all(map(is_plain_lora, adapters.values())),
+                begun_with=begun_model(asked.values()),
             )
             indexes = list(adapters)
             streams = self._streams.many(prepared, fan_out.targets, adapters, call)

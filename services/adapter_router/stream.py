@@ -190,6 +190,7 @@ class DecodeStream:
             generated_tokens=self._tokens(),
             invocation_start=started.invocation_start if started.HasField("invocation_start") else None,
             adapter_digest=AdapterDigest(started.adapter_digest),
+            model_digest=started.model_digest,
         )
         return replace(self._request, resume=resume, is_taken_over=True)
 
@@ -200,6 +201,8 @@ class DecodeStream:
         """Account for an event and say whether the client should see it."""
         match event.WhichOneof("event"):
             case "started":
+                # Said here as well: while workers of two versions run, a stream taken over starts as it did.
+                event.started.model_digest = self._request.handle.model_digest
                 repeated = self.started == event.started
                 self.started = event.started
                 return not repeated

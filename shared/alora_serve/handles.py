@@ -66,8 +66,17 @@ class HandleSigner:
         expiring = dataclasses.replace(handle, expires_unix_seconds=int(self._clock()) + self._ttl_seconds)
         return dataclasses.replace(expiring, mac=self._mac(self._secrets[0], expiring, tenant_salt))
 
-    def verify(self, handle: PrefixHandle, *, tenant_salt: bytes = b"", field: str = "prompt.handle") -> None:
+    def verify(
+        self,
+        handle: PrefixHandle,
+        *,
+        tenant_salt: bytes = b"",
+        field: str = "prompt.handle",
+        may_have_expired: bool = False,
+    ) -> None:
         """Return if this deployment issued the handle to this tenant and it lives; ``field`` names it in violations.
+
+        It need not live any more where it ``may_have_expired`` since it was verified.
 
         Raises:
             HandleInvalidError: the MAC verifies under no secret.
@@ -78,7 +87,7 @@ class HandleSigner:
             problem = "not issued by this deployment, or changed since; send the conversation again"
             raise HandleInvalidError(f"{field}: {problem}", violations=[FieldViolation(field, problem)])
         age_seconds = self._clock() - handle.expires_unix_seconds
-        if age_seconds > CLOCK_SKEW_SECONDS:
+        if age_seconds > CLOCK_SKEW_SECONDS and not may_have_expired:
             problem = f"expired {age_seconds:.0f} s ago; send the conversation again"
             raise HandleExpiredError(f"{field}: {problem}", violations=[FieldViolation(field, problem)])
 
@@ -96,6 +105,19 @@ def check_model(handle: PrefixHandle, model_digest: bytes) -> None:
         raise ModelMismatchError(
             f"the handle is of model {handle.model_digest.hex()[:12]}, this server has {model_digest.hex()[:12]}; "
             "send the conversation again"
+        )
+
+
+def check_begun(begun_with: bytes, model_digest: bytes) -> None:
+    """Return if an interrupted stream began with this model: no answer is of two.
+
+    Raises:
+        ModelMismatchError: it began with another one.
+    """
+    if begun_with != model_digest:
+        raise ModelMismatchError(
+            f"the interrupted stream is of model {begun_with.hex()[:12]}, this would go on with "
+            f"{model_digest.hex()[:12]}; start anew"
         )
 
 

@@ -16,14 +16,16 @@ from adapter_router.affinity import adapter_key, rendezvous_order
 from alora_serve.errors import (
     AdapterRefusedError,
     IntrinsicOutputError,
+    ModelMismatchError,
     OverloadedError,
     RequestCancelledError,
     UnavailableError,
 )
-from alora_serve.rpc.convert import decode_from_proto, pack_token_ids
+from alora_serve.rpc.convert import decode_from_proto, handle_to_proto, pack_token_ids
 from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import (
     AdapterDigest,
+    EndpointStatus,
     Finished,
     FinishReason,
     GenerateRequest,
@@ -37,6 +39,7 @@ from alora_serve.types import (
 )
 from alora_serve.v1 import alora_pb2, types_pb2
 from fake_services import (
+    ADAPTERS,
     FAST,
     FakePrefill,
     FakeService,
@@ -46,7 +49,9 @@ from fake_services import (
     Server,
     answer,
     deployment,
+    handle,
     healthy,
+    model,
     router_on,
     start_prefill,
     start_worker,
@@ -155,7 +160,7 @@ async def test_a_worker_that_dies_in_mid_stream_is_replaced_without_a_gap_or_a_r
         chunks = [event for event in events if event.HasField("chunk")]
         assert [(e.chunk.text, e.chunk.first_index, e.attempt) for e in chunks] == [("Hello", 0, 0), (" world", 1, 1)]
         again = decode_from_proto(second.requests[0])
-        assert again.resume == Resume((10,), None, AdapterDigest(b"jailbreak".hex()))
+        assert again.resume == Resume((10,), None, AdapterDigest(b"jailbreak".hex()), model().model_digest)
         assert again.is_taken_over
         assert not first.requests[0].taken_over
         assert first.requests[0].sampling.seed == second.requests[0].resume.seed
@@ -315,6 +320,52 @@ async def test_another_router_goes_on_with_a_stream() -> None:
         assert worker.requests[0].resume == resume
         assert worker.requests[0].sampling.seed == 7
         assert not worker.requests[0].taken_over
+
+
+def rollout() -> tuple[list[FakePrefill], list[FakeWorker]]:
+    """Base prefills and workers of two revisions of the model: m and next."""
+    statuses = [EndpointStatus(model(name), adapters=ADAPTERS) for name in ("m", "next")]
+    return [FakePrefill(EndpointStatus(status.model)) for status in statuses], [FakeWorker(status=s) for s in statuses]
+
+
+def resume_of(model_name: str) -> types_pb2.Resume:
+    return types_pb2.Resume(
+        generated_token_ids=pack_token_ids((10,)),
+        adapter_digest=b"jailbreak".hex(),
+        seed=7,
+        model_digest=model(model_name).model_digest,
+    )
+
+
+@pytest.mark.parametrize("name", ["m", "next"])
+async def test_during_a_rollout_a_stream_is_gone_on_with_by_the_model_it_began_with(name: str) -> None:
+    prefills, workers = rollout()
+    async with deployment(prefills, workers) as (router, _):
+        for content in "abcdefgh":  # one of two models would be the other's at some of them
+            prompt = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content=content)])
+            request = alora_pb2.GenerateRequest(prompt=prompt, adapter="jailbreak", resume=resume_of(name))
+            started = (await events_of(router.stub.Generate(request)))[0].started
+            assert started.model_digest == model(name).model_digest
+            target = alora_pb2.FanOutTarget(adapter="jailbreak", resume=resume_of(name))
+            assert [r async for r in router.stub.FanOut(alora_pb2.FanOutRequest(prompt=prompt, targets=[target]))]
+        asked = {worker.status.model.name: len(worker.requests) for worker in workers}
+        assert asked == {"m": 0, "next": 0} | {name: 16}
+
+
+async def test_a_stream_of_another_model_than_is_served_or_than_its_handle_s_is_not_gone_on_with() -> None:
+    by_handle = types_pb2.Prompt(handle=handle_to_proto(handle()))
+    prefills, workers = rollout()
+    async with deployment(prefills, workers) as (router, _):
+        for prompt, name in ((HELLO, "gone"), (by_handle, "next")):
+            request = alora_pb2.GenerateRequest(prompt=prompt, adapter="jailbreak", resume=resume_of(name))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await events_of(router.stub.Generate(request))
+            assert isinstance(error_from_rpc(caught.value), ModelMismatchError)
+        targets = [alora_pb2.FanOutTarget(adapter="jailbreak", resume=resume_of(name)) for name in ("m", "next")]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await aiter(router.stub.FanOut(alora_pb2.FanOutRequest(prompt=HELLO, targets=targets))).__anext__()
+        assert isinstance(error_from_rpc(caught.value), ModelMismatchError)
+        assert not any(worker.requests for worker in workers)
 
 
 async def test_a_client_s_resume_that_one_worker_refuses_is_not_the_router_s_own_at_the_next() -> None:

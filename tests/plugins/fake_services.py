@@ -125,7 +125,7 @@ async def answer(request: GenerateRequest, attempt: int) -> AsyncGenerator[Strea
     """Started, a heartbeat, two tokens of text or what a resumed stream lacks of them, Finished."""
     prompt_tokens = len(request.handle.prefix_tokens) + 1
     digest = AdapterDigest(request.adapter.encode().hex())
-    yield Started(digest, None, request.sampling.seed or 0, prompt_tokens)
+    yield Started(digest, None, request.sampling.seed or 0, prompt_tokens, request.handle.model_digest)
     yield Heartbeat()
     delivered = len(request.resume.generated_tokens) if request.resume else 0
     for chunk in (TokenChunk((10,), "Hello"), TokenChunk((11,), " world"))[delivered:]:

@@ -134,9 +134,8 @@ class Transcript:
         started = self._started
         if started is None or not self._token_ids:
             return None
-        return resume_to_proto(
-            Resume(tuple(self._token_ids), started.invocation_start, started.adapter_digest), started.seed
-        )
+        resume = Resume(tuple(self._token_ids), started.invocation_start, started.adapter_digest, started.model_digest)
+        return resume_to_proto(resume, started.seed)
 
     def result(self) -> GenerationResult:
         """The generation as a whole.

@@ -26,7 +26,7 @@ from alora_serve.engine.prefix_loader import LoadedPrefix
 from alora_serve.engine.sequence import SequenceRequest
 from alora_serve.engine.turns import Turns
 from alora_serve.errors import AdapterRefusedError, ContextExceededError, FieldViolation, InvalidRequestError
-from alora_serve.handles import HandleSigner, check_model
+from alora_serve.handles import HandleSigner, check_begun, check_model
 from alora_serve.kv.keys import BlockChain
 from alora_serve.kv.transfer import StoreResult
 from alora_serve.model.kv_memory import Prefix
@@ -78,8 +78,11 @@ class Decoder:
         """
         started = monotonic()
         salt = self._core.tenants.of(request.tenant)
-        self._signer.verify(request.handle, tenant_salt=salt, field="handle")
+        # Of what the router takes over, a worker has verified it: an answer outlives the handle that it began from.
+        self._signer.verify(request.handle, tenant_salt=salt, field="handle", may_have_expired=request.is_taken_over)
         check_model(request.handle, self._model_digest)
+        if request.resume is not None and request.resume.model_digest:
+            check_begun(request.resume.model_digest, self._model_digest)
         with ExitStack() as held:
             is_begun, is_taken_over = request.resume is not None, request.is_taken_over
             held.enter_context(self._core.engine.place(request.tenant, is_begun=is_begun, is_taken_over=is_taken_over))
@@ -106,6 +109,7 @@ class Decoder:
                 invocation_start=plan.activation.invocation_start,
                 seed=request.sampling.seed or 0,
                 prompt_tokens=len(plan.prompt),
+                model_digest=self._model_digest,
             )
             if ending is not None:
                 # The attempt before this one had said everything but that it was done.

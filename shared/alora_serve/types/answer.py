@@ -113,12 +113,13 @@ class ScoreResult:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """First event of a stream: facts a resume needs."""
+    """First event of a stream: facts a resume needs. ``model_digest`` is empty from a server of an earlier version."""
 
     adapter_digest: AdapterDigest
     invocation_start: int | None
     seed: int
     prompt_tokens: int
+    model_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

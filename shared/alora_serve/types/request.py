@@ -71,11 +71,13 @@ class Resume:
         generated_tokens: tokens already delivered, in order. Generated stays generated: never searched for invocations.
         invocation_start: position in the original prompt where the adapter turned on; None for base and plain LoRA.
         adapter_digest: the adapter that produced them; another one under the name is refused. Empty for base.
+        model_digest: of the model that produced them; no other goes on with them. Empty where that was not said.
     """
 
     generated_tokens: TokenIds
     invocation_start: int | None
     adapter_digest: AdapterDigest
+    model_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -513,7 +513,8 @@ async def test_a_fan_out_whose_router_is_lost_asks_for_what_is_missing(connect: 
         results = await run(client, lambda c: c.fanout("Hi", ["a", "b"]).results())
         assert [result.text for result in results] == ["Hello world!"] * 2
         assert [target.skip for target in router.requests[1].targets] == [True, False]
-        assert router.requests[1].targets[1].resume.generated_token_ids == pack_token_ids((10,))
+        resume = router.requests[1].targets[1].resume
+        assert (resume.generated_token_ids, resume.model_digest) == (pack_token_ids((10,)), handle().model_digest)
 
 
 async def test_samples_whose_router_is_lost_are_asked_for_as_far_as_they_are_missing(connect: Any) -> None:

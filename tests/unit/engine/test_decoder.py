@@ -23,6 +23,7 @@ from alora_serve.errors import (
     AdapterNotFoundError,
     AdapterRefusedError,
     ContextExceededError,
+    HandleExpiredError,
     HandleInvalidError,
     InvalidRequestError,
     ModelMismatchError,
@@ -321,6 +322,32 @@ async def test_a_resume_that_another_adapter_or_boundary_would_answer_is_refused
         await stack.generate(prefilled.handle, "appended", resume=Resume((1,), start, AdapterDigest("0" * 64)))
     with pytest.raises(AdapterRefusedError, match="start anew"):
         await stack.generate(prefilled.handle, "appended", resume=Resume((1,), 3, digest))
+
+
+async def test_a_stream_is_not_gone_on_with_on_another_model(stack: Stack, prefilled: PrefillResult) -> None:
+    answer = await stack.generate(prefilled.handle, max_tokens=4)
+    assert answer.started.model_digest == stack.core.model.model_digest
+    same = Resume(answer.tokens[:1], None, AdapterDigest(""), answer.started.model_digest)
+    assert (await stack.generate(prefilled.handle, max_tokens=4, resume=same)).tokens == answer.tokens[1:]
+    with pytest.raises(ModelMismatchError, match="start anew"):
+        await stack.generate(prefilled.handle, max_tokens=4, resume=replace(same, model_digest=b"o" * 32))
+
+
+async def test_what_a_router_takes_over_outlives_its_handle_and_what_a_client_goes_on_with_does_not(
+    stack: Stack, prefilled: PrefillResult
+) -> None:
+    long_ago = HandleSigner([SECRET], b"", 3600, clock=lambda: time.time() - 2 * 3600)
+    expired = long_ago.sign(prefilled.handle)
+    resumed = GenerateRequest(
+        expired, sampling=SamplingParams(max_tokens=4), resume=Resume((1,), None, AdapterDigest(""))
+    )
+    assert [event async for event in stack.decoder.decode(replace(resumed, is_taken_over=True))]
+    for request in (resumed, replace(resumed, resume=None)):
+        with pytest.raises(HandleExpiredError):
+            await anext(stack.decoder.decode(request))
+    forged = replace(expired, prefix_tokens=(*expired.prefix_tokens, 5))
+    with pytest.raises(HandleInvalidError):
+        await anext(stack.decoder.decode(replace(resumed, handle=forged, is_taken_over=True)))
 
 
 @pytest.mark.parametrize("adapter", ["appended", ""])

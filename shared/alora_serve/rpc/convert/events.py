@@ -40,6 +40,7 @@ def event_to_proto(event: StreamEvent, *, attempt: int = 0, first_index: int = 0
                     invocation_start=event.invocation_start,
                     seed=event.seed,
                     prompt_tokens=event.prompt_tokens,
+                    model_digest=event.model_digest,
                 ),
             )
         case TokenChunk():
@@ -78,6 +79,7 @@ def event_from_proto(message: types_pb2.GenerationEvent) -> StreamEvent:
                 else None,
                 seed=message.started.seed,
                 prompt_tokens=message.started.prompt_tokens,
+                model_digest=message.started.model_digest,
             )
         case "chunk":
             return TokenChunk(

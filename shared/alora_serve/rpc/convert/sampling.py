@@ -176,6 +176,7 @@ def read_resume(message: types_pb2.Resume, max_tokens: int, violations: Violatio
         generated_tokens=tokens,
         invocation_start=message.invocation_start if message.HasField("invocation_start") else None,
         adapter_digest=AdapterDigest(message.adapter_digest),
+        model_digest=message.model_digest,
     )
 
 
@@ -191,5 +192,6 @@ def resume_to_proto(resume: Resume, seed: int | None) -> types_pb2.Resume:
         generated_token_ids=pack_token_ids(resume.generated_tokens),
         invocation_start=resume.invocation_start,
         adapter_digest=resume.adapter_digest,
+        model_digest=resume.model_digest,
         seed=seed,
     )
