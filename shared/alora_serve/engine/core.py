@@ -109,20 +109,20 @@ class ServingCore:
         self._limits = options.limits
         self.turns = Turns()
         self.tokenizing = Places(options.limits.max_sequences, options.limits.max_queue, options.limits.tenant_share)
-        self._fetching = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store-fetch")
-        self._writing = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store-write")
+        self._fetchers = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store-fetch")
+        self._writers = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store-write")
         self.rates = ServiceRates()
-        fetching = FetchDecision(
+        self._fetching = FetchDecision(
             model.layout.bytes_per_token,
-            lambda: self.rates.fetch_bytes.per_second,
+            self.rates.fetch_bytes,
             lambda: self.engine.rates.prefill_tokens_per_second,
             metrics,
             always=options.always_fetch,
         )
         self.loader = PrefixLoader(
-            self.cache, self.blocks, self._fetching, host_copies(model.device), fetching.should_fetch
+            self.cache, self.blocks, self._fetchers, host_copies(model.device), self._fetching.should_fetch
         )
-        self.writer = BlockWriter(self.cache, self.blocks, self._writing)
+        self.writer = BlockWriter(self.cache, self.blocks, self._writers)
         fingerprints = PrefixFingerprints(options.tenant_salt)
         self.resident = ResidentPrefixes(self.cache.resident, fingerprints, model.model_digest)
 
@@ -138,7 +138,7 @@ class ServingCore:
                     **counts("alora.misses", loaded.misses),
                 }
             )
-        self.rates.fetch_bytes.observe(loaded.fetched_bytes, loaded.own_seconds)
+        self._fetching.measured(loaded.fetched_bytes, loaded.own_seconds)
         self.resident.note(chain)
         return loaded
 
@@ -206,6 +206,6 @@ class ServingCore:
     def close(self) -> None:
         """Stop the engine and the store's threads. Idempotent."""
         self.engine.close()
-        for executor in (self._fetching, self._writing):
+        for executor in (self._fetchers, self._writers):
             executor.shutdown(wait=True, cancel_futures=True)
         self.cache.close()

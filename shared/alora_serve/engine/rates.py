@@ -78,6 +78,10 @@ class RecentSpeed:
         """Recent amount over the time it took."""
         return self._amount / self._seconds if self._seconds else 0.0
 
+    def forget(self) -> None:
+        """Begin anew: what was measured says nothing of what is."""
+        self._amount = self._seconds = 0.0
+
     def observe(self, amount: float, seconds: float) -> None:
         """Account for a transfer; one of nothing, or in no time, says nothing."""
         if amount > 0 and seconds > 0:
