@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from alora_serve.v1 import adapter_decode_pb2 as decode_pb2
 
 DECODE: Final = "/alora_serve.v1.AdapterDecodeService/Decode"
+
+HEARTBEAT_SECONDS: Final = 1.0
+"""While a stream waits for a worker, its reader hears from the router as often as from an engine."""
 
 
 class DecodeStream:
@@ -124,7 +127,15 @@ class DecodeStream:
         retries = Retries(self._workers, self._demand, self._max_attempts)
         while True:
             wait_seconds = self._resume_wait_seconds if self.delivered else None
-            async with self._workers.lease(self._demand, avoid=retries.failed, wait_seconds=wait_seconds) as lease:
+            taking = self._workers.lease(self._demand, avoid=retries.failed, wait_seconds=wait_seconds)
+            async with AsyncExitStack() as held:
+                entering = asyncio.create_task(held.enter_async_context(taking))
+                try:
+                    while not (await asyncio.wait((entering,), timeout=HEARTBEAT_SECONDS))[0]:
+                        yield types_pb2.GenerationEvent(attempt=retries.attempt, heartbeat=types_pb2.Heartbeat())
+                finally:
+                    entering.cancel()
+                lease = entering.result()
                 before = len(self.delivered)
                 facts = {"alora.attempt": retries.attempt, "alora.tokens.resumed": len(self._tokens())}
                 try:

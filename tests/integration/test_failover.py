@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from alora_serve.client import AsyncClient, ChatMessage, Regex, SamplingParams, TokenChunk
-from deployment import BLOCK_TOKENS, PATIENCE_SECONDS, Deployed, ServedModel, deployed
+from deployment import BLOCK_TOKENS, PATIENCE_SECONDS, Deployed, ServedModel, another_router, deployed
 from questions import Question, Read, read
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
@@ -141,6 +141,26 @@ async def test_a_client_goes_on_when_its_router_died(pair: Deployed) -> None:
 
     async with AsyncClient(pair.local.router_address) as client:
         same(await read(client, question, then=kill), expected)
+
+
+async def test_a_client_goes_on_elsewhere_when_its_router_hangs(pair: Deployed) -> None:
+    question = await ask(pair, *ASKED["sampled"])
+    expected = await read(pair.client, question)
+    processes, stopped = pair.local.processes, list[int]()
+
+    async def stop() -> None:
+        stopped.append(processes["router"].pid)
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    async with another_router([processes["prefill"].address], [processes[name].address for name in WORKERS]) as second:
+        both = f"ipv4:{pair.local.router_address},{second.address}"
+        try:
+            async with AsyncClient(both) as client:
+                same(await read(client, question, then=stop), expected)
+            assert stopped
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
 
 
 async def test_a_fan_out_survives_the_death_of_a_worker_and_then_of_the_router(pair: Deployed) -> None:

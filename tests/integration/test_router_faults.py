@@ -273,6 +273,37 @@ async def test_a_stream_that_nobody_can_go_on_with_is_unavailable_and_says_what_
         assert error.metadata["delivered_tokens"] == "1"
 
 
+async def test_while_a_router_looks_for_a_worker_it_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_router.stream.HEARTBEAT_SECONDS", 0.05)
+    worker = FakeWorker(after_one_token(gone))
+    async with deployment([FakePrefill()], [worker], limits=RouterLimits(resume_wait_seconds=20.0)) as (router, _):
+        responses = aiter(router.stub.Generate(ASK))
+        events = [(await anext(responses)).event for _ in range(5)]
+        assert kinds(events) == ["started", "heartbeat", "chunk", "heartbeat", "heartbeat"]
+        assert [event.attempt for event in events[-2:]] == [1, 1]
+        worker.script = answer
+        worker.repeat()
+        events += [response.event async for response in responses]
+        assert "".join(event.chunk.text for event in events) == "Hello world"
+        assert router.workers.snapshots()[0].in_flight == 0
+
+
+async def test_a_client_that_leaves_while_its_router_looks_for_a_worker_holds_no_place() -> None:
+    worker = FakeWorker(after_one_token(gone))
+    async with deployment([FakePrefill()], [worker], limits=RouterLimits(resume_wait_seconds=20.0)) as (router, _):
+        call = router.stub.Generate(ASK)
+        responses = aiter(call)
+        assert kinds([(await anext(responses)).event for _ in range(4)])[-1] == "heartbeat"
+        call.cancel()
+        await asyncio.sleep(0.1)
+        worker.script = answer
+        worker.repeat()
+        await router.settled(1, 1)
+        await asyncio.sleep(0.1)
+        assert len(worker.requests) == 1
+        assert router.workers.snapshots()[0].in_flight == 0
+
+
 async def test_a_stream_goes_on_where_its_adapter_is_still_the_same() -> None:
     async def other_version() -> None:
         raise AdapterRefusedError("its files have changed")

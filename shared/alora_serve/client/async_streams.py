@@ -20,6 +20,7 @@ from alora_serve.client.results import (
     Transcript,
 )
 from alora_serve.client.retry import Retries
+from alora_serve.client.silence import fell_silent, shows_life
 from alora_serve.errors import AloraServeError, RequestCancelledError
 from alora_serve.rpc.convert import event_from_proto
 from alora_serve.types import StreamEvent
@@ -44,6 +45,7 @@ class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
         self._retries = retries
         self._received = received
         self._closed = False
+        self._silence_seconds: float | None = None
         self._call = open_call(request, retries.remaining_seconds())
         self._responses = aiter(self._call)
 
@@ -66,13 +68,20 @@ class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
     async def __anext__(self) -> ItemT:
         while not self._closed:
             try:
-                response = await anext(self._responses)
+                async with asyncio.timeout(self._silence_seconds):
+                    response = await anext(self._responses)
+            except TimeoutError:
+                self._call.cancel()
+                await self._recover(fell_silent(self._silence_seconds or 0.0))
+                continue
             except grpc.aio.AioRpcError as error:
                 await self._recover(failure_of(error))
                 continue
             except asyncio.CancelledError:
                 self._explain_cancellation()
                 break
+            if shows_life(response):
+                self._silence_seconds = self._retries.silence_seconds
             item = self._item(response)
             if item is not None:
                 return item
@@ -103,6 +112,7 @@ class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
             return
         self._call = self._open_call(self._received.resumed(self._request), self._retries.remaining_seconds())
         self._responses = aiter(self._call)
+        self._silence_seconds = None
 
     @abstractmethod
     def _item(self, response: Any) -> ItemT | None:

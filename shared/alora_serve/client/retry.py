@@ -20,6 +20,8 @@ class RetryPolicy:
         backoff_seconds: longest pause before the first repetition; doubles with each. Pauses are drawn from its half.
         max_backoff_seconds: where doubling ends.
         resume_seconds: how long a stream that has begun looks for a router to go on with.
+        silence_seconds: a stream on which nothing came for so long, after a first sign of life, has lost its router,
+            which sends one a second; None waits for the connection to break.
         retry_overloaded: also repeat calls refused for load, after the time the server asked for; a stream that has
             begun always does.
     """
@@ -29,6 +31,7 @@ class RetryPolicy:
     backoff_seconds: float = 0.2
     max_backoff_seconds: float = 2.0
     resume_seconds: float = 30.0
+    silence_seconds: float | None = 10.0
     retry_overloaded: bool = False
 
 
@@ -45,6 +48,11 @@ class Retries:
     def remaining_seconds(self) -> float | None:
         """Time left for the next attempt; None is without limit."""
         return None if self._due_seconds is None else max(0.0, self._due_seconds - time.monotonic())
+
+    @property
+    def silence_seconds(self) -> float | None:
+        """See :class:`RetryPolicy`."""
+        return self._policy.silence_seconds
 
     def received(self, num_tokens: int) -> None:
         """Say, when a call fails, how many tokens all have brought. With new ones, earlier failures do not count."""

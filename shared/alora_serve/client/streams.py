@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -20,6 +22,7 @@ from alora_serve.client.results import (
     Transcript,
 )
 from alora_serve.client.retry import Retries
+from alora_serve.client.silence import SilenceWatch, fell_silent, shows_life
 from alora_serve.errors import AloraServeError
 from alora_serve.rpc.convert import event_from_proto
 from alora_serve.types import StreamEvent
@@ -44,6 +47,7 @@ class ResponseStream(ABC, Generic[RequestT, ItemT]):
         self._retries = retries
         self._received = received
         self._closed = False
+        self._watch: SilenceWatch | None = None
         self._call = open_call(request, retries.remaining_seconds())
 
     def __enter__(self) -> Self:
@@ -60,10 +64,16 @@ class ResponseStream(ABC, Generic[RequestT, ItemT]):
     def __next__(self) -> ItemT:
         while not self._closed:
             try:
-                response = next(self._call)
+                with self._watch.waiting() if self._watch else nullcontext():
+                    response = next(self._call)
             except grpc.RpcError as error:
-                self._recover(failure_of(error))
+                self._recover(self._failure(error))
                 continue
+            except StopIteration:
+                self._unwatch()
+                raise
+            if self._watch is None and shows_life(response):
+                self._watch_call()
             item = self._item(response)
             if item is not None:
                 return item
@@ -73,6 +83,24 @@ class ResponseStream(ABC, Generic[RequestT, ItemT]):
         """Cancel the call; the server stops working on it."""
         self._closed = True
         self._call.cancel()
+        self._unwatch()
+
+    def _watch_call(self) -> None:
+        seconds = self._retries.silence_seconds
+        if seconds is not None and not self._closed:
+            self._watch = SilenceWatch(seconds, self._call.cancel)
+            weakref.finalize(self, self._watch.end)  # else its thread would keep the call of a forgotten stream
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+
+    def _failure(self, error: grpc.RpcError) -> AloraServeError:
+        """Why the call failed."""
+        self._unwatch()
+        watch, self._watch = self._watch, None
+        seconds = self._retries.silence_seconds
+        return fell_silent(seconds) if seconds is not None and watch and watch.has_cancelled else failure_of(error)
 
     def _recover(self, error: AloraServeError) -> None:
         """Go on with another call, from what was received, if the policy allows it."""

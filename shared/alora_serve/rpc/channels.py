@@ -28,7 +28,8 @@ MESSAGE_BYTES_PER_TOKEN: Final = 64
 
 KEEPALIVE_MILLISECONDS: Final = 10_000
 KEEPALIVE_TIMEOUT_MILLISECONDS: Final = 5_000
-PUBLIC_KEEPALIVE_MILLISECONDS: Final = 30_000
+PUBLIC_KEEPALIVE_TIMEOUT_MILLISECONDS: Final = 10_000
+SERVER_KEEPALIVE_MILLISECONDS: Final = 30_000
 
 CONNECTION_AGE_MILLISECONDS: Final = 10 * 60_000
 CONNECTION_GRACE_MILLISECONDS: Final = 60 * 60_000
@@ -56,7 +57,7 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[Option]:
         # Idle channels of a router ping too.
         ("grpc.keepalive_permit_without_calls", 1),
         # Notices clients that vanished without closing, so that their streams stop taking places in the batch.
-        ("grpc.keepalive_time_ms", PUBLIC_KEEPALIVE_MILLISECONDS),
+        ("grpc.keepalive_time_ms", SERVER_KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
         # Old connections are asked to leave, so that clients behind a name or a balancer find new servers ...
         ("grpc.max_connection_age_ms", CONNECTION_AGE_MILLISECONDS),
@@ -65,13 +66,16 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[Option]:
     ]
 
 
-def _channel_options(keepalive_milliseconds: int, max_message_bytes: int) -> list[Option]:
+def _channel_options(timeout_milliseconds: int, max_message_bytes: int) -> list[Option]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
-        # A silent peer (killed machine, lost network) is found within keepalive time and time-out, not within TCP's.
-        ("grpc.keepalive_time_ms", keepalive_milliseconds),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
+        # A silent peer (killed machine, lost network, stopped process) is found within keepalive time and time-out, not
+        # within TCP's.
+        ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
+        ("grpc.keepalive_timeout_ms", timeout_milliseconds),
+        # While another ping is out (gRPC measures bandwidth by them), that one's time-out rules: a minute by default.
+        ("grpc.http2.ping_timeout_ms", timeout_milliseconds),
         # Prefill of a long prompt sends nothing for many pings; the default of 2 would stop pinging then.
         ("grpc.http2.max_pings_without_data", 0),
         # A name's TXT record must not be able to change how calls are balanced or retried; saves a DNS query, too.
@@ -82,7 +86,7 @@ def _channel_options(keepalive_milliseconds: int, max_message_bytes: int) -> lis
 def internal_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> list[Option]:
     """Arguments of a channel between two of our services: to one address, never through a proxy."""
     return [
-        *_channel_options(KEEPALIVE_MILLISECONDS, max_message_bytes),
+        *_channel_options(KEEPALIVE_TIMEOUT_MILLISECONDS, max_message_bytes),
         # An http_proxy in the environment is for the internet; grpc would send loopback and cluster traffic there.
         ("grpc.enable_http_proxy", 0),
         # The router decides where a call goes next; gRPC retrying underneath would count it twice on one endpoint.
@@ -106,7 +110,7 @@ def public_options(
     ``server_name``: the name in the router's certificate, where it is not that of ``target``.
     """
     return [
-        *_channel_options(PUBLIC_KEEPALIVE_MILLISECONDS, max_message_bytes),
+        *_channel_options(PUBLIC_KEEPALIVE_TIMEOUT_MILLISECONDS, max_message_bytes),
         # Where a name has several routers, each gets its share of the calls; the default sends all to the first.
         ("grpc.lb_policy_name", "round_robin"),
         # A proxy cannot reach this machine's loopback, yet grpc would send calls to it there.

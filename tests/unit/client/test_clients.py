@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -308,13 +311,20 @@ async def _collect(stream: Any) -> list[Any]:
     return [event async for event in stream]
 
 
+Silence = Callable[[], Awaitable[object]]
+
+
+async def hang() -> None:
+    await asyncio.Event().wait()
+
+
 class ScriptedRouter(AloraServiceServicer):
     """Fails as told, then answers. ``after`` is how many events it sends before each failure.
 
-    A status code stands for a failure of gRPC's own, without our words.
+    A status code stands for a failure of gRPC's own, without our words; ``hang`` for a router that does.
     """
 
-    def __init__(self, *failures: AloraServeError | grpc.StatusCode, after: int = 0) -> None:
+    def __init__(self, *failures: AloraServeError | grpc.StatusCode | Silence, after: int = 0) -> None:
         self.failures = list(failures)
         self.after = after
         self.calls = 0
@@ -370,8 +380,10 @@ class ScriptedRouter(AloraServiceServicer):
         failure = self.failures.pop(0)
         if isinstance(failure, grpc.StatusCode):
             await context.abort(failure, failure.name)
-        else:
+        elif isinstance(failure, AloraServeError):
             raise failure
+        else:
+            await failure()
 
     async def RunIntrinsics(self, request: Any, context: Any) -> Any:  # noqa: N802
         async def results() -> AsyncIterator[alora_pb2.RunIntrinsicsResponse]:
@@ -416,6 +428,56 @@ async def test_a_stream_that_begins_anew_before_its_first_token_draws_as_it_said
         await run(client, lambda c: c.fanout("Hi", ["a", "b"]).results())
         started, other = router.requests[1].targets
         assert (started.sampling.HasField("seed"), other.sampling.HasField("seed")) == (True, False)
+
+
+async def test_a_stream_whose_router_falls_silent_goes_on_with_another(connect: Any) -> None:
+    router = ScriptedRouter(hang, after=3)
+    retry = RetryPolicy(backoff_seconds=0.01, silence_seconds=0.2)
+    async with router.served() as server, connect(server.address, retry=retry) as client:
+        assert (await run(client, lambda c: c.generate("Hi").result())).text == "Hello world!"
+        assert [bool(request.resume.generated_token_ids) for request in router.requests] == [False, True]
+        router.failures, router.after = [hang], 8
+        results = await run(client, lambda c: c.fanout("Hi", ["a", "b"]).results())
+        assert [result.text for result in results] == ["Hello world!"] * 2
+        router.failures, router.after = [hang, hang], 3
+        retry_never = replace(retry, max_attempts=1)
+        async with connect(server.address, retry=retry_never) as impatient:
+            with pytest.raises(UnavailableError, match="fell silent: nothing came from it for 0"):
+                await run(impatient, lambda c: c.generate("Hi").result())
+
+
+async def test_a_router_that_has_said_nothing_yet_or_need_not_is_waited_for(connect: Any) -> None:
+    async def pause() -> None:
+        await asyncio.sleep(1.0)
+
+    router = ScriptedRouter(pause)
+    retry = RetryPolicy(backoff_seconds=0.01, silence_seconds=0.2)
+    async with router.served() as server, connect(server.address, retry=retry) as client:
+        assert (await run(client, lambda c: c.generate("Hi").result())).text == "Hello world!"  # a prefill, perhaps
+        router.failures, router.after = [pause], 1
+        assert len(await run(client, lambda c: c.run_intrinsics("Hi", ["a", "b"]).results())) == 2
+        assert router.calls == 2
+        router.failures, router.after = [pause], 3
+        async with connect(server.address, retry=replace(retry, silence_seconds=None)) as patient:
+            assert (await run(patient, lambda c: c.generate("Hi").result())).text == "Hello world!"
+        assert router.calls == 3
+
+
+async def test_the_thread_that_watches_a_stream_ends_with_it() -> None:
+    def watching() -> int:
+        return sum(thread.name == "silence watch" for thread in threading.enumerate())
+
+    router = ScriptedRouter()
+    async with router.served() as server:
+        with Client(server.address, retry=RetryPolicy(silence_seconds=0.2)) as client:
+
+            def forget_one() -> None:
+                next(client.generate("Hi"))  # read no further, nor closed
+
+            await asyncio.to_thread(lambda: client.generate("Hi").result())
+            await asyncio.to_thread(forget_one)
+            gc.collect()
+            await until(lambda: not watching())
 
 
 async def test_a_call_that_nobody_cancelled_was_ended_by_a_router_that_leaves(connect: Any) -> None:
