@@ -20,6 +20,7 @@ from alora_serve.errors import (
     DeadlinePassedError,
     OverloadedError,
     RequestCancelledError,
+    StepFailedError,
     UnavailableError,
 )
 from alora_serve.kv.tenancy import NO_TENANT
@@ -88,8 +89,8 @@ class Call:
 class Retries(Generic[StubT]):
     """What one request has tried, and whether it may try again.
 
-    An endpoint that is lost may be followed by others, ``max_attempts`` calls in a row that got the request no further;
-    one that is full by one other. Every other failure is the request's own.
+    An endpoint that is lost, or whose step broke, may be followed by others, ``max_attempts`` calls in a row that got
+    the request no further; one that is full by one other. Every other failure is the request's own.
 
     Attributes:
         attempt: number of the call, from 0.
@@ -123,8 +124,9 @@ class Retries(Generic[StubT]):
         self.failed.add(endpoint.address)
         self._in_vain += 1
         again = False
-        if isinstance(error, UnavailableError):
-            self._endpoints.mark_unreachable(endpoint)
+        if isinstance(error, UnavailableError | StepFailedError):
+            if isinstance(error, UnavailableError):
+                self._endpoints.mark_unreachable(endpoint)
             again = self._in_vain < self._max_attempts
         elif elsewhere or (isinstance(error, OverloadedError) and not self._found_full):
             self._found_full = True

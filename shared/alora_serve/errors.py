@@ -225,6 +225,15 @@ class UnavailableError(AloraServeError):
     reason = "UNAVAILABLE"
 
 
+class StepFailedError(AloraServeError):
+    """A step of an engine broke, by a bug or for lack of memory, and with it all sequences that ran in it.
+
+    One of them may be to blame, the others are not: routers try elsewhere, a few times, and clients not at all.
+    """
+
+    reason = "STEP_FAILED"
+
+
 # --- the store: never reaches a client, every one of them is a miss ---------------------------------------------------
 
 

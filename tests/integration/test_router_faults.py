@@ -19,6 +19,7 @@ from alora_serve.errors import (
     ModelMismatchError,
     OverloadedError,
     RequestCancelledError,
+    StepFailedError,
     UnavailableError,
 )
 from alora_serve.rpc.convert import decode_from_proto, handle_to_proto, pack_token_ids
@@ -271,6 +272,32 @@ async def test_a_stream_that_nobody_can_go_on_with_is_unavailable_and_says_what_
         error = error_from_rpc(caught.value)
         assert isinstance(error, UnavailableError)
         assert error.metadata["delivered_tokens"] == "1"
+
+
+async def step_fails() -> None:
+    raise StepFailedError("engine step failed: RuntimeError('broken')")
+
+
+async def test_a_stream_goes_on_elsewhere_when_a_step_broke_for_whoever_was_to_blame() -> None:
+    workers = [FakeWorker(), FakeWorker()]
+    async with deployment([FakePrefill()], workers) as (router, servers):
+        (first, _), (second, _) = ranked(router, workers, servers[1:])
+        first.script = after_one_token(step_fails)
+        events = await events_of(router.stub.Generate(ASK))
+        assert [event.chunk.text for event in events if event.HasField("chunk")] == ["Hello", " world"]
+        assert second.requests[0].taken_over
+        assert healthy(router.workers) == 2
+
+
+async def test_a_request_that_breaks_every_step_ends_after_the_attempts_and_is_no_reason_to_ask_again() -> None:
+    workers = [FakeWorker(stopping_before(TokenChunk, and_then=step_fails)) for _ in range(2)]
+    async with deployment([FakePrefill()], workers, limits=RouterLimits(max_attempts=3)) as (router, _):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await events_of(router.stub.Generate(ASK))
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, StepFailedError)
+        assert error.status == "INTERNAL"
+        assert sum(len(worker.requests) for worker in workers) == 3
 
 
 async def test_while_a_router_looks_for_a_worker_it_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:

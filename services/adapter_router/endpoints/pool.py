@@ -85,7 +85,7 @@ class EndpointSet(Generic[StubT]):
         self._on_change = on_change
         self._members: dict[str, Endpoint[StubT]] = {}
         self._known: dict[str, frozenset[str]] = {target: frozenset() for target in targets}
-        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._watches: dict[Endpoint[StubT], asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._log = structlog.get_logger(__name__).bind(role=service)  # "service" is the process in every line
@@ -230,21 +230,21 @@ class EndpointSet(Generic[StubT]):
     def _admit(self, address: str, channel: aio.Channel) -> None:
         endpoint = Endpoint(address, channel, self._make_stub(channel))
         self._members[address] = endpoint
-        self._watches[address] = asyncio.create_task(self._watch_forever(endpoint), name=f"watch {address}")
+        self._watches[endpoint] = asyncio.create_task(self._watch_forever(endpoint), name=f"watch {address}")
         self._log.info("endpoint added", address=address)
         self._announce()
 
     def _retire(self, address: str) -> None:
-        """Take nothing new; running requests keep the channel until the last is done."""
+        """Take nothing new; running requests keep the channel and the watch, which sees it hang, until the last is done."""
         endpoint = self._members.pop(address)
-        endpoint.retired, endpoint.healthy = True, False
-        self._watches.pop(address).cancel()
+        endpoint.retired = True
         self._close_if_idle(endpoint)
         self._log.info("endpoint removed", address=address, in_flight=endpoint.in_flight)
         self._announce()
 
     def _close_if_idle(self, endpoint: Endpoint[StubT]) -> None:
         if endpoint.retired and not endpoint.in_flight:
+            self._watches.pop(endpoint).cancel()
             task = asyncio.create_task(endpoint.channel.close(), name=f"close {endpoint.address}")
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)

@@ -26,7 +26,7 @@ from alora_serve.engine.rates import StepRates
 from alora_serve.engine.scheduler import next_to_run
 from alora_serve.engine.sequence import Sequence, SequenceId, SequenceRequest
 from alora_serve.engine.stepper import Ended, EngineLimits, Stepper
-from alora_serve.errors import AloraServeError, UnavailableError
+from alora_serve.errors import AloraServeError, StepFailedError, UnavailableError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.tails import TailPool
 from alora_serve.types import Heartbeat
@@ -250,7 +250,7 @@ class Engine:
             # The engine must outlive any one batch: its sequences fail with what happened, the rest go on.
             # This thread has no request of its own.
             _log.exception("step failed", request_ids=[sequence.request_id for sequence, _ in chosen])
-            failure = error if isinstance(error, AloraServeError) else AloraServeError(f"engine step failed: {error!r}")
+            failure = error if isinstance(error, AloraServeError) else StepFailedError(f"engine step failed: {error!r}")
             for sequence, _ in chosen:
                 if sequence in self._running:
                     self._fail(sequence, failure)

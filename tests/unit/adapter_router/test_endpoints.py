@@ -238,6 +238,27 @@ async def test_a_removed_endpoint_keeps_its_channel_until_its_last_request_is_do
     await server.kill()
 
 
+async def test_a_removed_endpoint_that_hangs_is_known_to_until_its_last_request_is_done() -> None:
+    """A call to it would wait for it until its deadline."""
+    worker = FakeWorker()
+    server = await start_worker(worker)
+    names = Names({"workers:1": {server.address}})
+
+    def watches() -> list[str]:
+        return [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("watch ")]
+
+    async with pool_on(["workers:1"], names=names, options=dataclasses.replace(FAST, silence_seconds=0.5)) as workers:
+        await until(lambda: healthy(workers) == 1)
+        async with workers.lease(BASE) as lease:
+            names.known["workers:1"] = set()
+            await until(lambda: not workers.members())
+            worker.repeat()
+            await until(lambda: not lease.endpoint.silent.is_set())
+            await until(lease.endpoint.silent.is_set)  # it reports no more
+        await until(lambda: not watches())
+    await server.kill()
+
+
 async def test_a_failed_look_up_keeps_what_was_known() -> None:
     server = await start_worker(FakeWorker())
     looked_up = 0

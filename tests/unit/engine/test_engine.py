@@ -25,7 +25,7 @@ from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent,
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.sequence import SequenceId, SequenceRequest
 from alora_serve.engine.stepper import EngineLimits
-from alora_serve.errors import AloraServeError, InvalidRequestError, OverloadedError, UnavailableError
+from alora_serve.errors import AloraServeError, InvalidRequestError, OverloadedError, StepFailedError, UnavailableError
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.model.kv_memory import Prefix
 from alora_serve.model.loader import BaseModel, load_base_model
@@ -592,7 +592,7 @@ def test_an_adapter_of_a_wrong_shape_fails_its_sequence_and_the_engine_lives_on(
     assert [line["request_ids"] for line in logs if line["event"] == "step failed"] == [["bad-1"]]
     good = bench.submit(_prompt(1))
     error = bad.error()
-    assert error.status == "INTERNAL"
+    assert isinstance(error, StepFailedError)
     assert "engine step failed" in str(error)
     assert good.done().generated == greedy(_prompt(1), 6)
     assert isinstance(bad.events[-1], SequenceFailed)
