@@ -235,7 +235,7 @@ class EndpointSet(Generic[StubT]):
         self._announce()
 
     def _retire(self, address: str) -> None:
-        """Take nothing new; running requests keep the channel and the watch, which sees it hang, until the last is done."""
+        """Take nothing new; running requests keep the channel, and the watch that sees it hang, until the last ends."""
         endpoint = self._members.pop(address)
         endpoint.retired = True
         self._close_if_idle(endpoint)

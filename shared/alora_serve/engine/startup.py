@@ -18,6 +18,7 @@ from alora_serve.engine.rates import ALONE_SHARE
 from alora_serve.engine.stepper import EngineLimits
 from alora_serve.handles import HandleSigner
 from alora_serve.kv.factory import open_store
+from alora_serve.kv.record import HEADER_BYTES
 from alora_serve.kv.redis_url import TlsFiles
 from alora_serve.kv.store import KVStore
 from alora_serve.kv.store_url import public_url
@@ -59,6 +60,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
     signer = settings.signer()
     _bound_threads(settings.threads)
     model = open_model(settings)
+    block_tokens = settings.block_tokens or model.layout.default_block_tokens()
     store = open_store(
         settings.store_url,
         budget_bytes=settings.store_budget_bytes,
@@ -69,6 +71,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         tls=TlsFiles.of(settings),
         protection=settings.store_protection,
         secrets=[secret.get_secret_value().encode() for secret in settings.store_secrets],
+        max_record_bytes=HEADER_BYTES + model.layout.largest_part_bytes(block_tokens),
     )
     options = CoreOptions(
         limits=EngineLimits(
@@ -81,7 +84,7 @@ def start_core(settings: CoreSettings, metrics: CoreMetrics) -> StartedCore:
         timing=StoreTiming(settings.store_timeout_seconds, settings.store_bytes_per_second),
         prefix_cache_bytes=settings.prefix_cache_bytes,
         always_fetch=settings.always_fetch,
-        block_tokens=settings.block_tokens,
+        block_tokens=block_tokens,
         store_protection=settings.store_protection,
         tenant_salt=settings.tenant_salt.get_secret_value().encode(),
         public_prompts=read_public_prompts(settings.public_prompts_file, model.tokenizer),

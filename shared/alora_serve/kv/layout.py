@@ -58,6 +58,11 @@ class KVLayout:
         starts = range(0, self.layers, layers_a_part)
         return tuple(range(start, min(start + layers_a_part, self.layers)) for start in starts)
 
+    def largest_part_bytes(self, block_tokens: int) -> int:
+        """KV of the largest stored part of a block."""
+        layers = max(map(len, self.layer_groups(block_tokens)))
+        return layers * block_tokens * self.bytes_per_layer_token
+
     def canonical(self) -> str:
         """One line that names this layout in the key root. A change in what it says is a change of schema."""
         return f"layers={self.layers};order=layer,kv,head,token,dim;kv_heads={self.kv_heads};head_dim={self.head_dim}"

@@ -56,6 +56,7 @@ class RedisStore:
         ttl_seconds: a full block not written for so long expires.
         evict_first_ttl_seconds: the same for a partial tail: Redis knows no other order of eviction.
         parallel: connections that one call may use; unset: one a core, but two to four.
+        max_value_bytes: a longer value is none of ours: its connection is dropped before it is all in memory.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class RedisStore:
         ttl_seconds: float,
         evict_first_ttl_seconds: float | None = None,
         parallel: int | None = None,
+        max_value_bytes: int = 64 << 20,
         tls: TlsFiles | None = None,
     ) -> None:
         self._topology = open_topology(parse_redis_url(url), tls or TlsFiles())
@@ -72,6 +74,7 @@ class RedisStore:
         self._evict_first_ttl_milliseconds = _milliseconds(
             ttl_seconds / 4 if evict_first_ttl_seconds is None else evict_first_ttl_seconds
         )
+        self._max_value_bytes = max_value_bytes
         self._helpers = (parallel or _connections()) - 1
         self._executor = ThreadPoolExecutor(max(self._helpers, 1), thread_name_prefix="redis-store")
 
@@ -159,7 +162,7 @@ class RedisStore:
     def _found(self, link: Link) -> Any:
         """A reply about one key; None for a key whose slot has moved: a miss once, then the new place is known."""
         try:
-            return link.receive()
+            return link.receive(self._max_value_bytes)
         except _MOVED:
             self._topology.forget()
             return None

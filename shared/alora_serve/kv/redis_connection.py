@@ -19,6 +19,7 @@ from typing import Any
 from redis.backoff import NoBackoff
 from redis.connection import Connection, PythonRespSerializer, UnixDomainSocketConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import InvalidResponse
 from redis.retry import Retry
 from typing_extensions import Buffer
 
@@ -31,13 +32,20 @@ _TLS_WRITE_BYTES = 1 << 18
 
 
 class _Deadline:
-    """Mixed into a socket: all its reads and writes end by ``deadline`` (``time.monotonic()``)."""
+    """Mixed into a socket: all its reads and writes end by ``deadline`` (``time.monotonic()``).
+
+    Reads end after ``allowed_bytes``, too: whoever can write to the server decides how long a reply says it is.
+    """
 
     deadline = float("inf")
+    allowed_bytes = float("inf")
 
     def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
         self._arm()
         received: int = super().recv_into(buffer, nbytes, flags)  # type: ignore[misc]  # the socket this is mixed into
+        self.allowed_bytes -= received
+        if self.allowed_bytes < 0:
+            raise InvalidResponse("a reply is longer than any value of ours")
         return received
 
     def sendall(self, data: Buffer, flags: int = 0) -> None:
@@ -144,8 +152,13 @@ class Link:
         """Send commands without waiting for replies. A memoryview of bytes goes out from where it lies."""
         self._connection.send_packed_command(self._connection.pack_commands(commands))
 
-    def receive(self) -> Any:
-        """The next reply: bytes, int or None. Raises ``ResponseError`` if it is an error; the link stays usable."""
+    def receive(self, max_bytes: float = float("inf")) -> Any:
+        """The next reply: bytes, int or None. Raises ``ResponseError`` if it is an error; the link stays usable.
+
+        One that is longer than ``max_bytes``, and than what is read at a time besides, is ``InvalidResponse``.
+        """
+        if self.is_connected:
+            self._connection._sock.allowed_bytes = max_bytes + 2 * _READ_BYTES
         return self._connection.read_response()
 
 

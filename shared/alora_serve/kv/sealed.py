@@ -37,6 +37,8 @@ _KEY_ID_BYTES: Final = 4
 _NONCE_BYTES: Final = 12
 _TAG_BYTES: Final = {"mac": 32, "encrypt": 16}
 _HEADER_BYTES: Final = len(_MAGIC) + 1 + _KEY_ID_BYTES + _NONCE_BYTES
+SEALING_BYTES: Final = _HEADER_BYTES + max(_TAG_BYTES.values())
+"""What sealing adds to a value, at most."""
 _NOTHING: Final = memoryview(b"")
 
 

@@ -208,6 +208,25 @@ def test_under_allkeys_lru_a_full_server_evicts_instead(store: RedisStore, serve
     assert 0 < sum(held) < 100
 
 
+@pytest.mark.parametrize("scheme", ["tcp", "unix"])
+def test_a_value_longer_than_any_of_ours_is_not_read_to_its_end(server: ValkeyServer, scheme: str) -> None:
+    url = f"redis://{server.host}:{server.port}/0" if scheme == "tcp" else f"unix://{server.unix_socket_path}"
+    store, longest = RedisStore(url, ttl_seconds=600, max_value_bytes=1 << 20), pattern(KEY, 1 << 20)
+    with server.client() as client:
+        client.execute_command("SETRANGE", b"alora:" + KEY, 32 << 20, "x")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="longer than any value of ours") as caught:
+            read(store, [KEY], PATIENCE_SECONDS)
+        assert not isinstance(caught.value, StoreUnavailableError), "no reason to leave the store alone"
+    with server.client() as client:
+        sent = client.info("stats")["total_net_output_bytes"]
+    assert sent < 24 << 20, "half of it is in sockets' buffers at most"
+    others = [key_of(number) for number in range(16)]  # more than one connection, and more than one reply a read
+    put(store, Put(KEY, longest), *[Put(key, longest) for key in others])
+    assert read(store, [KEY, *others], PATIENCE_SECONDS) == dict.fromkeys(range(17), longest)
+    store.close()
+
+
 def test_a_value_of_another_type_under_the_key_is_an_error_not_an_outage(
     store: RedisStore, server: ValkeyServer
 ) -> None:
