@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import quantiles
@@ -33,7 +33,6 @@ TIMES_LOOSER: Final = 3.0
 LEAST_SAMPLES: Final = 20
 """Answers that a 95th percentile needs."""
 LONG_CONTEXT_TOKENS: Final = 16_384
-TEXTS_AT_ONCE: Final = 16
 LONG_SECONDS: Final = 300.0
 """Deadline of a prompt that fills it, on two cores."""
 
@@ -196,25 +195,21 @@ async def beside_a_noisy_tenant(chaos: Chaos) -> list[Row]:
 
 
 async def behind_five_hundred(chaos: Chaos) -> list[Row]:
-    """Short questions of one tenant while another, without a quota, sends 500 at once and prompts of 16k tokens.
-
-    Many of those come as text: what they wait for, and make others wait for, is to be tokenized.
-    """
+    """Short questions of one tenant while another, without a quota, sends 500 at once and prompts of 16k tokens."""
     prompt_tokens = chaos.pick(LONG_CONTEXT_TOKENS // 4, LONG_CONTEXT_TOKENS)
     model = save_tiny_model(chaos.place("long context"), context_tokens=prompt_tokens + LONG.max_tokens)
     async with two_tenants(chaos, "five hundred", model) as (quiet, noisy):
         alone = await one_after_the_other(quiet, SHORT, time.monotonic() + chaos.pick(1.0, 10.0))
         found, others, stop = Outcomes(), Outcomes(), asyncio.Event()
         prompts = asyncio.create_task(long_prompts(noisy, prompt_tokens, stop))
-        texts = asyncio.create_task(long_texts(noisy, prompt_tokens, stop))
         burst = asyncio.create_task(burst_and_go_on(noisy, chaos.pick(60, 500), others, stop))
         enough, until = chaos.pick(5, 3 * LEAST_SAMPLES), time.monotonic() + 120
         while len(found.seconds) < enough and time.monotonic() < until:
             await quiet.ask(SHORT, found)
             await asyncio.sleep(0.05)
         stop.set()
-        long, tokenized, _ = await asyncio.gather(prompts, texts, burst)
-        found.failures += long.failures + tokenized.failures
+        long, _ = await asyncio.gather(prompts, burst)
+        found.failures += long.failures
         if not long.seconds:
             found.failures.append("none of the other's long prompts was computed meanwhile")
         times_alone = compared(chaos, found, alone, MOST_TIMES_ALONE_BEHIND)
@@ -230,7 +225,6 @@ async def behind_five_hundred(chaos: Chaos) -> list[Row]:
                 other_answered=len(others.seconds),
                 other_refused=others.refused,
                 other_long_prompts=len(long.seconds),
-                other_texts_tokenized=len(tokenized.seconds),
             )
         ]
 
@@ -249,39 +243,17 @@ async def burst_and_go_on(tenant: Tenant, at_once: int, found: Outcomes, stop: a
 
 
 async def long_prompts(tenant: Tenant, tokens: int, stop: asyncio.Event) -> Outcomes:
-    """One prompt after the other that nobody has stored, every other one as text."""
-
-    async def prefill(number: int) -> None:
-        if number % 2:
-            await tenant.client.prefill(text=new_text(number, tokens), timeout_seconds=LONG_SECONDS)
-        else:
-            await tenant.client.prefill(token_ids=new_prompt(number, tokens), timeout_seconds=LONG_SECONDS)
-
-    return await in_turn(prefill, stop)
-
-
-async def long_texts(tenant: Tenant, tokens: int, stop: asyncio.Event) -> Outcomes:
-    """Texts that are only to be tokenized, from more clients than a service has threads for that."""
-
-    async def tokenize(number: int) -> None:
-        await tenant.client.tokenize(text=new_text(number, tokens), timeout_seconds=LONG_SECONDS)
-
-    found = Outcomes()
-    for client in await asyncio.gather(*(in_turn(tokenize, stop) for _ in range(TEXTS_AT_ONCE))):
-        found.seconds += client.seconds
-        found.failures += client.failures
-    return found
-
-
-async def in_turn(ask: Callable[[int], Awaitable[None]], stop: asyncio.Event) -> Outcomes:
-    """One long prompt after the other; who is told to come back later does."""
+    """One prompt after the other that nobody has stored, as tokens and as text; who is told to come back does."""
     found = Outcomes()
     for number in itertools.count():
         if stop.is_set():
             break
         began, pause = time.monotonic(), 0.0
         try:
-            await ask(number)
+            if number % 2:
+                await tenant.client.prefill(text=new_text(number, tokens), timeout_seconds=LONG_SECONDS)
+            else:
+                await tenant.client.prefill(token_ids=new_prompt(number, tokens), timeout_seconds=LONG_SECONDS)
         except OverloadedError as error:
             found.refused += 1
             pause = error.retry_after_seconds or 1.0
