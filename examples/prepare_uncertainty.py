@@ -32,7 +32,7 @@ from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.engine import Engine
 from alora_serve.engine.events import BaseComputed, SequenceDone
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.engine.sequence import SequenceRequest
+from alora_serve.engine.sequence_request import SequenceRequest
 from alora_serve.engine.stepper import EngineLimits
 from alora_serve.intrinsics import with_documents_placed
 from alora_serve.kv.keys import BlockChain, BlockHash

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from alora_serve.engine.engine import Engine
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent, SequenceFailed
-from alora_serve.engine.sequence import SequenceRequest
+from alora_serve.engine.sequence_request import SequenceRequest
 
 
 class _Mailbox:

@@ -23,7 +23,7 @@ from alora_serve.engine.events import BaseComputed, SequenceDone
 from alora_serve.engine.phases import decode_timings, trace_sequence, trace_store_put
 from alora_serve.engine.plan import PromptPlan, plan_prompt
 from alora_serve.engine.prefix_loader import LoadedPrefix
-from alora_serve.engine.sequence import SequenceRequest
+from alora_serve.engine.sequence_request import SequenceRequest
 from alora_serve.engine.turns import Turns
 from alora_serve.errors import AdapterRefusedError, ContextExceededError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_begun, check_model

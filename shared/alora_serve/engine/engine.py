@@ -24,7 +24,8 @@ from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.pulse import Pulse
 from alora_serve.engine.rates import StepRates
 from alora_serve.engine.scheduler import next_to_run
-from alora_serve.engine.sequence import Sequence, SequenceId, SequenceRequest
+from alora_serve.engine.sequence import Sequence
+from alora_serve.engine.sequence_request import SequenceId, SequenceRequest
 from alora_serve.engine.stepper import Ended, EngineLimits, Stepper
 from alora_serve.errors import AloraServeError, StepFailedError, UnavailableError
 from alora_serve.model.loader import BaseModel

@@ -13,7 +13,7 @@ from alora_serve.engine.core import ServingCore
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceStats
 from alora_serve.engine.phases import trace_sequence, trace_store_put
 from alora_serve.engine.prefix_loader import LoadedPrefix
-from alora_serve.engine.sequence import SequenceRequest
+from alora_serve.engine.sequence_request import SequenceRequest
 from alora_serve.errors import ContextExceededError, FieldViolation, InvalidRequestError
 from alora_serve.handles import HandleSigner, check_model
 from alora_serve.kv.keys import BlockChain

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from alora_serve.engine.batch import Batch
 from alora_serve.engine.events import TokensScored
-from alora_serve.engine.sequence import Sequence, SequenceRequest
+from alora_serve.engine.sequence import Sequence
+from alora_serve.engine.sequence_request import SequenceRequest
 from alora_serve.model.step import Span
 from alora_serve.types import TokenIds
 

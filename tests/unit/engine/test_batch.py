@@ -10,7 +10,8 @@ import torch
 from alora_serve.adapters.lora import LoadedAdapter
 from alora_serve.engine.batch import adapter_rows, arrange
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.engine.sequence import Sequence, SequenceId, SequenceRequest
+from alora_serve.engine.sequence import Sequence
+from alora_serve.engine.sequence_request import SequenceId, SequenceRequest
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.kv.layout import KVLayout
 from alora_serve.model.kv_memory import Prefix

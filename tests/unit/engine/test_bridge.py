@@ -12,7 +12,7 @@ from alora_serve.engine.answer import Answer
 from alora_serve.engine.bridge import RunningSequence, run_sequence
 from alora_serve.engine.core import CoreOptions, ServingCore
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent
-from alora_serve.engine.sequence import SequenceRequest
+from alora_serve.engine.sequence_request import SequenceRequest
 from alora_serve.errors import AloraServeError, UnavailableError
 from alora_serve.kv.keys import BlockChain
 from alora_serve.model.kv_memory import Prefix

@@ -16,7 +16,7 @@ import pytest
 from alora_serve.engine import decoder as decoder_module
 from alora_serve.engine.core import CoreOptions
 from alora_serve.engine.events import Sink
-from alora_serve.engine.sequence import SequenceId, SequenceRequest
+from alora_serve.engine.sequence_request import SequenceId, SequenceRequest
 from alora_serve.engine.stepper import EngineLimits
 from alora_serve.engine.turns import TURNS
 from alora_serve.errors import (

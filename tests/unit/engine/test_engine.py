@@ -23,7 +23,7 @@ from alora_serve.engine.answer import Answer, Ending
 from alora_serve.engine.engine import Engine
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceEvent, SequenceFailed
 from alora_serve.engine.prefix_cache import PrefixCache
-from alora_serve.engine.sequence import SequenceId, SequenceRequest
+from alora_serve.engine.sequence_request import SequenceId, SequenceRequest
 from alora_serve.engine.stepper import EngineLimits
 from alora_serve.errors import AloraServeError, InvalidRequestError, OverloadedError, StepFailedError, UnavailableError
 from alora_serve.kv.keys import BlockChain, BlockHash
