@@ -205,33 +205,40 @@ class PrefixCache:
                         self._names[part.segment].add(name)
 
     def _evict(self, incoming_bytes: int) -> None:
-        """Drop unpinned segments, least recently used first, until there is room for ``incoming_bytes`` more.
+        """Drop unpinned segments until there is room for ``incoming_bytes`` more: least recently used first.
 
-        Room in the budget, and in one piece of the pool: what lies outside it is memory besides the budget.
+        Room in the budget, and then in one piece of the pool: what lies outside it is memory besides the budget. For
+        that those go which adjoin, the least recently used of such.
         """
-        if self._fits(incoming_bytes) and self._pool.has_room(incoming_bytes):
+        if self._size_bytes + incoming_bytes <= self.budget_bytes and self._pool.has_room(incoming_bytes):
             return
+        before = len(self._names)
         # Whoever uses a descendant uses its ancestors at the same tick, so on a tie the deeper segment goes first.
         idle = deque(sorted((s for s in self._names if not s.pins), key=lambda s: (s.last_use, -s.start)))
-        count = len(idle)
-        # Where what holders have leaves no such piece, whatever else goes, nothing has to go for it.
-        is_possible = self._pool.has_room(incoming_bytes, without=idle)
-        while idle and not (self._fits(incoming_bytes) and (not is_possible or self._pool.has_room(incoming_bytes))):
-            self._drop(idle.popleft())  # the last reference: its piece of the pool is free at once
-        if len(idle) < count:
-            self._metrics.prefix_evicted(count - len(idle))
+        while idle and self._size_bytes + incoming_bytes > self.budget_bytes:
+            self._drop(idle.popleft())
+        for segment in self._pool.in_the_way(incoming_bytes, idle):
+            self._drop(segment)
+        if len(self._names) < before:
+            self._metrics.prefix_evicted(before - len(self._names))
             self._metrics.prefix_bytes(self._size_bytes)
 
-    def _fits(self, incoming_bytes: int) -> bool:
-        return self._size_bytes + incoming_bytes <= self.budget_bytes
-
     def _drop(self, segment: KVSegment) -> None:
+        """Forget a segment, unless it is forgotten, and those to which no name leads then."""
+        if segment not in self._names:
+            return
+        useless = list[KVSegment]()
         for name in self._names.pop(segment):
             # Ancestors outlive many descendants and must not go on listing their names.
             for part in self._index.pop(name).slices:
                 if part.segment is not segment:
-                    self._names[part.segment].discard(name)
+                    left = self._names[part.segment]
+                    left.discard(name)
+                    if not left and not part.segment.pins:
+                        useless.append(part.segment)
         self._size_bytes -= segment.size_bytes
+        for other in useless:
+            self._drop(other)
 
     def close(self) -> None:
         """End what goes on beside its callers. Idempotent."""

@@ -117,7 +117,7 @@ class Scorer:
 
     def _tokens(self, continuations: Sequence[str], prompt_tokens: int) -> list[TokenIds]:
         tokenizer, limit = self._core.model.tokenizer, self._core.model.context_tokens
-        tokenized, bad = list[TokenIds](), list[FieldViolation]()
+        tokenized, bad, kind = list[TokenIds](), list[FieldViolation](), ContextExceededError
         for index, text in enumerate(continuations):
             least = tokenizer.least_tokens(text)
             tokens = tokenizer.encode_text(text) if prompt_tokens + least <= limit else ()
@@ -125,11 +125,11 @@ class Scorer:
             count = max(least, len(tokens))
             if not count:
                 bad.append(FieldViolation(f"continuations[{index}]", "has no tokens"))
+                kind = InvalidRequestError
             if prompt_tokens + count > limit:
                 problem = f"prompt of {prompt_tokens} tokens plus {count} exceeds the context of {limit}"
                 bad.append(FieldViolation(f"continuations[{index}]", problem))
         if bad:
-            kind = ContextExceededError if all(tokenized) else InvalidRequestError
             raise kind(f"{bad[0].field}: {bad[0].description}", violations=bad)
         return tokenized
 

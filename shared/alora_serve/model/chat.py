@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alora_serve.errors import InvalidRequestError
+from alora_serve.errors import ContextExceededError, InvalidRequestError
 from alora_serve.model.chat_template import ChatTemplate, Rendering, not_continuable
 from alora_serve.model.plain_text import PlainTextTokenizer
 from alora_serve.model.template_guard import CutText, RequestGuard
@@ -206,7 +206,8 @@ class ChatTokenizer:
     def _check_fits(self, text: str) -> None:
         limit, least = self._context_tokens, self._tokens.least_tokens(text)
         if limit is not None and least > limit:
-            raise InvalidRequestError.of("prompt", f"{least} tokens or more exceed the context of {limit}; shorten it")
+            excess = f"its {least} tokens or more leave no room for an answer: shorten it"
+            raise ContextExceededError.beyond("prompt", excess, limit)
 
     def _rendering(self, request: TemplateInput) -> Rendering:
         check_messages(request.messages)

@@ -12,6 +12,7 @@ import weakref
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
+from operator import itemgetter
 from time import monotonic
 from typing import Final
 
@@ -73,14 +74,15 @@ class Ranges:
                 return low, high
         return None
 
-    def give_back(self, start: int, end: int) -> None:
-        """Free a range that was taken."""
+    def give_back(self, start: int, end: int) -> tuple[int, int]:
+        """Free a range that was taken, and tell the free range that it is part of then."""
         index = bisect_left(self._free, (start, end))
         if index < len(self._free) and self._free[index][0] == end:
             end = self._free.pop(index)[1]
         if index and self._free[index - 1][1] == start:
             start = self._free.pop(index - 1)[0]
         insort(self._free, (start, end))
+        return start, end
 
 
 class KVPool:
@@ -127,21 +129,32 @@ class KVPool:
         if toucher is not None:
             toucher.join()
 
-    def has_room(self, size_bytes: int, without: Iterable[KVSegment] = ()) -> bool:
-        """A segment of that size would lie in the pool, once those of ``without`` are gone.
-
-        True as well of nothing, and of what no pool of this size could hold.
-        """
+    def has_room(self, size_bytes: int) -> bool:
+        """A segment of that size would lie in the pool; also what no pool of this size could hold."""
         if not 0 < size_bytes <= self._size_bytes:
             return True
         with self._lock:
             self._collect()
+            return self._ranges.has(size_bytes)
+
+    def in_the_way(self, size_bytes: int, idle: Iterable[KVSegment]) -> list[KVSegment]:
+        """Those of ``idle``, the earlier the rather, without which the pool :meth:`has_room`. None where it never would.
+        """
+        if self.has_room(size_bytes):
+            return []
+        with self._lock:
             ranges = self._ranges.copy()
-        for segment in without:
+        going: list[tuple[int, KVSegment]] = []
+        for segment in idle:
             first = segment.data.data_ptr() - self._memory.data_ptr()
-            if 0 <= first < self._size_bytes:
-                ranges.give_back(first, first + segment.size_bytes)
-        return ranges.has(size_bytes)
+            if not 0 <= first < self._size_bytes:
+                continue
+            going.append((first, segment))
+            low, high = ranges.give_back(first, first + segment.size_bytes)
+            if high - low >= size_bytes:
+                between = sorted((each for each in going if low <= each[0] < high), key=itemgetter(0))
+                return [segment for _, segment in _needed(between, low, high, size_bytes)]
+        return []
 
     def segment(self, capacity: int, start: int) -> KVSegment:
         """An empty segment with room for ``capacity`` positions from ``start`` on. What is in it is garbage."""
@@ -198,6 +211,17 @@ class KVPool:
             with self._lock:
                 self._ranges.give_back(*taken)
                 self._touched_end = max(self._touched_end, taken[1])
+
+
+def _needed(
+    segments: list[tuple[int, KVSegment]], low: int, high: int, size_bytes: int
+) -> list[tuple[int, KVSegment]]:
+    """Of segments in ``[low, high)``, with where they begin, those that lie in the lowest part that is large enough."""
+    while segments and high - (end := segments[0][0] + segments[0][1].size_bytes) >= size_bytes:
+        low, segments = end, segments[1:]
+    while segments and segments[-1][0] - low >= size_bytes:
+        segments = segments[:-1]
+    return segments
 
 
 def _zero(memory: Tensor, start: int, end: int) -> None:

@@ -250,8 +250,36 @@ def test_segments_lie_in_the_memory_of_the_budget_however_their_lengths_mix() ->
         for chain in drawn.sample(chains, min(3, len(chains))):  # so that neighbours do not leave together
             cache.release(cache.acquire(chain, len(chain)))
     low, high = pool.data_ptr(), pool.data_ptr() + pool.numel()
-    assert len(_segments(cache)) > 2
     assert all(low <= segment.data.data_ptr() < high for segment in _segments(cache))
+    assert cache.size_bytes > 0.6 * cache.budget_bytes
+    cache.check_integrity()
+
+
+def test_for_a_piece_of_memory_those_leave_that_adjoin_and_not_all_that_were_used_before() -> None:
+    cache = _small_cache(8 * (BLOCK_TOKENS + MIN_SLACK_TOKENS))
+    chains = [_chain([number] * BLOCK_TOKENS) for number in range(8)]
+    for chain in chains:
+        cache.release(_add(cache, chain.tokens))
+    for number in (1, 3, 5, 0, 7, 2, 6, 4):
+        cache.release(cache.acquire(chains[number], BLOCK_TOKENS))
+    cache.reserve(Prefix(), 2 * BLOCK_TOKENS + MIN_SLACK_TOKENS)  # as large as two of them
+    left = [number for number, chain in enumerate(chains) if cache.acquire(chain, BLOCK_TOKENS).tokens]
+    assert left == [2, 4, 5, 6, 7], "1 and 3 for their bytes, then 0, which lies beside 1"
+    cache.check_integrity()
+
+
+def test_what_only_led_through_a_segment_that_left_leaves_with_it() -> None:
+    cache = _small_cache(1000)
+    tokens = tuple(index % 251 for index in range(300))
+    for end in (10, 300):
+        cache.release(_add(cache, tokens[:end]))
+    ancestor, descendant = _segments(cache)
+    assert ancestor.start < descendant.start
+    with cache._lock:
+        cache._drop(ancestor)
+    assert cache.size_bytes == 0
+    assert not _segments(cache)
+    cache.check_integrity()
 
 
 def test_pinned_bytes_are_those_of_segments_that_have_holders(cache: PrefixCache, metrics: CountingMetrics) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
 import small_tokenizers as small
-from alora_serve.errors import InvalidRequestError
+from alora_serve.errors import ContextExceededError
 from alora_serve.handles import HandleSigner
 from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.plain_text import PlainTextTokenizer
@@ -92,7 +92,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
 
     for name in ("encode", "encode_raw"):
         monkeypatch.setattr(chat._tokens, name, refuse)
-    with pytest.raises(InvalidRequestError, match=f"tokens or more exceed the context of {CONTEXT_TOKENS}") as caught:
+    with pytest.raises(ContextExceededError, match=f"maximum context length is {CONTEXT_TOKENS} tokens") as caught:
         tokenized(chat, "the answer " * 1000)
     assert [violation.field for violation in caught.value.violations] == ["prompt"]
 

@@ -18,6 +18,7 @@ _DECIMALS: Final = 22
 """Of a fraction, so many digits and decimals: llguidance reads them as the nearest float, which tells them apart."""
 _SHORT: Final = 4
 """Beginnings of a bound have so many decimals at most, zeros before them not counted."""
+_TYPES: Final = ["null", "boolean", "number", "string", "array", "object"]
 _BOUNDS: Final = (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1))
 """Bounds of numbers, and which way is inwards."""
 
@@ -29,7 +30,7 @@ def is_float(multiple: float) -> bool:
 
 def narrow_numbers(schema: dict[str, Any]) -> None:
     """Move the bounds of one schema, in place, to where they hold of what is parsed, too."""
-    beginnings = list[dict[str, float]]()
+    beginnings = list[dict[str, Any]]()
     largest = _largest_multiple(schema.get("multipleOf"))
     for keyword, exclusive, inwards in _BOUNDS:
         told, beyond = schema.get(keyword), schema.get(exclusive)
@@ -44,9 +45,14 @@ def narrow_numbers(schema: dict[str, Any]) -> None:
             del schema[exclusive]
         if bounds:
             schema[keyword] = max(bounds, key=lambda bound: bound * inwards)
-            beginnings += ({keyword: bound} for bound in _beginnings(schema[keyword], inwards))
-    if beginnings and schema.get("type") == "number" and isinstance(every := schema.get("allOf", []), list):
-        schema["allOf"] = [*every, {"anyOf": [{"type": "number"}, *beginnings]}]
+            beginnings += ({"type": "number", keyword: bound} for bound in _beginnings(schema[keyword], inwards))
+    if beginnings and _takes_numbers(schema) and isinstance(every := schema.get("allOf", []), list):
+        schema["allOf"] = [*every, {"anyOf": [{"type": schema.get("type", _TYPES)}, *beginnings]}]
+
+
+def _takes_numbers(schema: dict[str, Any]) -> bool:
+    types = schema.get("type", _TYPES)
+    return "number" in (types if isinstance(types, list) else [types])
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

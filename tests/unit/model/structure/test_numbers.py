@@ -80,6 +80,10 @@ def test_bounds_hold_once_an_answer_is_parsed(first: float, second: float, low: 
         ({"exclusiveMaximum": 5, "type": "integer"}, ["4", "-3"], ["5"]),
         ({"exclusiveMinimum": 2**53 - 3, "type": "integer"}, [str(2**53 - 2)], [str(2**53 - 3)]),
         ({"exclusiveMinimum": 2, "allOf": [{"maximum": 4.5}]}, ["3", "4.5"], ["2", "4.6"]),
+        ({"type": ["number", "null"], "exclusiveMaximum": 1}, ["0.9", "0.90", "null", "-3"], ["1", '"a"']),
+        ({"type": ["string", "integer"], "exclusiveMaximum": 1}, ['"a"', "0"], ["1", "0.9"]),
+        ({"allOf": [{"exclusiveMaximum": 100}]}, ["99.9", "99", "-1"], ["100", "100.1"]),
+        ({"type": ["array", "number"], "items": {"type": "integer"}, "maximum": 0.95}, ["0.9", "[1, 2]"], ["1", "[0.5]"]),
     ],
 )
 def test_bounds_leave_what_is_within(told: dict[str, Any], good: list[str], bad: list[str]) -> None:
