@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DECODE: Final = "/alora_serve.v1.AdapterDecodeService/Decode"
 
 HEARTBEAT_SECONDS: Final = 1.0
-"""While a stream waits for a worker, its reader hears from the router as often as from an engine."""
+"""While a stream waits for another worker, its reader hears from the router as often as from an engine."""
 
 
 class DecodeStream:
@@ -132,6 +132,8 @@ class DecodeStream:
                 entering = asyncio.create_task(held.enter_async_context(taking))
                 try:
                     while not (await asyncio.wait((entering,), timeout=HEARTBEAT_SECONDS))[0]:
+                        if self.started is None:  # nothing was said yet: what fails now has a status of its own
+                            continue
                         yield types_pb2.GenerationEvent(attempt=retries.attempt, heartbeat=types_pb2.Heartbeat())
                 finally:
                     entering.cancel()

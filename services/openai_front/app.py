@@ -49,9 +49,12 @@ def build_app(
     app = FastAPI(title=_TITLE, docs_url=None, redoc_url=None, redirect_slashes=False)
     api = endpoints.routes()
     app.include_router(api)
-    paths = list(dict.fromkeys(route.path for route in api.routes if isinstance(route, APIRoute)))
+    served = api.routes
     if with_page:
-        app.include_router(page_routes())
+        page = page_routes()
+        app.include_router(page)
+        served = [*served, *page.routes]
+    paths = [route.path.replace(":path}", "}") for route in served if isinstance(route, APIRoute)]
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -84,5 +87,5 @@ def build_app(
 
 
 def _nearest(path: str, served: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(path[:_PATH_CHARACTERS], served, cutoff=0.0)
+    nearest = difflib.get_close_matches(path[:_PATH_CHARACTERS], dict.fromkeys(served), cutoff=0.0)
     return f"there is no {excerpt(path)} here; the nearest paths are {', '.join(nearest)}"

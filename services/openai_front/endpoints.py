@@ -87,11 +87,11 @@ class Endpoints:
         running = self._client(request).run_intrinsics(None, body.intrinsics, prompt=prompt, parameters=parameters)
         if not body.stream:
             async with running:
-                outcomes = await unless_left(request, running.results())
+                outcomes = await unless_left(request, body.as_asked(running.results()))
             data = [body.outcome(index, outcome) for index, outcome in enumerate(outcomes)]
             return JSONResponse({"object": "list", "data": data})
         try:
-            first = await unless_left(request, _next(running))
+            first = await unless_left(request, body.as_asked(_next(running)))
         except BaseException:
             await running.close()
             raise
@@ -191,8 +191,9 @@ def _listed(adapter: AdapterInfo, base: ModelInfo) -> Mapping[str, Any]:
             "kind": adapter.kind,
             "rank": adapter.rank,
             "digest": adapter.digest,
-            "resident": adapter.resident,
             "intrinsic": bool(adapter.intrinsic_digest),
+            # Who may not know it is told that it is not.
+            **({"resident": True} if adapter.resident else {}),
         },
     }
 

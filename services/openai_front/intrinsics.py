@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, Mapping
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import Field, StrictBool
 
@@ -13,11 +13,16 @@ from alora_serve.errors import AloraServeError
 from openai_front.conversation import ConversationFields
 from openai_front.event_stream import DONE, event
 from openai_front.failures import failure_of
+from openai_front.field_names import as_asked
 from openai_front.request_fields import Text
 
 MAX_INTRINSICS = 256
 
+FIELD_NAMES: Final = {"prompt": "messages"}
+"""What the body has for fields of the gRPC API, where it is not the same."""
+
 Outcome = IntrinsicResult | AloraServeError
+ResultT = TypeVar("ResultT")
 
 
 class IntrinsicsRequest(ConversationFields):
@@ -27,11 +32,18 @@ class IntrinsicsRequest(ConversationFields):
     parameters: dict[str, Any] | None = None
     stream: StrictBool | None = None
 
+    async def as_asked(self, outcome: Awaitable[ResultT]) -> ResultT:
+        """What is awaited; its failure names fields of this request."""
+        try:
+            return await outcome
+        except AloraServeError as error:
+            raise as_asked(error, FIELD_NAMES) from error
+
     def outcome(self, index: int, outcome: Outcome) -> Mapping[str, Any]:
         """What one of them found, or why it found nothing."""
         named = {"index": index, "intrinsic": self.intrinsics[index]}
         if isinstance(outcome, AloraServeError):
-            return {**named, **failure_of(outcome).body}
+            return {**named, **failure_of(as_asked(outcome, FIELD_NAMES)).body}
         found = dataclasses.asdict(outcome)
         costs = {name: found.pop(name) for name in ("usage", "timings")}
         return {**named, **found, "alora": costs}
@@ -47,6 +59,6 @@ async def outcome_events(
             async for index, outcome in stream:
                 yield event(request.outcome(index, outcome))
         except AloraServeError as error:
-            yield event(failure_of(error).body)
+            yield event(failure_of(as_asked(error, FIELD_NAMES)).body)
             return
     yield DONE

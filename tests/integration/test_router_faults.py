@@ -315,6 +315,21 @@ async def test_while_a_router_looks_for_a_worker_it_gives_signs_of_life(monkeypa
         assert router.workers.snapshots()[0].in_flight == 0
 
 
+async def test_before_a_stream_has_begun_it_says_nothing_but_why_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over HTTP, the first event decides on the status: after a sign of life, a client could not repeat its call."""
+    monkeypatch.setattr("adapter_router.stream.HEARTBEAT_SECONDS", 0.05)
+
+    async def going(*_: object) -> AsyncGenerator[StreamEvent]:
+        await gone()
+        yield Heartbeat()
+
+    async with deployment([FakePrefill()], [FakeWorker(going)]) as (router, _):
+        responses = aiter(router.stub.Generate(ASK))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await anext(responses)
+        assert isinstance(error_from_rpc(caught.value), UnavailableError)
+
+
 async def test_a_client_that_leaves_while_its_router_looks_for_a_worker_holds_no_place() -> None:
     worker = FakeWorker(after_one_token(gone))
     async with deployment([FakePrefill()], [worker], limits=RouterLimits(resume_wait_seconds=20.0)) as (router, _):

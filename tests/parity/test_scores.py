@@ -10,7 +10,13 @@ import torch
 
 from alora_serve.engine.core import CoreOptions
 from alora_serve.engine.stepper import EngineLimits
-from alora_serve.errors import AdapterNotFoundError, AloraServeError, HandleInvalidError, InvalidRequestError
+from alora_serve.errors import (
+    AdapterNotFoundError,
+    AloraServeError,
+    ContextExceededError,
+    HandleInvalidError,
+    InvalidRequestError,
+)
 from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.types import ChatMessage, PrefixHandle, Prompt, ScoreRequest, ScoreResult
 from in_process import MemoryStore, Stack, open_stack
@@ -114,7 +120,8 @@ async def test_the_prompt_is_computed_once_and_stored_without_what_was_scored(mo
     ("changes", "error", "told"),
     [
         ({"continuations": ("a", "")}, InvalidRequestError, r"continuations\[1\]: has no tokens"),
-        ({"continuations": ("a" * 500,)}, InvalidRequestError, "exceeds the context of 512"),
+        ({"continuations": ("a" * 500,)}, ContextExceededError, "exceeds the context of 512"),
+        ({"continuations": ("a" * 500, "a" * 10**6)}, ContextExceededError, "exceeds the context of 512"),
         ({"adapter": "nobody"}, AdapterNotFoundError, "nobody"),
         ({"tenant": "other"}, HandleInvalidError, "handle"),
     ],

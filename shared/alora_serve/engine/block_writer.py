@@ -40,7 +40,7 @@ class _Write:
     """One that waits for a thread or runs, of at most so many tokens. It pins ``prefix``.
 
     Attributes:
-        size_bytes: of what was computed here.
+        size_bytes: that it will have stored, as far as that is known.
     """
 
     running: asyncio.Future[StoreResult]
@@ -82,14 +82,14 @@ class BlockWriter:
                 are written too, from memory.
             asked: the store was asked for what comes from ``start`` on; False: what it has of that is left out.
             within_quota: False drops all of it.
-            awaited: somebody waits for it, which bounds how many there are. Others are dropped while writes pin more of
-                the prefix cache than is good for it.
+            awaited: somebody waits for it, which bounds how many there are, until it is given up. While writes pin more
+                of the prefix cache than is good for it, others are dropped, and these while those given up do.
         """
         loop = asyncio.get_running_loop()
         with ExitStack() as held:
             held.callback(self._cache.release, prefix)
             fresh = self._blocks.blocks(_covered(chain, prefix), start)
-            if not within_quota or (not awaited and self._pins_too_much(prefix)):
+            if not within_quota or self._pins_too_much(prefix, awaited=awaited):
                 refused = loop.create_future()
                 refused.set_result(self._blocks.refuse(fresh, "backlog" if within_quota else "quota"))
                 return refused
@@ -100,15 +100,17 @@ class BlockWriter:
             writing = loop.run_in_executor(self._executor, copy_context().run, work)
             result = asyncio.shield(writing)
             tokens = prefix.tokens - (start if known is None else 0)
-            self._writes[result] = _Write(writing, prefix, tokens, sum(map(self._blocks.size_bytes, fresh)))
+            size_bytes = sum(map(self._blocks.size_bytes, fresh)) if asked else 0  # most of it may be there
+            self._writes[result] = _Write(writing, prefix, tokens, size_bytes)
             # Only when the thread is done with the memory, whoever gives up waiting.
             writing.add_done_callback(lambda _: self._writes.pop(result))
             release = held.pop_all()
             writing.add_done_callback(lambda _: release.close())
         return result
 
-    def _pins_too_much(self, prefix: Prefix) -> bool:
-        pinned = {part.segment for write in self._writes.values() for part in write.prefix.slices}
+    def _pins_too_much(self, prefix: Prefix, *, awaited: bool) -> bool:
+        counted = [write for result, write in self._writes.items() if result.cancelled() or not awaited]
+        pinned = {part.segment for write in counted for part in write.prefix.slices}
         wanted = {part.segment for part in prefix.slices}
         size_bytes = sum(segment.size_bytes for segment in pinned | wanted)
         return bool(pinned) and not wanted <= pinned and size_bytes > PINNED_SHARE * self._cache.budget_bytes
@@ -144,6 +146,12 @@ class BlockWriter:
             unsure = [*(block for block in earlier if block.name not in known), *unsure]
         missing = self._blocks.missing(unsure)
         return self._blocks.write([*missing, *fresh] if asked else missing, _PrefixSource(prefix))
+
+
+def give_up(writes: Iterable[asyncio.Future[StoreResult]]) -> None:
+    """Nobody waits for these any more. They go on."""
+    for write in writes:
+        write.cancel()
 
 
 def _covered(chain: BlockChain, prefix: Prefix) -> BlockChain:

@@ -16,6 +16,7 @@ from alora_serve.adapters.residency import Lease
 from alora_serve.engine.answer import Answer, Ending
 from alora_serve.engine.answers import AnswerMaker
 from alora_serve.engine.awaited import Awaited
+from alora_serve.engine.block_writer import give_up
 from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.core import ServingCore
 from alora_serve.engine.engine import HEARTBEAT_SECONDS
@@ -138,6 +139,7 @@ class Decoder:
                 is_taken_over=request.is_taken_over,
             )
             writes: list[asyncio.Future[StoreResult]] = []
+            held.callback(give_up, writes)
             submitted = monotonic()
             async with run_sequence(self._core.engine, sequence) as running:
                 async for event in running:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from time import monotonic
 
+from alora_serve.engine.block_writer import give_up
 from alora_serve.engine.bridge import run_sequence
 from alora_serve.engine.core import ServingCore
 from alora_serve.engine.events import BaseComputed, SequenceDone, SequenceStats
@@ -94,25 +96,27 @@ class Prefiller:
         request = SequenceRequest(prompt=chain.tokens, prefix=loaded.prefix, chain=chain, tenant=tenant)
         writes: list[asyncio.Future[StoreResult]] = []
         stats, submitted = None, monotonic()
-        async with run_sequence(self._core.engine, request) as running:
-            async for event in running:
-                match event:
-                    case BaseComputed(computed_chain, prefix, start, _):
-                        self._core.resident.note(computed_chain)
-                        # Stored while the next chunk computes. Blocks before the first one may be in memory only.
-                        writes.append(start_writing(computed_chain, prefix, start, known=None if writes else known))
-                    case SequenceDone():
-                        stats = event.stats
-                        self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
-                        trace_sequence(submitted, stats)
-        if not writes:
-            # A neighbour computed all of it, and may not have stored it yet.
-            adopted = await self._core.loader.load(chain, len(chain))
-            writes.append(start_writing(chain, adopted.prefix, len(chain), known=known))
-        putting = monotonic()
-        stored = sum(await asyncio.gather(*writes), StoreResult())
-        trace_store_put(putting, stored)
-        return stats.computed_tokens if stats else 0, stored, stats
+        with ExitStack() as held:
+            held.callback(give_up, writes)
+            async with run_sequence(self._core.engine, request) as running:
+                async for event in running:
+                    match event:
+                        case BaseComputed(computed_chain, prefix, start, _):
+                            self._core.resident.note(computed_chain)
+                            # Stored while the next chunk computes. Blocks before the first one may be in memory only.
+                            writes.append(start_writing(computed_chain, prefix, start, known=None if writes else known))
+                        case SequenceDone():
+                            stats = event.stats
+                            self._core.rates.sequence_seconds.observe(stats.prefill_seconds + stats.decode_seconds)
+                            trace_sequence(submitted, stats)
+            if not writes:
+                # A neighbour computed all of it, and may not have stored it yet.
+                adopted = await self._core.loader.load(chain, len(chain))
+                writes.append(start_writing(chain, adopted.prefix, len(chain), known=known))
+            putting = monotonic()
+            stored = sum(await asyncio.gather(*writes), StoreResult())
+            trace_store_put(putting, stored)
+            return stats.computed_tokens if stats else 0, stored, stats
 
     def _check_length(self, tokens: TokenIds) -> None:
         limit = self._core.model.context_tokens

@@ -117,7 +117,8 @@ class Scorer:
 
     def _tokens(self, continuations: Sequence[str], prompt_tokens: int) -> list[TokenIds]:
         tokenizer, limit = self._core.model.tokenizer, self._core.model.context_tokens
-        tokenized, bad, kind = list[TokenIds](), list[FieldViolation](), ContextExceededError
+        tokenized, bad = list[TokenIds](), list[FieldViolation]()
+        kind: type[InvalidRequestError] = ContextExceededError
         for index, text in enumerate(continuations):
             least = tokenizer.least_tokens(text)
             tokens = tokenizer.encode_text(text) if prompt_tokens + least <= limit else ()

@@ -138,8 +138,7 @@ class KVPool:
             return self._ranges.has(size_bytes)
 
     def in_the_way(self, size_bytes: int, idle: Iterable[KVSegment]) -> list[KVSegment]:
-        """Those of ``idle``, the earlier the rather, without which the pool :meth:`has_room`. None where it never would.
-        """
+        """Those of ``idle``, the earlier the rather, without which the pool :meth:`has_room`; none if it never has."""
         if self.has_room(size_bytes):
             return []
         with self._lock:
@@ -213,9 +212,7 @@ class KVPool:
                 self._touched_end = max(self._touched_end, taken[1])
 
 
-def _needed(
-    segments: list[tuple[int, KVSegment]], low: int, high: int, size_bytes: int
-) -> list[tuple[int, KVSegment]]:
+def _needed(segments: list[tuple[int, KVSegment]], low: int, high: int, size_bytes: int) -> list[tuple[int, KVSegment]]:
     """Of segments in ``[low, high)``, with where they begin, those that lie in the lowest part that is large enough."""
     while segments and high - (end := segments[0][0] + segments[0][1].size_bytes) >= size_bytes:
         low, segments = end, segments[1:]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from alora_serve.engine.block_writer import PINNED_SHARE, BlockWriter
+from alora_serve.engine.block_writer import PINNED_SHARE, BlockWriter, give_up
 from alora_serve.engine.prefix_cache import MIN_SLACK_TOKENS, PrefixCache
 from alora_serve.kv.blocks import BlockStore
 from alora_serve.kv.keys import BlockChain, BlockHash, part_key
@@ -119,6 +119,32 @@ async def test_writes_that_nobody_waits_for_are_dropped_rather_than_pin_most_of_
     assert (await awaited).stored_bytes == SIZE_BYTES, "who waits is few"
     later = await bench.writer.start(*bench.computed(900), 0, awaited=False)
     assert later.stored_bytes == SIZE_BYTES, "there is room again"
+
+
+async def test_writes_that_were_given_up_are_no_longer_those_of_few(make: Callable[..., Bench]) -> None:
+    """A client whose deadline passes leaves a place, which the next one takes, and its memory to a slow store."""
+    bench = make(budget_bytes=8 * SEGMENT_BYTES)
+    for number in range(1, 40):
+        give_up([bench.writer.start(*bench.computed(100 * number), 0)])
+        await asyncio.sleep(0)
+    assert bench.cache.pinned_bytes == PINNED_SHARE * bench.cache.budget_bytes
+    assert bench.metrics.counts["drop backlog"] == 35 * BLOCKS
+    bench.store.gate.set()
+
+
+async def test_a_write_under_way_counts_as_what_it_will_have_stored(make: Callable[..., Bench]) -> None:
+    bench = make()
+    chain, prefix = bench.computed(100)
+    bench.cache.pin(prefix)
+    bench.store.gate.set()
+    await bench.writer.start(chain, prefix, 0)
+    bench.store.gate.clear()
+    unsure = bench.writer.start(chain, prefix, 0, asked=False)
+    new = bench.writer.start(*bench.computed(200), 0)
+    assert bench.writer.so_far([unsure]).stored_bytes == 0, "the store has it"
+    assert bench.writer.so_far([unsure, new]).stored_bytes == SIZE_BYTES
+    bench.store.gate.set()
+    assert (await unsure).stored_bytes == 0
 
 
 async def test_a_conversation_larger_than_that_is_written_chunk_by_chunk(make: Callable[..., Bench]) -> None:

@@ -272,6 +272,18 @@ async def test_intrinsics_run_in_one_call_and_fail_each_for_itself() -> None:
         assert refused.json()["error"]["param"] == "intrinsics"
 
 
+async def test_why_an_intrinsic_found_nothing_is_told_in_the_words_of_the_request() -> None:
+    async with behind(fails(TOO_LONG)) as (door, worker):
+        worker.define("certainty", IO_YAML)
+        await intrinsic_known(door, "certainty")
+        body = {"messages": HELLO, "intrinsics": ["certainty"]}
+        whole = (await door.http.post("/v1/intrinsics", json=body)).json()["data"]
+        streamed = (await door.http.post("/v1/intrinsics", json={**body, "stream": True})).text.split("\n\n")
+        for told in (whole[0]["error"], json.loads(streamed[0][6:])["error"]):
+            assert told["code"] == "context_length_exceeded"
+            assert told["message"].startswith("messages: this model's maximum context length is 512 tokens")
+
+
 async def intrinsic_known(door: OpenDoor, name: str) -> None:
     """Wait until the router has heard of it."""
     async with asyncio.timeout(20):
@@ -345,6 +357,9 @@ async def test_other_paths_and_methods_fail_in_the_same_form() -> None:
                 f"there is no '{path}' here; the nearest paths are /v1/chat/completions, "
             )
         assert (await door.http.get("/v1/chat/completions")).status_code == 405
+        for path, nearest in (("/v1/model", "/v1/models, /v1/models/{name}, "), ("/ui/", "/ui, ")):
+            message = (await door.http.get(path)).json()["error"]["message"]
+            assert message.startswith(f"there is no '{path}' here; the nearest paths are {nearest}")
         assert served(door, "POST other", 404) == 2
 
 

@@ -37,7 +37,10 @@ class Calls:
 
     def answer(self, prompt: Prompt, adapter: str) -> GenerationStream:
         """The base model's answer, or an adapter's, as it comes."""
-        sampling = SamplingParams(max_tokens=self._sampling.max_tokens) if adapter else self._sampling
+        sampling = self._sampling
+        if adapter:
+            longest, default = sampling.max_tokens, sampling.default_max_tokens
+            sampling = SamplingParams(max_tokens=longest, default_max_tokens=default)
         return self._client.generate(
             prompt=prompt, adapter=adapter, sampling=sampling, timeout_seconds=self._timeout_seconds
         )

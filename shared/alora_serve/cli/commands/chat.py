@@ -11,7 +11,6 @@ from alora_serve.cli.options import (
     Address,
     AsJson,
     ConversationFile,
-    MaxTokens,
     Seed,
     Stop,
     System,
@@ -22,6 +21,7 @@ from alora_serve.cli.options import (
 from alora_serve.cli.output import FAILURE_EXIT_CODE, errors_reported
 
 commands = typer.Typer()
+ANSWER_TOKENS = 512
 
 
 @commands.command()
@@ -32,7 +32,10 @@ def chat(
     ] = None,
     system: System = None,
     file: ConversationFile = None,
-    max_tokens: MaxTokens = 512,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Most tokens of an answer; unset: 512, or what the context leaves."),
+    ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
@@ -85,7 +88,12 @@ def chat(
             conversation if system is None else conversation.told(system),
             tuple(intrinsics or ()),
             sampling=SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
+                max_tokens=max_tokens,
+                default_max_tokens=ANSWER_TOKENS,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                stop=tuple(stop or ()),
             ),
             timeout_seconds=timeout,
             as_json=as_json,

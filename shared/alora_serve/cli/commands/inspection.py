@@ -117,9 +117,9 @@ def _described(adapter: AdapterInfo) -> list[Text]:
     name = (adapter.name, "bold")
     if adapter.problem:
         return [Text.assemble(name, ("  refused", "red")), Text(f"    {adapter.problem}", style="red")]
-    state = "in memory" if adapter.resident else "on disk"
+    state = ", in memory" if adapter.resident else ""  # who may not know it is told that it is not
     kind = f"{adapter.kind}, intrinsic" if adapter.intrinsic_digest else adapter.kind
-    lines = [Text.assemble(name, f"  {kind}, rank {adapter.rank}, {state}, digest {adapter.digest[:12]}")]
+    lines = [Text.assemble(name, f"  {kind}, rank {adapter.rank}{state}, digest {adapter.digest[:12]}")]
     if adapter.invocation_text:
         lines.append(Text(f"    invoked by {adapter.invocation_text!r}"))
     lines.append(Text(f"    adapts {', '.join(adapter.target_modules)}"))

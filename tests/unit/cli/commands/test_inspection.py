@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from alora_serve.adapters.catalog import refused_info
 from alora_serve.cli.commands.inspection import _described
 from alora_serve.types import AdapterDigest, AdapterInfo
@@ -25,6 +27,11 @@ def test_an_adapter_is_described_by_what_tells_it_from_others() -> None:
         "    invoked by '<|im_start|>guard<|im_end|>'",
         "    adapts q_proj, v_proj",
     ]
+
+
+def test_whether_an_adapter_is_in_memory_is_not_denied_to_those_who_may_not_know() -> None:
+    [said, *_] = _described(replace(GUARD, resident=False))
+    assert said.plain == "guard  alora, rank 8, digest 0123456789ab"
 
 
 def test_a_refused_adapter_shows_why_and_nothing_that_is_not_known() -> None:
