@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from adapter_router.access.quotas import Quotas
 from adapter_router.adapters import AdapterDirectory
+from adapter_router.admission import BYTES_PER_TOKEN
 from adapter_router.demands import Demands, is_plain_lora
 from adapter_router.dispatch import Call, call_endpoint
 from adapter_router.endpoints.endpoint import Endpoint
 from adapter_router.prepare import Preparer
 from adapter_router.usage import merged_timings, merged_usage
+from alora_serve.errors import DeadlinePassedError
 from alora_serve.rpc.convert import Scoring, score_result_from_proto, score_to_proto
-from alora_serve.types import ScoreRequest, ScoreResult
+from alora_serve.types import ScoreRequest, ScoreResult, Usage
 from alora_serve.v1 import adapter_decode_pb2 as decode_pb2
 from alora_serve.v1 import types_pb2
 
@@ -36,7 +39,16 @@ class ScoringWorkers:
         *,
         max_attempts: int,
     ) -> None:
-        """``max_attempts`` bounds the workers tried for one call; ``quotas`` are charged with what workers ran."""
+        """Keep who scores.
+
+        Args:
+            workers: those who do.
+            adapters: says of which kind an adapter is.
+            preparer: prepares the conversations.
+            demands: says what a score needs of a worker.
+            quotas: charged with what workers ran; with a guess where who asked is gone before they answer.
+            max_attempts: bounds the workers tried for one call.
+        """
         self._workers = workers
         self._adapters = adapters
         self._preparer = preparer
@@ -76,7 +88,13 @@ class ScoringWorkers:
             return await worker.stub.Score(request, timeout=call.remaining_seconds(), metadata=call.metadata)
 
         demand = self._demands.generation(prepared.handle, adapter, call.tenant_salt)
-        response = await call_endpoint(self._workers, demand, invoke, method=SCORE, max_attempts=self._max_attempts)
+        try:
+            response = await call_endpoint(self._workers, demand, invoke, method=SCORE, max_attempts=self._max_attempts)
+        except (asyncio.CancelledError, DeadlinePassedError):
+            # All may have run, and of a prompt what no prefill has been charged with.
+            run = sum(len(text.encode()) for text in scoring.continuations) // BYTES_PER_TOKEN
+            self._quotas.charge(call.tenant, Usage(computed_tokens=demand.computed_tokens, generated_tokens=run))
+            raise
         result, prefill = score_result_from_proto(response), prepared.prefill
         # What is scored has run as well, though nobody generated it.
         run = sum(len(score.token_ids) for score in result.scores)

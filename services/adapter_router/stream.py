@@ -79,7 +79,8 @@ class DecodeStream:
             silence_seconds: after so long without an event a worker is lost.
             resume_wait_seconds: longest wait for a worker that can go on with what was begun.
             metrics: told of the first token, and what the finished stream cost.
-            charge: told what the stream cost beside the prefill, finished or not.
+            charge: told what the stream cost beside the prefill, finished or not; of one that is not, what a prompt
+                that nothing but its worker can compute may have cost.
         """
         self.delivered = bytearray(pack_token_ids(request.resume.generated_tokens) if request.resume else b"")
         self.started: types_pb2.Started | None = None
@@ -119,8 +120,8 @@ class DecodeStream:
                 error.metadata["delivered_tokens"] = str(len(self._tokens()))
             raise
         finally:
-            if not self._is_charged:  # what is known of it
-                self._charge(Usage(prompt_tokens=0, generated_tokens=len(self._tokens())))
+            if not self._is_charged:
+                self._charge(self._known_usage())
             self._span.end()
 
     async def _attempts(self) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
@@ -206,6 +207,11 @@ class DecodeStream:
             model_digest=started.model_digest,
         )
         return replace(self._request, resume=resume, is_taken_over=True)
+
+    def _known_usage(self) -> Usage:
+        """What a stream without its end may have cost: no prefill has paid for a prompt that its worker computes."""
+        computed = self.started.prompt_tokens if self.started is not None and self._demand.computed_tokens else 0
+        return Usage(computed_tokens=computed, generated_tokens=len(self._tokens()))
 
     def _tokens(self) -> TokenIds:
         return unpack_token_ids(bytes(self.delivered), "delivered")

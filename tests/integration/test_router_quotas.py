@@ -23,6 +23,7 @@ from fake_services import FakePrefill, FakeWorker, answer, deployment, until
 HELLO = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hi")])
 GENERATE = alora_pb2.GenerateRequest(prompt=HELLO, adapter="jailbreak")
 SCORE = alora_pb2.ScoreRequest(prompt=HELLO, adapter="jailbreak", continuations=["abc", "d"])
+BY_PLAIN_LORA = alora_pb2.GenerateRequest(prompt=HELLO, adapter="plain")
 FAN_OUT = alora_pb2.FanOutRequest(
     prompt=HELLO, targets=[alora_pb2.FanOutTarget(adapter=name) for name in ("jailbreak", "certainty")]
 )
@@ -98,15 +99,51 @@ async def test_an_abandoned_fan_out_is_charged_its_one_prefill_and_what_was_deli
     assert quotas.stored_bytes == PREFILL_BYTES
 
 
-async def test_a_stream_that_no_worker_takes_is_charged_its_prefill() -> None:
+async def test_an_abandoned_stream_of_a_plain_lora_is_charged_its_whole_prompt_which_its_worker_computes() -> None:
+    quotas = Ledger()
+    async with deployment([FakePrefill()], [FakeWorker(one_token)], quotas=quotas) as (router, _):
+        call = router.stub.Generate(BY_PLAIN_LORA)
+        async for response in call:
+            if response.event.HasField("started"):
+                prompt_tokens = response.event.started.prompt_tokens
+            if response.event.HasField("chunk"):
+                break
+        call.cancel()
+        await until(lambda: router.metric("alora_router_in_flight") == 0)
+    assert quotas.tokens == prompt_tokens + 1
+
+
+async def test_a_fan_out_that_is_abandoned_is_charged_the_prompt_of_its_plain_lora_besides() -> None:
+    quotas = Ledger()
+    request = alora_pb2.FanOutRequest(
+        prompt=HELLO, targets=[alora_pb2.FanOutTarget(adapter=name) for name in ("jailbreak", "plain")]
+    )
+    async with deployment([FakePrefill()], [FakeWorker(one_token)], quotas=quotas) as (router, _):
+        call = router.stub.FanOut(request)
+        chunks = 0
+        async for response in call:
+            chunks += response.event.HasField("chunk")
+            if chunks == 2:
+                break
+        call.cancel()
+        await until(lambda: router.metric("alora_router_in_flight") == 0)
+    of_plain_lora = PREFILL_TOKENS + 1
+    assert quotas.tokens == PREFILL_TOKENS + of_plain_lora + 2
+
+
+@pytest.mark.parametrize("adapter", ["jailbreak", "plain"])
+async def test_a_stream_that_no_worker_takes_is_charged_its_prefill(adapter: str) -> None:
+    request = alora_pb2.GenerateRequest(prompt=HELLO, adapter=adapter)
     quotas = Ledger()
     async with deployment([FakePrefill()], [FakeWorker(refuse)], quotas=quotas) as (router, _):
         with pytest.raises(grpc.aio.AioRpcError):
-            await read_all(router.stub.Generate(GENERATE))
-    assert (quotas.tokens, quotas.stored_bytes) == (PREFILL_TOKENS, PREFILL_BYTES)
+            await read_all(router.stub.Generate(request))
+    assert quotas.tokens == (PREFILL_TOKENS if adapter == "jailbreak" else 0), "a plain LoRA's is only tokenized"
 
 
-async def test_a_score_that_is_given_up_is_charged_its_prefill() -> None:
+@pytest.mark.parametrize("goes", ["cancels", "runs out of time"])
+@pytest.mark.parametrize("adapter", ["jailbreak", "plain"])
+async def test_a_score_that_is_given_up_is_charged_its_prompt_and_a_guess_at_its_texts(adapter: str, goes: str) -> None:
     asked = asyncio.Event()
 
     class Hanging(FakeWorker):
@@ -115,12 +152,17 @@ async def test_a_score_that_is_given_up_is_charged_its_prefill() -> None:
             await asyncio.Event().wait()
 
     quotas = Ledger()
+    request = alora_pb2.ScoreRequest(prompt=HELLO, adapter=adapter, continuations=["a text of 20 bytes..", "d" * 20])
     async with deployment([FakePrefill()], [Hanging()], quotas=quotas) as (router, _):
-        call = router.stub.Score(SCORE)
+        call = router.stub.Score(request, timeout=1.0 if goes == "runs out of time" else None)
         await asyncio.wait((asyncio.ensure_future(asked.wait()),), timeout=20)
-        call.cancel()
+        if goes == "cancels":
+            call.cancel()
+        with suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+            await call
         await until(lambda: router.metric("alora_router_in_flight") == 0)
-    assert (quotas.tokens, quotas.stored_bytes) == (PREFILL_TOKENS, PREFILL_BYTES)
+    prompt_tokens = PREFILL_TOKENS  # of one message: base prefill computes it, or the worker with a plain LoRA
+    assert (quotas.tokens, quotas.stored_bytes) == (prompt_tokens + 40 // 4, PREFILL_BYTES)
 
 
 LONG = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hi " * 400)])
