@@ -44,7 +44,7 @@ CHOICES = ["namespace", "job", "instance"]
 ABSENT_WHILE_WELL = {
     'alora_rpc_handled_total{code=~"INTERNAL|UNKNOWN"}',
     'alora_rpc_handled_total{method=~"/alora_serve.v1.AloraService/.+", code="FAILED_PRECONDITION"}',
-    'alora_http_requests_total{route!~"GET /(health|metrics)", status=~"500|503|504"}',
+    'alora_http_requests_total{route!~"(GET|HEAD) /(health|metrics)", status=~"500|503|504"}',
     'ALERTS{alertname="AloraServiceDown"}',
 }
 """What alerts ask for and a deployment that is well does not have."""
