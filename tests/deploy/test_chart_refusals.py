@@ -48,6 +48,12 @@ def test_certificates_for_a_store_in_plain_text(scheme: str, secret: str, render
     assert render("minimal", "--set", plain.replace("redis", "rediss"))
 
 
+@pytest.mark.parametrize("secret", ["caSecret", "clientSecret"])
+def test_certificates_for_a_store_of_files(secret: str, render: Any, refused: Any) -> None:
+    assert "store.tls is for store.type external" in refused("lmdb", "--set", f"store.tls.{secret}=certificates")
+    assert render("lmdb")
+
+
 def test_a_password_without_a_place(render: Any, refused: Any) -> None:
     told = f"{EXTERNAL},store.password=true,store.external.url="
     assert "redis://:$(STORE_PASSWORD)@host" in refused("minimal", "--set", f"{told}redis://host:6379/0")

@@ -16,12 +16,17 @@
 {{- fail "store.tls needs a store.external.url that begins with rediss: redis is plain text" -}}
 {{- end -}}
 {{- end -}}
-{{- else if and (eq $store.type "lmdb") (eq $store.lmdb.medium "Cache") -}}
+{{- else if eq $store.type "lmdb" -}}
+{{- if or $store.tls.caSecret $store.tls.clientSecret -}}
+{{- fail "store.tls is for store.type external: lmdb is files, which nobody connects to" -}}
+{{- end -}}
+{{- if eq $store.lmdb.medium "Cache" -}}
 {{- /* Pages are copied before they are freed, and nothing else keeps the file within the volume. */ -}}
 {{- $size := include "alora-serve.bytes" $store.lmdb.size | int64 -}}
 {{- if gt (mul 10 $size) (mul 7 (include "alora-serve.bytes" .Values.cache.size | int64)) -}}
 {{- $problem := "store.lmdb.size, %s, must be at most seven tenths of cache.size, %s, which must hold fetched models besides" -}}
 {{- fail (printf $problem $store.lmdb.size .Values.cache.size) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
