@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from adapter_router.dispatch import Call, call_endpoint
@@ -45,9 +45,12 @@ class Prefilling:
         return [*self._prefills.models(), *(self._workers.models() if self._workers_prefill else ())]
 
     async def prefill(
-        self, demand: Demand, request: BasePrefillServicePrefillRequest, call: Call
+        self, demand: Demand, request: BasePrefillServicePrefillRequest, call: Call, on_sent: Callable[[], object]
     ) -> BasePrefillServicePrefillResponse:
         """Have one prompt prefilled.
+
+        Args:
+            on_sent: called before the first endpoint is asked, and perhaps again.
 
         Raises:
             UnavailableError: nobody could take it.
@@ -61,7 +64,9 @@ class Prefilling:
             return await ask(BasePrefillServiceStub(endpoint.channel))
 
         async def ask(stub: PrefillStub) -> BasePrefillServicePrefillResponse:
-            return await stub.Prefill(request, timeout=call.remaining_seconds(), metadata=call.metadata)
+            timeout_seconds = call.remaining_seconds()
+            on_sent()
+            return await stub.Prefill(request, timeout=timeout_seconds, metadata=call.metadata)
 
         try:
             return await call_endpoint(

@@ -130,10 +130,11 @@ class Preparer:
         demand = self._prefill_demand(prompt, adapter, call, begun_with)
         if tokenize_only:
             demand = replace(demand, expected_tokens=0)
+        sent = asyncio.Event()
         try:
-            result = prefill_result_from_proto(await self._prefilling.prefill(demand, request, call))
+            result = prefill_result_from_proto(await self._prefilling.prefill(demand, request, call, sent.set))
         except (asyncio.CancelledError, DeadlinePassedError):
-            if not tokenize_only:  # it may have been computed to its last token
+            if sent.is_set() and not tokenize_only:  # it may have been computed to its last token
                 self._quotas.charge(call.tenant, Usage(computed_tokens=_guessed_tokens(message)))
             raise
         self._quotas.charge(call.tenant, result.usage)

@@ -196,6 +196,24 @@ async def test_a_prefill_that_is_given_up_is_charged_as_many_tokens_as_it_was_ad
     assert (quotas.tokens, quotas.stored_bytes) == (LONG.ByteSize() // 4, 0)
 
 
+async def test_a_prefill_that_nobody_could_take_costs_nothing() -> None:
+    """While all base prefills are away, calls with short deadlines would use up what their tenant may compute."""
+    quotas = Ledger()
+    async with deployment([FakePrefill()], [FakeWorker()], quotas=quotas) as (router, [prefill, *_]):
+        await prefill.kill()
+        await until(lambda: router.metric("alora_router_endpoints", role="base_prefill", state="healthy") == 0)
+        for timeout_seconds in (0.2, None):
+            call = router.stub.Generate(alora_pb2.GenerateRequest(prompt=LONG), timeout=timeout_seconds)
+            reading = asyncio.ensure_future(read_all(call))
+            await asyncio.sleep(0.1)
+            if timeout_seconds is None:
+                call.cancel()
+            with suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+                await reading
+            await until(lambda: router.metric("alora_router_in_flight") == 0)
+    assert not quotas.tokens
+
+
 async def test_what_is_only_to_be_tokenized_is_charged_nothing_when_it_is_given_up() -> None:
     quotas, prefill = Ledger(), NeverPrefills()
     async with deployment([prefill], [FakeWorker()], quotas=quotas) as (router, _):
