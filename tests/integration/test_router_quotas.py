@@ -71,6 +71,16 @@ async def read_all(call: Any) -> None:
         pass
 
 
+async def read_two_chunks_and_leave(router: Any, request: alora_pb2.FanOutRequest) -> None:
+    call, chunks = router.stub.FanOut(request), 0
+    async for response in call:
+        chunks += response.event.HasField("chunk")
+        if chunks == 2:
+            break
+    call.cancel()
+    await until(lambda: router.metric("alora_router_in_flight") == 0)
+
+
 async def test_an_abandoned_stream_is_charged_its_prefill_and_what_was_delivered() -> None:
     quotas = Ledger()
     async with deployment([FakePrefill()], [FakeWorker(one_token)], quotas=quotas) as (router, _):
@@ -87,14 +97,7 @@ async def test_an_abandoned_stream_is_charged_its_prefill_and_what_was_delivered
 async def test_an_abandoned_fan_out_is_charged_its_one_prefill_and_what_was_delivered_of_each() -> None:
     quotas = Ledger()
     async with deployment([FakePrefill()], [FakeWorker(one_token)], quotas=quotas) as (router, _):
-        call = router.stub.FanOut(FAN_OUT)
-        chunks = 0
-        async for response in call:
-            chunks += response.event.HasField("chunk")
-            if chunks == 2:
-                break
-        call.cancel()
-        await until(lambda: router.metric("alora_router_in_flight") == 0)
+        await read_two_chunks_and_leave(router, FAN_OUT)
     assert quotas.tokens == PREFILL_TOKENS + 2
     assert quotas.stored_bytes == PREFILL_BYTES
 
@@ -119,14 +122,7 @@ async def test_a_fan_out_that_is_abandoned_is_charged_the_prompt_of_its_plain_lo
         prompt=HELLO, targets=[alora_pb2.FanOutTarget(adapter=name) for name in ("jailbreak", "plain")]
     )
     async with deployment([FakePrefill()], [FakeWorker(one_token)], quotas=quotas) as (router, _):
-        call = router.stub.FanOut(request)
-        chunks = 0
-        async for response in call:
-            chunks += response.event.HasField("chunk")
-            if chunks == 2:
-                break
-        call.cancel()
-        await until(lambda: router.metric("alora_router_in_flight") == 0)
+        await read_two_chunks_and_leave(router, request)
     of_plain_lora = PREFILL_TOKENS + 1
     assert quotas.tokens == PREFILL_TOKENS + of_plain_lora + 2
 
