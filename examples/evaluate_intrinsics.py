@@ -117,9 +117,9 @@ class Results:
             files = {seed: self.file(f"{asked.name}-{kind}-{seed}") for seed in self.seeds}
         return {seed: load_evaluation(file) for seed, file in files.items() if file.is_file()}
 
-    def seconds(self, task: str, kind: str) -> float | None:
+    def seconds(self, name: str, kind: str) -> float | None:
         """Median time of a call about a conversation whose KV is there; None where it was not measured."""
-        file = self.directory / f"{task}-times.json"
+        file = self.directory / f"{name}-times.json"
         return float(median(json.loads(file.read_text())[kind])) if file.is_file() else None
 
 
@@ -164,11 +164,11 @@ def judge(client: Client, arguments: argparse.Namespace, results: Results) -> No
 
 def time_calls(client: Client, arguments: argparse.Namespace, results: Results) -> None:
     """Seconds of calls about conversations that another seed was asked about a moment ago."""
-    for task in arguments.only:
-        rows = test_rows(TestSet(task), arguments)
+    for asked in test_sets(arguments.only):
+        rows = test_rows(asked, arguments)
         step = max(1, len(rows) // TIMED_ROWS)
-        before = IntrinsicAsker(client, f"{task}-alora-{arguments.seeds[-1]}")
-        askers = {kind: IntrinsicAsker(client, f"{task}-{kind}-{arguments.seeds[0]}") for kind in KINDS}
+        before = IntrinsicAsker(client, f"{asked.task}-alora-{arguments.seeds[-1]}")
+        askers = {kind: IntrinsicAsker(client, f"{asked.task}-{kind}-{arguments.seeds[0]}") for kind in KINDS}
         taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for number, row in enumerate(rows[::step][: TIMED_ROWS + 1]):
             before.ask(row)
@@ -176,7 +176,7 @@ def time_calls(client: Client, arguments: argparse.Namespace, results: Results) 
                 seconds = asker.ask(row).timings.total_seconds
                 if number:  # the first loads adapters
                     taken[kind].append(seconds)
-        (results.directory / f"{task}-times.json").write_text(json.dumps(taken) + "\n")
+        (results.directory / f"{asked.name}-times.json").write_text(json.dumps(taken) + "\n")
 
 
 def _with_interval(runs: Sequence[Evaluation], metric: str) -> str:

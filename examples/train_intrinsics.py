@@ -8,7 +8,7 @@ One training runs at a time, as a process of its own; what is done is not done a
 
 ``DIR/TASK/train.jsonl`` is read; ``build/data/TASK`` is looked at first, where the ``prepare_*.py`` beside this write.
 ``examples/data/TASK/train_context.jsonl`` is added, where there is one: rows inside longer conversations. State is
-under ``build/intrinsics``: ``TASK-KIND-SEED`` and, while a task's aLoRAs train, its base KV: up to 17 GB, which all
+under ``build/intrinsics``: ``TASK-KIND-SEED`` and, while a task's aLoRAs train, its base KV: up to 24 GB, which all
 their seeds read. The aLoRAs are trained first, then the twins.
 """
 

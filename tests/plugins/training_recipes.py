@@ -23,7 +23,6 @@ def make_recipe(kind: str = "alora", **changes: object) -> Recipe:
         "rank": 4,
         "learning_rate": 2e-2,
         "weight_decay": 0.0,
-        "batch_size": 8,
     }
     if "labels" in changes and "likelihood" not in changes:
         fields["likelihood"] = {}

@@ -38,7 +38,7 @@ class Recipe(BaseModel):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
     epochs: int = Field(2, ge=1)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(8, ge=1)
     learning_rate: float = Field(1e-3, gt=0.0)
     weight_decay: float = Field(0.01, ge=0.0)
     validation_fraction: float = Field(0.1, ge=0.0, lt=1.0)
