@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alora_serve.model.device_kernels import fused_kernel
 from alora_serve.model.threads import ThreadsFor
+from alora_serve.model.wide_attention import attend_widely, suits
 
 HEAD_MULTIPLICATIONS: Final = 100_000
 """What the two products of one head cost besides their arithmetic, as multiplications: some 4 us."""
@@ -40,6 +41,8 @@ def attend(
     Returns:
         ``[batch, heads, n, head_dim]`` and float32 ``[batch, heads, n]``.
     """
+    if softcap is None and mask is None and not causal and suits(query, key):
+        return attend_widely(query, key, value, scale)
     if softcap is None and query.device.type == "cpu" and (mask is None or mask.dim() == 4):
         # A mask of four dimensions comes with queries that see at least themselves.
         read = key.numel() + value.numel()

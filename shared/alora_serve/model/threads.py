@@ -32,6 +32,16 @@ class _Usual(threading.local):
 _usual = _Usual()
 
 
+def threads_sleep() -> bool:
+    """Whether OpenMP's threads sleep between calls."""
+    return _threads_sleep
+
+
+def usual_threads() -> int:
+    """How many the calling thread's calls have where a block does not say otherwise."""
+    return _usual.threads or torch.get_num_threads()
+
+
 class ThreadsFor:
     """As many threads as a call is worth while the ``with`` block runs: torch's own number, or one.
 
@@ -47,7 +57,7 @@ class ThreadsFor:
     def __init__(self, size_bytes: float, multiplications: float) -> None:
         self._before = torch.get_num_threads()
         self._is_outermost = _usual.threads is None
-        usual = _usual.threads or self._before
+        usual = usual_threads()
         alone_seconds = size_bytes / BYTES_PER_SECOND + multiplications / MULTIPLICATIONS_PER_SECOND
         few = _threads_sleep and usual > 1 and alone_seconds * (1 - 1 / usual) < WAKE_SECONDS
         self._wanted = 1 if few else usual

@@ -1,0 +1,75 @@
+"""Parts run once each, in lanes of one torch thread, and a part that fails ends the others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from alora_serve.model import threads as threads_module
+from alora_serve.model.lanes import MOST_LANES, lanes, run_in_lanes
+from alora_serve.model.threads import ThreadsFor
+
+
+@pytest.fixture(autouse=True)
+def two_sleeping_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    usual = torch.get_num_threads()
+    monkeypatch.setattr(threads_module, "_threads_sleep", True)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("count", [1, 2, MOST_LANES])
+def test_every_part_runs_once_on_one_torch_thread(count: int) -> None:
+    ran: list[tuple[int, int, bool]] = []
+
+    def part(number: int) -> None:
+        ran.append((number, torch.get_num_threads(), torch.is_inference_mode_enabled()))
+
+    run_in_lanes([partial(part, number) for number in range(50)], count)
+    assert sorted(ran) == [(number, 1, True) for number in range(50)]
+    assert torch.get_num_threads() == 2
+
+
+def test_lanes_run_at_the_same_time() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+    run_in_lanes([meeting.wait, meeting.wait], 2)
+
+
+def test_a_part_that_fails_ends_the_work_and_is_told_after_all_lanes_have_stopped() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+    finished: list[bool] = []
+    left_out: list[bool] = []
+
+    def fails() -> None:
+        meeting.wait()
+        raise ZeroDivisionError
+
+    def works() -> None:
+        meeting.wait()
+        torch.randn(300, 300) @ torch.randn(300, 300)
+        finished.append(True)
+
+    with pytest.raises(ZeroDivisionError):
+        run_in_lanes([fails, works, *[lambda: left_out.append(True)] * 10_000], 2)
+    assert finished == [True]
+    assert len(left_out) < 10_000
+    assert torch.get_num_threads() == 2
+
+
+def test_there_are_as_many_lanes_as_threads_that_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lanes() == 2
+    with ThreadsFor(0, 0):
+        assert torch.get_num_threads() == 1
+        assert lanes() == 2
+    torch.set_num_threads(MOST_LANES + 1)
+    assert lanes() == 0
+    torch.set_num_threads(2)
+    monkeypatch.setattr(threads_module, "_threads_sleep", False)
+    assert lanes() == 0
+    torch.set_num_threads(1)
+    assert lanes() == 1
