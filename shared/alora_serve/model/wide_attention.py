@@ -18,15 +18,16 @@ from torch import Tensor
 
 from alora_serve.model.lanes import lanes, run_in_lanes
 
-LEAST_SCORES: Final = 80_000
-"""Of a head: fewer cost more in calls than they gain; 15 rows on 5,400 tokens have as many."""
+LEAST_SCORES: Final = 190_000
+"""Of a head: for fewer, calls cost more than they gain. The fused kernel takes 0.9 ms for as many."""
 
-LEAST_TOKENS: Final = 256
+LEAST_ROWS: Final = 96
+"""Fewer are a decode step's: reading keys is most of their work, and the kernel does it as well."""
 
-LEAST_ROWS: Final = 48
-"""Of a part: fewer read keys too often."""
-
+FEWEST_ROWS: Final = 48
 MOST_ROWS: Final = 384
+"""Of a part. Fewer would read keys too often, and more spill over the cache."""
+
 PART_SCORES: Final = 2**19
 """Of a part: 2 MB of them in float32, more or less what a core's cache holds."""
 
@@ -37,7 +38,7 @@ def suits(query: Tensor, key: Tensor) -> bool:
     return (
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"
-        and tokens >= LEAST_TOKENS
+        and rows >= LEAST_ROWS
         and rows * tokens >= LEAST_SCORES
         and _has_fast_products()
         and lanes() > 0
@@ -63,8 +64,8 @@ def attend_widely(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
     """
     batch, heads, n, _ = query.shape
     count = max(1, lanes())
-    pieces = -(-n // min(MOST_ROWS, max(LEAST_ROWS, PART_SCORES // key.shape[2])))
-    pieces = min(pieces + -pieces % count, max(1, n // LEAST_ROWS))  # as many of a head for each lane
+    pieces = -(-n // min(MOST_ROWS, max(FEWEST_ROWS, PART_SCORES // key.shape[2])))
+    pieces = min(pieces + -pieces % count, max(1, n // FEWEST_ROWS))  # as many of a head for each lane
     rows = -(-n // pieces)
     out = torch.empty((*query.shape[:3], value.shape[3]), dtype=query.dtype)
     lse = torch.empty(query.shape[:3], dtype=torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alora_serve.model import attention_kernels, wide_attention
 from alora_serve.model import threads as threads_module
-from alora_serve.model.wide_attention import LEAST_SCORES, LEAST_TOKENS, attend_widely, suits
+from alora_serve.model.wide_attention import LEAST_ROWS, LEAST_SCORES, attend_widely, suits
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu.get_capabilities().get("avx512_bf16"), reason="this processor does not multiply bfloat16 natively"
@@ -63,10 +63,10 @@ def test_one_product_alone_would_be_too_coarse() -> None:
 
 def test_it_is_taken_where_there_is_enough_to_do(lane_count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide_attention, "_has_fast_products", lambda: True)
-    query, key, value = problem(-(-LEAST_SCORES // LEAST_TOKENS), LEAST_TOKENS)
+    query, key, value = problem(LEAST_ROWS, -(-LEAST_SCORES // LEAST_ROWS))
     assert suits(query, key)
-    assert not suits(query[:, :, 1:], key)
     assert not suits(query, key[:, :, 1:])
+    assert not suits(query[:, :, 1:], torch.cat((key, key), dim=2))
     assert not suits(query.float(), key.float())
     out, lse = attention_kernels.attend(query, key, value, 0.125)
     again, its_lse = attend_widely(query, key, value, 0.125)
