@@ -185,9 +185,9 @@ async def measure(arguments: argparse.Namespace, console: Console) -> Path:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=96, help="of each file (default 96)")
+    parser.add_argument("--rows", type=int, default=48, help="of each file (default 48)")
     parser.add_argument("--epochs", type=int, default=4, help="as the recipe's (default 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="trainings in each way (default 3)")
+    parser.add_argument("--rounds", type=int, default=2, help="trainings in each way (default 2)")
     parser.add_argument("--dtype", choices=tuple(SAME_LOSS), default="float32", help="of the base model")
     parser.add_argument("--json", action="store_true", help="print the file's name alone")
     run_command(measure, parser.parse_args())

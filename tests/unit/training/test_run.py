@@ -114,10 +114,10 @@ def test_the_command_trains_free_text(tiny_model_directory: Path, rows_file: Pat
     flags += ["--field", "verdict", "--epochs", "1", "--targets", "q_proj,v_proj", "--seed", "3", "--json"]
     result = CliRunner().invoke(app, ["train", *flags])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["trained"]["steps"] == 3
+    assert json.loads(result.stdout)["trained"]["steps"] == 5
     assert "36 rows to train, 4 to validate" in result.stderr
     bar = result.stderr.splitlines()[-1]
-    assert re.search(r"^loss \d+\.\d{3} .* 3/3 .* left \d+:\d\d", bar), "the loss, the steps and the time left"
+    assert re.search(r"^loss \d+\.\d{3} .* 5/5 .* left \d+:\d\d", bar), "the loss, the steps and the time left"
     assert "`verdict`" in (tmp_path / "out" / "README.md").read_text()
     refused = CliRunner().invoke(app, ["train", *flags, "--rank", "0"])
     assert refused.exit_code == 1
