@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Final
 
@@ -39,18 +39,17 @@ def run_in_lanes(parts: Iterable[Callable[[], None]], count: int) -> None:
         with ThreadsFor(0, 0):
             _drain(left)
     finally:
-        for other in others:
-            other.exception()
+        wait(others)
     for other in others:
         other.result()
 
 
 def _drain(left: deque[Callable[[], None]]) -> None:
     with torch.inference_mode():
-        while left:
+        while True:
             try:
                 part = left.popleft()
-            except IndexError:  # another lane took the last
+            except IndexError:  # none is left
                 return
             try:
                 part()

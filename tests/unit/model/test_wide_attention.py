@@ -12,9 +12,6 @@ from alora_serve.model import attention_kernels, wide_attention
 from alora_serve.model import threads as threads_module
 from alora_serve.model.wide_attention import LEAST_ROWS, LEAST_SCORES, attend_widely, suits
 
-pytestmark = pytest.mark.skipif(
-    not torch.cpu.get_capabilities().get("avx512_bf16"), reason="this processor does not multiply bfloat16 natively"
-)
 SCORES_ERROR = 40 * 2.0**-17
 """Scores are up to 40 here, of which two bfloat16 numbers keep 16 digits; one would be off by up to 0.08."""
 
