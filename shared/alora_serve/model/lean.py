@@ -22,8 +22,8 @@ from alora_serve.model.projections import Projection
 from alora_serve.model.step import Step
 from alora_serve.model.threads import ThreadsFor
 
-ACTIVATION: Final = 10
-"""What the activation of a number and its product with another cost, as multiplications: some 0.3 ns."""
+ACTIVATION_MULTIPLICATIONS: Final = 10
+"""What the activation of a number and its product with another cost: some 0.3 ns."""
 
 LLAMA_SHAPED: Final = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"})
 """Models whose decoder layers differ from Llama's in nothing but biases and windows."""
@@ -125,7 +125,7 @@ class LeanForward:
             hidden = hidden + layer.o(row.attend().flatten(1))
             gate_up = layer.gate_up(layer.before_mlp(hidden))
             gate, up = gate_up[:, layer.gate_up.columns[0]], gate_up[:, layer.gate_up.columns[1]]
-            with ThreadsFor(0, gate.numel() * ACTIVATION):
+            with ThreadsFor(0, gate.numel() * ACTIVATION_MULTIPLICATIONS):
                 inner = layer.activation(gate) * up
             hidden = hidden + layer.down(inner)
         return None if wanted is None else self._output(self._norm(hidden[wanted]))

@@ -16,8 +16,8 @@ from alora_serve.model.step import Span, Step
 from alora_serve.model.stock import run_stock
 from alora_serve.model.threads import ThreadsFor
 
-OPERATION: Final = 3
-"""What an operation on one number of a row costs, as multiplications: some 0.1 ns, as rows lie in a core's cache."""
+OPERATION_MULTIPLICATIONS: Final = 3
+"""What an operation on one number of a row costs: some 0.1 ns, as rows lie in a core's cache."""
 
 
 class ModelRunner:
@@ -50,7 +50,7 @@ class ModelRunner:
         ]
         wanted = torch.tensor(rows, device=self._model.device) if rows else None
         # A step is a thousand small calls beside its products and attentions, which choose for themselves.
-        with torch.inference_mode(), ThreadsFor(0, step.total_rows * self._features * OPERATION):
+        with torch.inference_mode(), ThreadsFor(0, step.total_rows * self._features * OPERATION_MULTIPLICATIONS):
             logits = self._logits(step, wanted, adapters)
         return None if logits is None else logits.float()
 

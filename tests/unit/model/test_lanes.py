@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -14,14 +13,7 @@ from alora_serve.model import threads as threads_module
 from alora_serve.model.lanes import MOST_LANES, lanes, run_in_lanes
 from alora_serve.model.threads import ThreadsFor
 
-
-@pytest.fixture(autouse=True)
-def two_sleeping_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    usual = torch.get_num_threads()
-    monkeypatch.setattr(threads_module, "_threads_sleep", True)
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(usual)
+pytestmark = pytest.mark.usefixtures("two_sleeping_threads")
 
 
 @pytest.mark.parametrize("count", [1, 2, MOST_LANES])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,13 +14,7 @@ SMALL_BYTES = WAKE_SECONDS * BYTES_PER_SECOND
 """One of two threads would save half of that time: half a wake."""
 
 
-@pytest.fixture(autouse=True)
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    usual = torch.get_num_threads()
-    monkeypatch.setattr(threads_module, "_threads_sleep", True)
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(usual)
+pytestmark = pytest.mark.usefixtures("two_sleeping_threads")
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from alora_serve.model import attention_kernels, wide_attention
-from alora_serve.model import threads as threads_module
 from alora_serve.model.wide_attention import LEAST_ROWS, LEAST_SCORES, attend_widely, suits
 
 SCORES_ERROR = 40 * 2.0**-17
@@ -17,12 +14,10 @@ SCORES_ERROR = 40 * 2.0**-17
 
 
 @pytest.fixture(params=[1, 2])
-def lane_count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    usual = torch.get_num_threads()
-    monkeypatch.setattr(threads_module, "_threads_sleep", True)
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(usual)
+def lane_count(request: pytest.FixtureRequest, two_sleeping_threads: None) -> int:
+    count: int = request.param
+    torch.set_num_threads(count)
+    return count
 
 
 def problem(rows: int, tokens: int, head_dim: int = 64, heads: int = 3) -> tuple[Tensor, Tensor, Tensor]:
