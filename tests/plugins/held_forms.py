@@ -32,7 +32,7 @@ def holds(form: StructuredOutput, text: str) -> bool:
 
 
 def allowed(constraint: Constraint, token: int) -> bool:
-    return bool(constraint.mask()[token >> 3] >> (token & 7) & 1)
+    return bool(constraint.patient_mask()[token >> 3] >> (token & 7) & 1)
 
 
 def schema(**keywords: Any) -> JsonSchema:

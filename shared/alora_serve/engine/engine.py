@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Protocol
@@ -239,28 +240,39 @@ class Engine:
             self._running.append(sequence)
 
     def _step(self) -> None:
-        for finished in [sequence for sequence in self._running if sequence.pending_tokens <= 0]:
+        renewals = self._stepper.renewals
+        if late := renewals.take(self._running):
+            with self._contained([held.sequence for held in late]):
+                self._stepper.deliver(late, self._finish)
+        for finished in [one for one in self._running if one.pending_tokens <= 0 and one not in renewals]:
             self._finish(Ended(finished))
         chosen = self._stepper.schedule(self._running)
         if not chosen:
+            renewals.wait()
             return
-        started = monotonic()
-        try:
+        started, batch = monotonic(), None
+        with self._contained([sequence for sequence, _ in chosen]):
             batch = self._stepper.run(chosen, self._finish)
-        except Exception as error:  # noqa: BLE001
-            # The engine must outlive any one batch: its sequences fail with what happened, the rest go on.
-            # This thread has no request of its own.
-            _log.exception("step failed", request_ids=[sequence.request_id for sequence, _ in chosen])
-            failure = error if isinstance(error, AloraServeError) else StepFailedError(f"engine step failed: {error!r}")
-            for sequence, _ in chosen:
-                if sequence in self._running:
-                    self._fail(sequence, failure)
+        if batch is None:
             return
         seconds, counts = monotonic() - started, [len(span.tokens) for _, span in batch]
         self._metrics.step(len(batch), sum(counts), seconds)
         decoding, budget = counts.count(1), self._limits.max_step_tokens
         prompt = sum(counts) - decoding
         self.rates.observe(decoding=decoding, prompt_tokens=prompt, budget_tokens=budget, seconds=seconds)
+
+    @contextmanager
+    def _contained(self, sequences: list[Sequence]) -> Iterator[None]:
+        """The engine must outlive any one batch: its sequences fail with what happened, the rest go on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            # This thread has no request of its own.
+            _log.exception("step failed", request_ids=[sequence.request_id for sequence in sequences])
+            failure = error if isinstance(error, AloraServeError) else StepFailedError(f"engine step failed: {error!r}")
+            for sequence in sequences:
+                if sequence in self._running:
+                    self._fail(sequence, failure)
 
     def _finish(self, ended: Ended) -> None:
         sequence = ended.sequence

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from time import monotonic
 
+import torch
 from torch import Tensor
 
 from alora_serve.engine.answer import Ending
@@ -14,6 +15,7 @@ from alora_serve.engine.batch import Batch, adapter_rows, arrange
 from alora_serve.engine.lora_rows import LoraRows
 from alora_serve.engine.masks import Mask, MaskWorker
 from alora_serve.engine.prefix_cache import PrefixCache
+from alora_serve.engine.renewals import Held, Renewals
 from alora_serve.engine.sampling import Chosen, choose_tokens
 from alora_serve.engine.scheduler import followers, share_step
 from alora_serve.engine.scoring import tell_scores, wanted_rows
@@ -21,6 +23,7 @@ from alora_serve.engine.sequence import Sequence
 from alora_serve.errors import AloraServeError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
+from alora_serve.model.structure.constraint import FormUsedUpError
 from alora_serve.types import TokenChunk
 
 
@@ -70,6 +73,8 @@ class Stepper:
     def __init__(self, model: BaseModel, cache: PrefixCache, limits: EngineLimits) -> None:
         self._runner = ModelRunner(model)
         self._masks = MaskWorker()
+        self.renewals = Renewals()
+        """Sequences that have run, and wait for their form."""
         self._lora = LoraRows(model.projections, limits.max_sequences, model.device)
         self._cache = cache
         self._limits = limits
@@ -79,7 +84,8 @@ class Stepper:
         self._masks.close()
 
     def schedule(self, sequences: Listed[Sequence]) -> list[Share]:
-        """Who runs how many tokens next; every sequence has some. Those that wait for a neighbour's KV are left out."""
+        """Who runs how many tokens next. Those that wait, for a neighbour's KV or for their form, are left out."""
+        sequences = [sequence for sequence in sequences if sequence not in self.renewals]
         for sequence in sequences:
             self._adopt(sequence)
         waiting = followers(sequences)
@@ -123,6 +129,11 @@ class Stepper:
                 finish(Ended(sequence))
         return batch
 
+    def deliver(self, late: Listed[Held], finish: Callable[[Ended], None]) -> None:
+        """Give those a token whose form has come, as :meth:`run` does."""
+        logits = torch.stack([held.logits for held in late])
+        self._sample([held.sequence for held in late], logits, [held.outcome for held in late], finish)
+
     def _sample(
         self,
         ready: Listed[Sequence],
@@ -138,10 +149,15 @@ class Stepper:
             masks: of each, or why it cannot go on.
             finish: told what ends.
         """
+        for sequence, row, mask in zip(ready, logits, masks, strict=True):
+            if isinstance(mask, FormUsedUpError):
+                self.renewals.hold(sequence, row.clone())  # before it is changed: the draw is made from it yet
         params = [sequence.history.params for sequence in ready]
         allowed = [None if isinstance(mask, AloraServeError) else mask for mask in masks]
         choices = choose_tokens(logits, params, [s.history for s in ready], [len(s.generated) for s in ready], allowed)
         for sequence, choice, mask in zip(ready, choices, masks, strict=True):
+            if isinstance(mask, FormUsedUpError):
+                continue
             if isinstance(mask, AloraServeError):
                 finish(Ended(sequence, error=mask))
                 continue

@@ -134,7 +134,7 @@ def forms(data: bytes) -> None:
         must(form is not None, "no form")
         constraint = Constraint(compiler.compile(form), end_ids)  # type: ignore[arg-type]
         for step in range(8):
-            mask = constraint.mask()
+            mask = constraint.patient_mask()
             allowed = [token for token in range(8 * len(mask)) if mask[token >> 3] >> (token & 7) & 1]
             constraint.push(allowed[sum(data) * step % len(allowed)])
             if constraint.is_complete:

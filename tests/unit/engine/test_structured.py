@@ -22,7 +22,7 @@ from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
 from alora_serve.model.structure import compiler as compiling
 from alora_serve.model.structure.compiler import CompiledForm
-from alora_serve.model.structure.constraint import Constraint
+from alora_serve.model.structure.constraint import Constraint, FormUsedUpError
 from alora_serve.model.text import TextStream
 from alora_serve.types import (
     ChatMessage,
@@ -432,6 +432,110 @@ async def test_masks_are_computed_while_the_forward_pass_runs(
     answer = await bound(stack, prefilled, Regex("[ab]{4}"))
     assert len(met) == 4
     assert answer.tokens == expected.tokens
+
+
+# --- forms that are compiled anew -------------------------------------------------------------------------------------
+
+BRANCHES = Regex("[a-j]{40}|[k-t]{40}|[0-9]{40}")
+
+
+async def test_answers_are_the_same_whatever_others_have_used_up_of_their_form(
+    model: BaseModel, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn ones: which tokens are drawn tells that nothing was drawn twice, from other logits or in another place."""
+
+    async def answers() -> list[Answer]:
+        async with open_stack(model, MemoryStore(), adapters) as stack:
+            prefilled = await stack.prefill(PROMPT)
+            sampling = {"temperature": 1.0, "frequency_penalty": 2.0}
+            of_seeds = [bound(stack, prefilled, BRANCHES, seed=seed, **sampling) for seed in range(8)]
+            return await asyncio.gather(*of_seeds, bound(stack, prefilled, None, max_tokens=60))
+
+    expected = await answers()
+    assert len({answer.text[0] in "abcdefghij" for answer in expected[:-1]}) == 2, "of more than one branch"
+    monkeypatch.setattr(compiling, "_LIMITS", compiling.LLParserLimits(max_lexer_states=70, verbose_errors=False))
+    renewed = list[StructuredOutput]()
+    compile_anew = CompiledForm.renewed
+    monkeypatch.setattr(CompiledForm, "renewed", lambda form: renewed.append(form.form) or compile_anew(form))
+    told = await answers()
+    assert renewed
+    assert [answer.tokens for answer in told] == [answer.tokens for answer in expected]
+    assert [answer.text for answer in told] == [answer.text for answer in expected]
+    assert [answer.logprobs for answer in told] == [pytest.approx(answer.logprobs, abs=1e-4) for answer in expected]
+
+
+async def test_no_other_answer_waits_for_a_form_that_is_compiled_anew(
+    stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await bound(stack, prefilled, Regex("[ab]{9}"))
+    slow, begun, others_are_done = Regex("[ab]{9} ?"), threading.Event(), threading.Event()
+    mask, catch_up, held = Constraint.mask, Constraint._catch_up, list[bool]()
+
+    def used_up_once(constraint: Constraint) -> bytes:
+        if constraint._form.form == slow and len(constraint._tokens) == 3 and not held:
+            raise FormUsedUpError("used up")
+        return mask(constraint)
+
+    def wait(constraint: Constraint) -> bool:
+        begun.set()
+        held.append(others_are_done.wait(PATIENCE_SECONDS))
+        return catch_up(constraint)
+
+    monkeypatch.setattr(Constraint, "mask", used_up_once)
+    monkeypatch.setattr(Constraint, "_catch_up", wait)
+    waiting = asyncio.create_task(bound(stack, prefilled, slow, max_tokens=9))
+    assert await asyncio.to_thread(begun.wait, PATIENCE_SECONDS)
+    others = await asyncio.gather(bound(stack, prefilled, Regex("[ab]{9}")), bound(stack, prefilled, None))
+    assert not waiting.done()
+    others_are_done.set()
+    assert (await waiting).tokens == expected.tokens
+    assert held == [True]
+    assert others[0].tokens == expected.tokens
+
+
+async def test_who_leaves_while_its_form_is_compiled_anew_is_let_go_of(
+    stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The books of the stack are checked as it closes; and the engine rests, as nothing waits any more."""
+    compiling_anew, left = threading.Event(), threading.Event()
+
+    def used_up(constraint: Constraint) -> bytes:
+        raise FormUsedUpError("used up")
+
+    def wait(constraint: Constraint) -> bool:
+        compiling_anew.set()
+        assert left.wait(PATIENCE_SECONDS)
+        raise AloraServeError("nobody is told")
+
+    monkeypatch.setattr(Constraint, "mask", used_up)
+    monkeypatch.setattr(Constraint, "_catch_up", wait)
+    leaving = asyncio.create_task(bound(stack, prefilled, Regex("[ab]{9}")))
+    assert await asyncio.to_thread(compiling_anew.wait, PATIENCE_SECONDS)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    left.set()
+    assert (await bound(stack, prefilled, None, max_tokens=3)).tokens
+    assert stack.core.engine.load.running == 0
+
+
+async def test_a_form_that_cannot_be_compiled_anew_ends_its_answer_alone(
+    stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used_up(constraint: Constraint) -> bytes:
+        raise FormUsedUpError("used up")
+
+    def fail(constraint: Constraint) -> bool:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Constraint, "mask", used_up)
+    monkeypatch.setattr(Constraint, "_catch_up", fail)
+    alone, other = await asyncio.gather(
+        bound(stack, prefilled, Regex("[ab]{9}")), bound(stack, prefilled, None), return_exceptions=True
+    )
+    assert isinstance(alone, AloraServeError)
+    assert "no memory" in str(alone)
+    assert isinstance(other, Answer)
 
 
 # --- refusals and failures --------------------------------------------------------------------------------------------

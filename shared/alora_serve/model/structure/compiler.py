@@ -49,9 +49,15 @@ class CompiledForm:
         return self._prototype.deep_copy()
 
     def renewed(self) -> CompiledForm:
-        """The same form, compiled anew: its limits count over all answers that share what is compiled."""
-        self.compiler.forget(self.form, self.tenant_salt)
-        return self.compiler.compile(self.form, self.tenant_salt)
+        """The same form, whose limits this one's answers have not used up: a later one that is there, or compiled anew.
+
+        Limits count over all answers that share what is compiled.
+        """
+        return self.compiler.compile_after(self)
+
+    def alone(self) -> CompiledForm:
+        """The same form, compiled for one answer: it shares its limits with no other."""
+        return self.compiler.compile_alone(self.form, self.tenant_salt)
 
 
 class FormCompiler:
@@ -81,17 +87,26 @@ class FormCompiler:
                 self._compiled.popitem(last=False)
         if known is None:
             try:
-                compiled.set_result(_on_a_large_stack(lambda: self._compile(form, tenant_salt)))
+                compiled.set_result(self.compile_alone(form, tenant_salt))
             except BaseException as error:  # noqa: BLE001  # whoever waits for it is told the same
-                self.forget(form, tenant_salt)
+                with self._lock:  # before it is told, so that no done future in the cache holds an error
+                    self._compiled.pop(key, None)
                 # A panic in Rust is no Exception, and would pass by everything that keeps a request's errors its own.
                 compiled.set_exception(error if isinstance(error, Exception) else AloraServeError(repr(error)))
         return compiled.result()
 
-    def forget(self, form: StructuredOutput, tenant_salt: bytes = NO_TENANT) -> None:
-        """Compile it anew when it is asked for again."""
+    def compile_after(self, used_up: CompiledForm) -> CompiledForm:
+        """As :meth:`compile`, but not this one, which is forgotten: whoever comes first compiles for all."""
         with self._lock:
-            self._compiled.pop((tenant_salt, form), None)
+            key = used_up.tenant_salt, used_up.form
+            known = self._compiled.get(key)
+            if known is not None and known.done() and known.result() is used_up:
+                del self._compiled[key]
+        return self.compile(used_up.form, used_up.tenant_salt)
+
+    def compile_alone(self, form: StructuredOutput, tenant_salt: bytes = NO_TENANT) -> CompiledForm:
+        """As :meth:`compile`, but for whoever asks alone, and not kept."""
+        return _on_a_large_stack(lambda: self._compile(form, tenant_salt))
 
     def _compile(self, form: StructuredOutput, tenant_salt: bytes) -> CompiledForm:
         matcher = LLMatcher(self._vocabulary.tokens, grammar_of(form), log_level=0, limits=_LIMITS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -25,6 +25,10 @@ def _contained() -> Iterator[None]:
         raise AloraServeError(f"the form of the answer cannot be followed: {error!r}") from error
 
 
+class FormUsedUpError(AloraServeError):
+    """Answers that share what is compiled have used up its limits: it is to be compiled anew."""
+
+
 class Constraint:
     """Follows one answer. Its state is a function of the form and the tokens; one thread at a time.
 
@@ -45,9 +49,16 @@ class Constraint:
         self._ends = np.array(sorted(token for token in end_ids if token < self._size), dtype=np.intp)
         self._no_ends = np.array(sorted({*form.vocabulary.tokens.eos_tokens} - end_ids), dtype=np.intp)
         self._tokens: list[int] = []
+        self._text = ""
         self.has_ended = False
         self._matcher = form.matcher()
-        self._text: LLMatcher | None = None
+        self._text_matcher: LLMatcher | None = None
+        # From the last: what others renewed before may be used up, too.
+        self._renewals: list[Callable[[CompiledForm], CompiledForm]] = [
+            CompiledForm.alone,
+            CompiledForm.renewed,
+            CompiledForm.renewed,
+        ]
 
     @_contained()
     def restore(self, token_ids: Sequence[int]) -> None:
@@ -57,7 +68,7 @@ class Constraint:
             InvalidRequestError: they are no beginning of an answer of this form.
         """
         for token_id in token_ids:
-            if self.has_ended or not (self._consume(token_id) or self._start_afresh()):
+            if self.has_ended or not (self._consume(token_id) or self._catch_up()):
                 told = "they do not have the form of structured_output"
                 raise InvalidRequestError.of("resume.generated_token_ids", told)
 
@@ -75,19 +86,18 @@ class Constraint:
 
     @_contained()
     def mask(self) -> bytes:
-        """A bit for each token id, little-endian: whether it may come next.
-
-        Takes microseconds, at first milliseconds, and compiles the form anew where other answers used up its limits.
+        """A bit for each token id, little-endian: whether it may come next. Takes microseconds, at first milliseconds.
 
         Raises:
+            FormUsedUpError: the form has to be renewed first, as :meth:`patient_mask` does.
             InvalidRequestError: no token may, or the form has become too complex.
         """
         computed = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            self._start_afresh()
-            computed = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            raise complaint(self._form.form, self._matcher.get_error())
+            told = complaint(self._form.form, self._matcher.get_error())
+            if self._renewals:
+                raise FormUsedUpError(str(told))
+            raise told
         packed = np.frombuffer(bytearray(computed), dtype=np.uint8)
         _clear(packed, self._no_ends)
         if self._matcher.is_accepting():
@@ -100,14 +110,28 @@ class Constraint:
         return packed.tobytes()
 
     @_contained()
+    def patient_mask(self) -> bytes:
+        """The mask; where the form has to be renewed that is done first, which may take a minute.
+
+        Raises:
+            InvalidRequestError: as :meth:`mask`.
+        """
+        while True:
+            try:
+                return self.mask()
+            except FormUsedUpError:
+                self._catch_up()
+
+    @_contained()
     def advance(self, text: str) -> None:
         """See :class:`alora_serve.model.text.TextGate`."""
-        self._text = self._with_text(self._text or self._form.matcher(), text)
+        self._text += text
+        self._text_matcher = self._with_text(self._text_matcher or self._form.matcher(), text)
 
     @_contained()
     def may_end(self, text: str) -> bool:
         """See :class:`alora_serve.model.text.TextGate`."""
-        matcher = self._with_text((self._text or self._form.matcher()).deep_copy(), text)
+        matcher = self._with_text((self._text_matcher or self._form.matcher()).deep_copy(), text)
         return matcher.is_accepting() and not matcher.is_error()
 
     def _consume(self, token_id: int) -> bool:
@@ -118,11 +142,19 @@ class Constraint:
         self._tokens.append(token_id)
         return self._matcher.consume_tokens([token_id])
 
-    def _start_afresh(self) -> bool:
-        """Compile the form anew and catch up: what answers before this one needed may have used up its limits."""
-        self._form = self._form.renewed()
-        self._matcher = self._form.matcher()
-        return self._matcher.consume_tokens(self._tokens)
+    def _catch_up(self) -> bool:
+        """Renew the form and follow the answer up to here; whether that goes.
+
+        What other answers needed is no fault of this one: it shares a form again, and where others use that up as well,
+        has one for itself.
+        """
+        while self._renewals:
+            self._form = self._renewals.pop()(self._form)
+            self._matcher = self._form.matcher()
+            if self._matcher.consume_tokens(self._tokens):
+                self._text_matcher = self._with_text(self._form.matcher(), self._text) if self._text else None
+                return True
+        return False
 
     def _with_text(self, matcher: LLMatcher, text: str) -> LLMatcher:
         matcher.consume_tokens(self._form.vocabulary.tokens.greedy_tokenize(text))

@@ -20,7 +20,7 @@ from alora_serve.kv.tenancy import NO_TENANT
 from alora_serve.model.chat import ChatTokenizer
 from alora_serve.model.structure import compiler as compiling
 from alora_serve.model.structure.compiler import CompiledForm, FormCompiler
-from alora_serve.model.structure.constraint import Constraint
+from alora_serve.model.structure.constraint import Constraint, FormUsedUpError
 from alora_serve.model.structure.vocabulary import TokenVocabulary
 from alora_serve.types import Choice, Grammar, JsonSchema, Regex, StructuredOutput
 from held_forms import COMPILER, END, TOKENIZER, VOCABULARY, allowed, holds, refusal, schema
@@ -261,8 +261,13 @@ def test_how_soon_a_form_is_there_tells_a_tenant_nothing_of_another() -> None:
     for other in (b"beta", NO_TENANT):
         assert compiler.compile(Regex("a"), other) is not first
     assert compiler.compile(Regex("a"), b"acme") is first
-    assert first.renewed().tenant_salt == b"acme"
-    assert compiler.compile(Regex("a"), b"acme") is not first
+    renewed = first.renewed()
+    assert renewed is not first
+    assert renewed.tenant_salt == b"acme"
+    assert compiler.compile(Regex("a"), b"acme") is renewed
+    assert first.renewed() is renewed, "whoever comes first compiles for all"
+    assert renewed.alone() is not renewed
+    assert compiler.compile(Regex("a"), b"acme") is renewed, "what is one answer's alone is not kept"
 
 
 DEEP = """
@@ -324,34 +329,104 @@ def follow(compiler: FormCompiler, form: StructuredOutput, text: str) -> Constra
     return constraint
 
 
+FEW_STATES = compiling.LLParserLimits(max_lexer_states=70, verbose_errors=False)
+BRANCHES = Regex("[a-j]{40}|[k-t]{40}|[0-9]{40}")
+"""Each branch takes some 40 lexer states: one compiled form has room for one answer, and for none of another branch."""
+
+
+def count_compiled(monkeypatch: pytest.MonkeyPatch) -> list[StructuredOutput]:
+    compiled: list[StructuredOutput] = []
+    compile_one = FormCompiler._compile
+
+    def note(compiler: FormCompiler, form: StructuredOutput, tenant_salt: bytes) -> CompiledForm:
+        compiled.append(form)
+        return compile_one(compiler, form, tenant_salt)
+
+    monkeypatch.setattr(FormCompiler, "_compile", note)
+    return compiled
+
+
 def test_what_other_answers_used_up_of_a_forms_limits_is_no_answers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_LIMITS", compiling.LLParserLimits(max_lexer_states=70, verbose_errors=False))
-    compiler, form = FormCompiler(VOCABULARY), Regex("[a-j]{40}|[k-t]{40}|[0-9]{40}")
-    first = compiler.compile(form)
+    monkeypatch.setattr(compiling, "_LIMITS", FEW_STATES)
+    compiler = FormCompiler(VOCABULARY)
+    first = compiler.compile(BRANCHES)
     for text in ("aj" * 20, "kt" * 20, "09" * 20, "ja" * 20):
-        assert follow(compiler, form, text).is_complete
-    assert compiler.compile(form) is not first
+        assert follow(compiler, BRANCHES, text).is_complete
+    assert compiler.compile(BRANCHES) is not first
 
 
-def test_a_token_is_taken_without_compiling_and_the_next_mask_catches_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens are taken between two steps of everybody's; masks have a thread of their own."""
-    monkeypatch.setattr(compiling, "_LIMITS", compiling.LLParserLimits(max_lexer_states=70, verbose_errors=False))
-    compiler, form = FormCompiler(VOCABULARY), Regex("[a-j]{40}|[k-t]{40}|[0-9]{40}")
-    late = Constraint(compiler.compile(form), frozenset([END]))
+def test_neither_a_token_nor_a_mask_waits_for_a_form_to_be_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are between two tokens of everybody's."""
+    monkeypatch.setattr(compiling, "_LIMITS", FEW_STATES)
+    compiler = FormCompiler(VOCABULARY)
+    late = Constraint(compiler.compile(BRANCHES), frozenset([END]))
     for text in ("aj" * 20, "kt" * 20):
-        assert follow(compiler, form, text).is_complete
-    used_up = compiler.compile(form)
+        assert follow(compiler, BRANCHES, text).is_complete
+    compiled = count_compiled(monkeypatch)
     tokens = VOCABULARY.tokens.greedy_tokenize("09" * 20)
     for token in tokens[:-1]:
         late.push(token)
-    assert compiler.compile(form) is used_up
+    for _ in range(2):
+        with pytest.raises(FormUsedUpError):
+            late.mask()
+    assert compiled == []
     assert allowed(late, tokens[-1])
-    assert compiler.compile(form) is not used_up
+    assert compiled == [BRANCHES]
     late.push(tokens[-1])
     assert late.is_complete
 
 
-@pytest.mark.parametrize("call", ["restore", "push", "mask", "is_complete", "advance", "may_end"])
+def test_a_form_that_many_answers_find_used_up_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_LIMITS", FEW_STATES)
+    compiler = FormCompiler(VOCABULARY)
+    late = [Constraint(compiler.compile(BRANCHES), frozenset([END])) for _ in range(5)]
+    for text in ("aj" * 20, "kt" * 20):
+        assert follow(compiler, BRANCHES, text).is_complete
+    compiled = count_compiled(monkeypatch)
+    tokens = VOCABULARY.tokens.greedy_tokenize("09" * 20)
+    for constraint in late:
+        for token in tokens[:-1]:
+            constraint.push(token)
+        assert allowed(constraint, tokens[-1])
+    assert compiled == [BRANCHES]
+
+
+def test_answers_that_use_up_each_others_renewed_form_have_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_LIMITS", FEW_STATES)
+    compiler = FormCompiler(VOCABULARY)
+    texts = [VOCABULARY.tokens.greedy_tokenize(text) for text in ("aj" * 20, "kt" * 20, "09" * 20)]
+    answers = [Constraint(compiler.compile(BRANCHES), frozenset([END])) for _ in texts]
+    compiled = count_compiled(monkeypatch)
+    for step in range(max(map(len, texts))):
+        for answer, tokens in zip(answers, texts, strict=True):
+            if step < len(tokens):
+                assert allowed(answer, tokens[step])
+                answer.push(tokens[step])
+    assert all(answer.is_complete for answer in answers)
+    assert 2 <= len(compiled) <= 3 * len(answers)
+
+
+def test_where_a_stop_string_may_end_an_answer_is_the_same_once_its_form_is_renewed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    form = Regex("[a-j]{1,40}|[k-t]{40}|[0-9]{1,40}")
+    free = Constraint(FormCompiler(VOCABULARY).compile(form), frozenset([END]))
+    monkeypatch.setattr(compiling, "_LIMITS", FEW_STATES)
+    compiler = FormCompiler(VOCABULARY)
+    late = Constraint(compiler.compile(form), frozenset([END]))
+    for text in ("aj" * 20, "kt" * 20):
+        follow(compiler, form, text)
+    for constraint in (free, late):
+        for token in VOCABULARY.tokens.greedy_tokenize("0909"):
+            assert allowed(constraint, token)
+            constraint.push(token)
+        constraint.advance("0909")
+        assert allowed(constraint, END)
+        assert constraint.may_end("0")
+        assert not constraint.may_end("a")
+
+
+@pytest.mark.parametrize("call", ["restore", "push", "mask", "patient_mask", "is_complete", "advance", "may_end"])
 def test_whatever_fails_in_llguidance_is_an_error_of_the_answer(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     class PanicException(BaseException):
         """As pyo3 raises it: no Exception."""
@@ -368,6 +443,7 @@ def test_whatever_fails_in_llguidance_is_an_error_of_the_answer(monkeypatch: pyt
         "restore": lambda: constraint.restore([1]),
         "push": lambda: constraint.push(1),
         "mask": constraint.mask,
+        "patient_mask": constraint.patient_mask,
         "is_complete": lambda: constraint.is_complete,
         "advance": lambda: constraint.advance("a"),
         "may_end": lambda: constraint.may_end("a"),

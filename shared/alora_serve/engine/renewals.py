@@ -1,0 +1,80 @@
+"""Answers whose form is compiled anew: held back until it is there, while the batch goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import Final
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from alora_serve.engine.masks import Mask
+from alora_serve.engine.sequence import Sequence
+from alora_serve.errors import AloraServeError
+from alora_serve.model.structure.constraint import Constraint
+
+WAIT_SECONDS: Final = 0.005
+"""How much later somebody else's request may begin, where every sequence waits for its form."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """A sequence that has run, and the logits ``[vocabulary]`` float32 that its next token is chosen from."""
+
+    sequence: Sequence
+    logits: Tensor
+    mask: Future[Mask]
+
+    @property
+    def outcome(self) -> Mask | AloraServeError:
+        """Once it is done: the mask, or why the answer cannot go on."""
+        error = self.mask.exception()
+        if error is None:
+            return self.mask.result()
+        return error if isinstance(error, AloraServeError) else AloraServeError(repr(error))
+
+
+class Renewals:
+    """Has forms compiled anew, which may take a minute: a tenant's one by one, and nobody waits for another's."""
+
+    def __init__(self) -> None:
+        self._held: list[Held] = []
+        self._turns = WeakValueDictionary[str, threading.Lock]()
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return any(held.sequence is sequence for held in self._held)
+
+    def hold(self, sequence: Sequence, logits: Tensor) -> None:
+        """Keep a sequence, whose answer is bound, until :meth:`take` gives it back. Its constraint is not to be used."""
+        answer, mask = sequence.request.answer, Future[Mask]()
+        if answer is None or answer.constraint is None:
+            raise RuntimeError("an answer without a form has none to renew")
+        self._held.append(Held(sequence, logits, mask))
+        turn = self._turns.setdefault(sequence.request.tenant, threading.Lock())
+        threading.Thread(target=_renew, args=(answer.constraint, mask, turn), name="renew", daemon=True).start()
+
+    def take(self, running: Collection[Sequence]) -> list[Held]:
+        """Those whose form is there, and no others. Who is no longer running is forgotten."""
+        for held in self._held:
+            if held.sequence not in running:
+                held.mask.cancel()
+        wanted = [held for held in self._held if held.sequence in running]
+        self._held = [held for held in wanted if not held.mask.done()]
+        return [held for held in wanted if held not in self._held]
+
+    def wait(self) -> None:
+        """Wait for a form that is not there yet, but no longer than a caller with other things to look after may."""
+        wait([held.mask for held in self._held], WAIT_SECONDS, FIRST_COMPLETED)
+
+
+def _renew(constraint: Constraint, mask: Future[Mask], turn: threading.Lock) -> None:
+    with turn:
+        if not mask.set_running_or_notify_cancel():
+            return
+        try:
+            mask.set_result(constraint.patient_mask())
+        except BaseException as error:  # noqa: BLE001  # the answer's own, told where it would have gone on
+            mask.set_exception(error)
