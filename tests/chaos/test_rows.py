@@ -13,6 +13,8 @@ import pytest
 import run_chaos
 from faults.conversations import SHORT_ANSWER, new_prompt, wrong_answers
 from faults.harness import CannotBreakError, Chaos, Row, Scenario, Tally
+from faults.load import Outcomes
+from faults.load import row as load_row
 
 from deployment import save_tiny_model
 
@@ -88,3 +90,11 @@ def test_a_new_conversation_answered_with_another_token_is_wrong(tmp_path: Path)
     others = [model.cold_tokens("plain", prompt, SHORT_ANSWER.max_tokens), right[:-1], (*right[:-1], right[-1] ^ 1)]
     assert wrong_answers(model, [(prompt, right)]) == []
     assert len(wrong_answers(model, [(prompt, other) for other in others])) == len(others)
+
+
+def test_what_goes_wrong_for_a_noisy_tenant_counts_in_the_row_of_the_quiet_one() -> None:
+    quiet, noisy = Outcomes(seconds=[0.1]), Outcomes(wrong=1, failures=["InternalError: lost"])
+    quiet.blame(noisy)
+    told = load_row("beside a noisy tenant", quiet)
+    assert (told.wrong, told.failed) == (1, 1)
+    assert told.details["first_failure"] == "the other tenant: InternalError: lost"

@@ -102,7 +102,7 @@ async def watched(chaos: Chaos, running: Deployed) -> Row:
         leaves_after = rng.randrange(1, 8) if rng.random() < 0.2 else None
         given = {"handle": handle} if number % 2 else {"messages": TURNS}
         sampling = SamplingParams(max_tokens=len(expected[name]), ignore_eos=True)
-        tokens: list[int] = []
+        tokens, wanted = list[int](), expected[name]
         tally.requests += 1
         stream = running.client.generate(adapter=name, sampling=sampling, timeout_seconds=60, **given)
         try:
@@ -111,13 +111,14 @@ async def watched(chaos: Chaos, running: Deployed) -> Row:
                     tokens += event.token_ids
                     if leaves_after is not None and len(tokens) >= leaves_after:
                         left += 1
+                        wanted = wanted[: len(tokens)]
                         break
         except AloraServeError as error:
             tally.failures.append(f"{type(error).__name__}: {error}")
             return
         finally:
             await stream.close()
-        tally.wrong += tuple(tokens) != expected[name][: len(tokens)]
+        tally.wrong += tuple(tokens) != wanted
 
     numbers = iter(range(total))
 

@@ -59,6 +59,11 @@ class Outcomes:
         """Of the whole answer; without answers, infinite."""
         return quantiles(self.seconds, n=20)[-1] if len(self.seconds) > 1 else float("inf")
 
+    def blame(self, other: Outcomes) -> None:
+        """What another tenant saw go wrong counts here, too: it is noisy, and is to be served rightly all the same."""
+        self.wrong += other.wrong
+        self.failures += [f"the other tenant: {failure}" for failure in other.failures]
+
 
 @dataclass(slots=True)
 class Tenant:
@@ -154,6 +159,7 @@ async def overload(chaos: Chaos) -> list[Row]:
         capacity = len(alone.seconds) / seconds
         until = time.monotonic() + chaos.pick(3.0, 60.0)
         found = await at_rate(noisy, LONG, TIMES_CAPACITY * capacity, until, chaos.rng("arrivals"))
+        found.blame(alone)
         if not chaos.is_short and not found.refused:
             found.failures.append("nothing was refused: it was no overload")
         return [
@@ -180,6 +186,8 @@ async def beside_a_noisy_tenant(chaos: Chaos) -> list[Row]:
             one_after_the_other(quiet, SHORT, until),
             at_rate(noisy, LONG, rate, until, chaos.rng("arrivals")),
         )
+        found.blame(capacity)
+        found.blame(others)
         times_alone = compared(chaos, found, alone, MOST_TIMES_ALONE)
         return [
             row(
@@ -209,7 +217,8 @@ async def behind_five_hundred(chaos: Chaos) -> list[Row]:
             await asyncio.sleep(0.05)
         stop.set()
         long, _ = await asyncio.gather(prompts, burst)
-        found.failures += long.failures
+        found.blame(long)
+        found.blame(others)
         if not long.seconds:
             found.failures.append("none of the other's long prompts was computed meanwhile")
         times_alone = compared(chaos, found, alone, MOST_TIMES_ALONE_BEHIND)
