@@ -48,7 +48,7 @@ class Renewals:
         return any(held.sequence is sequence for held in self._held)
 
     def hold(self, sequence: Sequence, logits: Tensor) -> None:
-        """Keep a sequence, whose answer is bound, until :meth:`take` gives it back. Its constraint is not to be used."""
+        """Keep a sequence, whose answer is bound, until :meth:`take` gives it back. None may use its constraint."""
         answer, mask = sequence.request.answer, Future[Mask]()
         if answer is None or answer.constraint is None:
             raise RuntimeError("an answer without a form has none to renew")
