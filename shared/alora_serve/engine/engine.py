@@ -31,6 +31,7 @@ from alora_serve.engine.stepper import Ended, EngineLimits, Stepper
 from alora_serve.errors import AloraServeError, StepFailedError, UnavailableError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.tails import TailPool
+from alora_serve.model.threads import carry_thread_count
 from alora_serve.types import Heartbeat
 
 _log = structlog.get_logger(__name__)
@@ -101,7 +102,7 @@ class Engine:
         metrics.queued_prefill_tokens(lambda: self.load.pending_prefill_tokens)
         self.ended: Future[None] = Future()
         """Done when the engine's thread is: after :meth:`close`, or with the error that broke it."""
-        self._thread = threading.Thread(target=self._guarded_run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=carry_thread_count(self._guarded_run), name="engine", daemon=True)
         self._thread.start()
 
     @property

@@ -252,18 +252,20 @@ class PrefixLoader:
     async def _fetch(self, chain: BlockChain, prefix: Prefix, limit: int, abandoned: Event) -> _Fetched:
         """Fetch what follows ``prefix`` into memory reserved for it and publish it; the result's prefix is pinned."""
         self._cache.pin(prefix)
-        promised = self._cache.reserve(prefix, limit - prefix.tokens)
-        self._copies.begin()
-        fetched = prefix
         try:
-            result = await self._get(chain, SliceDestination(promised, self._copies, abandoned))
-            if result.end > promised.start:
-                fetched = prefix.append(KVSlice(promised.segment, promised.offset, result.end - promised.start))
-                self._cache.publish(chain, fetched, promised.start, result.end)
-            self._cache.pin(fetched)
-            return _Fetched(result, fetched)
+            promised = self._cache.reserve(prefix, limit - prefix.tokens)
+            fetched = prefix
+            try:
+                self._copies.begin()
+                result = await self._get(chain, SliceDestination(promised, self._copies, abandoned))
+                if result.end > promised.start:
+                    fetched = prefix.append(KVSlice(promised.segment, promised.offset, result.end - promised.start))
+                    self._cache.publish(chain, fetched, promised.start, result.end)
+                self._cache.pin(fetched)
+                return _Fetched(result, fetched)
+            finally:
+                self._cache.settle(promised, fetched.tokens - prefix.tokens)
         finally:
-            self._cache.settle(promised, fetched.tokens - prefix.tokens)
             self._cache.release(prefix)
 
     async def _get(self, chain: BlockChain, destination: SliceDestination) -> FetchResult:

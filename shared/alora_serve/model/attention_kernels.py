@@ -24,6 +24,7 @@ def attend(
     mask: Tensor | None = None,
     *,
     causal: bool = False,
+    only_decodes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(cap(query @ key * scale) + mask) @ value`` and its log-sum-exp.
 
@@ -37,11 +38,12 @@ def attend(
         softcap: ``tanh(score / softcap) * softcap`` before the softmax.
         mask: added to scores, broadcast to ``[batch, heads, n, tokens]``: 0 or ``-inf``, in the query's dtype.
         causal: ``n == tokens`` and query i sees keys up to i; not together with a cap or mask.
+        only_decodes: no sequence has more than one query.
 
     Returns:
         ``[batch, heads, n, head_dim]`` and float32 ``[batch, heads, n]``.
     """
-    if softcap is None and mask is None and not causal and suits(query, key):
+    if softcap is None and mask is None and not causal and not only_decodes and suits(query, key):
         return attend_widely(query, key, value, scale)
     if softcap is None and query.device.type == "cpu" and (mask is None or mask.dim() == 4):
         # A mask of four dimensions comes with queries that see at least themselves.

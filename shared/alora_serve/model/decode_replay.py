@@ -42,8 +42,11 @@ def record_graph(compute: Replay) -> Replay:
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
+    """``replay`` reads ``step`` and ``wanted``; a graph has their addresses and does not keep them."""
+
     key: object
     step: Step
+    wanted: Tensor
     replay: Replay
 
 
@@ -76,7 +79,7 @@ class DecodeReplay:
             self._seen = key
             return self._compute(step, wanted)
         replay = self._record(lambda: self._compute(step, wanted))
-        self._recording = _Recording(key, step, replay)
+        self._recording = _Recording(key, step, wanted, replay)
         return replay()
 
     def forget(self) -> None:

@@ -184,10 +184,10 @@ class KVPool:
             self._largest_bytes = max(self._largest_bytes, size_bytes)
             if self._touching or self._closed.is_set() or not self._lacks():
                 return
-            self._touching = True
             # No daemon: one that comes back from torch while the interpreter ends would abort the process.
-            self._toucher = threading.Thread(target=self._touch, name="kv-touch")
-            self._toucher.start()
+            toucher = threading.Thread(target=self._touch, name="kv-touch")
+            toucher.start()  # may fail: there is a limit of threads
+            self._toucher, self._touching = toucher, True
 
     def _lacks(self) -> bool:
         ready = sum(max(0, min(end, self._touched_end) - start) for start, end in self._ranges.free)

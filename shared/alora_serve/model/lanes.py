@@ -36,8 +36,7 @@ def run_in_lanes(parts: Iterable[Callable[[], None]], count: int) -> None:
     left = deque(parts)
     others: list[Future[None]] = [_pool().submit(_drain, left) for _ in range(min(count, len(left)) - 1)]
     try:
-        with ThreadsFor(0, 0):
-            _drain(left)
+        _drain(left)
     finally:
         wait(others)
     for other in others:
@@ -45,7 +44,8 @@ def run_in_lanes(parts: Iterable[Callable[[], None]], count: int) -> None:
 
 
 def _drain(left: deque[Callable[[], None]]) -> None:
-    with torch.inference_mode():
+    # Here, and not once a thread: what a thread sets for itself, those that begin later take for theirs.
+    with torch.inference_mode(), ThreadsFor(0, 0):
         while True:
             try:
                 part = left.popleft()
@@ -60,4 +60,4 @@ def _drain(left: deque[Callable[[], None]]) -> None:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MOST_LANES - 1, "alora-lane", initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(MOST_LANES - 1, "alora-lane")

@@ -141,9 +141,11 @@ class PackedRow:
         mask = None
         if rules.window is not None and highest - held.start >= rules.window:
             mask = piece.mask(self._step.positions, rules.window, query.shape[2], query.dtype)
-        return self._stacked(query, key, value, mask)
+        return self._stacked(query, key, value, mask, only_decodes=piece.only_decodes)
 
-    def _stacked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _stacked(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, only_decodes: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The attention of rows to keys, the queries of a group stacked, so that no key is expanded.
 
         Args:
@@ -151,11 +153,14 @@ class PackedRow:
             key: ``[kv_heads, tokens, head_dim]``.
             value: likewise.
             mask: ``[count * group, tokens]``.
+            only_decodes: see :class:`Piece`.
         """
         count, kv_heads, group, _ = query.shape
         rules = self._rules
         stacked = query.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # [1, kv_heads, count * group, head_dim]
-        out, lse = attend(stacked, key.unsqueeze(0), value.unsqueeze(0), rules.scale, rules.softcap, mask)
+        out, lse = attend(
+            stacked, key.unsqueeze(0), value.unsqueeze(0), rules.scale, rules.softcap, mask, only_decodes=only_decodes
+        )
         return (
             out.view(kv_heads, count, group, -1).transpose(0, 1),
             lse.view(kv_heads, count, group).transpose(0, 1),

@@ -82,6 +82,7 @@ class Piece:
         positions: lowest and highest query position among the rows.
         is_first: no row has seen anything before it.
         is_last: no row sees anything after it.
+        only_decodes: no sequence has more than one row.
     """
 
     keys: KVSlice
@@ -89,6 +90,7 @@ class Piece:
     positions: tuple[int, int]
     is_first: bool
     is_last: bool
+    only_decodes: bool
     _masks: _Masks = field(default_factory=dict)
 
     def mask(self, positions: Tensor, window: int, group: int, dtype: torch.dtype) -> Tensor:
@@ -261,7 +263,8 @@ class Step:
         for order, ((held, indices), after) in enumerate(zip(readers.items(), reversed(left[:-1]), strict=True)):
             spans = [self.spans[index] for index in indices]
             bounds = (min(s.start for s in spans), max(s.end - 1 for s in spans))
-            pieces.append(Piece(held, self._rows_of(indices), bounds, order < first, after.isdisjoint(indices)))
+            decode = all(len(span.tokens) == 1 for span in spans)
+            pieces.append(Piece(held, self._rows_of(indices), bounds, order < first, after.isdisjoint(indices), decode))
         return pieces
 
     def _rows_of(self, indices: list[int]) -> Rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -40,6 +41,22 @@ def threads_sleep() -> bool:
 def usual_threads() -> int:
     """How many the calling thread's calls have where a block does not say otherwise."""
     return _usual.threads or torch.get_num_threads()
+
+
+def carry_thread_count(work: Callable[[], None]) -> Callable[[], None]:
+    """``work`` for a new thread, where its calls have as many threads as the calling thread's usually have.
+
+    By itself a thread's first call takes, for good, the number that any thread has set last: while another thread is in
+    a block of small calls, one.
+    """
+    threads = usual_threads()
+
+    def run() -> None:
+        torch.get_num_threads()  # is the first call, which would undo what is set before it
+        torch.set_num_threads(threads)
+        work()
+
+    return run
 
 
 class ThreadsFor:

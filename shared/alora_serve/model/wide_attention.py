@@ -22,7 +22,7 @@ LEAST_SCORES: Final = 190_000
 """Of a head: for fewer, calls cost more than they gain. The fused kernel takes 0.9 ms for as many."""
 
 LEAST_ROWS: Final = 96
-"""Fewer are a decode step's: reading keys is most of their work, and the kernel does it as well."""
+"""Of a head: with fewer, reading keys is most of the work, and the kernel does it as well."""
 
 FEWEST_ROWS: Final = 48
 MOST_ROWS: Final = 384
@@ -33,7 +33,10 @@ PART_SCORES: Final = 2**19
 
 
 def suits(query: Tensor, key: Tensor) -> bool:
-    """Whether :func:`attend_widely` is the fastest way, for its arguments."""
+    """Whether :func:`attend_widely` is the fastest way, for its arguments.
+
+    Not of rows that only decode: in a worker, their steps took longer with it (ADR 32).
+    """
     rows, tokens = query.shape[2], key.shape[2]
     return (
         query.dtype == torch.bfloat16

@@ -235,6 +235,24 @@ def test_a_sequence_runs_to_max_tokens(bench: Bench, greedy: Callable[..., tuple
     assert all(len(event.logprobs) == 1 for event in run.events if isinstance(event, TokenChunk))
 
 
+def test_it_computes_on_as_many_threads_as_its_maker_whatever_another_is_at(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a fetch copies a small part, the number that a thread begins with is one."""
+    torch.set_num_threads(2)
+    bench = make_bench()
+    torch.set_num_threads(1)
+    forward, seen = bench.engine._stepper._runner.forward, set[int]()
+
+    def watch(*arguments: object) -> Tensor | None:
+        seen.add(torch.get_num_threads())
+        return forward(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench.engine._stepper._runner, "forward", watch)
+    bench.submit(_prompt(1)).done()
+    assert seen == {2}
+
+
 def test_a_token_of_the_end_ends_it(bench: Bench, greedy: Callable[..., tuple[int, ...]]) -> None:
     whole = greedy(_prompt(1), 6)
     end = next(token for token in whole if token != whole[0])

@@ -268,6 +268,27 @@ async def test_a_defect_while_fetching_reaches_everyone_and_leaves_no_pin(
     process.check((await process.loader.load(process.names.chain(TOKENS), 30)).prefix, 30)
 
 
+@pytest.mark.parametrize("failing", ["reserve", "begin"])
+async def test_a_fetch_that_cannot_begin_leaves_no_pin_and_no_promise(
+    store: GatedStore, executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """There may be no memory left."""
+    process = Process(store, executor)
+    process.cache.release(process.compute(8))
+    used_bytes = process.cache.used_bytes
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(process.cache if failing == "reserve" else process.loader._copies, failing, fail)
+    with pytest.raises(MemoryError, match="no room"):
+        await process.loader.load(process.names.chain(TOKENS), 30)
+    assert (process.pins, process.cache.used_bytes) == (0, used_bytes)
+    monkeypatch.undo()
+    process.check((await process.loader.load(process.names.chain(TOKENS), 30)).prefix, 30)
+    assert process.pins == 0
+
+
 # --- loads of different ends ------------------------------------------------------------------------------------------
 
 OPENED = (*TOKENS, 90, 91, 92, 93, 94)

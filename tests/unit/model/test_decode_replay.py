@@ -7,6 +7,7 @@ over from the new step is missing in its answers, as it would be in a graph's.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +17,13 @@ import torch
 from alora_serve.engine.core import CoreOptions
 from alora_serve.engine.stepper import EngineLimits
 from alora_serve.model import runner
-from alora_serve.model.decode_replay import DecodeReplay, Replay, decode_replay
+from alora_serve.model.decode_replay import READ_MULTIPLE, DecodeReplay, Replay, decode_replay
 from alora_serve.model.device import CPU
+from alora_serve.model.kv_memory import KVSlice
 from alora_serve.model.lean import LeanForward
 from alora_serve.model.loader import BaseModel, load_base_model
+from alora_serve.model.step import Span, Step
+from alora_serve.model.tails import TailPool
 from alora_serve.types import Prompt
 from in_process import Answer, MemoryStore, open_stack
 from tiny_models import FAMILIES, save_adapter, save_model
@@ -117,6 +121,31 @@ async def test_a_recording_is_let_go_when_others_run(
         await stack.prefill(Prompt(token_ids=tuple(range(100, 140))))
         (replay,) = recorder.replays
         assert replay._recording is None
+
+
+def test_what_a_recording_reads_lives_as_long_as_it(model: BaseModel) -> None:
+    """A graph has the addresses of what it was recorded on, and keeps nothing."""
+    read: list[weakref.ref[torch.Tensor]] = []
+
+    def lean(step: Step, wanted: torch.Tensor) -> torch.Tensor:
+        (tails,) = step.tails
+        tensors = (wanted, step.token_ids, step.positions, tails.slots, tails.offsets)
+        read[:] = [weakref.ref(tensor) for tensor in tensors]
+        return torch.zeros(len(wanted), 1)
+
+    def record(compute: Replay) -> Replay:
+        logits = compute()
+        return lambda: logits
+
+    replay = DecodeReplay(lean, record)  # type: ignore[arg-type]
+    tail = TailPool(model.layout, CPU).take(4, 0)
+    for place in range(4):
+        step = Step([Span((5,), place, (), KVSlice(tail, 0, place + 1))], CPU, READ_MULTIPLE)
+        replay.run(step, torch.tensor([0]), None)
+    del step
+    assert [reference() is None for reference in read] == [False] * 5
+    replay.forget()
+    assert [reference() is None for reference in read] == [True] * 5
 
 
 def test_processors_and_windowed_models_plan_every_step(model: BaseModel, tmp_path: Path) -> None:

@@ -156,3 +156,21 @@ def test_nothing_is_touched_after_closing(monkeypatch: pytest.MonkeyPatch) -> No
     del segment
     pool.segment(4 * TOKENS, 0)
     assert not pool._touching
+
+
+def test_a_thread_that_could_not_start_is_tried_again_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at a container's limit of threads."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pools = [KVPool(LAYOUT, 100 * PAGE, CPU) for _ in range(2)]
+    with monkeypatch.context() as limit:
+        limit.setattr(threading.Thread, "start", refuse)
+        for pool in pools:
+            with pytest.raises(RuntimeError, match="new thread"):
+                pool.segment(TOKENS, 0)
+    pools[0].close()
+    held = pools[1].segment(TOKENS, 0)
+    _wait(lambda: not pools[1]._touching)
+    assert pools[1]._touched_end > held.size_bytes * 2, "what comes next is touched"

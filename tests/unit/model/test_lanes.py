@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 
 from alora_serve.model import threads as threads_module
-from alora_serve.model.lanes import MOST_LANES, lanes, run_in_lanes
+from alora_serve.model.lanes import MOST_LANES, _pool, lanes, run_in_lanes
 from alora_serve.model.threads import ThreadsFor
 
 pytestmark = pytest.mark.usefixtures("two_sleeping_threads")
+
+
+@pytest.fixture
+def new_lanes() -> Iterator[None]:
+    """Lanes whose threads have yet to begin."""
+    _pool.cache_clear()
+    yield
+    _pool.cache_clear()
 
 
 @pytest.mark.parametrize("count", [1, 2, MOST_LANES])
@@ -26,6 +35,48 @@ def test_every_part_runs_once_on_one_torch_thread(count: int) -> None:
     run_in_lanes([partial(part, number) for number in range(50)], count)
     assert sorted(ran) == [(number, 1, True) for number in range(50)]
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("new_lanes")
+def test_a_lane_computes_on_one_torch_thread_whatever_its_own_began_with() -> None:
+    all_there = threading.Barrier(MOST_LANES - 1, timeout=30)
+
+    def begin(_: int) -> int:
+        all_there.wait()
+        return torch.get_num_threads()
+
+    assert set(_pool().map(begin, range(MOST_LANES - 1))) == {2}
+    meeting = threading.Barrier(2, timeout=30)
+    ran: list[int] = []
+
+    def part() -> None:
+        meeting.wait()
+        ran.append(torch.get_num_threads())
+
+    run_in_lanes([part, part], 2)
+    assert ran == [1, 1]
+
+
+@pytest.mark.usefixtures("new_lanes")
+def test_a_lane_that_begins_late_leaves_other_threads_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a thread sets is what threads that begin later have: here it sets nothing before its caller is done."""
+    caller, caller_is_done = threading.current_thread(), threading.Event()
+    set_num_threads = torch.set_num_threads
+
+    def set_late(count: int) -> None:
+        if threading.current_thread() is not caller:
+            assert caller_is_done.wait(30)
+        set_num_threads(count)
+        if threading.current_thread() is caller and count == 2:
+            caller_is_done.set()
+
+    monkeypatch.setattr(torch, "set_num_threads", set_late)
+    run_in_lanes([lambda: None] * 2, 2)
+    seen: list[int] = []
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [2]
 
 
 def test_lanes_run_at_the_same_time() -> None:

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from alora_serve.model import threads as threads_module
-from alora_serve.model.threads import BYTES_PER_SECOND, MULTIPLICATIONS_PER_SECOND, WAKE_SECONDS, ThreadsFor
+from alora_serve.model.threads import (
+    BYTES_PER_SECOND,
+    MULTIPLICATIONS_PER_SECOND,
+    WAKE_SECONDS,
+    ThreadsFor,
+    carry_thread_count,
+)
 
 SMALL_BYTES = WAKE_SECONDS * BYTES_PER_SECOND
 """One of two threads would save half of that time: half a wake."""
@@ -71,13 +77,31 @@ def test_what_one_thread_does_changes_no_other() -> None:
     seen: list[int] = []
 
     def other() -> None:
-        torch.set_num_threads(2)
         with ThreadsFor(3 * SMALL_BYTES, 0.0):
             seen.append(torch.get_num_threads())
 
     with ThreadsFor(0.0, 0.0):
-        thread = threading.Thread(target=other)
+        thread = threading.Thread(target=carry_thread_count(other))
         thread.start()
         thread.join()
         assert torch.get_num_threads() == 1
+    assert seen == [2]
+
+
+def test_a_new_thread_has_as_many_as_its_maker_whatever_another_is_at_when_its_first_call_comes() -> None:
+    begun, meanwhile = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def work() -> None:
+        begun.set()
+        assert meanwhile.wait(30)
+        seen.append(torch.get_num_threads())
+
+    with ThreadsFor(0.0, 0.0):
+        thread = threading.Thread(target=carry_thread_count(work))
+        thread.start()
+        assert begun.wait(30)
+        torch.set_num_threads(1)
+        meanwhile.set()
+        thread.join()
     assert seen == [2]

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from alora_serve.kv.layout import KVLayout
 from alora_serve.model import attention_kernels, wide_attention
+from alora_serve.model.device import CPU
+from alora_serve.model.kv_memory import KVSegment, KVSlice
+from alora_serve.model.packed_row import PackedRow, ScoreRules
+from alora_serve.model.step import Span, Step
+from alora_serve.model.tails import TailPool
 from alora_serve.model.wide_attention import LEAST_ROWS, LEAST_SCORES, attend_widely, suits
 
 SCORES_ERROR = 40 * 2.0**-17
@@ -64,6 +70,43 @@ def test_it_is_taken_where_there_is_enough_to_do(lane_count: int, monkeypatch: p
     again, its_lse = attend_widely(query, key, value, 0.125)
     assert torch.equal(out, again)
     assert torch.equal(lse, its_lse)
+
+
+@pytest.mark.parametrize(
+    ("tokens_of_spans", "written_out"),
+    [
+        pytest.param([1] * 32, False, id="a full batch that decodes"),
+        pytest.param([32], True, id="a chunk of a prompt"),
+        pytest.param([1] * 16 + [16], True, id="a chunk beside those that decode"),
+    ],
+)
+@pytest.mark.usefixtures("two_sleeping_threads")
+def test_steps_that_only_decode_never_take_it(
+    tokens_of_spans: list[int], written_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one conversation, a full batch of SmolLM2 has rows and scores enough."""
+    monkeypatch.setattr(wide_attention, "_has_fast_products", lambda: True)
+    taken: list[tuple[int, int]] = []
+
+    def watch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        taken.append((query.shape[2], key.shape[2]))
+        return attend_widely(query, key, value, scale)
+
+    monkeypatch.setattr(attention_kernels, "attend_widely", watch)
+    layout, tokens = KVLayout(1, 3, 64, "bfloat16"), -(-LEAST_SCORES // LEAST_ROWS)
+    conversation = KVSegment.allocate(layout, tokens, 0, CPU)
+    conversation.data.normal_()
+    tails = TailPool(layout, CPU)
+    shared = (KVSlice(conversation, 0, tokens),)
+    step = Step(
+        [Span(tuple(range(new)), tokens, shared, KVSlice(tails.take(new, tokens), 0, new)) for new in tokens_of_spans],
+        CPU,
+    )
+    query = torch.randn(32, 3, 3, 64).bfloat16()
+    key, value = torch.randn(2, 32, 3, 64).bfloat16()
+    out = PackedRow(step, 0, query, key, value, ScoreRules(0.125, None, None)).attend()
+    assert out.isfinite().all()
+    assert taken == [(LEAST_ROWS, tokens)] * written_out
 
 
 def test_masks_causality_and_caps_are_left_to_other_ways(monkeypatch: pytest.MonkeyPatch) -> None:
