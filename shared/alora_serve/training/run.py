@@ -170,7 +170,9 @@ class _Keeper:
         """See :class:`~alora_serve.training.loop.Observer`."""
         recent = progress.losses[-20:]
         self._view.step(progress.step, total_steps, sum(recent) / len(recent))
-        if time.monotonic() - self._saved > self._options.checkpoint_seconds:
+        # An epoch's last step is kept with its validation: a run that went on from in between would never measure it.
+        ends_epoch = progress.step % self._trainer.steps_per_epoch == 0
+        if not ends_epoch and time.monotonic() - self._saved > self._options.checkpoint_seconds:
             self._save(progress)
 
     def on_epoch(self, progress: Progress, epoch: int) -> None:
