@@ -33,7 +33,7 @@ from alora_serve.training.recipe import Recipe
 from alora_serve.training.rows import Row, read_rows, split_rows
 from alora_serve.training.saving import new_adapter, round_adapter, save_adapter
 
-CHECKPOINT_NAME: Final = "checkpoint"
+CHECKPOINT_NAME: Final = "checkpoint.safetensors"
 CARD_NAME: Final = "README.md"
 RESULT_NAME: Final = "training.json"
 """Written last: a directory that holds it is whole."""
