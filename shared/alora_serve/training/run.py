@@ -31,7 +31,7 @@ from alora_serve.training.loop import Progress, Trainer
 from alora_serve.training.prefixes import PrefixOptions
 from alora_serve.training.recipe import Recipe
 from alora_serve.training.rows import Row, read_rows, split_rows
-from alora_serve.training.saving import new_adapter, round_adapter, save_adapter
+from alora_serve.training.saving import new_adapter, save_adapter
 
 CHECKPOINT_NAME: Final = "checkpoint.safetensors"
 CARD_NAME: Final = "README.md"
@@ -241,8 +241,6 @@ def _finish(
     checkpoint: Checkpoint,
 ) -> RunResult:
     training, validation = examples
-    adapter_dtype = getattr(torch, options.adapter_dtype)
-    round_adapter(trainer.model.model, adapter_dtype)
     base_name = model_name(options.model)
     trained = Trained(
         base_name=base_name,
@@ -260,7 +258,7 @@ def _finish(
     majority = max(counts.values()) / len(validation) if recipe.labels and validation else None
     longest = max(len(example.answer_tokens) for example in training)
     computed = trainer.model.prefixes.computed_tokens if trainer.model.prefixes else 0
-    save_adapter(trainer.model.model, options.output, base_name, adapter_dtype)
+    save_adapter(trainer.model.model, options.output, base_name, getattr(torch, options.adapter_dtype))
     (options.output / FILE_NAME).write_text(io_yaml(recipe, longest), encoding="utf-8")
     card = model_card(recipe, trained, encoder.invocation_text, majority)
     (options.output / CARD_NAME).write_text(card, encoding="utf-8")
