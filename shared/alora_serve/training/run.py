@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,14 +66,14 @@ class RunOptions:
     model: str
     data: Sequence[Path]
     output: Path
-    dtype: str = "auto"
-    adapter_dtype: str = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    adapter_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "cpu"
     threads: int = 0
     reuse_prefixes: bool = True
     prefix_budget_bytes: int = 4 << 30
     prefix_directory: Path | None = None
-    prefix_dtype: str = "auto"
+    prefix_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     microbatch_tokens: int = MICROBATCH_TOKENS
     checkpoint_seconds: float = 120.0
 

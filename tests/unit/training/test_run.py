@@ -148,3 +148,22 @@ def test_the_command_trains_free_text(tiny_model_directory: Path, rows_file: Pat
     refused = CliRunner().invoke(app, ["train", *flags, "--rank", "0"])
     assert refused.exit_code == 1
     assert "rank" in json.loads(refused.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("--dtype", ["auto", "float32", "bfloat16"]),
+        ("--save-dtype", ["float32", "bfloat16"]),
+        ("--prefix-dtype", ["auto", "float32", "bfloat16"]),
+    ],
+)
+def test_a_dtype_that_is_none_is_refused_before_anything_is_read(
+    option: str, choices: list[str], rows_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--data", str(rows_file), "--output", str(tmp_path / "out"), "--model", str(tmp_path / "nowhere")]
+    refused = CliRunner().invoke(app, ["train", *flags, option, "bf16"])
+    assert refused.exit_code == 2
+    assert option in refused.stderr
+    assert re.findall(r"'(\w+)'", refused.stderr) == ["bf16", *choices]
+    assert not (tmp_path / "out").exists()
