@@ -1,8 +1,8 @@
 """Judges the trained intrinsics on their test sets, through the services, and writes the table of docs/intrinsics.md.
 
 Starts a deployment on this machine, has every adapter under ``--state`` answer ``DIR/TASK/test.jsonl``, and the base
-model too, asked in words. Jailbreak has a second test set, inside longer conversations. What was answered is kept, so
-that a stopped run goes on::
+model too, asked in words. Jailbreak has a second test set, inside longer conversations. What was answered is kept
+with the digest of its adapter: a stopped run goes on, and an adapter that was trained anew is asked again::
 
     python examples/evaluate_intrinsics.py --data DIR                      # ask what was not asked yet, then show
     python examples/evaluate_intrinsics.py --data DIR --only jailbreak
@@ -147,18 +147,21 @@ def subjects(task: str, arguments: argparse.Namespace) -> Iterable[tuple[str, Su
 
 
 def judge(client: Client, arguments: argparse.Namespace, results: Results) -> None:
-    """Ask all that was not asked yet."""
+    """Ask all that was not asked yet, or when its adapter was another one."""
+    digests = {adapter.name: [adapter.digest, adapter.intrinsic_digest] for adapter in client.list_adapters()}
     for asked in test_sets(arguments.only):
         rows = test_rows(asked, arguments)
         for name, subject in subjects(asked.task, arguments):
             file = results.file(name.replace(asked.task, asked.name, 1))
-            if file.is_file():
+            served = digests.get(subject.adapter)  # None: the base model
+            if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("digests") == served:
                 continue
             print(f"judging {file.stem}", file=sys.stderr, flush=True)
             with progress(len(rows)) as on_answer:
                 evaluation = evaluate(client, subject, rows, arguments.together, on_answer)
             whole = file.with_suffix(".part")
-            whole.write_text(json.dumps(to_json(evaluation, summed_up(evaluation)), ensure_ascii=False) + "\n")
+            kept = {**to_json(evaluation, summed_up(evaluation)), "digests": served}
+            whole.write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")
             whole.rename(file)
 
 

@@ -23,7 +23,8 @@ _SEED: Final = 20250412
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # splitlines() would part texts, too
+        return [json.loads(line) for line in lines]
 
 
 def with_documents(rows: Iterable[dict[str, Any]], passages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

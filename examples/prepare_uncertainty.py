@@ -149,14 +149,17 @@ class Answerer:
         self._cache.close()
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:  # splitlines() would part texts, too
+        return [json.loads(line) for line in lines]
 
 
 async def prepare(answerer: Answerer, source: Path, target: Path, arguments: argparse.Namespace) -> Counter[str]:
     """Answer and label the questions of one file, in order; returns how many have which label."""
-    records, done = _records(source)[: arguments.limit], _records(target)
+    records, done = read_lines(source)[: arguments.limit], read_lines(target)
     labels = Counter(row["target"] for row in done)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar, target.open("a", encoding="utf-8") as out:

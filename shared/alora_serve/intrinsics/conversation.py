@@ -87,6 +87,10 @@ def _check_visible(definition: IntrinsicDefinition, prompt: Prompt) -> None:
         raise InvalidRequestError.of(
             "prompt.handle", "this intrinsic tags all messages: send them instead of the handle"
         )
+    if "documents" in definition.sentence_boundaries:
+        raise InvalidRequestError.of(
+            "prompt.handle", "this intrinsic tags documents: send all messages with them instead of the handle"
+        )
     if prompt.documents:
         raise InvalidRequestError.of(
             "prompt.documents", "stand before the conversation: send all messages with them instead of the handle"

@@ -20,8 +20,8 @@ class Trained:
         steps: of the optimiser.
         cpu_seconds: of all processes that worked on it.
         threads: torch's, in each.
-        dtype: base model's and adapter's, as computed and as saved.
-        validation: one entry for each epoch.
+        dtype: the base model's, as computed.
+        validation: one entry for each epoch, of the adapter in float32, as it is trained.
     """
 
     base_name: str

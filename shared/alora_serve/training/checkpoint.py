@@ -1,11 +1,9 @@
-"""A training's whole state on disk, so that it goes on after a stop as if there had been none. Safetensors and JSON."""
+"""A training's whole state in one file, so that it goes on after a stop as if there had been none."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from alora_serve.errors import ConfigError
 from alora_serve.training.loop import Progress, Trainer
 
-_STATE: Final = "state.json"
-_TENSORS: Final = "tensors.safetensors"
+_STATE: Final = "state"
+"""JSON, as a tensor of its bytes: what is one file is replaced at once."""
 _RANDOM: Final = "random"
 _RANDOM_OF_DEVICE: Final = "random of the device"
 
@@ -26,14 +24,19 @@ _RANDOM_OF_DEVICE: Final = "random of the device"
 class Checkpoint:
     """The one checkpoint of a training; each save replaces the last, whole or not at all."""
 
-    def __init__(self, directory: Path, fingerprint: str) -> None:
+    def __init__(self, file: Path, fingerprint: str) -> None:
         """``fingerprint`` names recipe, data and base model: what a checkpoint of another one must not continue."""
-        self._directory = directory
+        self._file = file
+        self._partial = file.with_name(f".{file.name}.part")
         self._fingerprint = fingerprint
 
     def save(self, trainer: Trainer) -> None:
         """Write weights, optimiser, random numbers and progress."""
-        tensors = {_RANDOM: torch.get_rng_state()}
+        state = json.dumps({"fingerprint": self._fingerprint, "progress": dataclasses.asdict(trainer.progress)})
+        tensors = {
+            _STATE: torch.frombuffer(bytearray(state.encode()), dtype=torch.uint8),
+            _RANDOM: torch.get_rng_state(),
+        }
         device = trainer.model.model.device
         if device.type == "cuda":  # it draws the dropout
             tensors[_RANDOM_OF_DEVICE] = torch.cuda.get_rng_state(device)
@@ -41,13 +44,8 @@ class Checkpoint:
             tensors[f"weight/{name}"] = parameter.detach()
             for key, value in trainer.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value.detach()
-        partial = self._directory.with_name(f".{self._directory.name}.{os.getpid()}")
-        partial.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS)
-        state = {"fingerprint": self._fingerprint, "progress": dataclasses.asdict(trainer.progress)}
-        (partial / _STATE).write_text(json.dumps(state))
-        self.remove()
-        partial.rename(self._directory)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, self._partial)
+        self._partial.replace(self._file)
 
     def load(self, trainer: Trainer) -> bool:
         """Put a fresh trainer where the checkpoint stands; False when there is none.
@@ -55,12 +53,12 @@ class Checkpoint:
         Raises:
             ConfigError: the checkpoint is of another training, or damaged.
         """
-        if not (self._directory / _STATE).is_file():
+        if not self._file.is_file():
             return False
-        remedy = f"remove {self._directory} to begin anew"
+        remedy = f"remove {self._file} to begin anew"
         try:
-            state = json.loads((self._directory / _STATE).read_text())
-            tensors = load_file(self._directory / _TENSORS)
+            tensors = load_file(self._file)
+            state = json.loads(tensors[_STATE].numpy().tobytes())
             if state["fingerprint"] != self._fingerprint:
                 raise ConfigError(f"the checkpoint is of another recipe, base model or data: restore them, or {remedy}")
             self._restore(trainer, tensors)
@@ -70,8 +68,9 @@ class Checkpoint:
         return True
 
     def remove(self) -> None:
-        """Forget it."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """Forget it, and what a save left that was killed."""
+        for file in (self._file, self._partial):
+            file.unlink(missing_ok=True)
 
     @staticmethod
     def _restore(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> None:

@@ -45,7 +45,11 @@ class Observer(Protocol):
 
 
 class Trainer:
-    """One adapter's training. Between steps, :attr:`progress`, the weights and the optimiser are all its state."""
+    """One adapter's training. Between steps, :attr:`progress`, the weights and the optimiser are all its state.
+
+    Attributes:
+        steps_per_epoch: optimiser steps that take every example once.
+    """
 
     def __init__(
         self, model: AdaptedModel, examples: Sequence[Example], recipe: Recipe, microbatch_tokens: int
@@ -56,18 +60,18 @@ class Trainer:
         self._examples = examples
         self._recipe = recipe
         self._microbatch_tokens = microbatch_tokens
-        self._steps_per_epoch = sum(1 for _ in batches(examples, recipe.batch_size, random.Random(0)))
+        self.steps_per_epoch = sum(1 for _ in batches(examples, recipe.batch_size, random.Random(0)))
         self.optimizer = torch.optim.AdamW(model.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole training."""
-        return self._recipe.epochs * self._steps_per_epoch
+        return self._recipe.epochs * self.steps_per_epoch
 
     def run(self, observer: Observer) -> None:
         """Train from where :attr:`progress` stands to the end."""
         while self.progress.step < self.total_steps:
-            epoch, done = divmod(self.progress.step, self._steps_per_epoch)
+            epoch, done = divmod(self.progress.step, self.steps_per_epoch)
             order = random.Random(f"{self._recipe.seed} {epoch}")  # of the epoch alone: a resumed one draws it again
             self.model.model.train()
             for batch in list(batches(self._examples, self._recipe.batch_size, order))[done:]:

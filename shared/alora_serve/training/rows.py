@@ -39,7 +39,8 @@ def read_rows(path: Path) -> list[Row]:
         ConfigError: the file cannot be read, or a line is not such an object; names the file and the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)  # not splitlines(), which also parts text at U+2028, say: JSON may hold it as it is
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the data file {path}: {error}") from error
     rows = []

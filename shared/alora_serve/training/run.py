@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,9 +31,9 @@ from alora_serve.training.loop import Progress, Trainer
 from alora_serve.training.prefixes import PrefixOptions
 from alora_serve.training.recipe import Recipe
 from alora_serve.training.rows import Row, read_rows, split_rows
-from alora_serve.training.saving import new_adapter, round_adapter, save_adapter
+from alora_serve.training.saving import new_adapter, save_adapter
 
-CHECKPOINT_NAME: Final = "checkpoint"
+CHECKPOINT_NAME: Final = "checkpoint.safetensors"
 CARD_NAME: Final = "README.md"
 RESULT_NAME: Final = "training.json"
 """Written last: a directory that holds it is whole."""
@@ -66,14 +66,14 @@ class RunOptions:
     model: str
     data: Sequence[Path]
     output: Path
-    dtype: str = "auto"
-    adapter_dtype: str = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    adapter_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "cpu"
     threads: int = 0
     reuse_prefixes: bool = True
     prefix_budget_bytes: int = 4 << 30
     prefix_directory: Path | None = None
-    prefix_dtype: str = "auto"
+    prefix_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     microbatch_tokens: int = MICROBATCH_TOKENS
     checkpoint_seconds: float = 120.0
 
@@ -170,7 +170,9 @@ class _Keeper:
         """See :class:`~alora_serve.training.loop.Observer`."""
         recent = progress.losses[-20:]
         self._view.step(progress.step, total_steps, sum(recent) / len(recent))
-        if time.monotonic() - self._saved > self._options.checkpoint_seconds:
+        # An epoch's last step is kept with its validation: a run that went on from in between would never measure it.
+        ends_epoch = progress.step % self._trainer.steps_per_epoch == 0
+        if not ends_epoch and time.monotonic() - self._saved > self._options.checkpoint_seconds:
             self._save(progress)
 
     def on_epoch(self, progress: Progress, epoch: int) -> None:
@@ -239,8 +241,6 @@ def _finish(
     checkpoint: Checkpoint,
 ) -> RunResult:
     training, validation = examples
-    adapter_dtype = getattr(torch, options.adapter_dtype)
-    round_adapter(trainer.model.model, adapter_dtype)
     base_name = model_name(options.model)
     trained = Trained(
         base_name=base_name,
@@ -258,7 +258,7 @@ def _finish(
     majority = max(counts.values()) / len(validation) if recipe.labels and validation else None
     longest = max(len(example.answer_tokens) for example in training)
     computed = trainer.model.prefixes.computed_tokens if trainer.model.prefixes else 0
-    save_adapter(trainer.model.model, options.output, base_name, adapter_dtype)
+    save_adapter(trainer.model.model, options.output, base_name, getattr(torch, options.adapter_dtype))
     (options.output / FILE_NAME).write_text(io_yaml(recipe, longest), encoding="utf-8")
     card = model_card(recipe, trained, encoder.invocation_text, majority)
     (options.output / CARD_NAME).write_text(card, encoding="utf-8")

@@ -32,14 +32,6 @@ def new_adapter(base: PreTrainedModel, recipe: Recipe, invocation_tokens: TokenI
         return get_peft_model(base, config)
 
 
-def round_adapter(model: PeftModel, dtype: torch.dtype) -> None:
-    """Round the adapter's weights to what will be saved, so that what is measured is that."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(parameter.to(dtype))
-
-
 def save_adapter(model: PeftModel, directory: Path, base_name: str, dtype: torch.dtype) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, and check that PEFT loads what was trained.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 
 from alora_serve.evaluation.items import Item
 from alora_serve.evaluation.report import Evaluation, summed_up, to_json
+from alora_serve.types import AdapterDigest, AdapterInfo
 
 LABELS = ("certain", "uncertain")
 
@@ -59,6 +61,37 @@ def test_asked_are_the_base_model_in_words_and_every_adapter_that_is_trained(
     assert list(asked) == ["jailbreak-base", "jailbreak-alora-0", "jailbreak-lora-2"]
     assert asked["jailbreak-base"].recipe.instruction == script.IN_WORDS["jailbreak"]
     assert [subject.adapter for subject in asked.values()] == ["", "jailbreak-alora-0", "jailbreak-lora-2"]
+
+
+def test_an_adapter_that_was_trained_anew_is_asked_again(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("answerability-alora-0", "test", "data/answerability"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "answerability-alora-0" / script.DONE).touch()
+    row = {"messages": [{"role": "user", "content": "Why?"}], "target": "certain"}
+    (tmp_path / "data" / "answerability" / "test.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+
+    def evaluate(client: object, subject: Any, *_: object) -> Evaluation:
+        asked.append(subject.adapter)
+        return Evaluation(subject.adapter, LABELS, (Item("r", "made", "certain", "certain"),))
+
+    def judge(digest: str, definition: str) -> list[str]:
+        asked.clear()
+        info = AdapterInfo("answerability-alora-0", AdapterDigest(digest), "alora", 8, (), (1,), "", 64, True)
+        client = SimpleNamespace(list_adapters=lambda: (replace(info, intrinsic_digest=definition),))
+        arguments = script.parse_arguments(["--state", ".", "--data", "data", "--only", "answerability"])
+        script.judge(client, arguments, script.Results(tmp_path / "test", [0]))
+        return list(asked)
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    assert judge("aa", "11") == ["", "answerability-alora-0"]
+    assert judge("aa", "11") == []
+    assert judge("bb", "11") == ["answerability-alora-0"]
+    assert judge("bb", "22") == ["answerability-alora-0"]
+    assert judge("bb", "22") == []
 
 
 def test_the_table_has_means_over_seeds_differences_and_times(

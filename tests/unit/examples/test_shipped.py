@@ -25,7 +25,8 @@ MOST_BYTES = 30 * 10**6
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def last_prompt(row: dict[str, Any]) -> str:

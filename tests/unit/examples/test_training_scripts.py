@@ -44,6 +44,16 @@ def prepare_query_rewrite(pytestconfig: pytest.Config) -> ModuleType:
     return load_script(pytestconfig.rootpath / "examples" / "prepare_query_rewrite.py")
 
 
+@pytest.mark.parametrize("name", ["prepare_uncertainty", "prepare_query_rewrite", "data/jailbreak/make_context_rows"])
+def test_a_line_of_rows_ends_where_jsonl_says_so(name: str, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """Line ends that are Unicode's alone may stand in JSON as they are."""
+    script = load_script(pytestconfig.rootpath / "examples" / f"{name}.py")
+    rows = [{"text": "\u2028 \u2029 \x85"}, {"text": "b"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+    assert script.read_lines(path) == rows
+
+
 def test_every_third_conversation_gets_documents_that_do_not_change_what_is_said(
     prepare_query_rewrite: ModuleType, tmp_path: Path
 ) -> None:

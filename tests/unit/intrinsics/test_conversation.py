@@ -88,6 +88,7 @@ def test_a_parameter_that_cannot_be_filled_in_is_named(parameters: dict[str, Any
         ("instruction: '{last_message}'", Prompt(handle=HANDLE), "prompt.handle"),
         ("sentence_boundaries: {last_message: i}", Prompt(handle=HANDLE), "prompt.handle"),
         ("sentence_boundaries: {all_but_last_message: i}", Prompt(handle=HANDLE, messages=TURNS), "prompt.handle"),
+        ("sentence_boundaries: {documents: c}", Prompt(handle=HANDLE, messages=TURNS), "prompt.handle"),
         ("", Prompt(handle=HANDLE, documents=DOCUMENTS), "prompt.documents"),
     ],
 )

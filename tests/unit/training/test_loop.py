@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -101,9 +103,31 @@ def test_a_checkpoint_of_something_else_is_refused(make_trainer: Callable[..., T
     Checkpoint(tmp_path / "checkpoint", "theirs").save(trainer)
     with pytest.raises(ConfigError, match=r"of another recipe, base model or data.*remove"):
         Checkpoint(tmp_path / "checkpoint", "ours").load(trainer)
-    (tmp_path / "checkpoint" / "tensors.safetensors").write_bytes(b"torn")
+    (tmp_path / "checkpoint").write_bytes(b"torn")
     with pytest.raises(ConfigError, match=r"cannot be read.*remove"):
         Checkpoint(tmp_path / "checkpoint", "theirs").load(trainer)
+
+
+def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(
+    make_trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    trainer, checkpoint = make_trainer(), Checkpoint(tmp_path / "out" / "checkpoint", "ours")
+    checkpoint.save(trainer)
+
+    def killed(*_: object) -> NoReturn:
+        raise Stopped
+
+    for move in ("rename", "replace"):
+        monkeypatch.setattr(os, move, killed)
+    trainer.progress.step = 1
+    with pytest.raises(Stopped):
+        checkpoint.save(trainer)
+    resumed = make_trainer()
+    assert checkpoint.load(resumed)
+    assert resumed.progress.step == 0
+    checkpoint.remove()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,6 +42,18 @@ def test_a_row_is_read_whole(tmp_path: Path) -> None:
     assert read_rows(path) == [Row((ChatMessage("user", "Hi"),), (Document("T", "Text"),), "yes", "a-1", "squad")]
 
 
+LINE_ENDS = "\u2028 \u2029 \x85"
+"""Of Unicode, not of JSONL: they may stand in JSON as they are."""
+
+
+def test_a_line_ends_where_jsonl_says_so(tmp_path: Path) -> None:
+    record = {"messages": [{"role": "user", "content": LINE_ENDS}], "target": LINE_ENDS}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(2 * f"{json.dumps(record, ensure_ascii=False)}\r\n", encoding="utf-8", newline="")
+    first, second = read_rows(path)
+    assert (first.target, first.messages[0].content, second.row_id) == (LINE_ENDS, LINE_ENDS, "rows.jsonl:2")
+
+
 def row(question: str, document: str = "") -> Row:
     documents = (Document("", document),) if document else ()
     return Row((ChatMessage("user", question),), documents, "yes", question)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from alora_serve.cli.app import app
 from alora_serve.errors import ConfigError
 from alora_serve.training.judging import LabelTokens
-from alora_serve.training.run import RunOptions, train
+from alora_serve.training.run import RunOptions, train, validate
 from training_recipes import KINDS, SilentView, make_recipe
 
 
@@ -72,6 +73,31 @@ def test_a_stopped_run_goes_on_and_ends_where_an_unstopped_one_does(
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_run_that_is_stopped_while_it_validates_loses_no_epochs_figures(
+    epoch: int, tiny_model_directory: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(output: str) -> tuple[list[Any], list[float]]:
+        options = RunOptions(str(tiny_model_directory), [rows_file], tmp_path / output, checkpoint_seconds=0.0)
+        train(make_recipe(epochs=2), options, SilentView())
+        told: dict[str, Any] = json.loads((tmp_path / output / "training.json").read_text())
+        return told["trained"]["validation"], told["losses"]
+
+    left = [epoch]
+
+    def stopping(*arguments: Any) -> dict[str, float]:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return validate(*arguments)
+
+    whole = run("whole")
+    monkeypatch.setattr("alora_serve.training.run.validate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    assert run("stopped") == whole
+
+
 def test_a_limit_takes_the_first_rows_that_are_short_enough_and_the_others_are_counted(
     tiny_model_directory: Path, rows_file: Path, tmp_path: Path
 ) -> None:
@@ -122,3 +148,22 @@ def test_the_command_trains_free_text(tiny_model_directory: Path, rows_file: Pat
     refused = CliRunner().invoke(app, ["train", *flags, "--rank", "0"])
     assert refused.exit_code == 1
     assert "rank" in json.loads(refused.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("--dtype", ["auto", "float32", "bfloat16"]),
+        ("--save-dtype", ["float32", "bfloat16"]),
+        ("--prefix-dtype", ["auto", "float32", "bfloat16"]),
+    ],
+)
+def test_a_dtype_that_is_none_is_refused_before_anything_is_read(
+    option: str, choices: list[str], rows_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--data", str(rows_file), "--output", str(tmp_path / "out"), "--model", str(tmp_path / "nowhere")]
+    refused = CliRunner().invoke(app, ["train", *flags, option, "bf16"])
+    assert refused.exit_code == 2
+    assert option in refused.stderr
+    assert re.findall(r"'(\w+)'", refused.stderr) == ["bf16", *choices]
+    assert not (tmp_path / "out").exists()

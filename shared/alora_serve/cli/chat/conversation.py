@@ -53,13 +53,13 @@ class Conversation:
         return self.messages[0].content if self.messages and self.messages[0].role == "system" else None
 
     def prompt(self) -> Prompt:
-        """The last handle and what is new since; without one, everything."""
-        covered, handle = self.handles[-1] if self.handles else (0, None)
-        if handle is not None and covered == len(self.messages):
-            return Prompt(handle=handle)
+        """The last handle and what is new since; without one, everything. Documents and tools lie in a handle."""
+        if self.handles:
+            covered, handle = self.handles[-1]
+            new = self.messages[covered:]
+            return Prompt(messages=new, handle=handle, template_arguments=self.template_arguments if new else {})
         return Prompt(
-            messages=self.messages[covered:],
-            handle=handle,
+            messages=self.messages,
             documents=self.documents,
             tools=self.tools,
             template_arguments=self.template_arguments,

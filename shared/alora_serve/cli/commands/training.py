@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from alora_serve.cli.options import AsJson, Dtype, Model, Threads
+from alora_serve.cli.options import AsJson, Model, Threads
 from alora_serve.cli.output import errors_reported, print_json
 
 commands = typer.Typer()
@@ -52,8 +52,13 @@ def train(
         float | None, typer.Option(metavar="SHARE", help="Of the rows, held out to judge by.")
     ] = None,
     model: Model = None,
-    dtype: Dtype = None,
-    save_dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the saved adapter.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Of the base model; auto: what the processor is fast at."),
+    ] = "auto",
+    save_dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the saved adapter, which is trained in float32.")
+    ] = "bfloat16",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Threads = None,
     reuse: Annotated[
@@ -67,7 +72,7 @@ def train(
         typer.Option(file_okay=False, metavar="DIR", help="Keep base KV on disk too, for further seeds and runs."),
     ] = None,
     prefix_dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="Of kept base KV; auto: the base model's.")
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Of kept base KV; auto: the base model's.")
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -119,7 +124,7 @@ def train(
             model=model or "demo",
             data=data,
             output=output,
-            dtype=dtype or "auto",
+            dtype=dtype,
             adapter_dtype=save_dtype,
             device=device,
             threads=threads or 0,

@@ -155,6 +155,8 @@ def _with_schemas_checked(lark: str, field: str) -> str:
         raise InvalidRequestError.of(field, "a schema in it is nested too deeply") from error
     except json.JSONDecodeError:  # llguidance tells where
         return lark
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise InvalidRequestError.of(field, f"a schema in it cannot be read: {error}") from error
     return "".join((*parts, lark[at:]))
 
 

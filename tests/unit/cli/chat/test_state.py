@@ -16,10 +16,12 @@ from alora_serve.cli.chat.state import Chat, unknown
 from alora_serve.cli.verdicts import Cost, Verdict
 from alora_serve.client import GenerationResult
 from alora_serve.errors import HandleExpiredError, UnavailableError
+from alora_serve.rpc.convert import prompt_from_proto, prompt_to_proto
 from alora_serve.types import (
     AdapterDigest,
     AdapterInfo,
     ChatMessage,
+    Document,
     FinishReason,
     PrefixHandle,
     Prompt,
@@ -29,32 +31,41 @@ from alora_serve.types import (
     Usage,
 )
 
+TIDES = Conversation(
+    documents=(Document("Tides", "They follow the moon."),),
+    tools=({"type": "function", "function": {"name": "tide"}},),
+    template_arguments={"date": "today"},
+)
+"""A conversation that is yet to begin, with all that stands before its first turn."""
 PLAIN = AdapterInfo("a", AdapterDigest("ab"), "alora", 8, ("q_proj",), (1,), "", 64, True)
 GOOD, EXPIRED, GONE = "good", HandleExpiredError("expired"), UnavailableError("gone")
 
 
 class Server:
-    """Knows which turns each handle that it gave stands for."""
+    """Knows which conversation each handle that it gave stands for."""
 
     def __init__(self) -> None:
-        self._turns: list[tuple[ChatMessage, ...]] = []
+        self._known: list[Prompt] = []
 
-    def means(self, prompt: Prompt) -> tuple[ChatMessage, ...]:
-        """The conversation that a prompt continues."""
-        known = self._turns[prompt.handle.expires_unix_seconds] if prompt.handle else ()
-        return known + prompt.messages
+    def means(self, prompt: Prompt) -> Prompt:
+        """The conversation that a prompt continues, read as services do, which refuse some parts beside a handle."""
+        read = prompt_from_proto(prompt_to_proto(prompt))
+        if read.handle is None:
+            return read
+        known = self._known[read.handle.expires_unix_seconds]
+        return replace(known, messages=known.messages + read.messages)
 
     def answers(self, prompt: Prompt, text: str, adapter: str = "") -> Answered:
         """An answer, with a handle unless an adapter gives it."""
-        turns = (*self.means(prompt), ChatMessage("assistant", text))
-        self._turns.append(turns)
-        number = len(self._turns) - 1
+        asked = self.means(prompt)
+        self._known.append(replace(asked, messages=(*asked.messages, ChatMessage("assistant", text))))
+        number = len(self._known) - 1
         handle = PrefixHandle(b"", b"", (number,), (), PromptKind.CONVERSATION, "assistant", True, number)
         result = GenerationResult(
             text=text,
             token_ids=(),
             finish_reason=FinishReason.STOP,
-            usage=Usage(prompt_tokens=len(turns)),
+            usage=Usage(prompt_tokens=len(asked.messages)),
             timings=Timings(),
             handle=None if adapter else handle,
             stop_string="",
@@ -112,6 +123,23 @@ def test_each_turn_goes_on_from_the_handle_of_the_last_one(talk: Talk) -> None:
     assert second.prompt.messages == (ChatMessage("user", "two"),)
 
 
+def test_documents_and_tools_are_sent_with_the_first_turn_and_lie_in_every_handle_then() -> None:
+    talk = Talk(Chat(conversation=TIDES))
+    (first,) = talk.say("one")
+    assert isinstance(first, Answer)
+    assert (first.prompt.documents, first.prompt.tools) == (TIDES.documents, TIDES.tools)
+    (second,) = talk.say("two")
+    assert isinstance(second, Answer)
+    assert second.prompt.handle is not None
+    assert (second.prompt.documents, second.prompt.tools) == ((), ())
+    assert second.prompt.template_arguments == TIDES.template_arguments
+    assert talk.server.means(second.prompt).documents == TIDES.documents
+    talk.say("/system Be short.")
+    (anew,) = talk.say("three")
+    assert isinstance(anew, Answer)
+    assert (anew.prompt.handle, anew.prompt.documents) == (None, TIDES.documents)
+
+
 def test_an_adapter_answers_from_the_handle_and_stays_outside_unless_kept(talk: Talk) -> None:
     talk.say("one")
     (asked,) = talk.say("/adapter guard")
@@ -151,7 +179,7 @@ def test_intrinsics_run_after_every_turn_until_they_are_off(talk: Talk) -> None:
     assert isinstance(judge, Judge)
     assert judge.names == ("guard", "certain")
     assert judge.prompt.handle is not None
-    assert talk.server.means(judge.prompt) == judge.whole.messages == talk.chat.conversation.messages
+    assert talk.server.means(judge.prompt) == judge.whole == talk.chat.conversation.whole()
     assert talk.say("/intrinsics") == [Note("after every turn: guard, certain")]
     assert talk.say("/intrinsics off") == [Note("no intrinsics from now on")]
     assert len(talk.say("two")) == 1
@@ -248,7 +276,7 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came_without_a_handle(talk: Talk)
     (after,) = talk.say("three")
     assert isinstance(after, Answer)
     assert len(after.prompt.messages) == 3
-    assert len(talk.server.means(after.prompt)) == 5
+    assert len(talk.server.means(after.prompt).messages) == 5
 
 
 def test_an_answer_stopped_before_it_began_leaves_no_trace(talk: Talk) -> None:
@@ -331,9 +359,14 @@ LINES = st.sampled_from(
 OUTCOMES = st.sampled_from([GOOD, GOOD, GOOD, "stopped", "stopped early", EXPIRED, GONE])
 
 
-@given(st.lists(st.tuples(LINES, st.lists(OUTCOMES, min_size=4, max_size=4)), max_size=12))
-def test_whatever_happens_a_prompt_means_the_whole_conversation(script: list[tuple[str, list[object]]]) -> None:
-    talk = Talk()
+@given(
+    st.sampled_from([Conversation(), TIDES]),
+    st.lists(st.tuples(LINES, st.lists(OUTCOMES, min_size=4, max_size=4)), max_size=12),
+)
+def test_whatever_happens_a_prompt_means_the_whole_conversation(
+    begun: Conversation, script: list[tuple[str, list[object]]]
+) -> None:
+    talk = Talk(Chat(conversation=begun, adapters=("guard", "certain")))
     for line, outcomes in script:
         due = talk.on(Line(line))
         for outcome in outcomes:
@@ -342,7 +375,7 @@ def test_whatever_happens_a_prompt_means_the_whole_conversation(script: list[tup
             if not tasks:
                 break
             (task,) = tasks
-            assert talk.server.means(task.prompt) == talk.chat.conversation.messages
+            assert talk.server.means(task.prompt) == talk.chat.conversation.whole()
             if isinstance(outcome, Exception):
                 due = talk.on(Failed(outcome))  # type: ignore[arg-type]
             elif outcome != GOOD:
@@ -353,4 +386,5 @@ def test_whatever_happens_a_prompt_means_the_whole_conversation(script: list[tup
                 due = talk.on(Judged(()))
         if talk.chat.task is not None:
             talk.on(Stopped(""))
-        assert talk.server.means(talk.chat.conversation.prompt()) == talk.chat.conversation.messages
+        if talk.chat.conversation.messages:
+            assert talk.server.means(talk.chat.conversation.prompt()) == talk.chat.conversation.whole()

@@ -95,6 +95,7 @@ def test_a_keyword_that_is_not_held_to_is_named_with_its_place(keyword: str, pla
         (Regex(r"(a)\1"), "backreferences"),
         (Grammar("start: word"), "word"),
         (Grammar('start: "a'), "lexer error"),
+        (Grammar('start: %json {"const": ' + "1" * 4301 + "}"), "grammar: a schema in it cannot be read: "),
         (Grammar('start: again\nagain: again "a"'), "allows no answer"),
     ],
 )
