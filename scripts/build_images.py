@@ -36,6 +36,7 @@ IMAGES = {
     "prometheus": STAND_INS,
 }
 TAG = "local"
+PIP_VARIABLES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST")
 
 
 def image(name: str) -> str:
@@ -110,10 +111,12 @@ def build(name: str, wheels: Path, digest: str) -> None:
     file = ROOT / IMAGES[name]
     ours = IMAGES[name] == PRODUCT
     context = ROOT if ours else file.parent
-    torch = ("--build-arg", f"TORCH_SHA256={digest}") if ours else ()
+    # Of a name alone buildah takes the value that the environment has, if it has one.
+    chosen = (f"TORCH_SHA256={digest}", *PIP_VARIABLES) if ours else ()
+    arguments = [word for argument in chosen for word in ("--build-arg", argument)]
     options = ("--pull-never", "--isolation", "chroot", "--layers", "--format", "docker")
     places = ("--build-context", f"wheels={wheels}", "--file", str(file), "--target", name, "--tag", image(name))
-    _run("buildah", "build", "--quiet", *options, *torch, *places, str(context))
+    _run("buildah", "build", "--quiet", *options, *arguments, *places, str(context))
 
 
 def sizes() -> dict[str, int]:

@@ -37,6 +37,8 @@ def open_registry(
         metrics.event(event.kind, event.size_bytes, event.seconds)
         if event.kind == "load":
             load_seconds.observe(event.seconds)
+        elif event.kind == "refuse":
+            _log.warning("adapter refused", adapter=event.name, problem=event.problem)
 
     registry = AdapterRegistry(
         settings.adapter_roots,
@@ -45,9 +47,6 @@ def open_registry(
         on_event=report,
     )
     metrics.watch_loaded(registry.resident)
-    for adapter in registry.list_adapters():
-        if adapter.problem:
-            _log.warning("adapter refused", adapter=adapter.name, problem=adapter.problem)
     return registry
 
 

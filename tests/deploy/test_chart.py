@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from math import ceil
@@ -51,44 +52,57 @@ def test_no_part_of_an_image_volume_where_kubernetes_mounts_all_of_it(render: An
     assert render("oci-image-volume", "--set", "adapters[0].image.subPath=", kubernetes="1.32")
 
 
-def _notes(chart_helm: Callable[..., str], *arguments: str) -> str:
-    """What an installation says. Only Helm 4 shows it without a cluster."""
-    values = str(CHART / "ci" / "minimal-values.yaml")
-    given = ("--dry-run=client", "--namespace", "serving", "--values", values, *arguments)
-    return chart_helm("helm4", "install", "r", str(CHART), *given).partition("\nNOTES:\n")[2]
+@pytest.fixture
+def notes(helm: str, chart_helm: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+    """What an installation says, by either Helm: rendered into an object, as Helm 3 shows it to a cluster alone."""
+    chart = shutil.copytree(CHART, tmp_path / "alora-serve")
+    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
+    (chart / "templates" / "notes.yaml").write_text(f"{{apiVersion: v1, kind: Notes, notes: {notes}}}")
+
+    def said(*arguments: str) -> str:
+        given = ("--namespace", "serving", "--values", str(chart / "ci" / "minimal-values.yaml"), *arguments)
+        rendered = chart_helm(helm, "template", "r", str(chart), "--show-only", "templates/notes.yaml", *given)
+        return str(yaml.safe_load(rendered)["notes"])
+
+    return said
 
 
-def test_the_release_says_what_to_do_next(chart_helm: Callable[..., str]) -> None:
-    notes = _notes(chart_helm)
+def test_the_release_says_what_to_do_next(notes: Callable[..., str]) -> None:
+    told = notes()
     # Not `wait pod`: an upgrade's old pods are ready at once, and the pod of a test that failed never is.
-    assert "kubectl --namespace serving rollout status deployment,statefulset" in notes
-    assert "helm test r --namespace serving" in notes
+    assert "kubectl --namespace serving rollout status deployment,statefulset" in told
+    assert "helm test r --namespace serving --logs" in told
 
 
-def test_the_release_says_how_it_is_called(chart_helm: Callable[..., str]) -> None:
-    plain, sure = _notes(chart_helm), str(CHART / "ci" / "tls-cert-manager-values.yaml")
+def test_the_pod_of_a_test_stays_until_its_log_is_read(render: Any) -> None:
+    """Helm 3 deletes what is to go with success before ``--logs`` asks for it, and fails."""
+    hooks = [manifest["metadata"].get("annotations", {}) for manifest in render("minimal")]
+    [test] = [annotations for annotations in hooks if annotations.get("helm.sh/hook") == "test"]
+    assert test["helm.sh/hook-delete-policy"] == "before-hook-creation"
+
+
+def test_the_release_says_how_it_is_called(notes: Callable[..., str]) -> None:
+    plain, sure = notes(), str(CHART / "ci" / "tls-cert-manager-values.yaml")
     assert "dns:///r-alora-serve-router-headless.serving.svc:50051" in plain
     assert "ALORA_CLIENT_TLS" not in plain
-    secure = _notes(chart_helm, "--values", sure)
+    secure = notes("--values", sure)
     assert (
         "get secret r-alora-serve-router-tls --output 'jsonpath={.data.ca\\.crt}' | base64 --decode > ca.crt" in secure
     )
     for told in ("CA_FILE=ca.crt", "SERVER_NAME=alora.example.com", "CERT_FILE=tls.crt", "KEY_FILE=tls.key"):
         assert f"ALORA_CLIENT_TLS_{told}" in secure
     assert "export ALORA_API_KEY=" in secure
-    asks_nobody = _notes(
-        chart_helm, "--values", sure, "--set", "tls.clientCaSecret=,access.fileSecret=,access.jwt.jwksConfigMap="
-    )
+    asks_nobody = notes("--values", sure, "--set", "tls.clientCaSecret=,access.fileSecret=,access.jwt.jwksConfigMap=")
     assert "ALORA_CLIENT_TLS_CERT_FILE" not in asks_nobody
-    assert all("alora-serve generate" in notes for notes in (plain, secure, asks_nobody))
+    assert all("alora-serve generate" in told for told in (plain, secure, asks_nobody))
 
 
-def test_the_release_says_that_its_alerts_link_to_nothing(chart_helm: Callable[..., str]) -> None:
+def test_the_release_says_that_its_alerts_link_to_nothing(notes: Callable[..., str]) -> None:
     rules = "monitoring.prometheusRule.enabled=true"
     base = "monitoring.prometheusRule.runbookBase=https://docs.example.com/operations/"
-    assert "monitoring.prometheusRule.runbookBase" in _notes(chart_helm, "--set", rules)
-    assert "runbook" not in _notes(chart_helm, "--set", rules, "--set", base)
-    assert "runbook" not in _notes(chart_helm)
+    assert "monitoring.prometheusRule.runbookBase" in notes("--set", rules)
+    assert "runbook" not in notes("--set", rules, "--set", base)
+    assert "runbook" not in notes()
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
 DOCKERFILES = (DOCKERFILE, ROOT / "tests" / "containers" / "stand-ins" / "Dockerfile")
+PIP_VARIABLES = {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST"}
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +67,40 @@ def stages_below(target: str) -> set[str]:
     return found
 
 
+def builds_of_compose(compose: Path, **environment: str) -> list[dict[str, Any]]:
+    """What Compose would build with these variables, and none of pip's and torch's besides."""
+    command = [compose, "--profile", "http", "config", "--format", "json"]
+    ambient = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "TORCH_"))}
+    done = subprocess.run(command, cwd=ROOT, env=ambient | environment, capture_output=True, check=True, timeout=60)
+    return [service["build"] for service in json.loads(done.stdout)["services"].values() if "build" in service]
+
+
 def test_the_environment_of_compose_chooses_the_torch_of_each_image_that_has_one(tools: Callable[[str], Path]) -> None:
-    command = [tools("images/bin/docker-compose"), "--profile", "http", "config", "--format", "json"]
     chosen = {"TORCH_PIP_ARGS": "--index-url https://example.com/cpu", "TORCH_SHA256": "0" * 64}
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **chosen}, capture_output=True, check=True, timeout=60)
-    builds = [service["build"] for service in json.loads(done.stdout)["services"].values() if "build" in service]
+    builds = builds_of_compose(tools("images/bin/docker-compose"), **chosen)
     with_torch = {build["target"] for build in builds if "model-venv" in stages_below(build["target"])}
     assert with_torch == {"demo-model", "base-prefill", "adapter-decode"}
     for build in builds:
         assert build.get("args", {}) == (chosen if build["target"] in with_torch else {}), build["target"]
+
+
+def test_pips_own_variables_reach_each_build_of_compose_where_they_are_set(tools: Callable[[str], Path]) -> None:
+    mirror = {"PIP_INDEX_URL": "https://example.com/simple", "PIP_TRUSTED_HOST": "example.com"}
+    builds = builds_of_compose(tools("images/bin/docker-compose"), **mirror)
+    assert len(builds) > 4
+    for build in builds:
+        given = {name: value for name, value in build["args"].items() if name.startswith("PIP_")}
+        assert given == mirror, build["target"]
+
+
+def test_pips_own_variables_reach_each_stage_that_runs_pip_and_no_other() -> None:
+    """Stages name them for themselves: buildah hands arguments to no stage that begins with theirs."""
+    stages = re.findall(r"^FROM \S+ AS (\S+)$(.*?)(?=^FROM |\Z)", DOCKERFILE.read_text(), re.MULTILINE | re.DOTALL)
+    runs_pip = [name for name, body in stages if re.search(r"/pip (install|download|wheel)", body)]
+    assert runs_pip == ["package", "router-venv", "http-venv", "model-venv", "demo-files"]
+    for name, body in stages:
+        named = {word for line in re.findall(r"^ARG (.+)$", body, re.MULTILINE) for word in line.split()}
+        assert named & PIP_VARIABLES == (PIP_VARIABLES if name in runs_pip else set()), name
 
 
 def test_no_service_of_compose_may_do_more_than_it_must(compose: dict[str, Any]) -> None:

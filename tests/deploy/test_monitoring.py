@@ -187,6 +187,16 @@ def test_rules_and_dashboards_ask_for_metrics_and_labels_that_exist() -> None:
         assert grouped <= labels | set(_MADE.findall(expression)), where
 
 
+def test_questions_of_the_page_find_their_jobs_whatever_stands_before_their_names() -> None:
+    """The chart's ServiceMonitors call them by their release."""
+    [questions] = re.findall(r"```promql\n(.+?)```", (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL)
+    jobs = re.findall(r"\bjob(=~?)\"([^\"]+)\"", questions)
+    assert len(jobs) == 3
+    for operator, name in jobs:
+        assert operator == "=~"
+        assert all(re.fullmatch(name, job) for job in ("router", "r-alora-serve-router"))
+
+
 def test_no_query_is_taken_to_have_data_for_a_zero_that_it_draws_itself() -> None:
     drawn = [expression for _, _, expression in queries() if "vector(" in expression]
     assert len(drawn) > 2

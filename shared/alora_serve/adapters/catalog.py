@@ -37,6 +37,11 @@ class CatalogEntry:
     info: AdapterInfo | None = None
     _signature: Signature | None = None
 
+    @property
+    def refused(self) -> tuple[str, Signature | None] | None:
+        """Why, and with which files, if they were found; None while nothing is known against it."""
+        return (self.info.problem, self._signature) if self.info is not None and self.info.problem else None
+
     def is_current(self) -> bool:
         """Whether ``info``, a refusal included, is about the files as they lie there now."""
         try:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from alora_serve.adapters.catalog import CatalogEntry, scan
-from alora_serve.adapters.files import DEFAULT_MAX_WEIGHTS_BYTES
+from alora_serve.adapters.files import DEFAULT_MAX_WEIGHTS_BYTES, AdapterFiles
 from alora_serve.adapters.loading import AdapterHost, inspect_adapter, load_adapter
 from alora_serve.adapters.residency import AdapterEvent, Lease, Residency
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError, IntrinsicUndefinedError
@@ -19,6 +20,8 @@ from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.types import AdapterDigest, AdapterInfo
 
 _NEAREST_NAMES = 3
+
+T = TypeVar("T")
 
 
 def _ignore(event: AdapterEvent) -> None:
@@ -33,8 +36,8 @@ class AdapterRegistry:
         base: what adapters are checked against.
         max_resident_bytes: see :class:`~alora_serve.adapters.residency.Residency`.
         max_weights_bytes: larger weights files are refused.
-        on_event: called on the thread that caused the event; must not raise and may call nothing here but
-            :meth:`list_adapters`, :meth:`resident` and :meth:`resident_bytes`.
+        on_event: called on the thread that caused the event, for what is refused at once from here on; must not raise
+            and may call nothing here but :meth:`list_adapters`, :meth:`resident` and :meth:`resident_bytes`.
 
     Raises:
         ConfigError: a root is not a readable directory.
@@ -91,6 +94,9 @@ class AdapterRegistry:
                 with entry.lock:
                     self._inspect(entry)
                 entries[name] = entry
+            for info in seen.hidden:
+                if info not in self._hidden:
+                    self._on_event(AdapterEvent("refuse", info.name, problem=info.problem))
             self._entries, self._hidden = entries, seen.hidden
         self._residency.retire(lambda name: name not in entries)
 
@@ -172,11 +178,7 @@ class AdapterRegistry:
                 return lease
             self._residency.make_room(entry.info.size_bytes)
         began = time.monotonic()
-        try:
-            adapter = entry.read(lambda files: load_adapter(files, name=entry.name, base=self._base))
-        except AdapterRefusedError:
-            self._on_event(AdapterEvent("refuse", entry.name, seconds=time.monotonic() - began))
-            raise
+        adapter = self._read(entry, lambda files: load_adapter(files, name=entry.name, base=self._base))
         entry.info = adapter.info
         lease = self._residency.insert(adapter)
         self._on_event(AdapterEvent("load", entry.name, adapter.size_bytes, time.monotonic() - began))
@@ -186,6 +188,16 @@ class AdapterRegistry:
         if entry.info is not None and not entry.info.problem and entry.is_current():
             return
         try:
-            entry.info = entry.read(lambda files: inspect_adapter(files, name=entry.name, base=self._base))
+            entry.info = self._read(entry, lambda files: inspect_adapter(files, name=entry.name, base=self._base))
         except AdapterRefusedError:
             return  # the entry keeps it as its problem, and it is listed
+
+    def _read(self, entry: CatalogEntry, reader: Callable[[AdapterFiles], T]) -> T:
+        """As :meth:`CatalogEntry.read`; a refusal is told, unless it is the one before, of the same files."""
+        before = entry.refused
+        try:
+            return entry.read(reader)
+        except AdapterRefusedError:
+            if (refused := entry.refused) and refused != before:
+                self._on_event(AdapterEvent("refuse", entry.name, problem=refused[0]))
+            raise

@@ -19,20 +19,23 @@ AdapterEventKind = Literal["hit", "load", "refuse", "evict", "drop"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterEvent:
-    """What happened to an adapter, for metrics.
+    """What happened to an adapter, for metrics and logs.
 
     Attributes:
-        kind: ``hit`` (leased, was in memory), ``load`` (read from disk), ``refuse`` (reading refused it), ``evict``
-            (left memory to make room), ``drop`` (left it because it was unloaded, or is no longer what is on disk).
+        kind: ``hit`` (leased, was in memory), ``load`` (read from disk), ``refuse`` (was found unfit to be served,
+            for another problem or with other files than before), ``evict`` (left memory to make room), ``drop``
+            (left it because it was unloaded, or is no longer what is on disk).
         name: the adapter's.
         size_bytes: its weights in memory; 0 for ``refuse``.
-        seconds: time that reading took; 0 where nothing was read.
+        seconds: time that a ``load`` took, else 0.
+        problem: why, for ``refuse``; else empty.
     """
 
     kind: AdapterEventKind
     name: str
     size_bytes: int = 0
     seconds: float = 0.0
+    problem: str = ""
 
 
 class Lease:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 from opentelemetry import context, trace
@@ -33,29 +33,20 @@ def trace_metadata() -> tuple[tuple[str, str], ...]:
     return tuple(carrier.items())
 
 
-@contextmanager
-def server_span(method: str, metadata: Iterable[tuple[str, str | bytes]], request_id: str) -> Iterator[Span]:
+def server_span(
+    method: str, metadata: Iterable[tuple[str, str | bytes]], request_id: str
+) -> AbstractContextManager[Span]:
     """The current span while an arriving call runs: the child of its caller's, if it says so; else a trace begins.
+
+    Untraced here, the caller's own is current: logs name its trace, and it still reaches who is called.
 
     Args:
         method: ``/package.Service/Method``.
         metadata: the call's.
         request_id: names the call in logs.
     """
-    maker = tracer()
-    if maker is None:
-        yield INVALID_SPAN
-        return
-    caller = _W3C.extract({key: value for key, value in metadata if isinstance(value, str)})
-    with maker.start_as_current_span(
-        method.removeprefix("/"),
-        caller,
-        SpanKind.SERVER,
-        {**_call_attributes(method), "alora.request_id": request_id},
-        record_exception=False,
-        set_status_on_exception=False,
-    ) as span:
-        yield span
+    carrier = {key: value for key, value in metadata if isinstance(value, str)}
+    return _arriving(method.removeprefix("/"), carrier, request_id, _call_attributes(method))
 
 
 def end_server_span(span: Span, code: str, reason: object = None) -> None:
@@ -67,28 +58,15 @@ def end_server_span(span: Span, code: str, reason: object = None) -> None:
         fail(span, code)
 
 
-@contextmanager
-def http_server_span(method: str, headers: Mapping[str, str], request_id: str) -> Iterator[Span]:
-    """As :func:`server_span`, for an HTTP request. Untraced here, the caller's trace still reaches who is called.
+def http_server_span(method: str, headers: Mapping[str, str], request_id: str) -> AbstractContextManager[Span]:
+    """As :func:`server_span`, for an HTTP request.
 
     Args:
         method: of HTTP. It names the span until the route is known.
         headers: the request's, names in lower case.
         request_id: names the request in logs.
     """
-    caller, maker = _W3C.extract(headers), tracer()
-    if maker is None:
-        token = context.attach(caller)
-        try:
-            yield INVALID_SPAN
-        finally:
-            context.detach(token)
-        return
-    attributes = {"http.request.method": method, "alora.request_id": request_id}
-    with maker.start_as_current_span(
-        method, caller, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
-    ) as span:
-        yield span
+    return _arriving(method, headers, request_id, {"http.request.method": method})
 
 
 def end_http_server_span(span: Span, route: str, status: int) -> None:
@@ -146,3 +124,20 @@ def client_span(
 
 def _call_attributes(method: str) -> Attributes:
     return {"rpc.system.name": "grpc", "rpc.method": method.removeprefix("/")}
+
+
+@contextmanager
+def _arriving(name: str, carrier: Mapping[str, str], request_id: str, attributes: Attributes) -> Iterator[Span]:
+    caller, maker = _W3C.extract(carrier), tracer()
+    if maker is None:
+        token = context.attach(caller)
+        try:
+            yield INVALID_SPAN
+        finally:
+            context.detach(token)
+        return
+    attributes = {**attributes, "alora.request_id": request_id}
+    with maker.start_as_current_span(
+        name, caller, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
+    ) as span:
+        yield span

@@ -97,6 +97,7 @@ def test_refused_adapters_are_listed_with_their_problem_and_refused_with_it(
     opened = Opened(root, base=llama)
     problem = opened.info("dora").problem
     assert problem == "adapter_config.json has use_dora = true: DoRA is not served"
+    assert opened.events == [AdapterEvent("refuse", "dora", problem=problem)]
     assert opened.info("certainty").problem == ""
     with pytest.raises(AdapterRefusedError) as refused:
         opened.registry.acquire("dora")
@@ -130,6 +131,31 @@ def test_a_refused_adapter_is_served_once_it_is_repaired(root: Path, opened: Ope
     assert opened.info("certainty").problem == ""
 
 
+def test_a_refusal_is_told_once_for_each_problem_and_for_each_change_of_files(root: Path, opened: Opened) -> None:
+    weights = root / "jailbreak" / WEIGHTS_NAME
+    whole = weights.read_bytes()
+
+    def told() -> list[AdapterEvent]:
+        """Of two looks at the roots, each with a request behind it."""
+        opened.events.clear()
+        for _ in range(2):
+            opened.registry.refresh()
+            with pytest.raises(AdapterRefusedError):
+                opened.registry.acquire("jailbreak")
+        return list(opened.events)
+
+    weights.write_bytes(whole[:4])
+    [truncated] = told()
+    assert truncated == AdapterEvent("refuse", "jailbreak", problem=opened.info("jailbreak").problem)
+    os.utime(weights, ns=(0, 0))  # copied anew, and no better
+    assert told() == [truncated]
+    weights.unlink()
+    [missing] = told()
+    assert missing.problem == opened.info("jailbreak").problem != truncated.problem
+    weights.write_bytes(whole[:4])
+    assert told() == [truncated]
+
+
 def test_an_adapter_that_loses_a_file_is_refused_until_it_is_back(root: Path, opened: Opened) -> None:
     opened.registry.load("certainty")
     weights = root / "certainty" / WEIGHTS_NAME
@@ -150,6 +176,9 @@ def test_of_two_adapters_of_one_name_the_first_root_counts_and_the_other_is_list
     served, hidden = (info for info in opened.registry.list_adapters() if info.name == "certainty")
     assert (served.problem, served.kind) == ("", "alora")
     assert hidden.problem == f"{tmp_path / 'more' / 'certainty'} is hidden by {root / 'certainty'}, of the same name"
+    assert opened.events == [AdapterEvent("refuse", "certainty", problem=hidden.problem)]
+    opened.registry.refresh()
+    assert len(opened.events) == 1, "told once"
     assert opened.info("support").problem == ""
     with opened.registry.acquire("certainty") as lease:
         assert lease.adapter.digest == served.digest

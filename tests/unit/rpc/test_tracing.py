@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from structlog.testing import capture_logs
 
 from alora_serve.client import AsyncClient
 from alora_serve.errors import InvalidRequestError, OverloadedError
+from alora_serve.logging import _add_trace
 from alora_serve.rpc.tracing import end_http_server_span, http_server_span, trace_metadata
 from alora_serve.telemetry import current, spans_by, tracer
 from alora_serve.types import GenerateRequest, StreamEvent, TokenChunk
@@ -275,11 +277,22 @@ async def test_a_trace_that_the_router_does_not_sample_is_begun_by_no_peer() -> 
     assert not is_sampled(told)
 
 
-async def test_off_nothing_is_told_to_peers() -> None:
+async def test_off_the_callers_trace_is_in_every_log_and_reaches_peers_as_it_came() -> None:
+    """And of a call that is in none nothing is told."""
     worker = Worker()
-    async with deployment([FakePrefill()], [worker]) as (router, _):
-        await ask(router, traceparent=CALLER)
-    assert worker.traceparents == [None]
+    with capture_logs(processors=[_add_trace]) as lines:
+
+        def logged(method: str) -> Counter[str | None]:
+            calls = [line for line in lines if line["event"] == "rpc" and line["method"].endswith(f"/{method}")]
+            return Counter(call.get("trace_id") for call in calls)
+
+        async with deployment([FakePrefill()], [worker]) as (router, _):
+            await ask(router, traceparent=CALLER)
+            await ask(router)
+            await until(lambda: all(logged(method).total() == 2 for method in ("Generate", "Prefill", "Decode")))
+    assert worker.traceparents == [CALLER, None]
+    for method in ("Generate", "Prefill", "Decode"):
+        assert logged(method) == {TRACE_ID: 1, None: 1}, method
 
 
 async def test_what_a_caller_writes_into_its_trace_context_is_checked(recorded: Recorded) -> None:

@@ -45,4 +45,5 @@ def test_images_are_built_with_the_digest_of_the_wheel_that_was_fetched(
     ours = [line for line in builds if "deploy/docker/Dockerfile" in line]
     assert len(ours) == 5
     assert all(f"--build-arg TORCH_SHA256={DIGEST} " in line for line in ours)
+    assert all("--build-arg PIP_INDEX_URL " in line for line in ours), "by name: its value may hold a password"
     assert not any("TORCH_SHA256" in line for line in builds if line not in ours)

@@ -1,0 +1,44 @@
+"""What a worker says of adapters that it refuses, at its start and later, and that they are counted."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from adapter_decode.config import AdapterDecodeSettings
+from adapter_decode.scan import open_registry, scan_forever
+from alora_serve.adapters.files import CONFIG_NAME
+from alora_serve.engine.rates import RecentMean
+from alora_serve.metrics import AdapterMetrics
+from alora_serve.model.loader import load_base_model
+from deployment import save_tiny_model
+from fake_services import until
+
+
+async def test_a_refused_adapter_is_logged_and_counted_at_the_start_and_when_it_is_found_later(tmp_path: Path) -> None:
+    directory, counted = save_tiny_model(tmp_path).directory, CollectorRegistry()
+    settings = AdapterDecodeSettings(model=str(directory), adapter_roots=(tmp_path / "adapters",))
+
+    def save_broken(name: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONFIG_NAME).write_text("{")
+        (tmp_path / name).rename(tmp_path / "adapters" / name)
+
+    def told() -> dict[str, str]:
+        return {line["adapter"]: line["problem"] for line in lines if line["event"] == "adapter refused"}
+
+    save_broken("there-before")
+    with capture_logs() as lines:
+        model = load_base_model(directory, dtype="float32")
+        registry = open_registry(settings, model, AdapterMetrics(counted), RecentMean())
+        assert told().keys() == {"there-before"}
+        scanning = asyncio.create_task(scan_forever(registry, 0.001))
+        save_broken("there-now")
+        await until(lambda: len(told()) == 2)
+        scanning.cancel()
+        await asyncio.gather(scanning, return_exceptions=True)
+    assert told() == {info.name: info.problem for info in registry.list_adapters() if info.problem}
+    assert counted.get_sample_value("alora_adapter_events_total", {"event": "refuse"}) == 2
