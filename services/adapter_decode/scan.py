@@ -51,10 +51,12 @@ def open_registry(
 
 
 async def scan_forever(registry: AdapterRegistry, interval_seconds: float) -> None:
-    """Look at the roots again and again. A root that is away for a moment leaves the catalogue as it was."""
+    """Look at the roots again and again. Whatever goes wrong leaves the catalogue as it was, until the next time."""
     while True:
         await asyncio.sleep(interval_seconds)
         try:
             await asyncio.to_thread(registry.refresh)
         except ConfigError as error:
             _log.warning("adapter roots not read", error=str(error))
+        except Exception:  # noqa: BLE001 - this is logged, and the worker would end with its look at the roots
+            _log.exception("adapter roots not read")

@@ -14,6 +14,7 @@ from alora_serve.errors import InvalidRequestError
 MAX_SAMPLES: Final = 64
 MAX_TOP_LOGPROBS: Final = 20
 _TOKEN_IDS: Final = 2**32
+_TOKEN_DIGITS: Final = 10
 _HALF: Final = re.compile("[\ud800-\udfff]")
 
 
@@ -154,6 +155,8 @@ class CompletionFields(Body):
 
 def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
     for token in biases:
-        if not (token.isascii() and token.isdecimal() and int(token) < _TOKEN_IDS):
+        # The length first: Python reads no numbers of thousands of digits.
+        is_number = token.isascii() and token.isdecimal() and len(token) <= _TOKEN_DIGITS
+        if not is_number or int(token) >= _TOKEN_IDS:
             raise InvalidRequestError.of("logit_bias", f"{token[:40]!r} is no token id")
     return {int(token): bias for token, bias in biases.items()}

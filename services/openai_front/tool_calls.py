@@ -98,10 +98,11 @@ class ToolCallReader:
         return [call for call in found if call is not None] if all(found) else []
 
     def _call(self, value: Any) -> Call | None:
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._names:  # a list would not even be looked up
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
-        return Call(value["name"], json.dumps(arguments)) if isinstance(arguments, dict) else None
+        return Call(name, json.dumps(arguments)) if isinstance(arguments, dict) else None
 
 
 class ForcedCallReader:

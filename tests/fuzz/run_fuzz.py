@@ -20,7 +20,7 @@ from typing import Final
 import atheris
 
 if "--here" in sys.argv:  # the process that fuzzes, and not the one that starts it
-    with atheris.instrument_imports(include=["alora_serve", "adapter_router"]):
+    with atheris.instrument_imports(include=["alora_serve", "adapter_router", "openai_front"]):
         from fuzz_targets import TARGETS
 else:
     from fuzz_targets import TARGETS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -126,7 +125,7 @@ def read_jwks(path: Path) -> jwt.PyJWKSet:
     """
     try:
         return jwt.PyJWKSet.from_json(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, jwt.PyJWTError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, RecursionError, jwt.PyJWTError, AttributeError, LookupError, TypeError) as error:
         raise ConfigError(f"jwks_file {path}: {type(error).__name__}: {error}") from error
 
 

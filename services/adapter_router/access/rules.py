@@ -10,6 +10,7 @@ import yaml
 from pydantic import AwareDatetime, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from alora_serve.errors import ConfigError
+from alora_serve.safe_yaml import load_yaml
 from alora_serve.types import Role
 
 TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -105,9 +106,13 @@ def read_rules(path: Path) -> AccessRules:
         ConfigError: it cannot be read, or says something that is not an access rule; names the place, no key.
     """
     try:
-        return AccessRules.model_validate(yaml.safe_load(path.read_text()) or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return AccessRules.model_validate(load_yaml(path.read_text()) or {})
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"access_file {path}: {type(error).__name__}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)  # its text would quote the line, and keys in it
+        line = "" if mark is None else f" in line {mark.line + 1}"
+        raise ConfigError(f"access_file {path}: {type(error).__name__}{line}") from error
     except ValidationError as error:
         # Without the inputs: they may be what somebody took for a place to put a key.
         found = "; ".join(

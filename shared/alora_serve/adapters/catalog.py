@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
+
+import structlog
 
 from alora_serve.adapters.files import CONFIG_NAME, AdapterFiles, Signature, find_files
 from alora_serve.errors import AdapterRefusedError, ConfigError
+from alora_serve.intrinsics.excerpts import sendable
 from alora_serve.types import AdapterDigest, AdapterInfo
 
 _READ_ATTEMPTS = 3
+_PROBLEM_CHARACTERS: Final = 1000
+
+_log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -46,14 +52,16 @@ class CatalogEntry:
         """Whether ``info``, a refusal included, is about the files as they lie there now."""
         try:
             return self.info is not None and self._signature == self._find_files().signature()
-        except (AdapterRefusedError, OSError):
-            return False  # reading will say why
+        except Exception:  # noqa: BLE001 - reading will say why
+            return False
 
     def read(self, reader: Callable[[AdapterFiles], T]) -> T:
         """Run ``reader`` on files that stay the same meanwhile. A refusal is kept as ``info``, with its files.
 
         Raises:
-            AdapterRefusedError: ``reader`` refused them, or they cannot be read or do not stay the same. Names it.
+            AdapterRefusedError: ``reader`` refused them or broke over them, or they cannot be read or do not stay the
+                same. Names the adapter.
+            MemoryError: there was too little for them.
         """
         signature: Signature | None = None
         try:
@@ -66,8 +74,10 @@ class CatalogEntry:
                     self._signature = signature
                     return result
             raise AdapterRefusedError("its files keep changing while they are read")
-        except (AdapterRefusedError, OSError) as error:
-            problem = str(error) if isinstance(error, AdapterRefusedError) else f"its files cannot be read: {error}"
+        except MemoryError:
+            raise  # of the process, and no fault of the files
+        except Exception as error:  # whatever it is: one adapter may cost no other its place, now or at the next start
+            problem = self._problem(error)
             self._signature, self.info = signature, refused_info(self.name, problem)
             raise self.refusal(problem) from error
 
@@ -84,7 +94,17 @@ class CatalogEntry:
 
     def refusal(self, problem: str) -> AdapterRefusedError:
         """The error for a use of this adapter, with the ``problem`` of its listing."""
-        return AdapterRefusedError(f"adapter {self.name!r} cannot be served: {problem}")
+        return AdapterRefusedError(f"adapter {self.name!r} cannot be served: {_listed(problem)}")
+
+    def _problem(self, error: Exception) -> str:
+        if isinstance(error, AdapterRefusedError):
+            return str(error)
+        if isinstance(error, OSError):
+            return f"its files cannot be read: {error}"
+        problem = f"reading its files ended in a fault of ours: {type(error).__name__}: {error}"
+        if self.info is None or self.info.problem != _listed(problem):  # it is read again at every scan
+            _log.error("adapter not read", adapter=self.name, exc_info=error)
+        return problem
 
     def _find_files(self) -> AdapterFiles:
         return find_files(self.directory, root=self.root, max_weights_bytes=self.max_weights_bytes)
@@ -92,10 +112,17 @@ class CatalogEntry:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What the roots hold: directory and root by name, and listings of the directories that an earlier root hides."""
+    """What the roots hold.
 
-    found: dict[str, tuple[Path, Path]]
-    hidden: tuple[AdapterInfo, ...]
+    Attributes:
+        found: directory and root by name.
+        refused: listings of those that go by no name: an earlier root has one of it, or no request can say it.
+        unknown: what nobody here may look into, such as ``lost+found``, and why.
+    """
+
+    found: Mapping[str, tuple[Path, Path]]
+    refused: tuple[AdapterInfo, ...]
+    unknown: Mapping[Path, str]
 
 
 def scan(roots: Sequence[Path]) -> Scan:
@@ -105,31 +132,47 @@ def scan(roots: Sequence[Path]) -> Scan:
         ConfigError: a root is not a readable directory.
     """
     found: dict[str, tuple[Path, Path]] = {}
-    hidden: list[AdapterInfo] = []
+    refused: list[AdapterInfo] = []
+    unknown: dict[Path, str] = {}
     for root in roots:
-        for directory in _subdirectories(root):
-            # A leading dot: the links and temporary folders of volume mounts and downloads.
-            if directory.name.startswith(".") or not (directory / CONFIG_NAME).exists():
+        for directory in _listed_in(root):
+            name = directory.name
+            try:
+                if not _is_adapter(directory):
+                    continue
+            except OSError as error:
+                unknown[directory] = str(error)
                 continue
-            if directory.name in found:
-                winner = found[directory.name][0]
-                hidden.append(refused_info(directory.name, f"{directory} is hidden by {winner}, of the same name"))
+            if name != sendable(name):
+                refused.append(refused_info(name, "the folder's name is not UTF-8, so no request has it; rename it"))
+            elif name in found:
+                refused.append(refused_info(name, f"{directory} is hidden by {found[name][0]}, of the same name"))
             else:
-                found[directory.name] = (directory, root)
-    return Scan(found, tuple(hidden))
+                found[name] = (directory, root)
+    return Scan(found, tuple(refused), unknown)
 
 
-def _subdirectories(root: Path) -> list[Path]:
+def _listed_in(root: Path) -> list[Path]:
     try:
-        return sorted(path for path in root.iterdir() if path.is_dir())
+        # A leading dot: the links and temporary folders of volume mounts and downloads.
+        return sorted(path for path in root.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise ConfigError(f"adapter root {root} cannot be listed: {error}") from error
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether it is a directory with an ``adapter_config.json``. Raises OSError where that cannot be known."""
+    try:
+        (path / CONFIG_NAME).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def refused_info(name: str, problem: str) -> AdapterInfo:
     """The listing of an adapter of which nothing is known but why it cannot be served."""
     return AdapterInfo(
-        name=name,
+        name=sendable(name),
         digest=AdapterDigest(""),
         kind="",
         rank=0,
@@ -138,5 +181,10 @@ def refused_info(name: str, problem: str) -> AdapterInfo:
         invocation_text="",
         size_bytes=0,
         resident=False,
-        problem=problem,
+        problem=_listed(problem),
     )
+
+
+def _listed(problem: str) -> str:
+    """As routers can be told: a file can hold what protobuf has no characters for, and a name of megabytes."""
+    return sendable(problem if len(problem) <= _PROBLEM_CHARACTERS else f"{problem[:_PROBLEM_CHARACTERS]}…")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from alora_serve.errors import AdapterRefusedError
+from alora_serve.intrinsics.excerpts import sendable
+from alora_serve.intrinsics.fields import is_number
 from alora_serve.types import TokenIds
 
 AdapterKind = Literal["alora", "lora"]
+
+_LARGEST: Final = 2**31 - 1
+"""Of ranks, token ids and layers."""
 
 ALL_LINEAR = "all-linear"
 """PEFT's shorthand, in any case, for every linear module but the output layer."""
@@ -188,12 +192,13 @@ class _Fields:
         return self._values.get(field, default)
 
     def integer(self, field: str, value: Any, *, minimum: int) -> int:
-        if type(value) is not int or value < minimum:  # `True` is an int in Python, never a rank or a token id
-            raise self.refusal(field, f"{json.dumps(value)} is not an integer >= {minimum}")
+        # `True` is an int in Python, never a rank or a token id.
+        if type(value) is not int or not minimum <= value <= _LARGEST:
+            raise self.refusal(field, f"{json.dumps(value)} is not an integer from {minimum} to {_LARGEST}")
         return value
 
     def number(self, field: str, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not is_number(value):
             raise self.refusal(field, f"{json.dumps(value)} is not a finite number")
         return float(value)
 
@@ -207,6 +212,8 @@ class _Fields:
         value = self.get(field)
         if value is not None and not isinstance(value, str):
             raise self.refusal(field, "it must be a string")
+        if value and sendable(value) != value:
+            raise self.refusal(field, "it holds half of a surrogate pair")
         return value or ""
 
     def integers(self, field: str, *, minimum: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Final
 
 import safetensors
 import safetensors.torch
@@ -22,6 +23,9 @@ from alora_serve.errors import AdapterRefusedError
 from alora_serve.intrinsics import parse_definition
 from alora_serve.model.loader import BaseModel
 from alora_serve.types import AdapterDigest, AdapterInfo, TokenIds
+
+MAX_INVOCATION_TOKENS: Final = 1024
+"""Every router is told them, for each adapter. Real ones have about ten."""
 
 _FOREIGN_TENSORS: Mapping[str, str] = {
     "lora_magnitude_vector": "DoRA is not served",
@@ -173,6 +177,8 @@ def _invocation(config: AdapterConfig, base: AdapterHost) -> tuple[TokenIds, Tok
         tokens, field = config.invocation_tokens, "alora_invocation_tokens"
     else:
         tokens, field = base.encode(config.invocation_string), "invocation_string"
+    if len(tokens) > MAX_INVOCATION_TOKENS:
+        raise AdapterRefusedError(f"{field} is {len(tokens)} tokens, more than {MAX_INVOCATION_TOKENS}")
     if any(token >= base.vocabulary_size for token in tokens):
         raise AdapterRefusedError(
             f"{field} = {list(tokens)} leave the base model's vocabulary of "

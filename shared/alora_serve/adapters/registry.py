@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
+
 from alora_serve.adapters.catalog import CatalogEntry, scan
 from alora_serve.adapters.files import DEFAULT_MAX_WEIGHTS_BYTES, AdapterFiles
 from alora_serve.adapters.loading import AdapterHost, inspect_adapter, load_adapter
@@ -22,6 +24,8 @@ from alora_serve.types import AdapterDigest, AdapterInfo
 _NEAREST_NAMES = 3
 
 T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
 
 
 def _ignore(event: AdapterEvent) -> None:
@@ -59,7 +63,8 @@ class AdapterRegistry:
         self._residency = Residency(max_bytes=max_resident_bytes, on_event=on_event)
         self._refresh_lock = threading.Lock()
         self._entries: dict[str, CatalogEntry] = {}  # never changed, only replaced: readers need no lock
-        self._hidden: tuple[AdapterInfo, ...] = ()
+        self._refused: tuple[AdapterInfo, ...] = ()
+        self._unknown: frozenset[Path] = frozenset()
         self.refresh()
 
     def list_adapters(self) -> tuple[AdapterInfo, ...]:
@@ -68,7 +73,7 @@ class AdapterRegistry:
         resident = self._residency.held()
         # Asked ten times a second for each router, of thousands of adapters: only those in memory are made anew.
         listed = [replace(info, resident=True) if (info.name, info.digest) in resident else info for info in infos]
-        return tuple(sorted([*listed, *self._hidden], key=lambda info: info.name))
+        return tuple(sorted([*listed, *self._refused], key=lambda info: info.name))
 
     def resident(self) -> frozenset[tuple[str, AdapterDigest]]:
         """Name and digest of every adapter whose weights are in memory, older versions in use among them."""
@@ -86,6 +91,8 @@ class AdapterRegistry:
         """
         with self._refresh_lock:
             seen = scan(self._roots)
+            for directory in seen.unknown.keys() - self._unknown:
+                _log.warning("folder in an adapter root left out", folder=str(directory), error=seen.unknown[directory])
             entries = {}
             for name, (directory, root) in seen.found.items():
                 known = self._entries.get(name)
@@ -94,10 +101,10 @@ class AdapterRegistry:
                 with entry.lock:
                     self._inspect(entry)
                 entries[name] = entry
-            for info in seen.hidden:
-                if info not in self._hidden:
+            for info in seen.refused:
+                if info not in self._refused:
                     self._on_event(AdapterEvent("refuse", info.name, problem=info.problem))
-            self._entries, self._hidden = entries, seen.hidden
+            self._entries, self._refused, self._unknown = entries, seen.refused, frozenset(seen.unknown)
         self._residency.retire(lambda name: name not in entries)
 
     def acquire(self, name: str, *, digest: AdapterDigest | None = None) -> Lease:

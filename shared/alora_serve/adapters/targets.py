@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from alora_serve.adapters.config import ALL_LINEAR, AdapterConfig, Names
+from alora_serve.adapters.patterns import Patterns
 from alora_serve.errors import AdapterRefusedError
 
 
@@ -42,13 +42,12 @@ def resolve_targets(config: AdapterConfig, module_shapes: Mapping[str, ModuleSha
     ``module_shapes`` holds every Linear and Conv1D of the base model, the output layer included.
 
     Raises:
-        AdapterRefusedError: nothing matches, the output layer does, or a pattern is not a regular expression.
+        AdapterRefusedError: nothing matches, the output layer does, a pattern is not a regular expression, or matching
+            them all takes too long.
     """
-    try:
-        names = _matching_names(config, module_shapes)
-        targets = {name: _resolve(config, name) for name in names}
-    except re.error as error:
-        raise AdapterRefusedError(f"{error.pattern!r} is not a regular expression: {error}") from error
+    patterns = Patterns()
+    names = _matching_names(config, module_shapes, patterns)
+    targets = {name: _resolve(config, name, patterns) for name in names}
     for name in names:
         if module_shapes[name].is_output_layer:
             raise AdapterRefusedError(
@@ -63,42 +62,45 @@ def resolve_targets(config: AdapterConfig, module_shapes: Mapping[str, ModuleSha
     return targets
 
 
-def _matching_names(config: AdapterConfig, module_shapes: Mapping[str, ModuleShape]) -> list[str]:
+def _matching_names(config: AdapterConfig, module_shapes: Mapping[str, ModuleShape], patterns: Patterns) -> list[str]:
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = tuple(name for name, shape in module_shapes.items() if not shape.is_output_layer)
     return [
         name
         for name in module_shapes
-        if not _matches(config.exclude_modules, name) and _matches(targets, name) and _in_layers(config, targets, name)
+        if not _matches(config.exclude_modules, name, patterns)
+        and _matches(targets, name, patterns)
+        and _in_layers(config, targets, name, patterns)
     ]
 
 
-def _matches(names: Names, module_name: str) -> bool:
+def _matches(names: Names, module_name: str, patterns: Patterns) -> bool:
     if isinstance(names, str):
-        return bool(names) and re.fullmatch(names, module_name) is not None
+        return bool(names) and patterns.fullmatch(names, module_name)
     return any(module_name == name or module_name.endswith(f".{name}") for name in names)
 
 
-def _in_layers(config: AdapterConfig, targets: Names, module_name: str) -> bool:
+def _in_layers(config: AdapterConfig, targets: Names, module_name: str, patterns: Patterns) -> bool:
     # A module named in full is adapted whatever layers_to_transform says. PEFT shortens lists of 20 names and more to
     # suffixes first, which can undo that; then the weights file lacks a tensor that we expect, and loading refuses it.
     if config.layers_to_transform is None or module_name in targets:
         return True
     # The lazy quantifier takes the first number in the name: of `layers.1.experts.0`, the layer and not the expert.
-    patterns = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in config.layers_pattern]
-    for pattern in patterns or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
-        if found := re.match(pattern, module_name):
-            return int(found["index"]) in config.layers_to_transform
+    named = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in config.layers_pattern]
+    for pattern in named or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+        if (found := patterns.match(pattern, module_name)) is not None:
+            index = found["idx"]  # None where a `|` in the pattern leaves it out
+            return index is not None and int(index) in config.layers_to_transform
     return False
 
 
-def _resolve(config: AdapterConfig, module_name: str) -> ResolvedTarget:
-    rank = config.rank_pattern.get(_pattern_key(config.rank_pattern, module_name), config.rank)
-    alpha = config.alpha_pattern.get(_pattern_key(config.alpha_pattern, module_name), config.alpha)
+def _resolve(config: AdapterConfig, module_name: str, patterns: Patterns) -> ResolvedTarget:
+    rank = config.rank_pattern.get(_pattern_key(config.rank_pattern, module_name, patterns), config.rank)
+    alpha = config.alpha_pattern.get(_pattern_key(config.alpha_pattern, module_name, patterns), config.alpha)
     return ResolvedTarget(rank=rank, scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 
-def _pattern_key(patterns: Mapping[str, object], module_name: str) -> str:
+def _pattern_key(keys: Mapping[str, object], module_name: str, patterns: Patterns) -> str:
     # `{key}$` inside the group and `re.match`, as PEFT does: a key matches at any dot, and `a|b` stays one alternative.
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module_name)), module_name)
+    return next((key for key in keys if patterns.match(rf"(.*\.)?({key})$", module_name) is not None), module_name)

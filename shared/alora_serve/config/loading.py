@@ -22,6 +22,7 @@ from alora_serve.config.cache_directory import CACHE_DIRECTORY_VARIABLE
 from alora_serve.config.groups import ENV_PREFIX, SettingsGroup
 from alora_serve.config.names import SECRET_NAMES, env_name, flag_name, known_names
 from alora_serve.errors import ConfigError
+from alora_serve.safe_yaml import load_yaml
 
 TEST_PREFIX: Final = "ALORA_TEST_"
 """Variables of the tests."""
@@ -102,7 +103,7 @@ class _OwnKeys(InitSettingsSource):
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = load_yaml(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"config={str(path)!r}: is no YAML file: {error}") from error
     if content is None:

@@ -56,9 +56,11 @@ class Reloaded(Generic[ContentT]):
         names = ", ".join(str(file) for file in self._files)
         try:
             self._content = self._read()
-        except ConfigError as error:
+        except Exception as error:  # noqa: BLE001 - else every call that asks for the content would fail
             if version != self._refused:  # tried again at every look, complained about once
-                _log.error("not reloaded, what was read before stays in force", files=names, error=str(error))
+                # What no reader foresaw may quote the file, and keys in it.
+                told = str(error) if isinstance(error, ConfigError) else type(error).__name__
+                _log.error("not reloaded, what was read before stays in force", files=names, error=told)
             self._refused = version
         else:
             self._version = version

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from alora_serve.errors import ConfigError
 from alora_serve.model.chat import ChatTokenizer
+from alora_serve.safe_yaml import load_yaml
 from alora_serve.types import ChatMessage, TokenIds
 
 _strings: TypeAdapter[list[str]] = TypeAdapter(list[str])
@@ -27,7 +28,7 @@ def read_public_prompts(path: Path | None, tokenizer: ChatTokenizer) -> tuple[To
     if path is None:
         return ()
     try:
-        prompts = _strings.validate_python(yaml.safe_load(path.read_text()), strict=True)
+        prompts = _strings.validate_python(load_yaml(path.read_text()), strict=True)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"public_prompts_file {path}: is no YAML list of strings: {type(error).__name__}") from error
     return tuple(_beginning(prompt, tokenizer) for prompt in prompts)

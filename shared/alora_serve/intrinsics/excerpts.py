@@ -1,4 +1,4 @@
-"""Values in messages to people, cut short: an answer or a file can be longer than an error may be."""
+"""What files and answers hold, in messages to people: cut short, and in characters that can be sent."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def excerpt(value: object) -> str:
     """The value as Python writes it, or the beginning of that."""
     written = repr(value)
     return written if len(written) <= MAX_CHARACTERS else f"{written[:MAX_CHARACTERS]}…"
+
+
+def sendable(text: str) -> str:
+    """The same text; halves of surrogate pairs, which neither UTF-8 nor protobuf has, are spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()

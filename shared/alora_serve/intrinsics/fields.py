@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeGuard
 
 import yaml
 
 from alora_serve.errors import AdapterRefusedError
-from alora_serve.intrinsics.excerpts import MAX_CHARACTERS, excerpt
+from alora_serve.intrinsics.excerpts import MAX_CHARACTERS, excerpt, sendable
+from alora_serve.safe_yaml import Loader, load_yaml
 
 MAX_DEFINITION_BYTES: Final = 1 << 16
 """64 KiB: the published ones have about two."""
@@ -19,7 +20,7 @@ MAX_DEFINITION_BYTES: Final = 1 << 16
 _BOOLEAN: Final = "tag:yaml.org,2002:bool"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(Loader):
     """Plain values only. An alias could make a small file a huge value, and of two equal keys one would be lost.
 
     Only ``true`` and ``false`` are booleans, as in YAML 1.2: an unquoted ``yes`` is a category that adapters answer.
@@ -34,6 +35,8 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         node: yaml.Node | None = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode) and sendable(node.value) != node.value:
+            raise yaml.MarkedYAMLError(problem="half of a surrogate pair is no text", problem_mark=node.start_mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -60,9 +63,14 @@ def read_yaml(raw: bytes) -> Any:
     if len(raw) > MAX_DEFINITION_BYTES:
         raise AdapterRefusedError(f"io.yaml has {len(raw)} bytes, more than {MAX_DEFINITION_BYTES}")
     try:
-        return yaml.load(raw, _Loader)  # a safe loader
-    except (yaml.YAMLError, RecursionError, UnicodeError, ValueError) as error:
+        return load_yaml(raw, _Loader)
+    except yaml.YAMLError as error:
         raise AdapterRefusedError(f"io.yaml cannot be read: {error}") from error
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that a float holds: a boolean is none, and a file may spell integers beyond all floats."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 class Fields:
@@ -145,17 +153,17 @@ class Fields:
         value = self.take(field)
         if value is None:
             return None
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not is_number(value):
             self.refuse(field, "it must be a number")
         return float(value)
 
-    def integer(self, field: str, minimum: int) -> int | None:
-        """An integer of at least ``minimum``, if given."""
+    def integer(self, field: str, minimum: int, *, bits: int = 32) -> int | None:
+        """An integer of at least ``minimum`` that an unsigned field of so many bits holds, if given."""
         value = self.take(field)
         if value is None:
             return None
-        if type(value) is not int or value < minimum:
-            self.refuse(field, f"it must be an integer >= {minimum}")
+        if type(value) is not int or not minimum <= value < 1 << bits:
+            self.refuse(field, f"it must be an integer from {minimum} to 2^{bits} - 1")
         return value
 
     def one_of(self, field: str, allowed: Collection[str]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from alora_serve.intrinsics.fields import Fields
@@ -62,7 +63,7 @@ def _numbers(fields: Fields, names: Any) -> dict[str, Any]:
 def _integers(fields: Fields) -> dict[str, Any]:
     lengths = [length for name in _LENGTHS if (length := fields.integer(name, 1)) is not None]
     found = {"max_tokens": min(lengths)} if lengths else {}
-    return found | _given(fields.integer, "top_k", 0) | _given(fields.integer, "seed", 0)
+    return found | _given(fields.integer, "top_k", 0) | _given(partial(fields.integer, bits=64), "seed", 0)
 
 
 def _given(read: Callable[[str, int], int | None], name: str, minimum: int) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from alora_serve.intrinsics.excerpts import excerpt
-from alora_serve.intrinsics.fields import Fields
+from alora_serve.intrinsics.fields import Fields, is_number
 from alora_serve.intrinsics.json_paths import Pattern
 from alora_serve.intrinsics.likelihood import Likelihood
 from alora_serve.intrinsics.transformations import (
@@ -50,7 +49,7 @@ def _pattern(fields: Fields) -> Pattern:
 def _likelihood(fields: Fields, pattern: Pattern) -> Likelihood:
     categories: dict[str, float] = {}
     for category, value in fields.mapping("categories_to_values").items():
-        if type(category) not in (str, int, float, bool) or type(value) not in (int, float) or not math.isfinite(value):
+        if type(category) not in (str, int, float, bool) or not is_number(value):
             fields.refuse("categories_to_values", "it must map texts, numbers or booleans to numbers")
         spelling = category if isinstance(category, str) else json.dumps(category)
         if not spelling or spelling in categories:

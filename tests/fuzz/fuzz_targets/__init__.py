@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from fuzz_targets import clients, conversations, files, store
+from fuzz_targets import clients, conversations, files, http, store
 from fuzz_targets.target import Target
 
 TARGETS: Final[dict[str, Target]] = {
     **store.TARGETS,
     **clients.TARGETS,
     **conversations.TARGETS,
+    **http.TARGETS,
     **files.TARGETS,
 }
 """By the name that ``make fuzz`` knows them by."""

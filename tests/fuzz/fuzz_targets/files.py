@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from math import isfinite
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ from adapter_router.access.rules import read_rules
 from alora_serve.adapters.config import parse_adapter_config
 from alora_serve.adapters.files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from alora_serve.adapters.loading import AdapterHost, inspect_adapter, load_adapter
-from alora_serve.adapters.targets import ModuleShape
+from alora_serve.adapters.targets import ModuleShape, resolve_targets
 from alora_serve.errors import (
     AdapterRefusedError,
     ConfigError,
@@ -34,7 +35,7 @@ from alora_serve.types import (
     Usage,
 )
 from alora_serve.v1 import alora_pb2
-from fuzz_targets.target import Target
+from fuzz_targets.target import Target, must
 
 _HOST: Final = AdapterHost(
     {"model.layers.0.self_attn.q_proj": ModuleShape(4, 4)}, 100, str, lambda text: tuple(text.encode())
@@ -57,14 +58,30 @@ parameters: {max_tokens: 3, extra_body: {top_k: 2}}
     b"model: ~\nresponse_format: ~\ntransformations: ~\ndocs_as_message: json\n\0[1e999]",
 ]
 _CONFIG: Final = json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}).encode()
+_MODULES: Final = {
+    **{f"model.layers.{layer}.{name}": ModuleShape(4, 4) for layer in range(12) for name in ("attn.q_proj", "mlp.w1")},
+    "lm_head": ModuleShape(4, 9, is_output_layer=True),
+}
 
 
 def adapter_config(data: bytes) -> None:
-    """An ``adapter_config.json``."""
+    """An ``adapter_config.json``, and the modules that its patterns choose."""
     try:
-        parse_adapter_config(data)
+        targets = resolve_targets(parse_adapter_config(data), _MODULES)
     except AdapterRefusedError:
         return
+    must("lm_head" not in targets and all(isfinite(target.scaling) for target in targets.values()), "not to be served")
+
+
+def _patterns() -> list[bytes]:
+    common = {"peft_type": "LORA", "lora_alpha": 2.5, "use_rslora": True}
+    chosen: list[dict[str, object]] = [
+        {"target_modules": r".*\.(?:attn\.)?[qw]_?\w{1,}", "exclude_modules": ".*layers[.]1[01].*"},
+        {"target_modules": ["w1"], "rank_pattern": {"layers.(0|3).mlp.w1": 2}, "alpha_pattern": {"^mod.*1": 3}},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 2], "layers_pattern": ["h", "layers"]},
+        {"target_modules": "all-linear", "alora_invocation_tokens": [1, 2]},
+    ]
+    return [json.dumps(common | fields).encode() for fields in chosen]
 
 
 def intrinsics(data: bytes) -> None:
@@ -130,7 +147,7 @@ def _rules() -> bytes:
 
 
 TARGETS: Final[dict[str, Target]] = {
-    "adapter-config": Target(adapter_config, [_CONFIG]),
+    "adapter-config": Target(adapter_config, [_CONFIG, *_patterns()]),
     "intrinsics": Target(intrinsics, _INTRINSICS),
     "adapter-weights": Target(adapter_weights, [_weights()]),
     "access-files": Target(access_files, [_rules(), b'{"keys": []}']),

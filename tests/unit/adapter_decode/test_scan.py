@@ -1,9 +1,10 @@
-"""What a worker says of adapters that it refuses, at its start and later, and that they are counted."""
+"""What a worker says of adapters that it refuses, and that it goes on looking whatever one look ran into."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
@@ -12,6 +13,7 @@ from adapter_decode.config import AdapterDecodeSettings
 from adapter_decode.scan import open_registry, scan_forever
 from alora_serve.adapters.files import CONFIG_NAME
 from alora_serve.engine.rates import RecentMean
+from alora_serve.errors import ConfigError
 from alora_serve.metrics import AdapterMetrics
 from alora_serve.model.loader import load_base_model
 from deployment import save_tiny_model
@@ -42,3 +44,26 @@ async def test_a_refused_adapter_is_logged_and_counted_at_the_start_and_when_it_
         await asyncio.gather(scanning, return_exceptions=True)
     assert told() == {info.name: info.problem for info in registry.list_adapters() if info.problem}
     assert counted.get_sample_value("alora_adapter_events_total", {"event": "refuse"}) == 2
+
+
+class Roots:
+    """A registry whose looks end in each of these in turn, and then well."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self._failures = list(failures)
+        self.looks = 0
+
+    def refresh(self) -> None:
+        self.looks += 1
+        if self._failures:
+            raise self._failures.pop(0)
+
+
+async def test_a_look_that_fails_is_logged_and_not_the_last() -> None:
+    roots: Any = Roots(ConfigError("away for a moment"), OverflowError("unforeseen"), MemoryError())
+    with capture_logs() as logs:
+        scanning = asyncio.create_task(scan_forever(roots, 0.0))
+        await until(lambda: roots.looks > 3)
+        assert not scanning.done()
+        scanning.cancel()
+    assert [line["log_level"] for line in logs] == ["warning", "error", "error"]

@@ -140,6 +140,13 @@ def test_an_invocation_outside_the_vocabulary_is_refused(
     assert "alora_invocation_tokens = [40, 64] leave the base model's vocabulary of 64" in refusal(adapter, llama)
 
 
+def test_an_invocation_too_long_to_be_told_is_refused(
+    adapter: Path, llama: AdapterHost, edit_config: Callable[..., None]
+) -> None:
+    edit_config(adapter, alora_invocation_tokens=[40] * 1025)
+    assert refusal(adapter, llama) == "alora_invocation_tokens is 1025 tokens, more than 1024"
+
+
 UNSERVED: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "use_dora = true: DoRA is not served"),
     ({"bias": "lora_only"}, 'bias = "lora_only"'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
+from alora_serve.adapters import targets
 from alora_serve.adapters.config import parse_adapter_config
 from alora_serve.adapters.loading import AdapterHost
+from alora_serve.adapters.patterns import Patterns
 from alora_serve.adapters.targets import ModuleShape, ResolvedTarget, resolve_targets
 from alora_serve.errors import AdapterRefusedError
 
@@ -53,6 +56,8 @@ LLAMA_CASES: list[dict[str, Any]] = [
     {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
     {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks"], "_matches_nothing": True},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["model|x"], "_matches_nothing": True},
+    {"target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.up_proj)"},
     {"target_modules": ["q_proj", "model.layers.0.self_attn.v_proj"], "layers_to_transform": [1]},
     {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
     {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}},
@@ -83,9 +88,9 @@ def test_targets_ranks_and_scalings_are_pefts(
 def test_all_linear_is_every_linear_and_conv1d_but_the_output_layer(
     architecture: str, base_of: Callable[[str], AdapterHost], fresh_model: Callable[..., PreTrainedModel]
 ) -> None:
-    targets = resolve(base_of(architecture), target_modules="all-linear", r=2)
-    assert targets == injected_by_peft(fresh_model(architecture), target_modules="all-linear", r=2)
-    assert len(targets) == {"llama": 21, "phi3": 12, "gemma2": 21, "gpt2": 12}[architecture]
+    found = resolve(base_of(architecture), target_modules="all-linear", r=2)
+    assert found == injected_by_peft(fresh_model(architecture), target_modules="all-linear", r=2)
+    assert len(found) == {"llama": 21, "phi3": 12, "gemma2": 21, "gpt2": 12}[architecture]
 
 
 @pytest.mark.parametrize(
@@ -150,3 +155,11 @@ def test_the_output_layer_is_refused_by_name(target: object, llama: AdapterHost)
 def test_a_broken_regular_expression_refuses_the_adapter(fields: dict[str, Any], llama: AdapterHost) -> None:
     with pytest.raises(AdapterRefusedError, match="is not a regular expression"):
         resolve(llama, **fields)
+
+
+def test_patterns_that_take_too_long_refuse_the_adapter(llama: AdapterHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "Patterns", partial(Patterns, 0.2))
+    slow = r"(?:.|..|...)+(?!.)\d"
+    for fields in ({"target_modules": slow}, {"target_modules": ["q_proj"], "rank_pattern": {slow: 2}}):
+        with pytest.raises(AdapterRefusedError, match="list the modules by name instead"):
+            resolve(llama, **fields)

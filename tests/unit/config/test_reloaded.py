@@ -82,6 +82,22 @@ def test_what_could_not_be_read_for_a_moment_is_tried_again_unchanged(files: tup
     assert [reloaded.content, reloaded.content, reloaded.content] == [1, 2, 2]
 
 
+def test_what_a_reader_did_not_foresee_changes_nothing_and_is_not_quoted(files: tuple[Path, Path]) -> None:
+    answers: list[int | Exception] = [1, OverflowError("the key itself"), OverflowError("the key itself"), 2]
+
+    def read() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    reloaded = Reloaded(files, read)
+    replace(files[0], "2")
+    with capture_logs() as logs:
+        assert [reloaded.content, reloaded.content, reloaded.content] == [1, 1, 2]
+    assert [(line["log_level"], line.get("error")) for line in logs] == [("error", "OverflowError"), ("info", None)]
+
+
 def test_what_makes_no_sense_at_first_stops_the_start(files: tuple[Path, Path], read: Callable[[], int]) -> None:
     files[0].write_text("nonsense")
     with pytest.raises(ConfigError):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
 from platformdirs import user_cache_path
 
 from alora_serve.errors import StoreError, StoreTimeoutError, StoreUnavailableError
-from alora_serve.kv.lmdb import LmdbStore, default_location, files
+from alora_serve.kv.lmdb import LmdbStore, default_location, files, writer
 from lmdb_blocks import BLOCK_BYTES, BUDGET_BYTES, block, held, put
 from store_peer import PATIENCE_SECONDS, key_of, pattern, read
 
@@ -204,6 +206,55 @@ def test_a_whole_file_is_extended_to_the_end_that_lmdb_did_not_write(store: Lmdb
         files.extend_to_last_page(opened.env, data, opened.page_bytes)
         assert data.stat().st_size == size
         files.refuse_truncated(opened.env, data, opened.page_bytes)
+
+
+def test_what_is_committed_is_stored_though_its_file_is_set_aside_meanwhile(
+    store: LmdbStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = writer.extend_to_last_page
+
+    def after_another_process_was_there(*args: Any) -> None:
+        (root / "v1").rename(root / "elsewhere")
+        real(*args)
+
+    monkeypatch.setattr(writer, "extend_to_last_page", after_another_process_was_there)
+    put(store, block("a"))
+    monkeypatch.undo()
+    assert held(store, "a") == [False], "a miss, and no error"
+    put(store, block("a"))
+    assert held(store, "a") == [True]
+
+
+def test_a_full_file_system_behind_a_commit_is_no_error(store: LmdbStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "extend_to_last_page", full)
+    put(store, block("a"))
+    assert held(store, "a") == [True]
+
+
+def test_damage_that_cannot_be_set_aside_is_a_store_error_until_it_can(store: LmdbStore, root: Path) -> None:
+    put(store, *(block(number) for number in range(4)))
+    garbage_after_the_header(root / "v1" / "data.mdb")
+    (root / "open.lock").unlink()
+    (root / "open.lock").mkdir()
+    with pytest.raises(StoreError, match="cannot be set aside"):
+        put(store, block("after"))
+    (root / "open.lock").rmdir()
+    assert use_until_it_works(store) <= 1
+
+
+def test_what_the_system_refuses_is_a_store_error(store: LmdbStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    put(store, block("a"))
+    monkeypatch.setattr(writer.WriteIndex, "save", refuse)
+    with pytest.raises(StoreError, match="not permitted"):
+        put(store, block("b"))
+    monkeypatch.undo()
+    assert held(store, "a", "b") == [True, False]
 
 
 def test_running_out_of_reader_slots_is_an_error_that_passes(store: LmdbStore) -> None:

@@ -144,6 +144,7 @@ def test_a_tool_that_must_be_called_is_a_form() -> None:
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
         ({"logit_bias": {"the": 1}}, "logit_bias"),
         ({"logit_bias": {str(2**32): 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"guided_json": {}, "structured_outputs": {"regex": "a"}}, "guided_json"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),

@@ -29,6 +29,7 @@ ANSWERS = {
     "the other name for arguments": (ROME.replace("arguments", "parameters"), "", [CALL]),
     "an end mark left out": (ROME.removesuffix("</tool_call>"), "", [CALL]),
     "a tool that is not there": (ROME.replace("weather", "nuke"), ROME.replace("weather", "nuke"), []),
+    "a name that is no text": (ROME.replace('"weather"', "[]"), ROME.replace('"weather"', "[]"), []),
     "no JSON": ("<tool_call>weather(Rome)</tool_call>!", "<tool_call>weather(Rome)</tool_call>!", []),
     "cut in the middle": (ROME[:30], ROME[:30], []),
     "the beginning of a mark": ("a < b <tool", "a < b <tool", []),

@@ -111,7 +111,10 @@ class EnvironmentSlot:
 
     @contextmanager
     def translating(self, opened: OpenEnvironment, deadline: float) -> Iterator[None]:
-        """Turn LMDB's errors into ours; a damaged environment is set aside before ``StoreError`` leaves the block."""
+        """Turn LMDB's errors and the system's into ours.
+
+        A damaged environment is set aside before ``StoreError`` leaves the block.
+        """
         try:
             yield
         except _DAMAGE as error:
@@ -124,7 +127,7 @@ class EnvironmentSlot:
         except lmdb.ReadersFullError as error:
             opened.env.reader_check()
             raise StoreError("all LMDB reader slots are taken") from error
-        except lmdb.Error as error:
+        except (lmdb.Error, OSError) as error:
             raise StoreError(f"LMDB: {error}") from error
 
     def close(self) -> None:
@@ -256,10 +259,13 @@ class EnvironmentSlot:
     def _set_aside(self, opened: OpenEnvironment, deadline: float, reason: Exception) -> None:
         with self._changed:
             self._retire(opened)
-        with file_lock(self._root / "open.lock", deadline):
-            # Another process may have been first, and what is there now is its fresh environment.
-            if self._on_disk_identity() == opened.identity:
-                self._rename_aside(reason)
+        try:
+            with file_lock(self._root / "open.lock", deadline):
+                # Another process may have been first, and what is there now is its fresh environment.
+                if self._on_disk_identity() == opened.identity:
+                    self._rename_aside(reason)
+        except OSError as error:
+            raise StoreError(f"the LMDB store is damaged ({reason}) and cannot be set aside: {error}") from error
 
     def _rename_aside(self, reason: Exception) -> None:
         directory, aside = self._root / _LAYOUT, self._root / f"{_LAYOUT}.aside"

@@ -197,7 +197,10 @@ class Writer:
                     protected=job.keys,
                 )
             index.save()
-        extend_to_last_page(opened.env, opened.data_file, opened.page_bytes)
+        try:
+            extend_to_last_page(opened.env, opened.data_file, opened.page_bytes)
+        except OSError as error:  # deleted, set aside or no room: the values are committed all the same
+            _log.warning("lmdb_not_extended", file=str(opened.data_file), error=str(error))
 
     @contextmanager
     def _transaction(self, opened: OpenEnvironment, job: Job) -> Iterator[lmdb.Transaction[bytes]]:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from adapter_router.access.authentication import Access, ApiKeys, JwtRules, Jwts, read_jwks
 from adapter_router.access.rules import AccessRules, Quota, read_rules
@@ -112,6 +113,30 @@ def test_keys_are_rotated_without_a_restart_and_a_broken_file_changes_nothing(tm
     assert keys.identify("two")
     path.unlink()
     assert keys.identify("two")
+
+
+MISTYPED = "tenants: {acme: ~}\nkeys:\n- {tenant: acme, sha256: " + "0" * 64 + ", expires: 2027-02-30T00:00:00Z}\n"
+
+
+def test_a_mistyped_date_leaves_the_keys_before_in_force_and_is_told_by_its_line(tmp_path: Path) -> None:
+    path = write_rules(tmp_path / "access.yaml", {"tenant": "acme", "sha256": digest("one")})
+    keys = keys_of(path)
+    with capture_logs() as logs:
+        path.write_text(MISTYPED)
+        assert [keys.identify("one") is not None for _ in range(3)] == [True] * 3
+    [line] = logs
+    assert line["error"].endswith("access.yaml: MarkedYAMLError in line 3")
+    assert "0000" not in line["error"]
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 5_000, "a: !!bool maybe", "a: [", "tenants: {acme: {stored_bytes_per_day: .inf}}"]
+)
+def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "access.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"access\.yaml: "):
+        read_rules(path)
 
 
 def test_without_access_control_everybody_is_anyone() -> None:
