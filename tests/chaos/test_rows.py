@@ -96,5 +96,5 @@ def test_what_goes_wrong_for_a_noisy_tenant_counts_in_the_row_of_the_quiet_one()
     quiet, noisy = Outcomes(seconds=[0.1]), Outcomes(wrong=1, failures=["InternalError: lost"])
     quiet.blame(noisy)
     told = load_row("beside a noisy tenant", quiet)
-    assert (told.wrong, told.failed) == (1, 1)
+    assert (told.wrong_tokens, told.failed) == (1, 1)
     assert told.details["first_failure"] == "the other tenant: InternalError: lost"

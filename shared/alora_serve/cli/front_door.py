@@ -25,15 +25,20 @@ _TLS_SETTINGS = {
 """How the command line reaches a router is how the front door does, unless its own settings say otherwise."""
 
 
-def become_front_door(address: str, listen: str, *, log_format: str) -> NoReturn:
+def become_front_door(address: str | None, listen: str | None, *, log_format: str | None) -> NoReturn:
     """Replace this process by a front door at ``listen`` before the router at ``address``.
+
+    None leaves a setting to the environment, the settings file and the default; logs are then for people.
 
     Raises:
         ConfigError: what it needs is not installed.
     """
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("fastapi") is None:
         raise ConfigError("the HTTP front door is not installed: pip install 'alora-serve[http]'")
-    given = {"router_address": address, "listen": listen, "log_format": log_format}
+    if log_format is None and env_name("log_format") not in os.environ:
+        log_format = "console"
+    named = {"router_address": address, "listen": listen, "log_format": log_format}
+    given = {name: value for name, value in named.items() if value is not None}
     given |= {
         setting: os.environ[variable]
         for variable, setting in _TLS_SETTINGS.items()

@@ -47,6 +47,18 @@ def test_it_is_told_the_router_and_where_to_listen(became: list[str]) -> None:
     }
 
 
+@pytest.mark.parametrize(("variables", "told"), [({}, {"--log-format": "console"}), ({"ALORA_LOG_FORMAT": "json"}, {})])
+def test_what_nobody_said_is_left_to_the_settings(
+    became: list[str], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], told: dict[str, str]
+) -> None:
+    """A flag would win over variables and the settings file."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Became):
+        become_front_door(None, None, log_format=None)
+    assert flags(became) == told
+
+
 def test_it_reaches_the_router_as_the_command_line_does_unless_told_otherwise(
     became: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,10 +8,8 @@ import typer
 
 from alora_serve.cli.options import (
     ADDRESS_VARIABLE,
-    DEFAULT_ADDRESS,
     DEFAULT_PORT,
     AdapterRoots,
-    Address,
     AsJson,
     Dtype,
     Model,
@@ -71,10 +69,21 @@ def up(
 
 @commands.command()
 def http(
-    address: Address = DEFAULT_ADDRESS,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar=ADDRESS_VARIABLE,
+            metavar="HOST:PORT",
+            help="Where the router's gRPC API is; else `router_address`, which is 127.0.0.1:50051 unless set.",
+        ),
+    ] = None,
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
-    ] = "127.0.0.1:8000",
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where to listen; port 0 takes a free one. 127.0.0.1:8000 unless `listen` is set.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve OpenAI's API over HTTP, and the page /ui, before a router. Until Ctrl-C, which drains.
@@ -91,7 +100,7 @@ def http(
     with errors_reported(as_json=as_json):
         from alora_serve.cli.front_door import become_front_door
 
-        become_front_door(address, listen, log_format="json" if as_json else "console")
+        become_front_door(address, listen, log_format="json" if as_json else None)
 
 
 @commands.command()

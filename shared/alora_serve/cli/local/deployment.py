@@ -26,6 +26,7 @@ from alora_serve.config import (
     ModelSettings,
     RouterSettings,
     SecretSettings,
+    ServerSettings,
     StoreSettings,
     env_name,
     flag_name,
@@ -41,7 +42,7 @@ _DRAIN_MARGIN_SECONDS: Final = 15.0
 """Beyond a service's own ``drain_seconds``: its clean-up, before it is killed."""
 
 
-class LocalSettings(ModelSettings, StoreSettings, AdapterSettings, SecretSettings, RouterSettings):
+class LocalSettings(ModelSettings, StoreSettings, AdapterSettings, SecretSettings, RouterSettings, ServerSettings):
     """What the supervisor must know of its services' settings."""
 
 
@@ -74,7 +75,7 @@ class DeploymentOptions:
     dtype: str | None = None
     threads: int | None = None
     log_format: str = "json"
-    drain_seconds: float = 30.0
+    drain_seconds: float | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -209,7 +210,7 @@ class LocalDeployment:
     async def stop(self) -> None:
         """Drain router, workers and prefill, in this order."""
         stages = [(ROUTER,), self.worker_names, self.prefill_names]
-        await self._supervisor.stop(stages, timeout_seconds=self.options.drain_seconds + _DRAIN_MARGIN_SECONDS)
+        await self._supervisor.stop(stages, timeout_seconds=self.settings.drain_seconds + _DRAIN_MARGIN_SECONDS)
 
     def abort(self) -> None:
         """End everything now; a :meth:`stop` in progress returns at once."""
@@ -234,7 +235,6 @@ class LocalDeployment:
             "store_budget_bytes": str(place.budget_bytes),
             "adapter_roots": ",".join(map(str, roots)),
             "log_format": options.log_format,
-            "drain_seconds": str(options.drain_seconds),
         }
         if not settings.handle_secrets:
             # One for this deployment's life: handles of an earlier one are refused, as after a change of secrets.
@@ -268,6 +268,7 @@ def _named_settings(options: DeploymentOptions) -> dict[str, str]:
         "store_url": options.store_url,
         "dtype": options.dtype,
         "threads": options.threads,
+        "drain_seconds": options.drain_seconds,
         "adapter_roots": ",".join(str(root.absolute()) for root in options.adapter_roots) or None,
     }
     return {name: str(value) for name, value in named.items() if value is not None}

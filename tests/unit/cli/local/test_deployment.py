@@ -57,8 +57,12 @@ def test_options_become_settings_of_every_service(tmp_path: Path) -> None:
 def test_what_options_leave_open_comes_from_the_environment(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ALORA_STORE_URL", "redis://127.0.0.1:2/0")
     monkeypatch.setenv("ALORA_ADAPTER_ROOTS", str(tmp_path))
-    environment = prepared(DeploymentOptions())
+    monkeypatch.setenv("ALORA_DRAIN_SECONDS", "120")
+    deployment = LocalDeployment(DeploymentOptions())
+    environment = deployment._prepare()
     assert environment["ALORA_STORE_URL"] == "redis://127.0.0.1:2/0"
+    assert environment["ALORA_DRAIN_SECONDS"] == "120"
+    assert deployment.settings.drain_seconds == 120, "it waits as long"
     assert environment["ALORA_ADAPTER_ROOTS"] == str(tmp_path)
 
 
