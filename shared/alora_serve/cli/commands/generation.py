@@ -165,7 +165,7 @@ def fanout(
     Exits with status 1 when one of them failed; the others' answers are printed all the same.
 
     ```
-    alora-serve fanout --file conversation.json --adapter jailbreak --adapter certainty --max-tokens 8
+    alora-serve fanout --file conversation.json --adapter jailbreak --adapter uncertainty --max-tokens 8
     alora-serve fanout -m "Is this safe?" -a jailbreak --base --json
     ```
     """

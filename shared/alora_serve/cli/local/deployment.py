@@ -210,7 +210,8 @@ class LocalDeployment:
     async def stop(self) -> None:
         """Drain router, workers and prefill, in this order."""
         stages = [(ROUTER,), self.worker_names, self.prefill_names]
-        await self._supervisor.stop(stages, timeout_seconds=self.settings.drain_seconds + _DRAIN_MARGIN_SECONDS)
+        drain_seconds = self._settings.drain_seconds if self._settings is not None else 0.0
+        await self._supervisor.stop(stages, timeout_seconds=drain_seconds + _DRAIN_MARGIN_SECONDS)
 
     def abort(self) -> None:
         """End everything now; a :meth:`stop` in progress returns at once."""
