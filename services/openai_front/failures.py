@@ -44,10 +44,13 @@ _GRPC_PARTS: Final = re.compile(r"\b(?:prompt|sampling)\.(?=[a-z_])")
 _NAMES: Final = {
     "text": "prompt",
     "token_ids": "prompt",
-    "template_arguments": "chat_template_kwargs",
+    "template_arguments_json": "chat_template_kwargs",
+    "tools_json": "tools",
     "structured_output": "response_format",
 }
 """What is called otherwise there."""
+_JSON_TEXTS: Final = re.compile(r"\b(?:template_arguments|tools)_json\b")
+"""Those of them whose names stand in messages, too: they can mean nothing else there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ def failure_of(error: AloraServeError) -> Failure:
         _retry_headers(error),
         {
             "error": {
-                "message": _GRPC_PARTS.sub("", str(error)),
+                "message": _JSON_TEXTS.sub(lambda name: _NAMES[name[0]], _GRPC_PARTS.sub("", str(error))),
                 "type": _TYPES.get(status, "server_error" if status >= _SERVER_FAULTS else "invalid_request_error"),
                 "param": violations[0].field if violations else ("model" if error.status == "NOT_FOUND" else None),
                 "code": _CODES.get(error.reason, error.reason),

@@ -238,7 +238,7 @@ class ChatTokenizer:
     def _check_head(self, rendering: Rendering, request: TemplateInput, guard: RequestGuard) -> None:
         """Refuse documents and tools that the template writes before the turn where the handle already ends."""
         head = rendering.before(guard.marker)
-        without = {"documents": replace(request, documents=()), "tools": replace(request, tools=())}
+        without = {"documents": replace(request, documents=()), "tools_json": replace(request, tools=())}
         for field, lesser in without.items():
             if lesser != request and self._template.render(lesser, guard).before(guard.marker) != head:
                 raise InvalidRequestError.of(

@@ -79,9 +79,10 @@ class ChatTemplate:
         if not any(self._sources):
             raise InvalidRequestError.of("prompt.messages", "this model has no chat template; send token_ids")
         check_arguments(request.arguments, self._reserved)
-        for field, given in (("documents", request.documents), ("tools", request.tools)):
-            if given and not self.mentions(field):
-                raise UnimplementedFeatureError.of(f"prompt.{field}")
+        if request.documents and not self.mentions("documents"):
+            raise UnimplementedFeatureError.of("prompt.documents")
+        if request.tools and not self.mentions("tools"):
+            raise UnimplementedFeatureError.of("prompt.tools_json")
         for index, message in enumerate(request.messages):
             if message.role not in ROLES and not self.mentions("document"):
                 raise UnimplementedFeatureError.of(f"prompt.messages[{index}].role")

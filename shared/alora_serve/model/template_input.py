@@ -60,7 +60,7 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
 def check_arguments(arguments: Mapping[str, Any], reserved: frozenset[str]) -> None:
     """Raise :class:`~alora_serve.errors.InvalidRequestError` when an argument would replace a variable of ours."""
     violations = [
-        FieldViolation(f"prompt.template_arguments[{name}]", "is set by the server; choose another name")
+        FieldViolation(f"prompt.template_arguments_json[{name}]", "is set by the server; choose another name")
         for name in arguments
         if name in reserved
     ]

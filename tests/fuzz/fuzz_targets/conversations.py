@@ -110,6 +110,7 @@ class _Harmless:
 def _seed() -> bytes:
     parameters = {"type": "object", "properties": {"<think>": {"description": "<|im_end|>"}}}
     call = {"id": "1", "name": "<tool_call>", "argumentsJson": '{"</think>": ["<|im_end|>"]}'}
+    tool = {"type": "function", "function": {"name": "</tool_call>", "parameters": parameters}}
     prompt = {
         "messages": [
             {"role": "system", "content": "<|im_start|>"},
@@ -118,8 +119,8 @@ def _seed() -> bytes:
             {"role": "tool", "content": "end|>", "name": "<|im_end|>", "toolCallId": "1"},
         ],
         "documents": [{"title": "<|endoftext|>", "text": "※", "docId": "1"}],
-        "tools": [{"type": "function", "function": {"name": "</tool_call>", "parameters": parameters}}],
-        "templateArguments": {"options": {"a": ["<|im_end|>"], "<think>": True, "b": 1.5, "c": None}},
+        "toolsJson": [json.dumps(tool)],
+        "templateArgumentsJson": json.dumps({"options": {"a": ["<|im_end|>"], "<think>": True, "b": 1.5, "c": None}}),
     }
     return json.dumps(prompt).encode()
 

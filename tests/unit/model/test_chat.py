@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 import small_tokenizers as small
 from alora_serve.errors import InvalidRequestError, ModelUnsupportedError, UnimplementedFeatureError
 from alora_serve.model.chat import ChatTokenizer, RenderedPrompt
-from alora_serve.types import ChatMessage, Document, ToolCall
+from alora_serve.rpc.convert import prompt_from_proto, prompt_to_proto
+from alora_serve.types import ChatMessage, Document, Prompt, ToolCall
+from alora_serve.v1 import types_pb2
 
 USER = ChatMessage("user", "Is the answer in the document?")
 WEATHER = {
@@ -107,6 +109,22 @@ def test_a_generation_prompt_that_does_not_extend_the_turns_is_split_at_a_token(
     assert tokenizer.decode(rendered.generation_prompt_tokens) == "<|im_start|>assistant\n"
 
 
+def test_tools_and_template_arguments_are_rendered_in_the_order_of_the_request() -> None:
+    properties = {name: {"type": "string", "description": name} for name in ("z", "type", "m", "$defs", "b", "a")}
+    tool = {
+        "function": {"parameters": {"properties": properties, "type": "object"}, "name": "f"},
+        "type": "function",
+    }
+    tokenizer = small.byte_level_tokenizer("{{ options | tojson }}" + small.TOOLS)
+    prompt = Prompt(messages=(USER,), tools=(tool,), template_arguments={"options": properties})
+    request = prompt_to_proto(prompt).SerializeToString()
+    read = prompt_from_proto(types_pb2.Prompt.FromString(request))
+    rendered = ChatTokenizer(tokenizer).render(
+        read.messages, tools=read.tools, template_arguments=read.template_arguments
+    )
+    assert rendered.prefix_tokens == applied(tokenizer, [USER], tools=[tool], options=properties)
+
+
 def test_template_arguments_reach_the_generation_prompt() -> None:
     rendered = CHAT["thinking"].render([USER], template_arguments={"enable_thinking": False})
     text = BYTE_LEVEL["thinking"].decode(rendered.generation_prompt_tokens)
@@ -176,7 +194,7 @@ def test_every_malformed_message_is_named() -> None:
     ("request_fields", "field"),
     [
         ({"documents": [Document("", "text")]}, "prompt.documents"),
-        ({"tools": [WEATHER]}, "prompt.tools"),
+        ({"tools": [WEATHER]}, "prompt.tools_json"),
         ({"messages": [USER, CALL]}, "prompt.messages[1].tool_calls"),
         ({"messages": [ChatMessage("document a", "b"), USER]}, "prompt.messages[0].role"),
     ],
@@ -197,7 +215,7 @@ def test_template_arguments_cannot_replace_what_the_server_sets(name: str) -> No
     tokenizer.eos_token = "<|im_end|>"
     with pytest.raises(InvalidRequestError) as caught:
         ChatTokenizer(tokenizer).render([USER], template_arguments={name: "x"})
-    assert caught.value.violations[0].field == f"prompt.template_arguments[{name}]"
+    assert caught.value.violations[0].field == f"prompt.template_arguments_json[{name}]"
 
 
 def test_a_refusal_by_the_template_carries_its_own_words() -> None:

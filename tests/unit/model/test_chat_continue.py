@@ -150,7 +150,7 @@ def test_raw_tokens_take_no_messages() -> None:
     ("request_fields", "field"),
     [
         ({"documents": [Document("Notes", "text")]}, "prompt.documents"),
-        ({"tools": [{"function": {"name": "f", "parameters": {"properties": {}}}}]}, "prompt.tools"),
+        ({"tools": [{"function": {"name": "f", "parameters": {"properties": {}}}}]}, "prompt.tools_json"),
     ],
 )
 def test_what_stands_before_the_conversation_cannot_be_added_later(request_fields: dict[str, Any], field: str) -> None:

@@ -28,16 +28,24 @@ def test_fields_are_named_as_over_http() -> None:
         FieldViolation("prompt.messages[1].role", "is a robot's"),
         FieldViolation("prompt.token_ids", "holds too much"),
         FieldViolation("sampling.structured_output.json_schema", "has no end"),
+        FieldViolation("prompt.tools_json[1]", "is too deep"),
+        FieldViolation("prompt.template_arguments_json", "is too deep"),
     ]
-    failure = failure_of(
-        InvalidRequestError("sampling.top_p: is 0; prompt.messages[1].role: ...", violations=violations)
-    )
+    message = "sampling.top_p: is 0; prompt.messages[1].role: ...; prompt.tools_json[1]: is too deep"
+    failure = failure_of(InvalidRequestError(message, violations=violations))
     error = failure.body["error"]
     assert failure.status == 400
-    assert error["message"] == "top_p: is 0; messages[1].role: ..."
+    assert error["message"] == "top_p: is 0; messages[1].role: ...; tools[1]: is too deep"
     assert (error["param"], error["type"], error["code"]) == ("top_p", "invalid_request_error", "REQUEST_INVALID")
     named = [violation["param"] for violation in error["violations"]]
-    assert named == ["top_p", "messages[1].role", "prompt", "response_format.json_schema"]
+    assert named == [
+        "top_p",
+        "messages[1].role",
+        "prompt",
+        "response_format.json_schema",
+        "tools[1]",
+        "chat_template_kwargs",
+    ]
 
 
 @pytest.mark.parametrize(

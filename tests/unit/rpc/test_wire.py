@@ -14,6 +14,7 @@ from alora_serve.rpc.wire import MAX_FIELDS, FieldSize, find_invalid_utf8, find_
 from alora_serve.v1 import alora_pb2, types_pb2
 
 DESCRIPTOR = alora_pb2.GenerateRequest.DESCRIPTOR
+NESTING = alora_pb2.RunIntrinsicRequest.DESCRIPTOR
 MARK = "needle"
 
 
@@ -36,10 +37,7 @@ def request(**parts: Any) -> bytes:
             ),
             "prompt.messages[1].content",
         ),
-        (
-            request(prompt=types_pb2.Prompt(template_arguments={"a": MARK})),
-            "prompt.template_arguments.fields[0].value.string_value",
-        ),
+        (request(prompt=types_pb2.Prompt(tools_json=["{}", MARK])), "prompt.tools_json[1]"),
     ],
 )
 def test_the_bad_string_is_named_by_its_path(data: bytes, path: str) -> None:
@@ -67,17 +65,17 @@ def test_what_is_not_protobuf_has_no_path(data: bytes) -> None:
 
 
 def nested(depth: int) -> bytes:
-    """A request with a template argument of lists in lists, whose innermost string is not UTF-8."""
+    """A request for an intrinsic with a parameter of lists in lists, whose innermost string is not UTF-8."""
     value = _field(3, b"\xff")  # Value.string_value
     for _ in range(depth):
         value = _field(6, _field(1, value))  # Value.list_value, ListValue.values
-    return _field(1, _field(4, _field(1, _field(1, b"k") + _field(2, value))))
+    return _field(3, _field(1, _field(1, b"k") + _field(2, value)))
 
 
 def test_nesting_is_followed_as_deep_as_protobuf_reads() -> None:
-    path = find_invalid_utf8(DESCRIPTOR, nested(2))
-    assert path == "prompt.template_arguments.fields[0].value.list_value.values[0].list_value.values[0].string_value"
-    assert find_invalid_utf8(DESCRIPTOR, nested(2000)) is None
+    path = find_invalid_utf8(NESTING, nested(2))
+    assert path == "parameters.fields[0].value.list_value.values[0].list_value.values[0].string_value"
+    assert find_invalid_utf8(NESTING, nested(2000)) is None
 
 
 def test_a_string_cut_off_in_a_character_is_not_blamed() -> None:
@@ -109,11 +107,8 @@ def with_prompt(**parts: Any) -> alora_pb2.GenerateRequest:
         (with_prompt(messages=[user("x" * 100)] * 10), "prompt.messages"),
         (with_prompt(token_ids=b"\0" * 1000), "prompt.token_ids"),
         (with_prompt(messages=[user("x" * 300)], token_ids=b"\0" * 500), "prompt.token_ids"),
-        (with_prompt(messages=[user("x" * 300)], token_ids=b"\0" * 300, template_arguments={"a": "x" * 300}), "prompt"),
-        (
-            with_prompt(template_arguments={"a": ["x" * 500]}),
-            "prompt.template_arguments.fields[0].value.list_value.values[0].string_value",
-        ),
+        (with_prompt(messages=[user("x" * 300)], token_ids=b"\0" * 300, tools_json=["x" * 300]), "prompt"),
+        (with_prompt(tools_json=["{}", "x" * 500]), "prompt.tools_json[1]"),
         (
             alora_pb2.GenerateRequest(sampling=types_pb2.SamplingParams(stop_token_ids=range(1000))),
             "sampling.stop_token_ids",
@@ -173,9 +168,9 @@ def test_a_message_of_crumbs_does_not_hold_up_the_loop() -> None:
 
 
 def test_nesting_is_measured_as_deep_as_protobuf_reads() -> None:
-    found = find_largest_field(DESCRIPTOR, nested(2000))
+    found = find_largest_field(NESTING, nested(2000))
     assert found is not None
-    assert found.path.startswith("prompt.template_arguments.fields[0].value.list_value.values[0].list_value")
+    assert found.path.startswith("parameters.fields[0].value.list_value.values[0].list_value")
 
 
 @given(st.binary(max_size=64))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 from google.protobuf import struct_pb2
 
-from alora_serve.errors import IntrinsicOutputError
+from alora_serve.errors import IntrinsicOutputError, InvalidRequestError
 from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.rpc.convert.events import timings_from_proto, timings_to_proto, usage_from_proto, usage_to_proto
-from alora_serve.rpc.convert.names import check_adapter_name
-from alora_serve.rpc.convert.prompt import prompt_to_proto, read_prompt, read_struct, read_value, struct_to_proto
+from alora_serve.rpc.convert.names import check_adapter_name, path_to
+from alora_serve.rpc.convert.prompt import prompt_to_proto, read_prompt
+from alora_serve.rpc.convert.structure import depths
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import IntrinsicResult, IntrinsicRun
 from alora_serve.v1 import alora_pb2
@@ -20,6 +22,11 @@ from alora_serve.v1 import alora_pb2
 MAX_INTRINSICS: Final = 256
 MAX_RESULT_NESTING: Final = 30
 """Lists and objects within one another: each is three messages, and protobuf reads a hundred."""
+MAX_PARAMETER_NESTING: Final = 30
+"""The same of a request's parameters."""
+
+_EXACT_INTEGERS: Final = 2.0**53
+"""Below this a double holds every integer exactly."""
 
 
 def run_intrinsic_from_proto(request: alora_pb2.RunIntrinsicRequest) -> IntrinsicRun:
@@ -62,7 +69,33 @@ def _read(
     violations: Violations,
 ) -> IntrinsicRun:
     prompt = read_prompt(request.prompt, violations, field="prompt")
-    return IntrinsicRun(prompt, names, read_struct(request.parameters, violations, "parameters"))
+    return IntrinsicRun(prompt, names, _read_struct(request.parameters, violations, "parameters"))
+
+
+def _read_struct(struct: struct_pb2.Struct, violations: Violations, field: str) -> dict[str, Any]:
+    """The object; notes what is wrong with it."""
+    return {key: _read_value(value, violations, path_to(field, key)) for key, value in struct.fields.items()}
+
+
+def _read_value(value: struct_pb2.Value, violations: Violations, field: str) -> Any:
+    """The value. Whole numbers become ints: all are doubles here, and an instruction would say ``5.0`` for 5."""
+    match value.WhichOneof("kind"):
+        case "number_value":
+            number = value.number_value
+            violations.require(math.isfinite(number), field, f"{number} is not a JSON number")
+            return int(number) if number.is_integer() and abs(number) < _EXACT_INTEGERS else number
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "struct_value":
+            return _read_struct(value.struct_value, violations, field)
+        case "list_value":
+            return [
+                _read_value(item, violations, f"{field}[{index}]") for index, item in enumerate(value.list_value.values)
+            ]
+        case _:
+            return None
 
 
 def run_intrinsic_to_proto(run: IntrinsicRun) -> alora_pb2.RunIntrinsicRequest:
@@ -73,7 +106,7 @@ def run_intrinsic_to_proto(run: IntrinsicRun) -> alora_pb2.RunIntrinsicRequest:
     """
     (name,) = run.names
     return alora_pb2.RunIntrinsicRequest(
-        prompt=prompt_to_proto(run.prompt), intrinsic=name, parameters=struct_to_proto(run.parameters, "parameters")
+        prompt=prompt_to_proto(run.prompt), intrinsic=name, parameters=_struct_to_proto(run.parameters, "parameters")
     )
 
 
@@ -82,8 +115,24 @@ def run_intrinsics_to_proto(run: IntrinsicRun) -> alora_pb2.RunIntrinsicsRequest
     return alora_pb2.RunIntrinsicsRequest(
         prompt=prompt_to_proto(run.prompt),
         intrinsics=run.names,
-        parameters=struct_to_proto(run.parameters, "parameters"),
+        parameters=_struct_to_proto(run.parameters, "parameters"),
     )
+
+
+def _struct_to_proto(values: Mapping[str, Any], field: str) -> struct_pb2.Struct:
+    """The object; ``field`` names it in the error.
+
+    Raises:
+        InvalidRequestError: it holds a value that is not JSON, or is nested too deep for protobuf's readers.
+    """
+    if max(depths(values)) > MAX_PARAMETER_NESTING + 1:
+        raise InvalidRequestError.of(field, f"has more than {MAX_PARAMETER_NESTING} lists and objects in one another")
+    struct = struct_pb2.Struct()
+    try:
+        struct.update(values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequestError.of(field, f"holds a value that is not JSON: {error}") from error
+    return struct
 
 
 def intrinsic_result_to_proto(result: IntrinsicResult) -> alora_pb2.RunIntrinsicResponse:
@@ -111,7 +160,7 @@ def intrinsic_result_from_proto(message: alora_pb2.RunIntrinsicResponse) -> Intr
         InvalidRequestError: a number that is not finite.
     """
     violations = Violations()
-    result = read_value(message.result, violations, "result")
+    result = _read_value(message.result, violations, "result")
     violations.raise_if_any()
     return IntrinsicResult(
         result,

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from typing import Any, Final
-
-from google.protobuf import struct_pb2
+from typing import Final
 
 from alora_serve.errors import InvalidRequestError
-from alora_serve.rpc.convert.names import path_to
-from alora_serve.rpc.convert.structure import depths
+from alora_serve.rpc.convert.json_text import object_to_text, read_object
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import ROLES, ChatMessage, Document, PrefixHandle, Prompt, PromptKind, ToolCall, is_role
 from alora_serve.v1 import types_pb2
-
-_EXACT_INTEGERS: Final = 2.0**53
-"""Below this a double holds every integer exactly."""
-
-MAX_STRUCT_NESTING: Final = 30
-"""Of JSON in a request. Protobuf reads 100 messages within one another, and a level of this takes up to three."""
 
 _KINDS: Final[Mapping[PromptKind, types_pb2.PromptKind.ValueType]] = {
     PromptKind.CONVERSATION: types_pb2.PROMPT_KIND_CONVERSATION,
@@ -44,7 +34,7 @@ def prompt_from_proto(message: types_pb2.Prompt, *, field: str = "prompt") -> Pr
 
 def read_prompt(message: types_pb2.Prompt, violations: Violations, *, field: str) -> Prompt:
     """As :func:`prompt_from_proto`, but notes what is wrong instead of raising."""
-    has_handle = message.HasField("handle")
+    has_handle, arguments = message.HasField("handle"), message.template_arguments_json
     _check_combination(message, violations, field)
     _check_messages(message, violations, field)
     return Prompt(
@@ -52,9 +42,10 @@ def read_prompt(message: types_pb2.Prompt, violations: Violations, *, field: str
         token_ids=_read_tokens(message.token_ids, violations, f"{field}.token_ids"),
         handle=_read_handle(message.handle, violations, f"{field}.handle") if has_handle else None,
         documents=tuple(Document(given.title, given.text, given.doc_id) for given in message.documents),
-        template_arguments=read_struct(message.template_arguments, violations, f"{field}.template_arguments"),
+        template_arguments=read_object(arguments, violations, f"{field}.template_arguments_json") if arguments else {},
         tools=tuple(
-            read_struct(tool, violations, f"{field}.tools[{index}]") for index, tool in enumerate(message.tools)
+            read_object(tool, violations, f"{field}.tools_json[{index}]")
+            for index, tool in enumerate(message.tools_json)
         ),
         text=message.text,
     )
@@ -70,11 +61,11 @@ def _check_combination(message: types_pb2.Prompt, violations: Violations, field:
             violations.add(f"{field}.{name}", "is a complete prompt and goes with no other part of one")
     # What the template would never see must not be dropped in silence.
     if not has_messages:
-        violations.require(not message.template_arguments.fields, f"{field}.template_arguments", "needs messages")
+        violations.require(not message.template_arguments_json, f"{field}.template_arguments_json", "needs messages")
     if not has_messages or has_handle:
         problem = "needs messages and no handle: it stands before the first turn, which a handle has fixed already"
         violations.require(not message.documents, f"{field}.documents", problem)
-        violations.require(not message.tools, f"{field}.tools", problem)
+        violations.require(not message.tools_json, f"{field}.tools_json", problem)
 
 
 def _check_messages(message: types_pb2.Prompt, violations: Violations, field: str) -> None:
@@ -116,32 +107,6 @@ def _read_tokens(packed: bytes, violations: Violations, field: str) -> tuple[int
         for violation in error.violations:
             violations.add(violation.field, violation.description)
         return ()
-
-
-def read_struct(struct: struct_pb2.Struct, violations: Violations, field: str) -> dict[str, Any]:
-    """The object; notes what is wrong with it."""
-    return {key: read_value(value, violations, path_to(field, key)) for key, value in struct.fields.items()}
-
-
-def read_value(value: struct_pb2.Value, violations: Violations, field: str) -> Any:
-    """The value. Whole numbers become ints: all are doubles here, and a template would print ``5.0`` for a given 5."""
-    match value.WhichOneof("kind"):
-        case "number_value":
-            number = value.number_value
-            violations.require(math.isfinite(number), field, f"{number} is not a JSON number")
-            return int(number) if number.is_integer() and abs(number) < _EXACT_INTEGERS else number
-        case "string_value":
-            return value.string_value
-        case "bool_value":
-            return value.bool_value
-        case "struct_value":
-            return read_struct(value.struct_value, violations, field)
-        case "list_value":
-            return [
-                read_value(item, violations, f"{field}[{index}]") for index, item in enumerate(value.list_value.values)
-            ]
-        case _:
-            return None
 
 
 def handle_from_proto(message: types_pb2.PrefixHandle, *, field: str = "handle") -> PrefixHandle:
@@ -186,10 +151,10 @@ def prompt_to_proto(prompt: Prompt) -> types_pb2.Prompt:
         documents=[
             types_pb2.Document(title=given.title, text=given.text, doc_id=given.doc_id) for given in prompt.documents
         ],
-        template_arguments=struct_to_proto(prompt.template_arguments, "prompt.template_arguments")
+        template_arguments_json=object_to_text(prompt.template_arguments, "prompt.template_arguments_json")
         if prompt.template_arguments
-        else None,
-        tools=[struct_to_proto(tool, f"prompt.tools[{index}]") for index, tool in enumerate(prompt.tools)],
+        else "",
+        tools_json=[object_to_text(tool, f"prompt.tools_json[{index}]") for index, tool in enumerate(prompt.tools)],
         token_ids=pack_token_ids(prompt.token_ids),
         text=prompt.text,
     )
@@ -206,22 +171,6 @@ def _message_to_proto(turn: ChatMessage) -> types_pb2.Message:
         tool_call_id=turn.tool_call_id,
         name=turn.name,
     )
-
-
-def struct_to_proto(values: Mapping[str, Any], field: str) -> struct_pb2.Struct:
-    """The object; ``field`` names it in the error.
-
-    Raises:
-        InvalidRequestError: it holds a value that is not JSON, or is nested too deep for protobuf's readers.
-    """
-    if max(depths(values)) > MAX_STRUCT_NESTING + 1:
-        raise InvalidRequestError.of(field, f"has more than {MAX_STRUCT_NESTING} lists and objects in one another")
-    struct = struct_pb2.Struct()
-    try:
-        struct.update(values)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequestError.of(field, f"holds a value that is not JSON: {error}") from error
-    return struct
 
 
 def handle_to_proto(handle: PrefixHandle) -> types_pb2.PrefixHandle:

@@ -176,13 +176,13 @@ def test_where_samples_stood_is_told_of_each(changes: dict[str, Any], field: str
         ({"text": "x", "token_ids": TOKENS}, ["prompt.token_ids", "prompt.text"]),
         ({"token_ids": b"\1\0\0"}, ["prompt.token_ids"]),
         (
-            {"token_ids": TOKENS, "documents": [types_pb2.Document(text="d")], "tools": [{"a": 1}]},
-            ["prompt.documents", "prompt.tools"],
+            {"token_ids": TOKENS, "documents": [types_pb2.Document(text="d")], "tools_json": ["{}"]},
+            ["prompt.documents", "prompt.tools_json"],
         ),
-        ({"token_ids": TOKENS, "template_arguments": {"a": 1}}, ["prompt.template_arguments"]),
-        ({"handle": HANDLE, "template_arguments": {"a": 1}}, ["prompt.template_arguments"]),
+        ({"token_ids": TOKENS, "template_arguments_json": "{}"}, ["prompt.template_arguments_json"]),
+        ({"handle": HANDLE, "template_arguments_json": "{}"}, ["prompt.template_arguments_json"]),
         ({"handle": HANDLE, "messages": [USER], "documents": [types_pb2.Document(text="d")]}, ["prompt.documents"]),
-        ({"handle": HANDLE, "messages": [USER], "tools": [{"a": 1}]}, ["prompt.tools"]),
+        ({"handle": HANDLE, "messages": [USER], "tools_json": ["{}"]}, ["prompt.tools_json"]),
         ({"handle": types_pb2.PrefixHandle()}, ["prompt.handle.kind"]),
         (
             {"handle": types_pb2.PrefixHandle(kind=types_pb2.PROMPT_KIND_TOKENS, prefix_token_ids=b"1")},
@@ -347,11 +347,37 @@ def test_an_adapter_is_named_as_a_folder_can_be_and_no_longer(
 
 
 def test_a_long_name_inside_a_request_is_told_by_its_beginning() -> None:
-    prompt = types_pb2.Prompt(messages=[USER])
-    prompt.template_arguments.update({"x" * 400_000: [math.nan] * 2})
+    request = alora_pb2.RunIntrinsicRequest(prompt=types_pb2.Prompt(messages=[USER]), intrinsic="a")
+    request.parameters.update({"x" * 400_000: [math.nan] * 2})
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.run_intrinsic_from_proto(request)
+    assert fields(caught.value) == [f"parameters.{'x' * 60}…[{index}]" for index in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ('{"a": NaN}', "NaN is no number"),
+        ('{"a": [-Infinity]}', "-Infinity is no number"),
+        ('{"a": 1e400}', "a number is beyond"),
+        ('{"a": 1' + "0" * 400 + "}", "a number is beyond"),
+        (r'{"a": "\ud800"}', "is not JSON"),
+        (r'{"\ud800": 1}', "is not JSON"),
+        ('{"a":' + "[" * 31 + "]" * 31 + "}", "more than 30 lists and objects in one another"),
+        ("[" * 100_000, "more than 30 lists and objects in one another"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_json_for_the_chat_template_is_refused_by_its_field_if_no_reader_would_take_it(text: str, problem: str) -> None:
+    prompt = types_pb2.Prompt(messages=[USER], tools_json=["{}", text], template_arguments_json=text)
     with pytest.raises(InvalidRequestError) as caught:
         convert.prompt_from_proto(prompt)
-    assert fields(caught.value) == [f"prompt.template_arguments.{'x' * 60}…[{index}]" for index in range(2)]
+    told = {violation.field: violation.description for violation in caught.value.violations}
+    assert told.keys() == {"prompt.tools_json[1]"} | ({"prompt.template_arguments_json"} if text else set())
+    assert all(problem in description for description in told.values())
 
 
 def test_a_choice_given_twice_is_told_by_its_beginning() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from alora_serve.errors import AloraServeError, IntrinsicOutputError, InvalidRequestError
 from alora_serve.rpc import convert
 from alora_serve.rpc.convert.intrinsics import MAX_RESULT_NESTING
-from alora_serve.rpc.convert.prompt import MAX_STRUCT_NESTING
+from alora_serve.rpc.convert.json_text import MAX_JSON_NESTING
 from alora_serve.types import (
     AdapterDigest,
     AdapterInfo,
@@ -374,26 +376,48 @@ def test_prefill_requests_public_and_internal(prompt: Prompt) -> None:
     assert convert.prefill_from_proto(internal) == prompt
 
 
-def test_whole_numbers_in_template_values_stay_whole() -> None:
-    prompt = Prompt(messages=(ChatMessage("user", "hi"),), template_arguments={"n": 5, "x": 0.5, "big": 2.0**1000})
-    arguments = convert.prompt_from_proto(convert.prompt_to_proto(prompt)).template_arguments
-    assert repr(arguments["n"]) == "5"
-    assert arguments["x"] == 0.5
-    assert isinstance(arguments["big"], float)
+def sent(prompt: Prompt) -> Prompt:
+    """The prompt as a server reads it from the bytes of a request."""
+    return convert.prompt_from_proto(types_pb2.Prompt.FromString(convert.prompt_to_proto(prompt).SerializeToString()))
+
+
+def test_numbers_in_template_values_stay_what_they_are() -> None:
+    arguments = {"n": 5, "whole": 5.0, "x": 0.5, "exact": 2**53 + 1, "big": 2.0**1000}
+    prompt = Prompt(messages=(ChatMessage("user", "hi"),), template_arguments=arguments)
+    assert repr(sent(prompt).template_arguments) == repr(arguments)
+
+
+@given(st.dictionaries(text, json_values, min_size=20, max_size=40))
+def test_tools_and_template_arguments_keep_the_order_of_their_keys(values: dict[str, Any]) -> None:
+    prompt = Prompt(messages=(ChatMessage("user", "hi"),), template_arguments={"a": values}, tools=(values,))
+    read = sent(prompt)
+    assert json.dumps(read.template_arguments["a"]) == json.dumps(values)
+    assert json.dumps(read.tools[0]) == json.dumps(values)
+
+
+def test_mappings_of_any_kind_are_sent() -> None:
+    values = MappingProxyType({"b": MappingProxyType({"z": (1,)}), "a": 2})
+    prompt = Prompt(messages=(ChatMessage("user", "hi"),), template_arguments=values, tools=(values,))
+    read = sent(prompt)
+    assert list(read.template_arguments.items()) == [("b", {"z": [1]}), ("a", 2)]
+    assert read.tools == (read.template_arguments,)
 
 
 def test_a_template_value_that_is_not_json_is_named() -> None:
     prompt = Prompt(messages=(ChatMessage("user", "hi"),), template_arguments={"n": object()})
-    with pytest.raises(InvalidRequestError, match=r"prompt\.template_arguments"):
+    with pytest.raises(InvalidRequestError, match=r"prompt\.template_arguments_json: is not JSON: object"):
         convert.prompt_to_proto(prompt)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_template_number_that_json_does_not_have_is_refused(number: float) -> None:
-    message = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="hi")])
-    message.template_arguments.update({"a": {"b": [number]}})
-    with pytest.raises(InvalidRequestError, match=r"prompt\.template_arguments\.a\.b\[0\]"):
-        convert.prompt_from_proto(message)
+def test_a_number_that_json_does_not_have_is_refused(number: float) -> None:
+    prompt = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="hi")])
+    message = alora_pb2.RunIntrinsicRequest(prompt=prompt, intrinsic="a")
+    message.parameters.update({"a": {"b": [number]}})
+    with pytest.raises(InvalidRequestError, match=r"parameters\.a\.b\[0\]"):
+        convert.run_intrinsic_from_proto(message)
+    with pytest.raises(InvalidRequestError, match=r"prompt\.tools_json\[0\]: is not JSON"):
+        convert.prompt_to_proto(Prompt(tools=({"a": number},)))
 
 
 @given(
@@ -428,11 +452,11 @@ def test_json_is_asked_with_only_if_everybody_can_read_it() -> None:
     def within(levels: int) -> Any:
         return {"a": within(levels - 1)} if levels else 0
 
-    deep = convert.generate_to_proto(arguments(within(MAX_STRUCT_NESTING - 1)), convert.Target("", SamplingParams()))
+    deep = convert.generate_to_proto(arguments(within(MAX_JSON_NESTING - 1)), convert.Target("", SamplingParams()))
     assert alora_pb2.GenerateRequest.FromString(deep.SerializeToString()) == deep
     for value, problem in (
-        (within(MAX_STRUCT_NESTING), "in one another"),
-        (_nested(MAX_STRUCT_NESTING), "in one another"),
+        (within(MAX_JSON_NESTING), "in one another"),
+        (_nested(MAX_JSON_NESTING), "in one another"),
         (_nested(500), "in one another"),
         (10**400, "not JSON"),
         ("\ud800", "not JSON"),
