@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -155,6 +156,16 @@ async def test_a_client_that_stops_reading_is_cut_off() -> None:
     async with behind(floods, write_timeout_seconds=0.2) as (door, worker):
         stream = await door.openai.chat.completions.create(**CHAT, stream=True)
         await until(lambda: worker.cancelled == 1)
+        await stream.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_USER_TIMEOUT is Linux's")
+async def test_the_connection_of_a_client_that_stops_reading_is_closed_though_it_takes_nothing() -> None:
+    async with behind(floods, write_timeout_seconds=0.2) as (door, worker):
+        stream = await door.openai.chat.completions.create(**CHAT, stream=True)
+        assert door.num_connections() == 1
+        await until(lambda: worker.cancelled == 1)
+        await until(lambda: door.num_connections() == 0)
         await stream.close()
 
 
