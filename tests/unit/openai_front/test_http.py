@@ -26,6 +26,7 @@ from alora_serve.types import (
     Finished,
     FinishReason,
     GenerateRequest,
+    Heartbeat,
     Started,
     StreamEvent,
     Timings,
@@ -174,6 +175,17 @@ async def test_a_failure_before_the_first_event_has_a_status_of_its_own() -> Non
         with pytest.raises(openai.RateLimitError) as refused:
             await door.openai.chat.completions.create(**CHAT, stream=True)
         assert refused.value.response.headers["retry-after"] == "3"
+
+
+async def test_a_request_that_is_refused_after_a_slow_start_has_a_status_of_its_own() -> None:
+    async def loads_and_refuses(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        yield Heartbeat()
+        yield Heartbeat()
+        raise InvalidRequestError("no answer is so long")
+
+    async with behind(loads_and_refuses) as (door, _):
+        with pytest.raises(openai.BadRequestError, match="no answer is so long"):
+            await door.openai.chat.completions.create(**CHAT, stream=True)
 
 
 async def test_a_failure_in_the_middle_of_a_stream_is_its_last_event() -> None:
