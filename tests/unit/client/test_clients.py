@@ -23,6 +23,7 @@ from alora_serve.client import (
     Finished,
     FinishReason,
     GenerationStream,
+    Heartbeat,
     RetryPolicy,
     Started,
     TokenChunk,
@@ -305,6 +306,33 @@ async def test_cancelling_the_reading_task_cancels_the_call() -> None:
         with pytest.raises(asyncio.CancelledError):
             await reader
         await until(lambda: worker.cancelled == 1)
+
+
+@pytest.mark.parametrize("failures", [[], [UnavailableError("gone")]], ids=["reading", "looking for a router"])
+async def test_a_stream_of_which_a_read_was_cancelled_is_no_whole_answer(failures: list[AloraServeError]) -> None:
+    router = ScriptedRouter(*failures, hang, after=2)
+    retry = RetryPolicy(backoff_seconds=60.0, max_backoff_seconds=60.0, begin_seconds=600.0, resume_seconds=600.0)
+    async with router.served() as server, AsyncClient(server.address, retry=retry) as client:
+        stream = client.generate("Hi")
+        assert [type(await anext(stream)) for _ in range(2)] == [Started, Heartbeat]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0.5)
+        assert not failures or len(router.failures) == 1
+        for read_on in (lambda: anext(stream), stream.result):
+            with pytest.raises(RequestCancelledError, match="earlier read of this stream was cancelled"):
+                await read_on()
+        await stream.close()
+        assert [event async for event in stream] == [], "it ends for who has closed it"
+
+
+async def test_a_read_that_was_cancelled_once_all_had_come_has_lost_nothing() -> None:
+    router = ScriptedRouter(hang, after=5)
+    async with router.served() as server, AsyncClient(server.address) as client:
+        stream = client.generate("Hi")
+        assert isinstance([await anext(stream) for _ in range(5)][-1], Finished)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0.2)
+        assert (await stream.result()).text == "Hello world!"
 
 
 async def _collect(stream: Any) -> list[Any]:
