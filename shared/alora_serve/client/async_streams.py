@@ -121,7 +121,7 @@ class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
         if self._closed:
             return
         self._retries.received(self._received.num_tokens)
-        await asyncio.sleep(self._retries.pause_after(error))
+        await self._retries.async_wait_after(error)
         if self._closed:  # meanwhile
             return
         self._call = self._open_call(self._received.resumed(self._request), self._retries.remaining_seconds())

@@ -1,12 +1,14 @@
-"""When a failed call is made again, and how long before. Pure but for chance and the clock."""
+"""When a failed call is made again, and how long before."""
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 import time
 from dataclasses import dataclass
 
-from alora_serve.errors import AloraServeError, OverloadedError, UnavailableError
+from alora_serve.errors import AloraServeError, OverloadedError, RequestCancelledError, UnavailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,14 @@ class RetryPolicy:
 
 
 class Retries:
-    """The attempts of one call, within its time. Call :meth:`pause_after` for each failure."""
+    """The attempts of one call, within its time. Call one of the ``wait_after`` for each failure."""
 
-    def __init__(self, policy: RetryPolicy, timeout_seconds: float | None) -> None:
+    def __init__(
+        self, policy: RetryPolicy, timeout_seconds: float | None, closed: threading.Event | None = None
+    ) -> None:
+        """``closed`` is set once the client is: its calls are not made again."""
         self._policy = policy
+        self._closed = closed or threading.Event()
         self._failures = 0
         self._num_tokens = 0
         self._until: float | None = None
@@ -61,6 +67,22 @@ class Retries:
             self._num_tokens = num_tokens
             self._failures = 0
             self._until = None
+
+    def wait_after(self, error: AloraServeError) -> None:
+        """Return when the call is to be made again.
+
+        Raises:
+            AloraServeError: ``error``, when it is final.
+            RequestCancelledError: the client was closed meanwhile.
+        """
+        if self._closed.wait(self.pause_after(error)):
+            raise _closed_meanwhile() from error
+
+    async def async_wait_after(self, error: AloraServeError) -> None:
+        """As :meth:`wait_after`, for asyncio; told only after the pause that the client was closed."""
+        await asyncio.sleep(self.pause_after(error))
+        if self._closed.is_set():
+            raise _closed_meanwhile() from error
 
     def pause_after(self, error: AloraServeError) -> float:
         """How many seconds to wait before calling again.
@@ -101,3 +123,7 @@ class Retries:
         if self._until is None:
             self._until = now + (policy.resume_seconds if self._num_tokens else policy.begin_seconds)
         return now + pause_seconds >= self._until
+
+
+def _closed_meanwhile() -> RequestCancelledError:
+    return RequestCancelledError("the client was closed before the call could be made again")

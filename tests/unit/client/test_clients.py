@@ -597,6 +597,34 @@ async def test_a_stream_that_is_closed_before_it_is_repeated_makes_no_further_ca
         assert router.calls == 2
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: c.generate("Hi").result(),
+        lambda c: c.list_adapters(),
+        lambda c: (c.on_behalf_of() if isinstance(c, AsyncClient) else c).list_adapters(),
+    ],
+    ids=["stream", "call", "other caller"],
+)
+async def test_closing_a_client_cancels_what_it_would_have_called_again(
+    connect: Any, call: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = threading.Event()
+
+    def draw_a_pause(*_: float) -> float:
+        waiting.set()
+        return 1.0
+
+    monkeypatch.setattr("alora_serve.client.retry.random.uniform", draw_a_pause)
+    router = ScriptedRouter(*[UnavailableError("gone")] * 9)
+    async with router.served() as server, connect(server.address) as client:
+        asked = asyncio.create_task(run(client, call))
+        await until(waiting.is_set)
+        await done(client.close())
+        with pytest.raises(RequestCancelledError, match="closed before the call could be made again"):
+            await asked
+
+
 async def test_a_fan_out_whose_router_is_lost_asks_for_what_is_missing(connect: Any) -> None:
     router = ScriptedRouter(UnavailableError("gone"), after=8)
     async with router.served() as server, connect(server.address, retry=FAST) as client:
