@@ -13,6 +13,7 @@ from alora_serve.intrinsics.excerpts import excerpt
 from alora_serve.rpc.convert.events import timings_from_proto, timings_to_proto, usage_from_proto, usage_to_proto
 from alora_serve.rpc.convert.names import check_adapter_name
 from alora_serve.rpc.convert.prompt import prompt_to_proto, read_prompt, read_struct, read_value, struct_to_proto
+from alora_serve.rpc.convert.text import sendable_texts
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import IntrinsicResult, IntrinsicRun
 from alora_serve.v1 import alora_pb2
@@ -65,6 +66,7 @@ def _read(
     return IntrinsicRun(prompt, names, read_struct(request.parameters, violations, "parameters"))
 
 
+@sendable_texts("intrinsic")
 def run_intrinsic_to_proto(run: IntrinsicRun) -> alora_pb2.RunIntrinsicRequest:
     """The public request for a run of one intrinsic.
 
@@ -77,6 +79,7 @@ def run_intrinsic_to_proto(run: IntrinsicRun) -> alora_pb2.RunIntrinsicRequest:
     )
 
 
+@sendable_texts("intrinsics")
 def run_intrinsics_to_proto(run: IntrinsicRun) -> alora_pb2.RunIntrinsicsRequest:
     """The public request. Raises as :func:`run_intrinsic_to_proto`."""
     return alora_pb2.RunIntrinsicsRequest(
