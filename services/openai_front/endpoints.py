@@ -13,7 +13,15 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from alora_serve.client import AdapterInfo, AsyncClient, AsyncIntrinsicsStream, ModelInfo, Prompt, StreamEvent
+from alora_serve.client import (
+    AdapterInfo,
+    AsyncClient,
+    AsyncIntrinsicsStream,
+    Heartbeat,
+    ModelInfo,
+    Prompt,
+    StreamEvent,
+)
 from alora_serve.errors import AdapterNotFoundError, AloraServeError, InvalidRequestError, UnavailableError
 from alora_serve.intrinsics import with_documents_placed
 from alora_serve.intrinsics.excerpts import excerpt
@@ -209,8 +217,12 @@ async def _read_all(events: AsyncGenerator[tuple[int, StreamEvent]], answers: li
 
 
 async def _first(events: AsyncGenerator[tuple[int, StreamEvent]]) -> tuple[int, StreamEvent]:
+    """What comes first but for signs of life: what is refused after a slow start has a status of its own, too."""
     try:
-        return await anext(events)
+        while True:
+            index, what = await anext(events)
+            if not isinstance(what, Heartbeat):
+                return index, what
     except BaseException:
         await events.aclose()
         raise

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import socket
 import ssl
+import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -43,7 +45,7 @@ async def serve(app: FastAPI, settings: Settings, monitoring: Monitoring, in_fli
     certificates = CertificateMetrics(monitoring.registry)
     tls = _tls(settings, certificates) if listens_with_tls(settings) else None
     watch_client_certificates(settings, certificates)
-    with _bound(settings.listen) as bound:
+    with bound_socket(settings) as bound:
         address = f"{host_and_port(settings.listen)[0]}:{bound.getsockname()[1]}"
         addresses = {"address": address, **monitoring.addresses}
         server = http_server(app, settings, tls)
@@ -92,7 +94,13 @@ def http_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = N
 
 
 @contextlib.contextmanager
-def _bound(address: str) -> Iterator[socket.socket]:
+def bound_socket(settings: Settings) -> Iterator[socket.socket]:
+    """The socket to serve on, closed in the end.
+
+    Raises:
+        ConfigError: ``listen`` cannot be bound.
+    """
+    address = settings.listen
     host, port = host_and_port(address)
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
@@ -100,6 +108,11 @@ def _bound(address: str) -> Iterator[socket.socket]:
     except OSError as error:
         raise ConfigError(f"listen={address}: cannot be bound: {error}") from error
     with bound:
+        if sys.platform == "linux":
+            # Connections inherit it. A server that closes one waits until the client has taken what was written, which
+            # a client that stopped reading never does; the kernel gives up that wait.
+            milliseconds = math.ceil(settings.write_timeout_seconds * 1000)
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         yield bound
 
 

@@ -196,6 +196,17 @@ async def test_it_chats_shows_verdicts_as_they_come_and_where_time_went(page: Pa
         await page.screenshot(path=Path(picture), full_page=True)
 
 
+async def test_a_browser_that_iterates_no_stream_shows_answers_as_well(page: Page) -> None:
+    """WebKit does not."""
+    await page.add_init_script(
+        "delete ReadableStream.prototype[Symbol.asyncIterator]; delete ReadableStream.prototype.values;"
+    )
+    await page.reload()
+    await converse(page, PLAIN, TYPED, tokens=8)
+    await expect(page.locator("#turns .said").nth(1)).to_have_text(_SOMETHING)
+    assert await page.locator("#turns .bad").count() == 0
+
+
 async def test_a_document_is_seen_by_the_base_model_and_by_adapters_from_the_same_kv(page: Page) -> None:
     """SmolLM2's template has no place for one; the page's system message stands before it."""
     await converse(page, TYPED, tokens=8, document=DOCUMENT * 4)

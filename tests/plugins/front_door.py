@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,7 +21,7 @@ from openai_front.app import build_app
 from openai_front.config import Settings
 from openai_front.endpoints import Endpoints
 from openai_front.router import Router
-from openai_front.serving import http_server
+from openai_front.serving import bound_socket, http_server
 
 PATIENCE_SECONDS = 60.0
 
@@ -70,12 +69,13 @@ class OpenDoor:
     openai: openai.AsyncOpenAI
     in_flight: InFlightCalls
     registry: CollectorRegistry
+    num_connections: Callable[[], int]
 
 
 @asynccontextmanager
 async def open_door(router_address: str, **settings: Any) -> AsyncIterator[OpenDoor]:
     """The same as :func:`front_door`, but for the process: for what scripted services provoke."""
-    chosen = Settings(router_address=router_address, **settings)
+    chosen = Settings(router_address=router_address, listen="127.0.0.1:0", **settings)
     registry, in_flight = CollectorRegistry(), InFlightCalls(chosen.http_max_requests)
     router = Router(router_address, None)
     app = build_app(
@@ -85,7 +85,7 @@ async def open_door(router_address: str, **settings: Any) -> AsyncIterator[OpenD
         with_page=chosen.page,
         read_timeout_seconds=chosen.read_timeout_seconds,
     )
-    with socket.create_server(("127.0.0.1", 0)) as bound:
+    with bound_socket(chosen) as bound:
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         server = http_server(app, chosen)
         serving = asyncio.ensure_future(server.serve(sockets=[bound]))
@@ -95,7 +95,7 @@ async def open_door(router_address: str, **settings: Any) -> AsyncIterator[OpenD
                 httpx.AsyncClient(base_url=url, timeout=PATIENCE_SECONDS, trust_env=False) as http,
                 openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS) as ai,
             ):
-                yield OpenDoor(address, http, ai, in_flight, registry)
+                yield OpenDoor(address, http, ai, in_flight, registry, lambda: len(server.server_state.connections))
         finally:
             server.should_exit = True
             await serving

@@ -119,14 +119,16 @@ def _from_file(file: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        if file == STANDARD_INPUT:
-            return {"messages": [{"role": "user", "content": text.strip()}]} if text.strip() else {}
-        raise InvalidRequestError.of("file", f"{file} is not JSON ({error}); it must hold {FORMAT}") from error
+        if file != STANDARD_INPUT:
+            raise InvalidRequestError.of("file", f"{file} is not JSON ({error}); it must hold {FORMAT}") from error
+        value = text
     if isinstance(value, list):
         return {"messages": value}
-    if not isinstance(value, dict) or "messages" not in value:
+    if isinstance(value, dict) and "messages" in value:
+        return value
+    if file != STANDARD_INPUT:
         raise InvalidRequestError.of("file", f"{file} must hold {FORMAT}")
-    return value
+    return {"messages": [{"role": "user", "content": text.strip()}]} if text.strip() else {}
 
 
 def _list(given: Mapping[str, Any], field: str) -> list[Any]:

@@ -30,7 +30,10 @@ ItemT = TypeVar("ItemT")
 
 
 class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
-    """A running call. Iterate it; :meth:`close` it, or leave its context, to cancel what is not read."""
+    """A running call. Iterate it; :meth:`close` it, or leave its context, to cancel what is not read.
+
+    To cancel a read, by a time-out perhaps, is to cancel the call: later reads raise ``RequestCancelledError``.
+    """
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
         self._retries = retries
         self._received = received
         self._closed = False
+        self._interrupted = False
         self._silence_seconds: float | None = None
         self._call = open_call(request, retries.remaining_seconds())
         self._responses = aiter(self._call)
@@ -66,6 +70,16 @@ class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
         return self
 
     async def __anext__(self) -> ItemT:
+        # gRPC ends the responses of a call whose read was cancelled as if all had come.
+        if self._interrupted and not (self._closed or self._received.is_finished):
+            raise RequestCancelledError("an earlier read of this stream was cancelled, and the call with it")
+        try:
+            return await self._next()
+        except asyncio.CancelledError:
+            self._interrupted = True
+            raise
+
+    async def _next(self) -> ItemT:
         while not self._closed:
             try:
                 async with asyncio.timeout(self._silence_seconds):
@@ -107,7 +121,7 @@ class AsyncResponseStream(ABC, Generic[RequestT, ItemT]):
         if self._closed:
             return
         self._retries.received(self._received.num_tokens)
-        await asyncio.sleep(self._retries.pause_after(error))
+        await self._retries.async_wait_after(error)
         if self._closed:  # meanwhile
             return
         self._call = self._open_call(self._received.resumed(self._request), self._retries.remaining_seconds())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
+import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -99,6 +99,7 @@ class AsyncClient:
         )
         self._stub = AloraServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
+        self._closed = threading.Event()
         self._metadata = _metadata(api_key)
 
     def on_behalf_of(self, *, api_key: str | None = None, request_id: str | None = None) -> Self:
@@ -122,6 +123,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
+        self._closed.set()
         await self._channel.close()
 
     def generate(
@@ -144,7 +146,7 @@ class AsyncClient:
         return AsyncGenerationStream(
             lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
-            Retries(self._retry, timeout_seconds),
+            Retries(self._retry, timeout_seconds, self._closed),
         )
 
     def sample(
@@ -169,7 +171,7 @@ class AsyncClient:
         return AsyncSampleStream(
             lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
-            Retries(self._retry, timeout_seconds),
+            Retries(self._retry, timeout_seconds, self._closed),
         )
 
     def fanout(
@@ -192,7 +194,7 @@ class AsyncClient:
         return AsyncFanOutStream(
             lambda wanted, timeout: self._stub.FanOut(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
-            Retries(self._retry, timeout_seconds),
+            Retries(self._retry, timeout_seconds, self._closed),
         )
 
     async def run_intrinsic(
@@ -238,7 +240,7 @@ class AsyncClient:
         return AsyncIntrinsicsStream(
             lambda wanted, timeout: self._stub.RunIntrinsics(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
-            Retries(self._retry, timeout_seconds),
+            Retries(self._retry, timeout_seconds, self._closed),
         )
 
     async def prefill(
@@ -311,7 +313,7 @@ class AsyncClient:
             UnavailableError: it did not in time.
         """
         health: Any = health_pb2_grpc.HealthStub(self._channel)
-        retries = Retries(RetryPolicy(begin_seconds=timeout_seconds), timeout_seconds)
+        retries = Retries(RetryPolicy(begin_seconds=timeout_seconds), timeout_seconds, self._closed)
         try:
             while True:
                 watch = health.Watch(
@@ -322,7 +324,7 @@ class AsyncClient:
                         if response.status == health_pb2.HealthCheckResponse.SERVING:
                             return
                 except grpc.aio.AioRpcError as error:
-                    await asyncio.sleep(retries.pause_after(failure_of(error)))
+                    await retries.async_wait_after(failure_of(error))
                 finally:
                     watch.cancel()
         except (DeadlinePassedError, UnavailableError) as error:
@@ -335,12 +337,12 @@ class AsyncClient:
     async def _call(
         self, method: Callable[..., Awaitable[ResponseT]], request: object, timeout_seconds: float | None
     ) -> ResponseT:
-        retries = Retries(self._retry, timeout_seconds)
+        retries = Retries(self._retry, timeout_seconds, self._closed)
         while True:
             try:
                 return await method(request, timeout=retries.remaining_seconds(), metadata=self._call_metadata())
             except grpc.aio.AioRpcError as error:
-                await asyncio.sleep(retries.pause_after(failure_of(error)))
+                await retries.async_wait_after(failure_of(error))
 
 
 def _metadata(api_key: str | None, request_id: str | None = None) -> tuple[tuple[str, str], ...]:

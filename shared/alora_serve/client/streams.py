@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -109,7 +108,7 @@ class ResponseStream(ABC, Generic[RequestT, ItemT]):
         if self._closed:
             return
         self._retries.received(self._received.num_tokens)
-        time.sleep(self._retries.pause_after(error))
+        self._retries.wait_after(error)
         if self._closed:  # meanwhile
             return
         self._call = self._open_call(self._received.resumed(self._request), self._retries.remaining_seconds())

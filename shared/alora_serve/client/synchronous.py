@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -98,6 +98,7 @@ class Client:
         )
         self._stub = AloraServiceStub(self._channel)
         self._retry = retry or RetryPolicy()
+        self._closed = threading.Event()
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
     def __enter__(self) -> Self:
@@ -110,6 +111,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
+        self._closed.set()
         self._channel.close()
 
     def generate(
@@ -132,7 +134,7 @@ class Client:
         return GenerationStream(
             lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
-            Retries(self._retry, timeout_seconds),
+            Retries(self._retry, timeout_seconds, self._closed),
         )
 
     def sample(
@@ -157,7 +159,7 @@ class Client:
         return SampleStream(
             lambda wanted, timeout: self._stub.Generate(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
-            Retries(self._retry, timeout_seconds),
+            Retries(self._retry, timeout_seconds, self._closed),
         )
 
     def fanout(
@@ -180,7 +182,7 @@ class Client:
         return FanOutStream(
             lambda wanted, timeout: self._stub.FanOut(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
-            Retries(self._retry, timeout_seconds),
+            Retries(self._retry, timeout_seconds, self._closed),
         )
 
     def run_intrinsic(
@@ -226,7 +228,7 @@ class Client:
         return IntrinsicsStream(
             lambda wanted, timeout: self._stub.RunIntrinsics(wanted, timeout=timeout, metadata=self._call_metadata()),
             request,
-            Retries(self._retry, timeout_seconds),
+            Retries(self._retry, timeout_seconds, self._closed),
         )
 
     def prefill(
@@ -298,7 +300,7 @@ class Client:
             UnavailableError: it did not in time.
         """
         health: Any = health_pb2_grpc.HealthStub(self._channel)
-        retries = Retries(RetryPolicy(begin_seconds=timeout_seconds), timeout_seconds)
+        retries = Retries(RetryPolicy(begin_seconds=timeout_seconds), timeout_seconds, self._closed)
         try:
             while True:
                 watch = health.Watch(
@@ -308,7 +310,7 @@ class Client:
                     if any(response.status == health_pb2.HealthCheckResponse.SERVING for response in watch):
                         return
                 except grpc.RpcError as error:
-                    time.sleep(retries.pause_after(failure_of(error)))
+                    retries.wait_after(failure_of(error))
                 finally:
                     watch.cancel()
         except (DeadlinePassedError, UnavailableError) as error:
@@ -319,9 +321,9 @@ class Client:
         return (*self._metadata, *trace_metadata())
 
     def _call(self, method: Callable[..., ResponseT], request: object, timeout_seconds: float | None) -> ResponseT:
-        retries = Retries(self._retry, timeout_seconds)
+        retries = Retries(self._retry, timeout_seconds, self._closed)
         while True:
             try:
                 return method(request, timeout=retries.remaining_seconds(), metadata=self._call_metadata())
             except grpc.RpcError as error:
-                time.sleep(retries.pause_after(failure_of(error)))
+                retries.wait_after(failure_of(error))

@@ -276,7 +276,9 @@ class FrontDoorSettings(SettingsGroup):
     router_tls_cert_file: str = Field("", description="PEM certificate chain to show it, read again when it changes.")
     router_tls_key_file: str = Field("", description="Its private key.")
     router_tls_server_name: str = Field("", description="Name in the router's certificate; empty: its address.")
-    http_idle_seconds: float = Field(75.0, gt=0, description="How long a connection without a request stays open.")
+    http_idle_seconds: float = Field(
+        75.0, gt=0, description="How long a connection stays open after a response, until the next request."
+    )
     http_max_requests: int = Field(
         1000, ge=1, description="Requests at once, bodies that still arrive among them; the rest is 429."
     )

@@ -69,6 +69,12 @@ def test_standard_input_holds_a_conversation_or_one_turn_of_the_user(monkeypatch
     assert read_prompt(file=Path("-")).messages == (ChatMessage("user", "hi"),)
 
 
+@pytest.mark.parametrize("text", ["42", "true", "null", '"why?"', '{"turns": []}'])
+def test_plain_text_on_standard_input_may_happen_to_be_json(monkeypatch, text: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\n"))
+    assert read_prompt().messages == (ChatMessage("user", text),)
+
+
 def test_standard_input_is_left_alone_when_there_is_something_else(monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("do not read me"))
     assert read_prompt(messages=["hi"]).messages == (ChatMessage("user", "hi"),)

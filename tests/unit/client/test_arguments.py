@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from alora_serve.client.arguments import (
     build_prompt,
     fan_out_request,
     generate_request,
+    intrinsic_run,
     prefill_request,
     sample_request,
     score_request,
 )
 from alora_serve.errors import InvalidRequestError
+from alora_serve.rpc import convert
 from alora_serve.rpc.convert import Target, fan_out_from_proto, generate_from_proto, prefill_from_proto
 from alora_serve.types import ChatMessage, Choice, Document, Prompt, SamplingParams, ToolCall
 from fake_services import handle
@@ -164,3 +167,29 @@ def test_fan_out_targets_share_sampling_unless_they_bring_their_own() -> None:
         ("", 7),
         ("certainty", 1),
     ]
+
+
+HALF = "caf\udce9"
+"""As Python reads an argument that is not UTF-8."""
+
+
+@pytest.mark.parametrize(
+    ("build", "field"),
+    [
+        (lambda: prefill_request([{"role": "user", "content": HALF}], {}), "prompt.messages[0]"),
+        (lambda: prefill_request("Hi", {"documents": [Document("", "a"), Document("", HALF)]}), "prompt.documents[1]"),
+        (lambda: prefill_request(None, {"text": HALF}), "prompt"),
+        (lambda: generate_request("Hi", None, {"stop": HALF}), "sampling"),
+        (lambda: generate_request("Hi", HALF, {}), "adapter"),
+        (lambda: fan_out_request("Hi", ["a", HALF], {}), "targets"),
+        (lambda: score_request("Hi", ["a", HALF], None, {}), "continuations"),
+        (lambda: score_request("Hi", ["a"], HALF, {}), "adapter"),
+        (lambda: convert.run_intrinsics_to_proto(intrinsic_run("Hi", [HALF], None, {})), "intrinsics"),
+        (lambda: convert.run_intrinsic_to_proto(intrinsic_run("Hi", [HALF], None, {})), "intrinsic"),
+    ],
+)
+def test_a_text_that_is_not_utf8_is_refused_by_its_field(build: Callable[[], object], field: str) -> None:
+    with pytest.raises(InvalidRequestError, match="is not UTF-8") as caught:
+        build()
+    assert [violation.field for violation in caught.value.violations] == [field]
+    str(caught.value).encode()

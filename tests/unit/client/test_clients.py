@@ -23,6 +23,7 @@ from alora_serve.client import (
     Finished,
     FinishReason,
     GenerationStream,
+    Heartbeat,
     RetryPolicy,
     Started,
     TokenChunk,
@@ -307,6 +308,33 @@ async def test_cancelling_the_reading_task_cancels_the_call() -> None:
         await until(lambda: worker.cancelled == 1)
 
 
+@pytest.mark.parametrize("failures", [[], [UnavailableError("gone")]], ids=["reading", "looking for a router"])
+async def test_a_stream_of_which_a_read_was_cancelled_is_no_whole_answer(failures: list[AloraServeError]) -> None:
+    router = ScriptedRouter(*failures, hang, after=2)
+    retry = RetryPolicy(backoff_seconds=60.0, max_backoff_seconds=60.0, begin_seconds=600.0, resume_seconds=600.0)
+    async with router.served() as server, AsyncClient(server.address, retry=retry) as client:
+        stream = client.generate("Hi")
+        assert [type(await anext(stream)) for _ in range(2)] == [Started, Heartbeat]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0.5)
+        assert not failures or len(router.failures) == 1
+        for read_on in (lambda: anext(stream), stream.result):
+            with pytest.raises(RequestCancelledError, match="earlier read of this stream was cancelled"):
+                await read_on()
+        await stream.close()
+        assert [event async for event in stream] == [], "it ends for who has closed it"
+
+
+async def test_a_read_that_was_cancelled_once_all_had_come_has_lost_nothing() -> None:
+    router = ScriptedRouter(hang, after=5)
+    async with router.served() as server, AsyncClient(server.address) as client:
+        stream = client.generate("Hi")
+        assert isinstance([await anext(stream) for _ in range(5)][-1], Finished)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0.2)
+        assert (await stream.result()).text == "Hello world!"
+
+
 async def _collect(stream: Any) -> list[Any]:
     return [event async for event in stream]
 
@@ -567,6 +595,34 @@ async def test_a_stream_that_is_closed_before_it_is_repeated_makes_no_further_ca
             await reading
         await run(client, lambda c: c.generate("Hi").result())
         assert router.calls == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: c.generate("Hi").result(),
+        lambda c: c.list_adapters(),
+        lambda c: (c.on_behalf_of() if isinstance(c, AsyncClient) else c).list_adapters(),
+    ],
+    ids=["stream", "call", "other caller"],
+)
+async def test_closing_a_client_cancels_what_it_would_have_called_again(
+    connect: Any, call: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = threading.Event()
+
+    def draw_a_pause(*_: float) -> float:
+        waiting.set()
+        return 1.0
+
+    monkeypatch.setattr("alora_serve.client.retry.random.uniform", draw_a_pause)
+    router = ScriptedRouter(*[UnavailableError("gone")] * 9)
+    async with router.served() as server, connect(server.address) as client:
+        asked = asyncio.create_task(run(client, call))
+        await until(waiting.is_set)
+        await done(client.close())
+        with pytest.raises(RequestCancelledError, match="closed before the call could be made again"):
+            await asked
 
 
 async def test_a_fan_out_whose_router_is_lost_asks_for_what_is_missing(connect: Any) -> None:

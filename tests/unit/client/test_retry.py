@@ -53,6 +53,36 @@ def test_overload_is_repeated_when_asked_for_and_not_before_the_server_said() ->
     assert Retries(RetryPolicy(retry_overloaded=True), None).pause_after(FULL) >= 1.5
 
 
+def test_overload_is_waited_out_as_long_as_the_server_asks_whatever_time_a_lost_router_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("alora_serve.client.retry.time", SimpleNamespace(monotonic=lambda: now))
+    used_up = OverloadedError("quota tokens_per_minute is used up", retry_after_seconds=59.0)
+    retries = Retries(RetryPolicy(retry_overloaded=True, max_attempts=9), None)
+    retries.pause_after(GONE)
+    for _ in range(3):
+        assert retries.pause_after(used_up) == 59.0
+        now += 59.0
+    assert retries.pause_after(GONE) <= 2.0, "a router that was found and lost is looked for as long as any"
+    begun = Retries(RetryPolicy(retry_overloaded=True), None)
+    begun.received(1)
+    assert begun.pause_after(used_up) == 59.0
+    for _ in range(3):
+        retries.pause_after(used_up)
+    with pytest.raises(OverloadedError):  # the ninth attempt was the last
+        retries.pause_after(used_up)
+
+
+def test_what_never_fits_is_never_repeated() -> None:
+    never = OverloadedError("quota max_sequences of 2: 0 in use, 3 asked for")
+    for num_tokens in (0, 1):
+        retries = Retries(RetryPolicy(retry_overloaded=True), None)
+        retries.received(num_tokens)
+        with pytest.raises(OverloadedError):
+            retries.pause_after(never)
+
+
 @pytest.mark.parametrize("error", [InvalidRequestError("large"), MessageTooLargeError("larger")])
 def test_what_is_too_large_is_never_repeated(error: AloraServeError) -> None:
     with pytest.raises(type(error)):

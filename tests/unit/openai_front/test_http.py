@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from alora_serve.types import (
     Finished,
     FinishReason,
     GenerateRequest,
+    Heartbeat,
     Started,
     StreamEvent,
     Timings,
@@ -158,11 +160,32 @@ async def test_a_client_that_stops_reading_is_cut_off() -> None:
         await stream.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_USER_TIMEOUT is Linux's")
+async def test_the_connection_of_a_client_that_stops_reading_is_closed_though_it_takes_nothing() -> None:
+    async with behind(floods, write_timeout_seconds=0.2) as (door, worker):
+        stream = await door.openai.chat.completions.create(**CHAT, stream=True)
+        assert door.num_connections() == 1
+        await until(lambda: worker.cancelled == 1)
+        await until(lambda: door.num_connections() == 0)
+        await stream.close()
+
+
 async def test_a_failure_before_the_first_event_has_a_status_of_its_own() -> None:
     async with behind(fails(OverloadedError("full", retry_after_seconds=3))) as (door, _):
         with pytest.raises(openai.RateLimitError) as refused:
             await door.openai.chat.completions.create(**CHAT, stream=True)
         assert refused.value.response.headers["retry-after"] == "3"
+
+
+async def test_a_request_that_is_refused_after_a_slow_start_has_a_status_of_its_own() -> None:
+    async def loads_and_refuses(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        yield Heartbeat()
+        yield Heartbeat()
+        raise InvalidRequestError("no answer is so long")
+
+    async with behind(loads_and_refuses) as (door, _):
+        with pytest.raises(openai.BadRequestError, match="no answer is so long"):
+            await door.openai.chat.completions.create(**CHAT, stream=True)
 
 
 async def test_a_failure_in_the_middle_of_a_stream_is_its_last_event() -> None:

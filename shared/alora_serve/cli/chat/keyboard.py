@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from platformdirs import user_state_path
 
 from alora_serve.cli.chat.commands import completions
+from alora_serve.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -43,8 +44,15 @@ class LineReader:
         self._as_json = as_json
 
     def read(self) -> str | None:
-        """See :class:`Keyboard`."""
-        line = self._lines.readline()
+        """See :class:`Keyboard`.
+
+        Raises:
+            InvalidRequestError: the line is not UTF-8.
+        """
+        try:
+            line = self._lines.readline()
+        except UnicodeDecodeError as error:
+            raise InvalidRequestError.of("standard input", f"is not UTF-8 text: {error}") from error
         if not line:
             return None
         if self._as_json and line.startswith('"'):

@@ -11,6 +11,7 @@ from alora_serve.rpc.convert.events import timings_from_proto, timings_to_proto,
 from alora_serve.rpc.convert.names import check_adapter_name
 from alora_serve.rpc.convert.prompt import handle_from_proto, handle_to_proto, prompt_to_proto, read_prompt
 from alora_serve.rpc.convert.requests import check_turn_to_answer
+from alora_serve.rpc.convert.text import sendable_texts
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import ContinuationScore, PrefixHandle, Prompt, ScoreRequest, ScoreResult, TokenizedPrompt
@@ -53,11 +54,13 @@ def tokenized_from_proto(response: alora_pb2.TokenizeResponse) -> TokenizedPromp
     )
 
 
+@sendable_texts("adapter")
 def scoring_to_proto(scoring: Scoring) -> alora_pb2.ScoreRequest:
     """The public request."""
-    return alora_pb2.ScoreRequest(
-        prompt=prompt_to_proto(scoring.prompt), adapter=scoring.adapter, continuations=scoring.continuations
-    )
+    request = alora_pb2.ScoreRequest(prompt=prompt_to_proto(scoring.prompt), adapter=scoring.adapter)
+    with sendable_texts("continuations"):
+        request.continuations.extend(scoring.continuations)
+    return request
 
 
 def scoring_from_proto(request: alora_pb2.ScoreRequest) -> Scoring:

@@ -15,6 +15,7 @@ from alora_serve.rpc.convert.events import timings_from_proto, timings_to_proto,
 from alora_serve.rpc.convert.names import check_adapter_name, path_to
 from alora_serve.rpc.convert.prompt import prompt_to_proto, read_prompt
 from alora_serve.rpc.convert.structure import depths
+from alora_serve.rpc.convert.text import sendable_texts
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import IntrinsicResult, IntrinsicRun
 from alora_serve.v1 import alora_pb2
@@ -98,6 +99,7 @@ def _read_value(value: struct_pb2.Value, violations: Violations, field: str) -> 
             return None
 
 
+@sendable_texts("intrinsic")
 def run_intrinsic_to_proto(run: IntrinsicRun) -> alora_pb2.RunIntrinsicRequest:
     """The public request for a run of one intrinsic.
 
@@ -110,6 +112,7 @@ def run_intrinsic_to_proto(run: IntrinsicRun) -> alora_pb2.RunIntrinsicRequest:
     )
 
 
+@sendable_texts("intrinsics")
 def run_intrinsics_to_proto(run: IntrinsicRun) -> alora_pb2.RunIntrinsicsRequest:
     """The public request. Raises as :func:`run_intrinsic_to_proto`."""
     return alora_pb2.RunIntrinsicsRequest(

@@ -8,6 +8,7 @@ from typing import Final
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert.json_text import object_to_text, read_object
+from alora_serve.rpc.convert.text import sendable_texts
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import ROLES, ChatMessage, Document, PrefixHandle, Prompt, PromptKind, ToolCall, is_role
@@ -139,17 +140,18 @@ def _read_handle(message: types_pb2.PrefixHandle, violations: Violations, field:
     )
 
 
+@sendable_texts("prompt")
 def prompt_to_proto(prompt: Prompt) -> types_pb2.Prompt:
     """The whole prompt.
 
     Raises:
-        InvalidRequestError: a template argument or tool holds a value that is not JSON.
+        InvalidRequestError: a template argument or tool holds a value that is not JSON, or a text is not UTF-8.
     """
     return types_pb2.Prompt(
         handle=handle_to_proto(prompt.handle) if prompt.handle else None,
-        messages=[_message_to_proto(turn) for turn in prompt.messages],
+        messages=[_message_to_proto(turn, f"prompt.messages[{index}]") for index, turn in enumerate(prompt.messages)],
         documents=[
-            types_pb2.Document(title=given.title, text=given.text, doc_id=given.doc_id) for given in prompt.documents
+            _document_to_proto(given, f"prompt.documents[{index}]") for index, given in enumerate(prompt.documents)
         ],
         template_arguments_json=object_to_text(prompt.template_arguments, "prompt.template_arguments_json")
         if prompt.template_arguments
@@ -160,17 +162,23 @@ def prompt_to_proto(prompt: Prompt) -> types_pb2.Prompt:
     )
 
 
-def _message_to_proto(turn: ChatMessage) -> types_pb2.Message:
-    return types_pb2.Message(
-        role=turn.role,
-        content=turn.content,
-        tool_calls=[
-            types_pb2.ToolCall(id=call.id, name=call.name, arguments_json=call.arguments_json)
-            for call in turn.tool_calls
-        ],
-        tool_call_id=turn.tool_call_id,
-        name=turn.name,
-    )
+def _message_to_proto(turn: ChatMessage, field: str) -> types_pb2.Message:
+    with sendable_texts(field):
+        return types_pb2.Message(
+            role=turn.role,
+            content=turn.content,
+            tool_calls=[
+                types_pb2.ToolCall(id=call.id, name=call.name, arguments_json=call.arguments_json)
+                for call in turn.tool_calls
+            ],
+            tool_call_id=turn.tool_call_id,
+            name=turn.name,
+        )
+
+
+def _document_to_proto(given: Document, field: str) -> types_pb2.Document:
+    with sendable_texts(field):
+        return types_pb2.Document(title=given.title, text=given.text, doc_id=given.doc_id)
 
 
 def handle_to_proto(handle: PrefixHandle) -> types_pb2.PrefixHandle:

@@ -24,6 +24,7 @@ from alora_serve.rpc.convert.sampling import (
     sampling_from_proto,
     sampling_to_proto,
 )
+from alora_serve.rpc.convert.text import sendable_texts
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import GenerateRequest, PrefillResult, Prompt, Resume, SamplingParams
 from alora_serve.v1 import adapter_decode_pb2, alora_pb2, base_prefill_pb2
@@ -92,6 +93,7 @@ def _read_samples(
     return tuple(samples)
 
 
+@sendable_texts("adapter")
 def generate_to_proto(prompt: Prompt, target: Target) -> alora_pb2.GenerateRequest:
     """The public request."""
     return alora_pb2.GenerateRequest(
@@ -147,6 +149,7 @@ def _read_resume(
     return dataclasses.replace(sampling, seed=seed), resume
 
 
+@sendable_texts("targets")
 def fan_out_to_proto(fan_out: FanOut) -> alora_pb2.FanOutRequest:
     """The public request, with every target's sampling parameters spelt out."""
     return alora_pb2.FanOutRequest(

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from alora_serve.errors import InvalidRequestError
 from alora_serve.rpc.convert.structure import read_structure, structure_to_proto
+from alora_serve.rpc.convert.text import sendable_texts
 from alora_serve.rpc.convert.tokens import pack_token_ids, unpack_token_ids
 from alora_serve.rpc.convert.violations import Violations
 from alora_serve.types import AdapterDigest, Resume, SamplingParams, TokenIds
@@ -136,6 +137,7 @@ def _check_ranges(params: SamplingParams, violations: Violations, field: str) ->
         )
 
 
+@sendable_texts("sampling")
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
     """All values but ``sample_index``, which travels beside the parameters."""
     return types_pb2.SamplingParams(

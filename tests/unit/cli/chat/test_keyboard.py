@@ -14,6 +14,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from alora_serve.cli.chat.keyboard import LineReader, Terminal, history_file
+from alora_serve.errors import InvalidRequestError
 
 ENTER, TAB, UP, ALT_ENTER, CTRL_C, CTRL_D = "\r", "\t", "\x1b[A", "\x1b\r", "\x03", "\x04"
 
@@ -32,6 +33,12 @@ def terminal(keys: Any) -> Terminal:
 def test_a_pipe_gives_its_lines_and_ends() -> None:
     reader = LineReader(io.StringIO('one\n"two"\n'))
     assert [reader.read() for _ in range(3)] == ["one\n", '"two"\n', None]
+
+
+def test_a_pipe_of_something_else_than_utf8_is_refused_by_name() -> None:
+    reader = LineReader(io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(InvalidRequestError, match="standard input: is not UTF-8 text"):
+        reader.read()
 
 
 def test_a_machine_may_send_a_turn_with_line_breaks_as_a_json_string() -> None:
