@@ -242,7 +242,7 @@ class Engine:
 
     def _step(self) -> None:
         renewals = self._stepper.renewals
-        if late := renewals.take(self._running):
+        if late := renewals.take():
             with self._contained([held.sequence for held in late]):
                 self._stepper.deliver(late, self._finish)
         for finished in [one for one in self._running if one.pending_tokens <= 0 and one not in renewals]:
@@ -300,6 +300,7 @@ class Engine:
         sequence.sink(SequenceFailed(error))
 
     def _leave(self, sequence: Sequence) -> None:
+        self._stepper.renewals.drop(sequence)
         sequence.release()
         for group in (self._running, self._waiting):
             if sequence in group:
