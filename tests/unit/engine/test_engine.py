@@ -617,6 +617,25 @@ def test_an_adapter_of_a_wrong_shape_fails_its_sequence_and_the_engine_lives_on(
     assert bad.tokens == ()
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 1, "top_p": 0.9}, {"top_logprobs": 3}])
+def test_an_adapter_whose_numbers_overflow_fails_its_answer_alone(
+    make_bench: Callable[..., Bench], greedy: Callable[..., tuple[int, ...]], sampling: dict[str, object]
+) -> None:
+    bench = make_bench()
+    gate = Gate(bench.engine)
+    bench.submit(_prompt(3), prefill=True)
+    gate.waiting()
+    overflowing = bench.submit(_prompt(1), adapter=_adapter(bench.model, scale=1e38), base_until=12, **sampling)
+    neighbour = bench.submit(_prompt(2), logprobs=True, top_logprobs=3)
+    gate.open()
+    error = overflowing.error()
+    assert not isinstance(error, StepFailedError), "no other endpoint would fare better"
+    assert "no next token can be chosen" in str(error)
+    assert overflowing.tokens == ()
+    assert neighbour.done().generated == greedy(_prompt(2), 6)
+    assert bench.submit(_prompt(1)).done().generated == greedy(_prompt(1), 6)
+
+
 @pytest.mark.parametrize(
     ("raised", "message"),
     [(RuntimeError("broken"), "engine step failed: RuntimeError"), (InvalidRequestError("named"), "named")],
