@@ -782,6 +782,31 @@ def test_a_defect_outside_a_step_is_told_to_whoever_watches(model: BaseModel, mo
         Bench(engine, cache, metrics, model).submit(_prompt(1))
 
 
+def test_an_engine_whose_every_step_fails_ends_and_one_with_a_step_that_succeeds_does_not(
+    bench: Bench, greedy: Callable[..., tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU after a fatal error."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    runner = bench.engine._stepper._runner
+
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    for _ in range(2):
+        with monkeypatch.context() as broken:
+            broken.setattr(runner, "forward", fail)
+            for _ in range(engine_module.MOST_FAILED_STEPS - 1):
+                assert isinstance(bench.submit(_prompt(1)).error(), StepFailedError)
+        assert bench.submit(_prompt(1)).done().generated == greedy(_prompt(1), 6)
+    monkeypatch.setattr(runner, "forward", fail)
+    for _ in range(engine_module.MOST_FAILED_STEPS):
+        assert not bench.engine.ended.done()
+        assert isinstance(bench.submit(_prompt(1)).error(), StepFailedError)
+    assert "device-side assert" in str(bench.engine.ended.exception(PATIENCE_SECONDS))
+    with pytest.raises(UnavailableError):
+        bench.submit(_prompt(1))
+
+
 def test_generated_tokens_of_an_earlier_attempt_stay_generated(
     bench: Bench, greedy: Callable[..., tuple[int, ...]]
 ) -> None:
