@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from alora_serve.engine.block_writer import BlockWriter
-from alora_serve.engine.engine import Engine, EngineMetrics
+from alora_serve.engine.engine import Engine
+from alora_serve.engine.engine_metrics import EngineMetrics
 from alora_serve.engine.fetch_decision import FetchDecision, FetchMetrics
 from alora_serve.engine.places import Places
 from alora_serve.engine.prefix_cache import PrefixCache, PrefixCacheMetrics

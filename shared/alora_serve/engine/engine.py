@@ -8,16 +8,17 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Protocol
+from typing import Final
 
 import structlog
 import torch
 
+from alora_serve.engine.engine_metrics import EngineMetrics
 from alora_serve.engine.events import SequenceDone, SequenceFailed, SequenceStats, Sink
 from alora_serve.engine.load import EngineLoad, adapters_of, prefill_tokens
 from alora_serve.engine.places import Places
@@ -46,18 +47,9 @@ one, and who comes after the first step has begun is a whole step late."""
 GATHER_LIMIT_SECONDS = 0.02
 """How long it waits in all."""
 
-
-class EngineMetrics(Protocol):
-    """What the engine counts; implemented in ``metrics/``."""
-
-    def step(self, sequences: int, tokens: int, seconds: float) -> None:
-        """One forward pass over so many sequences and tokens."""
-
-    def load(self, running: int, waiting: int, tail_bytes: int) -> None:
-        """Sequences in the batch and waiting for a place, and the bytes of their private KV."""
-
-    def queued_prefill_tokens(self, tokens: Callable[[], int]) -> None:
-        """Whenever asked, from any thread, ``tokens`` tells how many prompt tokens have not run yet."""
+MOST_FAILED_STEPS: Final = 8
+"""So many in a row are no request's fault: none that is known fails a step, and a router would give it up sooner. A GPU
+after a fatal error fails all steps, each in no time: it would look idle, and be given request after request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +69,8 @@ class Engine:
 
     :meth:`submit` and :meth:`cancel` may be called from any thread; sinks are called on the engine's thread. A sequence
     ends with exactly one ``SequenceDone`` or ``SequenceFailed``, or silently when cancelled; its memory and adapter are
-    let go of first. An exception in a step fails the sequences of that step and no others.
+    let go of first. An exception in a step fails the sequences of that step and no others; ``MOST_FAILED_STEPS`` of
+    them in a row, and the engine ends with the last.
     """
 
     def __init__(self, model: BaseModel, cache: PrefixCache, *, limits: EngineLimits, metrics: EngineMetrics) -> None:
@@ -97,6 +90,7 @@ class Engine:
         self.rates = StepRates()
         self.pulse = Pulse(self.rates, limits.max_step_tokens)
         self._tail_bytes = 0
+        self._failed_steps = 0
         self._state_lock = threading.Lock()
         self._closed = False
         metrics.queued_prefill_tokens(lambda: self.load.pending_prefill_tokens)
@@ -167,7 +161,8 @@ class Engine:
         try:
             self._run()
         except BaseException as error:
-            # Only a defect gets here; whoever watches ``ended`` ends the process, and a supervisor starts a new one.
+            # Only a defect or a lost device gets here; whoever watches ``ended`` ends the process, and a supervisor
+            # starts a new one.
             with self._state_lock:
                 self._closed = True
             self.ended.set_exception(error)
@@ -242,7 +237,7 @@ class Engine:
 
     def _step(self) -> None:
         renewals = self._stepper.renewals
-        if late := renewals.take(self._running):
+        if late := renewals.take():
             with self._contained([held.sequence for held in late]):
                 self._stepper.deliver(late, self._finish)
         for finished in [one for one in self._running if one.pending_tokens <= 0 and one not in renewals]:
@@ -267,13 +262,18 @@ class Engine:
         """The engine must outlive any one batch: its sequences fail with what happened, the rest go on."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             # This thread has no request of its own.
             _log.exception("step failed", request_ids=[sequence.request_id for sequence in sequences])
             failure = error if isinstance(error, AloraServeError) else StepFailedError(f"engine step failed: {error!r}")
             for sequence in sequences:
                 if sequence in self._running:
                     self._fail(sequence, failure)
+            self._failed_steps += 1
+            if self._failed_steps >= MOST_FAILED_STEPS:
+                raise
+        else:
+            self._failed_steps = 0
 
     def _finish(self, ended: Ended) -> None:
         sequence = ended.sequence
@@ -300,6 +300,7 @@ class Engine:
         sequence.sink(SequenceFailed(error))
 
     def _leave(self, sequence: Sequence) -> None:
+        self._stepper.renewals.drop(sequence)
         sequence.release()
         for group in (self._running, self._waiting):
             if sequence in group:

@@ -135,24 +135,23 @@ class Prefiller:
             "template_arguments": prompt.template_arguments,
         }
         if prompt.token_ids:
-            self._check_ids(prompt.token_ids)
-            return self._handle(RenderedPrompt(prompt.token_ids, (), ""), PromptKind.TOKENS)
+            return self._handle("token_ids", RenderedPrompt(prompt.token_ids, (), ""), PromptKind.TOKENS)
         if prompt.text:
-            return self._handle(self._core.model.tokenizer.raw(prompt.text), PromptKind.TOKENS)
+            return self._handle("text", self._core.model.tokenizer.raw(prompt.text), PromptKind.TOKENS)
         if prompt.handle is None:
-            return self._handle(self._core.model.tokenizer.render(prompt.messages, **template), PromptKind.CONVERSATION)  # type: ignore[arg-type]
+            rendered = self._core.model.tokenizer.render(prompt.messages, **template)  # type: ignore[arg-type]
+            return self._handle("messages", rendered, PromptKind.CONVERSATION)
         if not prompt.messages and not prompt.handle.open_turn:
             return replace(prompt.handle, storage_digest=self._core.storage_digest, mac=b"")
         rendered = self._core.model.tokenizer.continue_from(prompt.handle, prompt.messages, **template)  # type: ignore[arg-type]
-        return self._handle(rendered, PromptKind.CONVERSATION)
+        return self._handle("messages", rendered, PromptKind.CONVERSATION)
 
-    def _check_ids(self, tokens: TokenIds) -> None:
-        largest = max(tokens)
+    def _handle(self, field: str, rendered: RenderedPrompt, kind: PromptKind) -> PrefixHandle:
+        # Those of text as well: a tokenizer may have added tokens that the model has no embedding of.
+        largest = max((*rendered.prefix_tokens, *rendered.generation_prompt_tokens), default=0)
         if largest >= self._core.model.vocabulary_size:
             text = f"token id {largest} is outside the vocabulary of {self._core.model.vocabulary_size}"
-            raise InvalidRequestError(text, violations=[FieldViolation("prompt.token_ids", text)])
-
-    def _handle(self, rendered: RenderedPrompt, kind: PromptKind) -> PrefixHandle:
+            raise InvalidRequestError(text, violations=[FieldViolation(f"prompt.{field}", text)])
         return PrefixHandle(
             model_digest=self._model_digest,
             storage_digest=self._core.storage_digest,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Final
@@ -48,22 +47,33 @@ class Renewals:
         return any(held.sequence is sequence for held in self._held)
 
     def hold(self, sequence: Sequence, logits: Tensor) -> None:
-        """Keep a sequence, whose answer is bound, until :meth:`take` gives it back. None may use its constraint."""
+        """Keep a sequence, whose answer is bound, until :meth:`take` gives it back or it is dropped.
+
+        None may use its constraint meanwhile.
+        """
         answer, mask = sequence.request.answer, Future[Mask]()
         if answer is None or answer.constraint is None:
             raise RuntimeError("an answer without a form has none to renew")
         self._held.append(Held(sequence, logits, mask))
         turn = self._turns.setdefault(sequence.request.tenant, threading.Lock())
-        threading.Thread(target=_renew, args=(answer.constraint, mask, turn), name="renew", daemon=True).start()
+        thread = threading.Thread(target=_renew, args=(answer.constraint, mask, turn), name="renew", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there is a limit of threads: it ends this answer, and no other of the step
+            mask.set_exception(error)
 
-    def take(self, running: Collection[Sequence]) -> list[Held]:
-        """Those whose form is there, and no others. Who is no longer running is forgotten."""
+    def take(self) -> list[Held]:
+        """Those whose form is there, and no others."""
+        done = [held for held in self._held if held.mask.done()]
+        self._held = [held for held in self._held if held not in done]
+        return done
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence that leaves. Its form, if it has not had its turn yet, is not compiled."""
         for held in self._held:
-            if held.sequence not in running:
+            if held.sequence is sequence:
                 held.mask.cancel()
-        wanted = [held for held in self._held if held.sequence in running]
-        self._held = [held for held in wanted if not held.mask.done()]
-        return [held for held in wanted if held not in self._held]
+        self._held = [held for held in self._held if held.sequence is not sequence]
 
     def wait(self) -> None:
         """Wait for a form that is not there yet, but no longer than a caller with other things to look after may."""

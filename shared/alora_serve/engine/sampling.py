@@ -17,6 +17,8 @@ from alora_serve.types import SamplingParams
 SHORTLIST: Final = 256
 """Likeliest tokens that are sorted for a truncation; all are only where it keeps more."""
 
+_NONE: Final = -1
+
 
 def uniform(seed: int, sample_index: int, position: int) -> float:
     """The random number in [0, 1) of one draw: Philox keyed by seed and sample index, counted by position."""
@@ -47,8 +49,8 @@ def choose_tokens(
     histories: Sequence[History],
     positions: Sequence[int],
     masks: Sequence[bytes | None] = (),
-) -> list[Chosen]:
-    """The next token of each row.
+) -> list[Chosen | None]:
+    """The next token of each row; None where there is none to choose, since the largest of its logits is not finite.
 
     Args:
         logits: ``[rows, vocabulary]`` float32; changed in place.
@@ -62,19 +64,22 @@ def choose_tokens(
     raw = torch.log_softmax(logits if len(asking) == len(params) else logits[asking], dim=-1) if asking else None
     _forbid(logits, masks)
     penalize(logits, histories)
-    tokens = logits.argmax(dim=-1).tolist()
-    drawing = [row for row, param in enumerate(params) if param.temperature > 0.0]
+    likeliest = logits.argmax(dim=-1, keepdim=True)  # of a row with NaN, that
+    tokens = torch.where(logits.gather(1, likeliest).isfinite(), likeliest, _NONE).flatten().tolist()
+    drawing = [row for row, param in enumerate(params) if param.temperature > 0.0 and tokens[row] != _NONE]
     if drawing:
         rows = logits if len(drawing) == len(params) else logits[drawing]
         drawn = _draw(rows, [params[row] for row in drawing], [positions[row] for row in drawing])
         for row, token in zip(drawing, drawn, strict=True):
             tokens[row] = token
-    chosen = [Chosen(token) for token in tokens]
+    chosen = [None if token == _NONE else Chosen(token) for token in tokens]
     if raw is not None:
-        of_chosen = raw.gather(1, torch.tensor([[tokens[row]] for row in asking], device=raw.device)).flatten().tolist()
+        ids = torch.tensor([[max(tokens[row], 0)] for row in asking], device=raw.device)
+        of_chosen = raw.gather(1, ids).flatten().tolist()
         top = _likeliest(raw, [params[row].top_logprobs for row in asking])
         for row, logprob, its in zip(asking, of_chosen, top, strict=True):
-            chosen[row] = Chosen(tokens[row], logprob, its)
+            if chosen[row] is not None:
+                chosen[row] = Chosen(tokens[row], logprob, its)
     return chosen
 
 

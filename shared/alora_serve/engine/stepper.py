@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from time import monotonic
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -65,6 +66,11 @@ class Ended:
 
 
 Share = tuple[Sequence, int]
+
+_NOT_FINITE: Final = (
+    "no next token can be chosen: the model's logits are infinite or not a number. Weights of the adapter, or of the "
+    "model, that come to numbers too large for its dtype do this: train the adapter anew, or serve a wider dtype"
+)
 
 
 class Stepper:
@@ -160,6 +166,9 @@ class Stepper:
                 continue
             if isinstance(mask, AloraServeError):
                 finish(Ended(sequence, error=mask))
+                continue
+            if choice is None:
+                finish(Ended(sequence, error=AloraServeError(_NOT_FINITE)))
                 continue
             try:
                 ended = _deliver(sequence, choice)

@@ -34,7 +34,11 @@ class Turns:
         """What work returns or raises, once it is the tenant's turn."""
         turns = self._of.setdefault(tenant_salt, asyncio.Semaphore(TURNS))
         await turns.acquire()
-        running = asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, work)
+        try:
+            running = asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, work)
+        except RuntimeError:  # a thread that cannot be started, at the system's limit
+            turns.release()
+            raise
 
         def end(done: asyncio.Future[_T]) -> None:
             turns.release()

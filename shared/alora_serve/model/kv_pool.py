@@ -12,6 +12,7 @@ import weakref
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from operator import itemgetter
 from time import monotonic
 from typing import Final
@@ -186,8 +187,9 @@ class KVPool:
                 return
             # No daemon: one that comes back from torch while the interpreter ends would abort the process.
             toucher = threading.Thread(target=self._touch, name="kv-touch")
-            toucher.start()  # may fail: there is a limit of threads
-            self._toucher, self._touching = toucher, True
+            with suppress(RuntimeError):  # at the limit of threads memory is touched by whom it is given to
+                toucher.start()
+                self._toucher, self._touching = toucher, True
 
     def _lacks(self) -> bool:
         ready = sum(max(0, min(end, self._touched_end) - start) for start, end in self._ranges.free)

@@ -65,7 +65,6 @@ class TextStream:
         self._read_text = ""
         self._window_text = ""
         self._pending = ""
-        self._passed = 0  # at which places of the pending text no stop string counts
         self._ended = False
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
@@ -77,8 +76,7 @@ class TextStream:
         for token_id in token_ids:
             if self._ended:
                 break
-            self._pending += self._advance(token_id)
-            found = self._first_stop()
+            found = self._first_stop(self._advance(token_id))
             if found is not None:
                 position, stop_string = found
                 text += self._pending[:position]
@@ -92,8 +90,8 @@ class TextStream:
         if self._ended:
             return ""
         self._ended = True
-        self._pending += self._new_text(self._window_text)
-        found = self._first_stop()  # only one that contains U+FFFD itself can have come about now
+        # Only one that contains U+FFFD itself can have come about now.
+        found = self._first_stop(self._new_text(self._window_text))
         return self._pending if found is None else self._pending[: found[0]]
 
     def restore(self, token_ids: Sequence[int]) -> TextDelta:
@@ -141,19 +139,24 @@ class TextStream:
     def _release(self, length: int) -> str:
         """So much of the pending text, which is certain now."""
         released, self._pending = self._pending[:length], self._pending[length:]
-        self._passed = max(0, self._passed - length)
         if self._gate is not None and released:
             self._gate.advance(released)
         return released
 
-    def _first_stop(self) -> tuple[int, str] | None:
-        """Where the text ends, and the stop string that ends it."""
+    def _first_stop(self, new_text: str) -> tuple[int, str] | None:
+        """Take new text; where the pending text ends then, and the stop string that ends it."""
+        old_length = len(self._pending)
+        self._pending += new_text
+        passed = 0
         while True:
-            places = [(self._pending.find(string, self._passed), string) for string in self._stop]
+            # Those that the old text holds whole were refused when they came.
+            places = [
+                (self._pending.find(string, max(passed, old_length - len(string) + 1)), string) for string in self._stop
+            ]
             found = min((place for place in places if place[0] >= 0), key=lambda place: place[0], default=None)
             if found is None or self._gate is None or self._gate.may_end(self._pending[: found[0]]):
                 return found
-            self._passed = found[0] + 1
+            passed = found[0] + 1
 
     def _possible_stop_length(self) -> int:
         """Length of the longest end of the pending text with which a stop string begins, and goes on after it."""

@@ -21,7 +21,7 @@ class SamplingParams:
         top_p: nucleus mass in (0, 1].
         top_k: keep the k most likely; 0 keeps all.
         min_p: drop tokens less likely than this fraction of the most likely, in [0, 1).
-        repetition_penalty: as in transformers (prompt and output), > 0, 1 is off.
+        repetition_penalty: as in transformers (prompt and output), in [0.01, 100], 1 is off.
         presence_penalty: subtracted once from each token already generated, in [-2, 2].
         frequency_penalty: subtracted per occurrence in the generated tokens, in [-2, 2].
         logit_bias: added to the logits of these token ids, each in [-100, 100].

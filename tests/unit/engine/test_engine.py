@@ -617,6 +617,25 @@ def test_an_adapter_of_a_wrong_shape_fails_its_sequence_and_the_engine_lives_on(
     assert bad.tokens == ()
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 1, "top_p": 0.9}, {"top_logprobs": 3}])
+def test_an_adapter_whose_numbers_overflow_fails_its_answer_alone(
+    make_bench: Callable[..., Bench], greedy: Callable[..., tuple[int, ...]], sampling: dict[str, object]
+) -> None:
+    bench = make_bench()
+    gate = Gate(bench.engine)
+    bench.submit(_prompt(3), prefill=True)
+    gate.waiting()
+    overflowing = bench.submit(_prompt(1), adapter=_adapter(bench.model, scale=1e38), base_until=12, **sampling)
+    neighbour = bench.submit(_prompt(2), logprobs=True, top_logprobs=3)
+    gate.open()
+    error = overflowing.error()
+    assert not isinstance(error, StepFailedError), "no other endpoint would fare better"
+    assert "no next token can be chosen" in str(error)
+    assert overflowing.tokens == ()
+    assert neighbour.done().generated == greedy(_prompt(2), 6)
+    assert bench.submit(_prompt(1)).done().generated == greedy(_prompt(1), 6)
+
+
 @pytest.mark.parametrize(
     ("raised", "message"),
     [(RuntimeError("broken"), "engine step failed: RuntimeError"), (InvalidRequestError("named"), "named")],
@@ -761,6 +780,31 @@ def test_a_defect_outside_a_step_is_told_to_whoever_watches(model: BaseModel, mo
     assert isinstance(engine.ended.exception(PATIENCE_SECONDS), ZeroDivisionError)
     with pytest.raises(UnavailableError):
         Bench(engine, cache, metrics, model).submit(_prompt(1))
+
+
+def test_an_engine_whose_every_step_fails_ends_and_one_with_a_step_that_succeeds_does_not(
+    bench: Bench, greedy: Callable[..., tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU after a fatal error."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    runner = bench.engine._stepper._runner
+
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    for _ in range(2):
+        with monkeypatch.context() as broken:
+            broken.setattr(runner, "forward", fail)
+            for _ in range(engine_module.MOST_FAILED_STEPS - 1):
+                assert isinstance(bench.submit(_prompt(1)).error(), StepFailedError)
+        assert bench.submit(_prompt(1)).done().generated == greedy(_prompt(1), 6)
+    monkeypatch.setattr(runner, "forward", fail)
+    for _ in range(engine_module.MOST_FAILED_STEPS):
+        assert not bench.engine.ended.done()
+        assert isinstance(bench.submit(_prompt(1)).error(), StepFailedError)
+    assert "device-side assert" in str(bench.engine.ended.exception(PATIENCE_SECONDS))
+    with pytest.raises(UnavailableError):
+        bench.submit(_prompt(1))
 
 
 def test_generated_tokens_of_an_earlier_attempt_stay_generated(

@@ -230,6 +230,22 @@ async def test_a_token_outside_the_vocabulary_is_refused_by_field(stack: Stack) 
     assert [violation.field for violation in caught.value.violations] == ["prompt.token_ids"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [(Prompt(text="some text"), "prompt.text"), (Prompt(messages=CONVERSATION), "prompt.messages")],
+)
+async def test_text_of_a_token_that_has_no_embedding_is_refused_by_field(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, prompt: Prompt, field: str
+) -> None:
+    """As ``<pad>`` of id 32000 that a tokenizer adds to a model of 32,000 embeddings."""
+    rendered = RenderedPrompt((1, 2), (320,), "user")
+    for name in ("raw", "render"):
+        monkeypatch.setattr(stack.core.model.tokenizer, name, lambda *_, **__: rendered)
+    with pytest.raises(InvalidRequestError, match="token id 320 is outside the vocabulary of 320") as caught:
+        await stack.prefill(prompt)
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
 async def test_too_many_at_once_are_turned_away(model: BaseModel) -> None:
     async with open_stack(model, MemoryStore(), options=OPTIONS) as stack:
         places = [stack.core.engine.place() for _ in range(132)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,10 @@ def choose_tokens(
 ) -> list[Chosen]:
     """As a worker that takes up streams with these tokens."""
     histories = [History(*each) for each in zip(params, prompts, generated, strict=True)]
-    return sampling.choose_tokens(logits, params, histories, [len(tokens) for tokens in generated], masks)
+    chosen = sampling.choose_tokens(logits, params, histories, [len(tokens) for tokens in generated], masks)
+    tokens = [choice for choice in chosen if choice is not None]
+    assert len(tokens) == len(chosen)
+    return tokens
 
 
 def _logits(seed: int, rows: int = 1, spread: float = 2.0) -> Tensor:
@@ -71,6 +75,20 @@ def test_rows_are_chosen_each_by_its_own_parameters() -> None:
     logits[:, 4] = 1.0
     params = [SamplingParams(), SamplingParams(logit_bias={7: 9.0}), SamplingParams(temperature=1.0, seed=1, top_k=1)]
     assert choose_tokens(logits, params, [(0,)] * 3, [()] * 3) == [Chosen(4), Chosen(7), Chosen(4)]
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 1}, {"temperature": 0.5, "seed": 1, "top_k": 3}])
+@pytest.mark.parametrize("row", [[math.nan] * 4, [0.0, 1.0, math.nan, 2.0], [math.inf, 0.0, 0.0, 0.0], [-math.inf] * 4])
+def test_where_logits_are_not_finite_no_token_is_chosen_and_other_rows_have_theirs(
+    params: dict[str, Any], row: list[float]
+) -> None:
+    logits = torch.tensor([[0.0, 0.0, 9.0, 0.0], row, [0.0, -math.inf, -math.inf, -math.inf]])
+    kinds = [SamplingParams(**params, logprobs=True, top_logprobs=2)] * 2 + [SamplingParams(**params)]
+    first, none, last = sampling.choose_tokens(logits, kinds, [History(kind, (0,)) for kind in kinds], [0] * 3)
+    assert none is None
+    assert first is not None
+    assert (first.token_id, len(first.top)) == (2, 2)
+    assert last == Chosen(0)
 
 
 def test_logprobs_are_those_of_the_model_whatever_is_done_to_choose() -> None:

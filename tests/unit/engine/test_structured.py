@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alora_serve.engine.core import CoreOptions
-from alora_serve.errors import AloraServeError, InvalidRequestError
+from alora_serve.errors import AloraServeError, InvalidRequestError, StepFailedError
 from alora_serve.model.loader import BaseModel
 from alora_serve.model.runner import ModelRunner
 from alora_serve.model.structure import compiler as compiling
@@ -536,6 +536,66 @@ async def test_a_form_that_cannot_be_compiled_anew_ends_its_answer_alone(
     assert isinstance(alone, AloraServeError)
     assert "no memory" in str(alone)
     assert isinstance(other, Answer)
+
+
+async def test_a_thread_that_cannot_be_started_ends_the_answer_that_needs_it_alone(
+    stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at a container's limit of threads."""
+    start = threading.Thread.start
+
+    def used_up(constraint: Constraint) -> bytes:
+        raise FormUsedUpError("used up")
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "renew":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(Constraint, "mask", used_up)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    alone, other = await asyncio.gather(
+        bound(stack, prefilled, Regex("[ab]{9}")), bound(stack, prefilled, None), return_exceptions=True
+    )
+    assert isinstance(alone, AloraServeError)
+    assert not isinstance(alone, StepFailedError)
+    assert "can't start new thread" in str(alone)
+    assert isinstance(other, Answer)
+
+
+async def test_who_leaves_an_idle_engine_before_its_form_has_its_turn_has_nothing_compiled(
+    stack: Stack, prefilled: PrefillResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling_anew, left, compiled = threading.Event(), threading.Event(), list[Constraint]()
+
+    def used_up(constraint: Constraint) -> bytes:
+        raise FormUsedUpError("used up")
+
+    def wait(constraint: Constraint) -> bool:
+        compiled.append(constraint)
+        compiling_anew.set()
+        assert left.wait(PATIENCE_SECONDS)
+        raise AloraServeError("nobody is told")
+
+    monkeypatch.setattr(Constraint, "mask", used_up)
+    monkeypatch.setattr(Constraint, "_catch_up", wait)
+    engine = stack.core.engine
+    renewals = engine._stepper.renewals
+    leaving = [asyncio.create_task(bound(stack, prefilled, Regex("[ab]{9}"))) for _ in range(2)]
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not (compiling_anew.is_set() and len(renewals._held) == 2):  # noqa: ASYNC110  # the engine's thread
+            await asyncio.sleep(0.01)
+        for task in leaving:
+            task.cancel()
+        await asyncio.wait(leaving)
+        while engine.load.running:  # noqa: ASYNC110  # the engine's thread
+            await asyncio.sleep(0.01)
+    assert renewals._held == []
+    left.set()
+    for thread in threading.enumerate():
+        if thread.name == "renew":
+            await asyncio.to_thread(thread.join, PATIENCE_SECONDS)
+    assert len(compiled) == 1
 
 
 # --- refusals and failures --------------------------------------------------------------------------------------------

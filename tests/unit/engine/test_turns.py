@@ -67,3 +67,23 @@ async def test_work_fails_for_who_waits_and_knows_whose_it_is() -> None:
         await turns.run(b"", lambda: 1 / 0)
     for _ in range(TURNS + 1):
         assert await turns.run(b"", lambda: "still") == "still"
+
+
+async def test_a_thread_that_cannot_be_started_takes_no_turn_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at a container's limit of threads."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    turns, work = Turns(), Work()
+    begun = asyncio.ensure_future(turns.run(b"", work))
+    assert await work.has_begun()
+    with monkeypatch.context() as limit:
+        limit.setattr(threading.Thread, "start", refuse)
+        for _ in range(TURNS):
+            with pytest.raises(RuntimeError, match="new thread"):
+                await asyncio.wait_for(turns.run(b"", lambda: "never"), PATIENCE_SECONDS)
+    done, _ = await asyncio.wait([asyncio.ensure_future(turns.run(b"", lambda: "done"))], timeout=PATIENCE_SECONDS / 2)
+    assert [task.result() for task in done] == ["done"], "while the first is at it"
+    work.ends.set()
+    await begun

@@ -325,6 +325,25 @@ def test_a_store_used_before_a_fork_says_so(store: LmdbStore, monkeypatch: pytes
     monkeypatch.undo()
 
 
+def test_a_thread_that_cannot_be_started_costs_that_job_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at a container's limit of threads."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    store, never_started = (LmdbStore(path, budget_bytes=BUDGET_BYTES) for path in (root, root / "other"))
+    with monkeypatch.context() as limit:
+        limit.setattr(threading.Thread, "start", refuse)
+        for each in (store, never_started):
+            with pytest.raises(StoreUnavailableError, match="can't start new thread"):
+                put(each, block("a"))
+            each._writer.touch([key_of("a")])
+    never_started.close()
+    put(store, block("a"))
+    assert held(store, "a") == [True]
+    store.close()
+
+
 def test_close_ends_the_thread_and_lets_the_files_be_opened_again(root: Path) -> None:
     store = LmdbStore(root, budget_bytes=BUDGET_BYTES)
     put(store, block("a"))

@@ -168,8 +168,7 @@ def test_a_thread_that_could_not_start_is_tried_again_and_not_waited_for(monkeyp
     with monkeypatch.context() as limit:
         limit.setattr(threading.Thread, "start", refuse)
         for pool in pools:
-            with pytest.raises(RuntimeError, match="new thread"):
-                pool.segment(TOKENS, 0)
+            assert _is_pooled(pool, pool.segment(TOKENS, 0)), "whoever needs memory has it"
     pools[0].close()
     held = pools[1].segment(TOKENS, 0)
     _wait(lambda: not pools[1]._touching)

@@ -206,6 +206,16 @@ def test_where_a_text_may_not_end_a_stop_string_is_text(text: str, stop: list[st
     assert (released, stopped) == (text, "")
 
 
+def test_a_stop_string_is_found_though_one_inside_it_was_refused() -> None:
+    class AfterOneSentence(EvenLengths):
+        def may_end(self, text: str) -> bool:
+            return self.told + text == "A."
+
+    stream = TextStream(characters, ["\n\nQ:", "Q"], AfterOneSentence())
+    assert push(stream, "A.\n\nQ") == TextDelta("A.")
+    assert push(stream, ":") == TextDelta("", "\n\nQ:")
+
+
 def test_of_stop_strings_in_one_token_the_earliest_and_longest_counts() -> None:
     def decode(token_ids: Sequence[int]) -> str:
         return "".join({0: "one ", 1: "two three four"}[token] for token in token_ids)

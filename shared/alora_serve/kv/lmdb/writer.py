@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -101,7 +101,8 @@ class Writer:
         with self._state:
             if not keys or self._closing:
                 return
-            self._start()
+            with suppress(StoreUnavailableError):  # recency waits for the thread of the next job
+                self._start()
             if not self._touched:
                 self._touch_due = time.monotonic() + self._recency_seconds
                 self._state.notify_all()
@@ -126,8 +127,12 @@ class Writer:
         if self._closing:
             raise StoreUnavailableError("the LMDB store is closed")
         if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="lmdb-writer", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._loop, name="lmdb-writer", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # there is a limit of threads, now; the next job tries again
+                raise StoreUnavailableError(f"the LMDB writer's thread cannot be started: {error}") from error
+            self._thread = thread
 
     def _loop(self) -> None:
         while self._step():  # a step of its own, so that no name keeps the last job's values while waiting

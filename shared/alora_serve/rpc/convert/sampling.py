@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 from alora_serve.errors import InvalidRequestError
@@ -15,6 +14,9 @@ from alora_serve.v1 import types_pb2
 
 MAX_TEMPERATURE: Final = 100.0
 MAX_PENALTY: Final = 2.0
+LEAST_REPETITION_PENALTY: Final = types_pb2.SamplingParams(repetition_penalty=0.01).repetition_penalty  # as float32
+MAX_REPETITION_PENALTY: Final = 100.0
+"""No use of it comes near either end; far beyond, a logit divided or multiplied by it is finite no more."""
 MAX_LOGIT_BIAS: Final = 100.0
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARACTERS: Final = 1024
@@ -94,9 +96,9 @@ def _check_ranges(params: SamplingParams, violations: Violations, field: str) ->
     require(0 < params.top_p <= 1, f"{field}.top_p", f"{params.top_p:g} is not in (0, 1]")
     require(0 <= params.min_p < 1, f"{field}.min_p", f"{params.min_p:g} is not in [0, 1)")
     require(
-        0 < params.repetition_penalty < math.inf,
+        LEAST_REPETITION_PENALTY <= params.repetition_penalty <= MAX_REPETITION_PENALTY,
         f"{field}.repetition_penalty",
-        f"{params.repetition_penalty:g} is not a finite number above 0",
+        f"{params.repetition_penalty:g} is not in [{LEAST_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}]",
     )
     for name, penalty in (
         ("presence_penalty", params.presence_penalty),

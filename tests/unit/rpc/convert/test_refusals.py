@@ -38,6 +38,10 @@ def fields(error: InvalidRequestError) -> list[str]:
         ("min_p", 1.0),
         ("min_p", math.nan),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-39),
+        ("repetition_penalty", 0.0099),
+        ("repetition_penalty", 100.5),
+        ("repetition_penalty", 1e38),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.inf),
         ("repetition_penalty", math.nan),
@@ -75,6 +79,7 @@ def test_the_edges_of_every_range_are_inside() -> None:
             temperature=100,
             top_p=1,
             min_p=0,
+            repetition_penalty=100,
             presence_penalty=-2,
             frequency_penalty=2,
             logit_bias={0: -100, 1: 100},
@@ -82,6 +87,7 @@ def test_the_edges_of_every_range_are_inside() -> None:
             n=1,
         )
     )
+    convert.sampling_from_proto(types_pb2.SamplingParams(repetition_penalty=0.01))
 
 
 FORM = "sampling.structured_output"

@@ -88,7 +88,7 @@ samplings = st.builds(
     top_p=float32(0, 1, exclude_min=True),
     top_k=uint32,
     min_p=float32(0, 1, exclude_max=True),
-    repetition_penalty=float32(0, 2.0**100, exclude_min=True).map(float),
+    repetition_penalty=float32(0.015625, 100),
     presence_penalty=float32(-2, 2),
     frequency_penalty=float32(-2, 2),
     logit_bias=st.dictionaries(uint32, float32(-100, 100), max_size=3),
