@@ -34,7 +34,7 @@ def open_registry(
     """
 
     def report(event: AdapterEvent) -> None:
-        metrics.event(event.kind, event.size_bytes, event.seconds)
+        metrics.event(event.kind, event.seconds)
         if event.kind == "load":
             load_seconds.observe(event.seconds)
         elif event.kind == "refuse":
@@ -46,7 +46,7 @@ def open_registry(
         max_resident_bytes=settings.adapter_cache_bytes,
         on_event=report,
     )
-    metrics.watch_loaded(registry.resident)
+    metrics.watch_resident(registry.resident, registry.resident_bytes)
     return registry
 
 

@@ -79,6 +79,7 @@ def build_app(
 
     app.add_middleware(
         RequestMiddleware,
+        router=endpoints.router,
         in_flight=in_flight,
         metrics=HttpMetrics(registry),
         read_timeout_seconds=read_timeout_seconds,

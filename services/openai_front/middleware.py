@@ -16,18 +16,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alora_serve.errors import AloraServeError
 from alora_serve.metrics import HttpMetrics
-from alora_serve.rpc.channels import MAX_MESSAGE_BYTES
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.status import REQUEST_ID_KEY, internal_error
 from alora_serve.rpc.tracing import end_http_server_span, http_server_span
 from openai_front.caller import Caller
 from openai_front.event_stream import LEFT
 from openai_front.failures import failure_of
+from openai_front.router import Router
 
 UNCOUNTED: Final = frozenset({"/health", "/metrics"})
 """Neither waited for by a drain nor turned away: they ask about the process."""
 METHODS: Final = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
 """Those of HTTP. A client may send any other word, which metrics and spans call ``other``."""
+UNASKED_BYTES: Final = 64 * 1024
+"""What is read of a body for anybody: times ``http_max_requests`` it still fits, and an HTTP server buffers as much."""
 CLIENT_LEFT: Final = 499
 INTERNAL: Final = 500
 
@@ -38,9 +40,16 @@ class RequestMiddleware:
     """Outermost; see the module."""
 
     def __init__(
-        self, app: ASGIApp, *, in_flight: InFlightCalls, metrics: HttpMetrics, read_timeout_seconds: float
+        self,
+        app: ASGIApp,
+        *,
+        router: Router,
+        in_flight: InFlightCalls,
+        metrics: HttpMetrics,
+        read_timeout_seconds: float,
     ) -> None:
         self._app = app
+        self._router = router
         self._in_flight = in_flight
         self._metrics = metrics
         self._read_timeout_seconds = read_timeout_seconds
@@ -70,9 +79,9 @@ class RequestMiddleware:
             http_server_span(method, _traced(headers), caller.request_id) as span,
         ):
             try:
-                refuse_long(headers)
                 with self._in_flight.call() if counted else nullcontext():
-                    await self._app(scope, Bounded(receive, self._read_timeout_seconds), send_on)
+                    limit = await self._most_bytes(headers, caller) if counted else UNASKED_BYTES
+                    await self._app(scope, Bounded(receive, limit, self._read_timeout_seconds), send_on)
             except HTTPException as error:
                 await answer_unrouted(error)(scope, receive, send_on)
             except AloraServeError as error:  # not let in; the application answers its own
@@ -88,6 +97,21 @@ class RequestMiddleware:
                 level("http", route=route, status=status, seconds=round(seconds, 6))
                 self._metrics.handled(route, status, seconds)
                 end_http_server_span(span, route, status)
+
+    async def _most_bytes(self, headers: Mapping[str, str], caller: Caller) -> int:
+        """The longest body that is read; more than a little only for a caller whose key the router knows.
+
+        Raises:
+            HTTPException: the body is longer than any that the model can need.
+            AloraServeError: the router does not let the caller in, or does not answer.
+        """
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) <= UNASKED_BYTES and "transfer-encoding" not in headers:
+            return UNASKED_BYTES
+        limit = await self._router.most_bytes(self._router.as_caller(caller.api_key, caller.request_id))
+        if not length.isdecimal() or int(length) > limit:
+            raise _too_long(limit)
+        return limit
 
 
 def answer_with(error: AloraServeError) -> JSONResponse:
@@ -113,23 +137,12 @@ def route_of(scope: Scope) -> str:
     return str(getattr(route, "path", "other"))
 
 
-def refuse_long(headers: Mapping[str, str]) -> None:
-    """Return if a body may be read.
-
-    Raises:
-        HTTPException: it is longer than any request of the gRPC API.
-    """
-    length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > MAX_MESSAGE_BYTES:
-        raise _too_long()
-
-
 class Bounded:
     """A body, cut off where it gets too long, though it was not announced, or takes too long to arrive."""
 
-    def __init__(self, receive: Receive, timeout_seconds: float) -> None:
+    def __init__(self, receive: Receive, limit_bytes: int, timeout_seconds: float) -> None:
         self._receive = receive
-        self._left = MAX_MESSAGE_BYTES
+        self._limit = self._left = limit_bytes
         self._due: float | None = asyncio.get_running_loop().time() + timeout_seconds
 
     async def __call__(self) -> Message:
@@ -143,7 +156,7 @@ class Bounded:
             self._due = None
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            raise _too_long()
+            raise _too_long(self._limit)
         return message
 
 
@@ -151,8 +164,8 @@ class Bounded:
 # exception keeps the frames that it was raised in, and with them what had come of the body.
 
 
-def _too_long() -> HTTPException:
-    return HTTPException(413, f"the body is longer than {MAX_MESSAGE_BYTES} bytes, more than any model here can need")
+def _too_long(limit_bytes: int) -> HTTPException:
+    return HTTPException(413, f"the body is longer than {limit_bytes} bytes, more than this model can need")
 
 
 def _too_slow() -> HTTPException:

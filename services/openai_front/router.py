@@ -8,6 +8,7 @@ from typing import Final
 
 from alora_serve.client import AsyncClient, ModelInfo
 from alora_serve.config.reloaded import Reloaded
+from alora_serve.rpc.channels import message_bytes_for_context
 from alora_serve.rpc.tls import ClientTls
 
 MODEL_SECONDS: Final = 5.0
@@ -44,6 +45,14 @@ class Router:
         if self._model is None or time.monotonic() - self._model[0] > MODEL_SECONDS:
             self._model = time.monotonic(), await caller.get_model()
         return self._model[1]
+
+    async def most_bytes(self, caller: AsyncClient) -> int:
+        """The longest request that the base model can need. Asked each time, so that the router judges the key.
+
+        Raises:
+            AloraServeError: the router does not let the caller in, or does not say.
+        """
+        return message_bytes_for_context((await caller.get_model()).context_tokens)
 
     async def wait_ready(self, timeout_seconds: float) -> None:
         """Return once the router serves.

@@ -366,13 +366,23 @@ def test_secrets_as_values_are_complete(needing: str, needed: str, render: Any) 
     assert needed in refused.value.stderr
 
 
-def test_a_changed_secret_of_the_values_restarts_what_reads_it(render: Any) -> None:
-    def annotations(*arguments: str) -> dict[str, dict[str, str]]:
-        workloads = [m for m in render("demo", *arguments) if m["kind"] == "Deployment"]
-        return {m["metadata"]["name"]: m["spec"]["template"]["metadata"]["annotations"] for m in workloads}
+def test_a_changed_secret_of_the_values_restarts_what_reads_it_and_nothing_else(render: Any) -> None:
+    """The store least of all: it would come back empty, at each step of a rotation."""
 
-    before, after = annotations(), annotations("--set", "secrets.tenantSalt=another-salt-for-tenants")
-    assert all(before[name]["checksum/secrets"] != after[name]["checksum/secrets"] for name in before)
+    def annotations(*arguments: str) -> dict[str, Any]:
+        said = ("--set", "store.password=true,secrets.storePassword=a-password-of-the-store", *arguments)
+        workloads = {m["metadata"]["name"]: m for m in render("demo", *said) if m["kind"] == "Deployment"}
+        return {name: m["spec"]["template"]["metadata"]["annotations"] for name, m in workloads.items()}
+
+    before = annotations()
+
+    def restarted(secret: str) -> set[str]:
+        after = annotations("--set", f"secrets.{secret}=another-one-of-them")
+        return {name.partition("alora-serve-")[2] for name in before if before[name] != after[name]}
+
+    services = {"router", "base-prefill", "adapter-decode"}
+    assert restarted("handleSecrets[0]") == restarted("tenantSalt") == restarted("storeSecrets[0]") == services
+    assert restarted("storePassword") == {*services, "store"}
 
 
 def test_tenants_need_a_salt(render: Any) -> None:

@@ -353,6 +353,14 @@ def test_keda_does_not_take_missing_series_for_no_load(render: Any) -> None:
     assert {trigger["metadata"]["ignoreNullValues"] for trigger in triggers} == {"false"}
 
 
+def test_keda_shows_prometheus_what_it_is_told_to(render: Any) -> None:
+    """Of a TriggerAuthentication it shows nothing by itself."""
+    scalers = [m for m in render("keda") if m["kind"] == "ScaledObject"]
+    triggers = [trigger for scaler in scalers for trigger in scaler["spec"]["triggers"]]
+    assert {trigger["authenticationRef"]["name"] for trigger in triggers} == {"prometheus"}
+    assert {trigger["metadata"]["authModes"] for trigger in triggers} == {"tls,bearer"}
+
+
 def test_the_rule_given_for_prometheus_adapter_serves_all_that_is_scaled_on(render: Any) -> None:
     readme = (ROOT / "deploy" / "helm" / "alora-serve" / "README.md").read_text()
     (series,) = re.findall(r'seriesQuery: \'\{__name__=~"([^"]+)"', readme)

@@ -86,8 +86,10 @@ class CountingMetrics:
     def prefix_pinned_bytes(self, size_bytes: Callable[[], int]) -> None:
         self.pinned_bytes = size_bytes
 
-    def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
+    def prefix_lookup(self, hit_tokens: int, dropped_tokens: int, missed_tokens: int) -> None:
         self.counts["resident tokens"] += hit_tokens
+        self.counts["dropped tokens"] += dropped_tokens
+        self.counts["missed tokens"] += missed_tokens
 
     def fetch_decision(self, decision: str) -> None:
         self.counts[f"decided to {decision}"] += 1

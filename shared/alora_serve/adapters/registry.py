@@ -188,7 +188,7 @@ class AdapterRegistry:
         adapter = self._read(entry, lambda files: load_adapter(files, name=entry.name, base=self._base))
         entry.info = adapter.info
         lease = self._residency.insert(adapter)
-        self._on_event(AdapterEvent("load", entry.name, adapter.size_bytes, time.monotonic() - began))
+        self._on_event(AdapterEvent("load", entry.name, time.monotonic() - began))
         return lease
 
     def _inspect(self, entry: CatalogEntry) -> None:

@@ -26,14 +26,12 @@ class AdapterEvent:
             for another problem or with other files than before), ``evict`` (left memory to make room), ``drop``
             (left it because it was unloaded, or is no longer what is on disk).
         name: the adapter's.
-        size_bytes: its weights in memory; 0 for ``refuse``.
         seconds: time that a ``load`` took, else 0.
         problem: why, for ``refuse``; else empty.
     """
 
     kind: AdapterEventKind
     name: str
-    size_bytes: int = 0
     seconds: float = 0.0
     problem: str = ""
 
@@ -103,7 +101,7 @@ class Residency:
         with self._lock:
             lease = self._lease((name, digest))
         if lease is not None:
-            self._on_event(AdapterEvent("hit", name, lease.adapter.size_bytes))
+            self._on_event(AdapterEvent("hit", name))
         return lease
 
     def make_room(self, incoming_bytes: int) -> None:
@@ -157,7 +155,7 @@ class Residency:
             if resident.retired or self._bytes_held() + incoming_bytes > self._max_bytes:
                 del self._residents[key]
                 kind: AdapterEventKind = "drop" if resident.retired else "evict"
-                dropped.append(AdapterEvent(kind, key[0], resident.adapter.size_bytes))
+                dropped.append(AdapterEvent(kind, key[0]))
         return dropped
 
     # --- outside it ---------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ Adapter KV never gets here: it lives in private segments (``sequence.py``).
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Collection
-from typing import Protocol
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Container
+from typing import Final, Protocol
 
 import torch
 
@@ -26,12 +26,15 @@ from alora_serve.model.kv_pool import KVPool
 MIN_SLACK_TOKENS = 128
 """Room a new segment keeps for the conversation to go on in place, as one slice (besides a quarter of its size)."""
 
+REMEMBERED_BLOCKS: Final = 1 << 15
+"""Names of dropped blocks that are kept, some 200 bytes each: KV of two million tokens in blocks of 64."""
+
 
 class PrefixCacheMetrics(Protocol):
     """Counts hits and evictions; implemented in ``metrics/``."""
 
-    def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
-        """One look-up: tokens found resident and tokens not."""
+    def prefix_lookup(self, hit_tokens: int, dropped_tokens: int, missed_tokens: int) -> None:
+        """One look-up: tokens found resident, those that were until they were dropped for space, and all others."""
 
     def prefix_evicted(self, segments: int) -> None:
         """Segments dropped for space."""
@@ -60,6 +63,7 @@ class PrefixCache:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._index: dict[BlockHash, Prefix] = {}
+        self._dropped: OrderedDict[BlockHash, None] = OrderedDict()  # the last so many; none that is in the index
         self._names: dict[KVSegment, set[BlockHash]] = {}
         self._size_bytes = 0
         self._pinned_bytes = 0
@@ -92,8 +96,9 @@ class PrefixCache:
         """The longest resident prefix of the chain, cut to ``limit`` positions, pinned until :meth:`release`."""
         with self._lock:
             prefix = self._longest(chain).take(limit)
+            known_tokens = min(limit, _end_of(chain, self._index, self._dropped))
             self._pin(prefix)
-        self._metrics.prefix_lookup(prefix.tokens, limit - prefix.tokens)
+        self._metrics.prefix_lookup(prefix.tokens, known_tokens - prefix.tokens, limit - known_tokens)
         return prefix
 
     def longer(self, chain: BlockChain, limit: int, than_tokens: int) -> Prefix | None:
@@ -106,16 +111,8 @@ class PrefixCache:
             return prefix
 
     def _longest(self, chain: BlockChain) -> Prefix:
-        for block in range(len(chain.full), -1, -1):
-            if block and chain.full[block - 1] not in self._index:
-                continue
-            remaining = len(chain) - block * chain.block_tokens
-            for count in range(min(chain.block_tokens - 1, remaining), 0, -1):
-                tail = self._index.get(chain.tail(block, count))
-                if tail is not None:
-                    return tail
-            return self._index[chain.full[block - 1]] if block else Prefix()
-        return Prefix()
+        end = _end_of(chain, self._index)
+        return self._index[chain.name_of(end)] if end else Prefix()
 
     def _pin(self, prefix: Prefix) -> None:
         self._clock += 1
@@ -201,6 +198,7 @@ class PrefixCache:
                 if name not in self._index:
                     held = prefix.take(block_end)
                     self._index[name] = held
+                    self._dropped.pop(name, None)
                     for part in held.slices:
                         self._names[part.segment].add(name)
 
@@ -229,6 +227,7 @@ class PrefixCache:
             return
         useless = list[KVSegment]()
         for name in self._names.pop(segment):
+            self._dropped[name] = None
             # Ancestors outlive many descendants and must not go on listing their names.
             for part in self._index.pop(name).slices:
                 if part.segment is not segment:
@@ -236,6 +235,8 @@ class PrefixCache:
                     left.discard(name)
                     if not left and not part.segment.pins:
                         useless.append(part.segment)
+        while len(self._dropped) > REMEMBERED_BLOCKS:
+            self._dropped.popitem(last=False)
         self._size_bytes -= segment.size_bytes
         for other in useless:
             self._drop(other)
@@ -253,9 +254,23 @@ class PrefixCache:
             pinned = sum(segment.size_bytes for segment in self._names if segment.pins)
             if pinned != self._pinned_bytes:
                 raise RuntimeError(f"prefix cache counts {self._pinned_bytes} pinned bytes, segments have {pinned}")
+            if both := self._index.keys() & self._dropped.keys():
+                raise RuntimeError(f"prefix cache counts {len(both)} resident blocks as dropped")
             for name, prefix in self._index.items():
                 for part in prefix.slices:
                     if part.segment not in self._names or name not in self._names[part.segment]:
                         raise RuntimeError(f"block {name.hex()[:12]} is named in a segment that is gone")
                     if part.offset + part.tokens > part.segment.used:
                         raise RuntimeError(f"block {name.hex()[:12]} reads beyond what was written")
+
+
+def _end_of(chain: BlockChain, *known: Container[BlockHash]) -> int:
+    """Where the last of the chain's blocks ends that is known to any of these: full ones, then the tail of the next."""
+
+    def is_known(name: BlockHash) -> bool:
+        return any(name in names for names in known)
+
+    blocks = next((block for block in range(len(chain.full), 0, -1) if is_known(chain.full[block - 1])), 0)
+    start = blocks * chain.block_tokens
+    longest = min(chain.block_tokens - 1, len(chain) - start)
+    return start + next((count for count in range(longest, 0, -1) if is_known(chain.tail(blocks, count))), 0)

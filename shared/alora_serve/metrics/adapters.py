@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -32,20 +32,22 @@ class AdapterMetrics:
         registry.register(self._loaded)
         create_series(self._events, get_args(AdapterEventKind))
 
-    def event(self, kind: AdapterEventKind, size_bytes: int, seconds: float) -> None:
+    def event(self, kind: AdapterEventKind, seconds: float) -> None:
         """An adapter was a ``hit``, underwent a ``load`` or ``refuse``, or left memory by ``evict`` or ``drop``."""
         self._events.labels(kind).inc()
         if kind == "load":
             self._load_seconds.observe(seconds)
-            self._resident.inc()
-            self._bytes.inc(size_bytes)
-        elif kind in {"evict", "drop"}:
-            self._resident.dec()
-            self._bytes.dec(size_bytes)
 
-    def watch_loaded(self, loaded: Callable[[], Iterable[NameAndDigest]]) -> None:
-        """Ask there, whenever somebody looks, for name and digest of every adapter in memory."""
-        self._loaded.ask = loaded
+    def watch_resident(
+        self, resident: Callable[[], Collection[NameAndDigest]], resident_bytes: Callable[[], int]
+    ) -> None:
+        """Ask there, whenever somebody looks, for name and digest of every adapter in memory, and what they take.
+
+        Events would not tell: a version that is in memory can be read again, and stays the one it was.
+        """
+        self._loaded.ask = resident
+        self._resident.set_function(lambda: len(resident()))
+        self._bytes.set_function(resident_bytes)
 
 
 class _LoadedAdapters(Collector):

@@ -11,7 +11,7 @@ from alora_serve.metrics.buckets import FAST_SECONDS
 from alora_serve.metrics.labels import create_series
 from alora_serve.metrics.store import StoreMetrics
 
-LookupOutcome = Literal["hit", "miss"]
+LookupOutcome = Literal["hit", "dropped", "miss"]
 FetchDecision = Literal["fetch", "compute", "probe"]
 
 
@@ -66,9 +66,10 @@ class EngineMetrics:
         """Ask there, whenever somebody looks, how many prompt tokens of accepted sequences have not run yet."""
         self._queued_tokens.set_function(tokens)
 
-    def prefix_lookup(self, hit_tokens: int, missed_tokens: int) -> None:
-        """Tokens found resident and tokens not."""
+    def prefix_lookup(self, hit_tokens: int, dropped_tokens: int, missed_tokens: int) -> None:
+        """Tokens found resident, those that were until they were dropped for space, and all others."""
         self._prefix_tokens.labels("hit").inc(hit_tokens)
+        self._prefix_tokens.labels("dropped").inc(dropped_tokens)
         self._prefix_tokens.labels("miss").inc(missed_tokens)
 
     def fetch_decision(self, decision: FetchDecision) -> None:

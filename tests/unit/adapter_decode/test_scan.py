@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,25 @@ async def test_a_refused_adapter_is_logged_and_counted_at_the_start_and_when_it_
         await asyncio.gather(scanning, return_exceptions=True)
     assert told() == {info.name: info.problem for info in registry.list_adapters() if info.problem}
     assert counted.get_sample_value("alora_adapter_events_total", {"event": "refuse"}) == 2
+
+
+async def test_an_adapter_read_again_for_touched_files_is_counted_in_memory_once(tmp_path: Path) -> None:
+    directory, counted = save_tiny_model(tmp_path).directory, CollectorRegistry()
+    settings = AdapterDecodeSettings(model=str(directory), adapter_roots=(tmp_path / "adapters",))
+    registry = open_registry(
+        settings, load_base_model(directory, dtype="float32"), AdapterMetrics(counted), RecentMean()
+    )
+    name = next(info.name for info in registry.list_adapters())
+    for _ in range(3):
+        registry.acquire(name).release()
+        for file in (tmp_path / "adapters" / name).iterdir():
+            os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert counted.get_sample_value("alora_adapter_events_total", {"event": "load"}) == 3
+    assert counted.get_sample_value("alora_adapters_resident") == 1
+    assert counted.get_sample_value("alora_adapter_resident_bytes") == registry.resident_bytes() > 0
+    registry.unload(name)
+    assert counted.get_sample_value("alora_adapters_resident") == 0
+    assert counted.get_sample_value("alora_adapter_resident_bytes") == 0
 
 
 class Roots:

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from alora_serve.engine import prefix_cache
 from alora_serve.engine.prefix_cache import MIN_SLACK_TOKENS, PrefixCache
 from alora_serve.kv.keys import BlockChain, BlockHash
 from alora_serve.kv.layout import KVLayout
@@ -62,8 +63,9 @@ def cache(metrics: CountingMetrics) -> PrefixCache:
     return PrefixCache(LAYOUT, budget_bytes=1 << 20, device=torch.device("cpu"), metrics=metrics)
 
 
-def _small_cache(tokens: int) -> PrefixCache:
-    return PrefixCache(LAYOUT, budget_bytes=tokens * TOKEN_BYTES, device=torch.device("cpu"), metrics=CountingMetrics())
+def _small_cache(tokens: int, metrics: CountingMetrics | None = None) -> PrefixCache:
+    counting = metrics or CountingMetrics()
+    return PrefixCache(LAYOUT, budget_bytes=tokens * TOKEN_BYTES, device=torch.device("cpu"), metrics=counting)
 
 
 def _add(cache: PrefixCache, tokens: Sequence[int]) -> Prefix:
@@ -322,7 +324,52 @@ def test_counters_say_what_was_found_and_what_was_dropped(cache: PrefixCache, me
     assert metrics.counts["prefix bytes"] == 0
 
 
-@pytest.mark.parametrize("damage", ["bytes", "pinned bytes", "gone", "unwritten"])
+def looked_up(cache: PrefixCache, metrics: CountingMetrics, tokens: Sequence[int]) -> tuple[int, int, int]:
+    """Tokens that one look-up counts as resident, as dropped and as missed."""
+    before = metrics.counts.copy()
+    cache.release(cache.acquire(_chain(tokens), len(tokens)))
+    resident, dropped, missed = (
+        metrics.counts[f"{what} tokens"] - before[f"{what} tokens"] for what in ("resident", "dropped", "missed")
+    )
+    return resident, dropped, missed
+
+
+def test_what_was_dropped_and_is_looked_up_again_is_told_from_what_never_was_there(metrics: CountingMetrics) -> None:
+    cache = _small_cache(30 + MIN_SLACK_TOKENS, metrics)
+    other = tuple(range(50, 80))
+    cache.release(_add(cache, CONVERSATION))
+    assert looked_up(cache, metrics, (*CONVERSATION, 31, 32)) == (30, 0, 2)
+    assert looked_up(cache, metrics, other) == (0, 0, 30)
+    cache.release(_add(cache, other))
+    assert looked_up(cache, metrics, (*CONVERSATION, 31, 32)) == (0, 30, 2)
+    assert looked_up(cache, metrics, CONVERSATION[:9]) == (0, 8, 1), "whole blocks of it, and no tail ended there"
+    cache.release(_add(cache, CONVERSATION))
+    assert looked_up(cache, metrics, CONVERSATION) == (30, 0, 0)
+    assert looked_up(cache, metrics, other) == (0, 30, 0)
+    cache.check_integrity()
+
+
+def test_of_a_prefix_that_stayed_only_what_followed_it_counts_as_dropped(metrics: CountingMetrics) -> None:
+    cache = _small_cache(10 + MIN_SLACK_TOKENS + 390 + MIN_SLACK_TOKENS, metrics)
+    tokens = tuple(index % 251 for index in range(400))
+    for end in (10, 400, 400):
+        cache.release(_add(cache, tokens[:end]))
+    cache.release(_add(cache, (99,) * 10))
+    assert looked_up(cache, metrics, tokens) == (10, 390, 0)
+
+
+def test_no_more_names_of_dropped_blocks_are_kept_than_is_said(
+    metrics: CountingMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_cache, "REMEMBERED_BLOCKS", 3)
+    cache = _small_cache(0, metrics)
+    for first in (0, 20):
+        cache.release(_add(cache, range(first, first + 12)))
+    assert looked_up(cache, metrics, range(12)) == (0, 0, 12)
+    assert looked_up(cache, metrics, range(20, 32)) == (0, 12, 0)
+
+
+@pytest.mark.parametrize("damage", ["bytes", "pinned bytes", "dropped", "gone", "unwritten"])
 def test_books_that_do_not_balance_are_noticed(cache: PrefixCache, damage: str) -> None:
     prefix = _add(cache, CONVERSATION)
     cache.check_integrity()
@@ -331,6 +378,8 @@ def test_books_that_do_not_balance_are_noticed(cache: PrefixCache, damage: str) 
             cache._size_bytes += 1
         case "pinned bytes":
             cache._pinned_bytes += 1
+        case "dropped":
+            cache._dropped[_chain(CONVERSATION).full[0]] = None
         case "gone":
             cache._size_bytes = 0
             del cache._names[prefix.slices[0].segment]

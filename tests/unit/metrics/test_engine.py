@@ -13,7 +13,7 @@ def test_engine(registry: CollectorRegistry, value: Callable[..., float | None])
     metrics = EngineMetrics(registry)
     metrics.step(3, 40, 0.05)
     metrics.load(running=3, waiting=7, tail_bytes=512)
-    metrics.prefix_lookup(100, 20)
+    metrics.prefix_lookup(100, 30, 20)
     metrics.prefix_evicted(2)
     metrics.fetch_decision("compute")
     metrics.prefix_bytes(1 << 20)
@@ -22,6 +22,7 @@ def test_engine(registry: CollectorRegistry, value: Callable[..., float | None])
     assert value("engine_step_tokens_total") == 40
     assert (value("engine_running_sequences"), value("engine_waiting_sequences")) == (3, 7)
     assert value("prefix_lookup_tokens_total", outcome="hit") == 100
+    assert value("prefix_lookup_tokens_total", outcome="dropped") == 30
     assert value("prefix_lookup_tokens_total", outcome="miss") == 20
     assert value("prefix_evicted_segments_total") == 2
     assert value("fetch_decisions_total", decision="compute") == 1

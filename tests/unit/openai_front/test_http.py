@@ -7,12 +7,17 @@ import json
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from pydantic import BaseModel
 
+from adapter_router.access.authentication import Access, ApiKeys
+from adapter_router.access.rules import read_rules
+from alora_serve.config.reloaded import Reloaded
 from alora_serve.errors import (
     AloraServeError,
     ContextExceededError,
@@ -20,7 +25,7 @@ from alora_serve.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from alora_serve.rpc.channels import MAX_MESSAGE_BYTES
+from alora_serve.rpc.channels import message_bytes_for_context
 from alora_serve.types import (
     AdapterDigest,
     Finished,
@@ -34,8 +39,10 @@ from alora_serve.types import (
     TokenLogprob,
     Usage,
 )
-from fake_services import FakePrefill, FakeWorker, Script, answer, deployment, until
+from fake_services import FakePrefill, FakeWorker, Script, answer, deployment, model, until
 from front_door import OpenDoor, open_door
+from openai_front.middleware import UNASKED_BYTES
+from tenants import key_of, write_access
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 CHAT: dict[str, Any] = {"model": "m", "messages": HELLO}
@@ -44,11 +51,13 @@ CALL = '<tool_call>{"name": "weather", "arguments": {"place": "Rome"}}</tool_cal
 
 
 @asynccontextmanager
-async def behind(script: Script = answer, **settings: Any) -> AsyncIterator[tuple[OpenDoor, FakeWorker]]:
+async def behind(
+    script: Script = answer, *, access: Access | None = None, **settings: Any
+) -> AsyncIterator[tuple[OpenDoor, FakeWorker]]:
     """A front door whose one worker follows the script."""
     worker = FakeWorker(script)
     async with (
-        deployment([FakePrefill()], [worker]) as (router, _),
+        deployment([FakePrefill()], [worker], access=access) as (router, _),
         open_door(router.address, **settings) as door,
     ):
         yield door, worker
@@ -337,19 +346,44 @@ async def test_refused_adapters_are_not_listed() -> None:
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["announced", "in pieces"])
-async def test_a_body_without_end_is_not_read(announced: bool) -> None:
+async def test_a_body_longer_than_the_model_can_need_is_not_read(announced: bool) -> None:
+    most_bytes = message_bytes_for_context(model().context_tokens)
+
     async def pieces() -> AsyncIterator[bytes]:
-        for _ in range(MAX_MESSAGE_BYTES // 2**20 + 1):
-            yield b" " * 2**20
+        for _ in range(most_bytes // 2**16 + 1):
+            yield b" " * 2**16
 
     async with behind() as (door, worker):
-        content = b" " * (MAX_MESSAGE_BYTES + 1) if announced else pieces()
+        whole = await door.http.post("/v1/chat/completions", json={**CHAT, "user": "x" * (most_bytes - 2**10)})
+        assert whole.status_code == 200
+        worker.requests.clear()
+        content = b" " * (most_bytes + 1) if announced else pieces()
         refused = await door.http.post(
             "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
         )
         assert refused.status_code == 413
         assert "longer" in refused.json()["error"]["message"]
         assert not worker.requests
+
+
+@pytest.mark.parametrize("length", [f"content-length: {UNASKED_BYTES + 1}", "transfer-encoding: chunked"])
+@pytest.mark.parametrize(("key", "status"), [("of nobody", 401), (key_of("acme"), 408)], ids=["stranger", "client"])
+async def test_a_body_of_any_length_is_waited_for_once_the_router_knows_the_key(
+    tmp_path: Path, length: str, key: str, status: int
+) -> None:
+    rules = write_access(tmp_path / "access.yaml", {"acme": {}})
+    access = Access(ApiKeys(Reloaded([rules], partial(read_rules, rules))))
+    async with behind(access=access, read_timeout_seconds=0.2) as (door, worker):
+        reader, writer = await asyncio.open_connection(*door.address.split(":"))
+        writer.write(
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"authorization: Bearer {key}\r\n{length}\r\n\r\n".encode()
+        )
+        async with asyncio.timeout(60):
+            answer = await reader.readline()
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        writer.close()
+        assert worker.requests == []
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from starlette.exceptions import HTTPException
 
-from alora_serve.rpc.channels import MAX_MESSAGE_BYTES
 from front_door import open_door
 from openai_front.middleware import Bounded
 from recorded_spans import recording
 
 INVENTED = 300
+LIMIT_BYTES = 1000
 
 
 async def test_methods_and_paths_that_clients_invent_make_neither_series_nor_names_of_spans() -> None:
@@ -38,7 +38,7 @@ class Part(dict[str, Any]):
     """A part of a body that can be watched."""
 
 
-@pytest.mark.parametrize(("size_bytes", "status"), [(1, 408), (MAX_MESSAGE_BYTES + 1, 413)], ids=["slow", "long"])
+@pytest.mark.parametrize(("size_bytes", "status"), [(1, 408), (LIMIT_BYTES + 1, 413)], ids=["slow", "long"])
 async def test_nothing_of_a_body_that_was_refused_is_kept(size_bytes: int, status: int) -> None:
     parts = [Part(type="http.request", body=bytes(size_bytes), more_body=True)]
     watched = weakref.ref(parts[0])
@@ -49,7 +49,7 @@ async def test_nothing_of_a_body_that_was_refused_is_kept(size_bytes: int, statu
         return parts.pop()
 
     async def read() -> None:
-        bounded, kept = Bounded(receive, 0.01), []
+        bounded, kept = Bounded(receive, LIMIT_BYTES, 0.01), []
         while True:
             kept.append(await bounded())
 

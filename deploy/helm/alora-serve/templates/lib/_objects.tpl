@@ -143,6 +143,9 @@ spec:
         threshold: {{ int64 .target | toString | quote }}
         # Else what is not scraped would be 0, and end all replicas but the fewest.
         ignoreNullValues: "false"
+        {{- with $keda.authModes }}
+        authModes: {{ . | quote }}
+        {{- end }}
       {{- with $keda.authenticationRef }}
       authenticationRef: {name: {{ . }}}
       {{- end }}
