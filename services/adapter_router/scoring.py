@@ -72,7 +72,7 @@ class ScoringWorkers:
         """
         adapter = self._adapters.find(scoring.adapter)
         prepared = await self._preparer.prepare(
-            scoring.prompt, message, call=call, adapter=scoring.adapter, tokenize_only=is_plain_lora(adapter)
+            scoring.prompt, message, call=call, adapters=[scoring.adapter], tokenize_only=is_plain_lora(adapter)
         )
         wanted = ScoreRequest(
             prepared.handle,
