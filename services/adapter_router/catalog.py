@@ -57,17 +57,21 @@ def find_adapter(name: str, workers: Sequence[EndpointSnapshot]) -> AdapterInfo:
 
 
 def live_models(
-    prefills: Iterable[EndpointSnapshot], workers: Iterable[EndpointSnapshot], adapter: str = ""
+    prefills: Iterable[EndpointSnapshot], workers: Iterable[EndpointSnapshot], adapters: Collection[str] = ("",)
 ) -> frozenset[bytes]:
-    """Digests of the models that have both a base prefill and a worker for ``adapter`` taking requests now."""
-    return _paired(filter(_takes_requests, prefills), filter(_takes_requests, workers), adapter)
+    """Digests of the models that have both a base prefill and workers taking requests now.
+
+    Of those, the ones whose workers serve the most of ``adapters``: what is asked on one prefill runs on one model. The
+    empty name is the base model. None where no adapter of them is served.
+    """
+    return _paired(filter(_takes_requests, prefills), filter(_takes_requests, workers), adapters)
 
 
 def paired_models(
-    prefills: Sequence[EndpointSnapshot], workers: Sequence[EndpointSnapshot], adapter: str = ""
+    prefills: Sequence[EndpointSnapshot], workers: Sequence[EndpointSnapshot], adapters: Collection[str] = ("",)
 ) -> frozenset[bytes]:
     """The live models or, while there is none, those that endpoints served when they last reported."""
-    return live_models(prefills, workers, adapter) or _paired(prefills, workers, adapter)
+    return live_models(prefills, workers, adapters) or _paired(prefills, workers, adapters)
 
 
 def prevailing_model(
@@ -99,11 +103,17 @@ def _takes_requests(endpoint: EndpointSnapshot) -> bool:
 
 
 def _paired(
-    prefills: Iterable[EndpointSnapshot], workers: Iterable[EndpointSnapshot], adapter: str
+    prefills: Iterable[EndpointSnapshot], workers: Iterable[EndpointSnapshot], adapters: Collection[str]
 ) -> frozenset[bytes]:
     prefilled = {endpoint.model_digest for endpoint in prefills if endpoint.model_digest}
-    decoded = {endpoint.model_digest for endpoint in workers if endpoint.model_digest and endpoint.serves(adapter)}
-    return frozenset(prefilled & decoded)
+    decoding = [endpoint for endpoint in workers if endpoint.model_digest in prefilled]
+    served = Counter(
+        model
+        for adapter in set(adapters)
+        for model in {endpoint.model_digest for endpoint in decoding if endpoint.serves(adapter)}
+    )
+    most = max(served.values(), default=0)
+    return frozenset(model for model, count in served.items() if count == most)
 
 
 def _shown(candidates: list[AdapterInfo]) -> AdapterInfo:

@@ -28,7 +28,6 @@ from alora_serve.types import (
     IntrinsicRun,
     JsonSchema,
     PrefillResult,
-    Prompt,
     SamplingParams,
 )
 
@@ -177,9 +176,15 @@ class Intrinsics:
 
     async def _share(self, group: Sequence[Asked], call: Call) -> Prepared:
         """The prefill of a group: of what its members share or, of a single one, of all that it asks."""
-        first = group[0]
-        prompt = first.question.prompt if len(group) == 1 else first.question.conversation
-        return await self._prepare(prompt, first, call, tokenize_only=not any(asked.shares for asked in group))
+        question = group[0].question
+        prompt = question.prompt if len(group) == 1 else question.conversation
+        return await self._preparer.prepare(
+            prompt,
+            prompt_to_proto(prompt),
+            call=call,
+            adapters=[asked.adapter.name for asked in group],
+            tokenize_only=not any(asked.shares for asked in group),
+        )
 
     async def _result(
         self, asked: Asked, shared: Prepared, demand: Demand, call: Call, *, alone: bool, tells_prefill: bool
@@ -188,7 +193,10 @@ class Intrinsics:
         prepared = shared
         if not alone and asked.question.instruction is not None:
             # Only rendered: its worker computes what follows the conversation, on the KV that all of them read.
-            prepared = await self._prepare(asked.question.prompt, asked, call, tokenize_only=True)
+            prompt, model = asked.question.prompt, shared.handle.model_digest
+            prepared = await self._preparer.prepare(
+                prompt, prompt_to_proto(prompt), call=call, tokenize_only=True, begun_with=model
+            )
         target = Target(asked.adapter.name, _sampling(asked.definition))
         transcript = Transcript()
         stream = self._open_stream(prepared, target, demand, call, shared.prefill if tells_prefill else None)
@@ -203,11 +211,6 @@ class Intrinsics:
                 ) from error
             raise
         yield _concluded(asked, transcript.result())
-
-    async def _prepare(self, prompt: Prompt, asked: Asked, call: Call, *, tokenize_only: bool) -> Prepared:
-        return await self._preparer.prepare(
-            prompt, prompt_to_proto(prompt), call=call, adapter=asked.adapter.name, tokenize_only=tokenize_only
-        )
 
 
 def _grouped(asked: Sequence[Asked]) -> list[list[Asked]]:

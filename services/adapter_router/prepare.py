@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adapter_router.peers import Workers
 
 _HANDLE: Final = "prompt.handle"
-_BEGUN: Final = "the interrupted stream"
+_BEGUN: Final = "what has begun"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Preparer:
         message: types_pb2.Prompt,
         *,
         call: Call,
-        adapter: str = "",
+        adapters: Collection[str] = ("",),
         tokenize_only: bool = False,
         begun_with: bytes = b"",
     ) -> Prepared:
@@ -79,13 +79,13 @@ class Preparer:
             prompt: the checked prompt.
             message: the same as received; what base prefill gets.
             call: the public call.
-            adapter: what will run on it; decides which models will do.
+            adapters: what will run on it; the models that serve the most of them will do. Empty names the base model.
             tokenize_only: nothing that will run on it can use base KV.
-            begun_with: digest of the model that alone will do, as a stream that goes on began with it; empty for any.
+            begun_with: digest of the model that alone will do, as something that goes on began with it; empty for any.
 
         Raises:
             InvalidRequestError: a handle that does not verify, or what base prefill finds wrong.
-            ModelMismatchError: a handle, or an interrupted stream, of a model that no endpoint has; or of two.
+            ModelMismatchError: a handle, or what has begun, of a model that no endpoint has; or of two.
             UnavailableError: nobody can prefill it.
         """
         handle = prompt.handle
@@ -96,27 +96,30 @@ class Preparer:
         if handle is not None and not prompt.messages and not handle.open_turn:
             _check_model_left(handle.model_digest, _HANDLE, self._workers.snapshots())
             return Prepared(handle, None)
-        result = await self._prefill(prompt, message, call, adapter, tokenize_only, begun_with)
+        result = await self._prefill(
+            prompt, message, call, adapters, tokenize_only=tokenize_only, begun_with=begun_with
+        )
         return Prepared(result.handle, result)
 
     async def prefill(self, prompt: Prompt, message: types_pb2.Prompt, *, call: Call) -> PrefillResult:
         """As :meth:`prepare`, but always at base prefill: for clients that warm a conversation."""
         if prompt.handle is not None:
             self._signer.verify(prompt.handle, tenant_salt=call.tenant_salt)
-        return await self._prefill(prompt, message, call, "", tokenize_only=False)
+        return await self._prefill(prompt, message, call, tokenize_only=False)
 
     async def tokenize(self, prompt: Prompt, message: types_pb2.Prompt, *, call: Call) -> PrefixHandle:
         """As :meth:`prepare`, but always at base prefill, which runs and stores nothing."""
         if prompt.handle is not None:
             self._signer.verify(prompt.handle, tenant_salt=call.tenant_salt)
-        return (await self._prefill(prompt, message, call, "", tokenize_only=True)).handle
+        return (await self._prefill(prompt, message, call, tokenize_only=True)).handle
 
     async def _prefill(
         self,
         prompt: Prompt,
         message: types_pb2.Prompt,
         call: Call,
-        adapter: str,
+        adapters: Collection[str] = ("",),
+        *,
         tokenize_only: bool,
         begun_with: bytes = b"",
     ) -> PrefillResult:
@@ -127,7 +130,7 @@ class Preparer:
             tenant=call.tenant,
             skip_store=not self._quotas.may_store(call.tenant),
         )
-        demand = self._prefill_demand(prompt, adapter, call, begun_with)
+        demand = self._prefill_demand(prompt, adapters, call, begun_with)
         if tokenize_only:
             demand = replace(demand, expected_tokens=0)
         sent = asyncio.Event()
@@ -140,13 +143,13 @@ class Preparer:
         self._quotas.charge(call.tenant, result.usage)
         return result
 
-    def _prefill_demand(self, prompt: Prompt, adapter: str, call: Call, begun_with: bytes) -> Demand:
+    def _prefill_demand(self, prompt: Prompt, adapters: Collection[str], call: Call, begun_with: bytes) -> Demand:
         model = prompt.handle.model_digest if prompt.handle is not None else begun_with
         if model:
             what = _HANDLE if prompt.handle is not None else _BEGUN
             _check_model_left(model, what, self._prefilling.snapshots(), self._workers.snapshots())
             return self._demands.prefill(prompt, {model}, call.tenant_salt)
-        models = paired_models(self._prefilling.snapshots(), self._workers.snapshots(), adapter)
+        models = paired_models(self._prefilling.snapshots(), self._workers.snapshots(), adapters)
         if not models:
             raise UnavailableError(NO_MODEL)
         return self._demands.prefill(prompt, models, call.tenant_salt)

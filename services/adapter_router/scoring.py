@@ -46,7 +46,7 @@ class ScoringWorkers:
             adapters: says of which kind an adapter is.
             preparer: prepares the conversations.
             demands: says what a score needs of a worker.
-            quotas: charged with what workers ran; with a guess where who asked is gone before they answer.
+            quotas: charged with what workers ran; with a guess where who asked is gone before the worker answers.
             max_attempts: bounds the workers tried for one call.
         """
         self._workers = workers
@@ -72,7 +72,7 @@ class ScoringWorkers:
         """
         adapter = self._adapters.find(scoring.adapter)
         prepared = await self._preparer.prepare(
-            scoring.prompt, message, call=call, adapter=scoring.adapter, tokenize_only=is_plain_lora(adapter)
+            scoring.prompt, message, call=call, adapters=[scoring.adapter], tokenize_only=is_plain_lora(adapter)
         )
         wanted = ScoreRequest(
             prepared.handle,
@@ -83,17 +83,20 @@ class ScoringWorkers:
             skip_store=not self._quotas.may_store(call.tenant),
         )
         request = score_to_proto(wanted)
+        sent = asyncio.Event()
 
         async def invoke(worker: Endpoint[WorkerStub]) -> decode_pb2.AdapterDecodeServiceScoreResponse:
-            return await worker.stub.Score(request, timeout=call.remaining_seconds(), metadata=call.metadata)
+            timeout_seconds = call.remaining_seconds()
+            sent.set()
+            return await worker.stub.Score(request, timeout=timeout_seconds, metadata=call.metadata)
 
         demand = self._demands.generation(prepared.handle, adapter, call.tenant_salt)
         try:
             response = await call_endpoint(self._workers, demand, invoke, method=SCORE, max_attempts=self._max_attempts)
         except (asyncio.CancelledError, DeadlinePassedError):
-            # All may have run, and of a prompt what no prefill has been charged with.
-            run = sum(len(text.encode()) for text in scoring.continuations) // BYTES_PER_TOKEN
-            self._quotas.charge(call.tenant, Usage(computed_tokens=demand.computed_tokens, generated_tokens=run))
+            if sent.is_set():  # all may have run, and of a prompt what no prefill has been charged with
+                run = sum(len(text.encode()) for text in scoring.continuations) // BYTES_PER_TOKEN
+                self._quotas.charge(call.tenant, Usage(computed_tokens=demand.computed_tokens, generated_tokens=run))
             raise
         result, prefill = score_result_from_proto(response), prepared.prefill
         # What is scored has run as well, though nobody generated it.

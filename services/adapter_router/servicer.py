@@ -126,7 +126,7 @@ class AloraServicer(AloraServiceServicer):
                 prompt,
                 request.prompt,
                 call=call,
-                adapter=request.adapter,
+                adapters=[request.adapter],
                 tokenize_only=is_plain_lora(adapter),
                 begun_with=begun_model(asked.values()),
             )
@@ -158,6 +158,7 @@ class AloraServicer(AloraServiceServicer):
                 fan_out.prompt,
                 request.prompt,
                 call=call,
+                adapters=[asked[index].adapter for index in adapters],
                 tokenize_only=all(map(is_plain_lora, adapters.values())),
                 begun_with=begun_model(asked.values()),
             )

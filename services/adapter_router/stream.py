@@ -127,7 +127,8 @@ class DecodeStream:
     async def _attempts(self) -> AsyncGenerator[types_pb2.GenerationEvent, None]:
         retries = Retries(self._workers, self._demand, self._max_attempts)
         while True:
-            wait_seconds = self._resume_wait_seconds if self.delivered else None
+            has_begun = bool(self.delivered) or self.started is not None
+            wait_seconds = self._resume_wait_seconds if has_begun else None
             taking = self._workers.lease(self._demand, avoid=retries.failed, wait_seconds=wait_seconds)
             async with AsyncExitStack() as held:
                 entering = asyncio.create_task(held.enter_async_context(taking))
@@ -196,10 +197,12 @@ class DecodeStream:
         raise peer_failure(UnavailableError, self._workers.service, address, cause)
 
     def _resumed(self) -> GenerateRequest:
-        """The request as it goes on from what was delivered."""
-        if not self.delivered or self.started is None:
-            return self._request
+        """The request as it goes on from what was delivered. Whoever said that it started had taken it in."""
         started = self.started
+        if started is None:
+            return self._request
+        if not self.delivered:
+            return replace(self._request, is_taken_over=True)
         resume = Resume(
             generated_tokens=self._tokens(),
             invocation_start=started.invocation_start if started.HasField("invocation_start") else None,

@@ -17,7 +17,7 @@ from openai_front.router import Router
 from redis_servers import Certificates, make_certificates
 
 TURNS = [ChatMessage("user", "The clock has struck, and the shop is shut. Is it shut?")]
-PATIENT = RetryPolicy(max_attempts=100)
+ONCE, PATIENT = RetryPolicy(max_attempts=1), RetryPolicy(max_attempts=100)
 
 
 def replace_file(file: Path, *parts: Path) -> None:
@@ -71,11 +71,11 @@ async def test_an_authority_is_replaced_without_a_failed_request(tiny_model: Ser
         assert await front.as_caller(None, "before").get_model()
         failures, answers, stop = list[str](), list[tuple[int, ...]](), asyncio.Event()
 
-        async def ask() -> None:
+        async def ask(retry: RetryPolicy) -> None:
             while not stop.is_set():
                 credentials = tls_of(used).credentials()
                 try:
-                    async with AsyncClient(address, retry=PATIENT, credentials=credentials) as caller:
+                    async with AsyncClient(address, retry=retry, credentials=credentials) as caller:
                         stream = caller.generate(TURNS, adapter="guard", sampling=GREEDY, timeout_seconds=60)
                         answers.append((await stream.result()).token_ids)
                 except AloraServeError as error:
@@ -84,7 +84,7 @@ async def test_an_authority_is_replaced_without_a_failed_request(tiny_model: Ser
         def reconnected() -> int:
             return sum("certificates changed" in line for line in log)
 
-        asking = [asyncio.create_task(ask()) for _ in range(3)]
+        asking = [asyncio.create_task(ask(ONCE)) for _ in range(3)]  # connections that are made anew fail nobody
         before = 0
         for step in (
             [(used.ca_file, old.ca_file, new.ca_file)],  # both are trusted
@@ -96,6 +96,10 @@ async def test_an_authority_is_replaced_without_a_failed_request(tiny_model: Ser
             await until(lambda: reconnected() > before)  # noqa: B023  # read at once
             before, answered = reconnected(), len(answers)
             await until(lambda: len(answers) > answered + 3)  # noqa: B023
+        stop.set()
+        await asyncio.gather(*asking)
+        stop.clear()
+        asking = [asyncio.create_task(ask(PATIENT)) for _ in range(3)]
         # Whoever starts now knows nothing of the old authority.
         for name in (running.local.worker_names[0], "router"):
             await running.local.restart(name)
@@ -107,7 +111,6 @@ async def test_an_authority_is_replaced_without_a_failed_request(tiny_model: Ser
         assert set(answers) == {expected}
         assert await front.as_caller(None, "after").get_model(), "the front door's connection is made anew"
         await front.close()
-        once = RetryPolicy(max_attempts=1)
-        async with AsyncClient(address, retry=once, credentials=tls_of(old).credentials()) as of_old:
+        async with AsyncClient(address, retry=ONCE, credentials=tls_of(old).credentials()) as of_old:
             with pytest.raises(UnavailableError):
                 await of_old.list_adapters(timeout_seconds=10)

@@ -13,9 +13,9 @@ import pytest
 from adapter_router.affinity import conversation_key, rendezvous_order
 from alora_serve.errors import InvalidRequestError, OverloadedError
 from alora_serve.rpc.status import error_from_rpc
-from alora_serve.types import GenerateRequest, StreamEvent
+from alora_serve.types import EndpointStatus, GenerateRequest, StreamEvent
 from alora_serve.v1 import alora_pb2, types_pb2
-from fake_services import FakePrefill, FakeWorker, answer, deployment, until
+from fake_services import FakePrefill, FakeWorker, adapter, answer, deployment, model, until
 
 HELLO = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hi")])
 
@@ -107,6 +107,19 @@ async def test_a_failing_target_reports_itself_and_disturbs_nobody() -> None:
             "ADAPTER_NOT_FOUND",
             "ADAPTER_REFUSED",
         ]
+
+
+async def test_during_a_rollout_targets_are_prefilled_for_the_model_that_serves_them() -> None:
+    old = FakeWorker(status=EndpointStatus(model("old"), adapters=(adapter("jailbreak"),)))
+    new = FakeWorker(status=EndpointStatus(model("new"), adapters=(adapter("jailbreak"), adapter("certainty"))))
+    prefills = [FakePrefill(EndpointStatus(model(name))) for name in ("old", "new")]
+    async with deployment(prefills, [old, new]) as (router, _):
+        for content in "abcdefgh":  # half of them are closer to the other model's base prefill
+            request = ask_all("jailbreak", "certainty")
+            request.prompt.messages[0].content = content
+            results = await results_of(router.stub.FanOut(request))
+            assert [text(results[index]) for index in range(2)] == ["Hello world"] * 2
+        assert (len(old.requests), len(new.requests)) == (0, 16)
 
 
 async def test_when_no_target_can_run_nothing_is_prefilled() -> None:

@@ -143,6 +143,7 @@ async def test_a_worker_that_dies_before_the_first_token_is_replaced_unnoticed(s
         assert kinds(events).count("started") == 1
         assert {event.attempt for event in events if event.HasField("chunk")} == {1}
         assert [request.attempt for request in second.requests] == [1]
+        assert (second.requests[0].taken_over, second.requests[0].HasField("resume")) == (True, False)
         assert first.requests[0].sampling.seed == second.requests[0].sampling.seed
         assert router.metric("alora_router_retries_total", role="adapter_decode") == 1
         assert router.metric("alora_time_to_first_token_seconds_count") == 1
@@ -313,6 +314,24 @@ async def test_while_a_router_looks_for_a_worker_it_gives_signs_of_life(monkeypa
         events += [response.event async for response in responses]
         assert "".join(event.chunk.text for event in events) == "Hello world"
         assert router.workers.snapshots()[0].in_flight == 0
+
+
+async def test_a_stream_that_a_lost_worker_had_taken_in_waits_for_another_as_one_with_tokens_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("adapter_router.stream.HEARTBEAT_SECONDS", 0.05)
+    worker = FakeWorker(stopping_before(TokenChunk, and_then=gone))
+    options = dataclasses.replace(FAST, wait_seconds=0.0)  # of what no worker had yet
+    async with deployment([FakePrefill()], [worker], options=options) as (router, _):
+        responses = aiter(router.stub.Generate(ASK))
+        events = [(await anext(responses)).event for _ in range(4)]
+        assert kinds(events) == ["started", "heartbeat", "heartbeat", "heartbeat"]
+        assert [event.attempt for event in events[-2:]] == [1, 1]
+        worker.script = answer
+        worker.repeat()
+        events += [response.event async for response in responses]
+        assert "".join(event.chunk.text for event in events) == "Hello world"
+        assert [request.taken_over for request in worker.requests] == [False, True]
 
 
 async def test_before_a_stream_has_begun_it_says_nothing_but_why_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from alora_serve.errors import (
 from alora_serve.rpc.status import error_from_rpc
 from alora_serve.types import (
     AdapterDigest,
+    EndpointStatus,
     Finished,
     FinishReason,
     GenerateRequest,
@@ -157,6 +158,41 @@ async def test_intrinsics_that_leave_a_conversation_alike_share_its_prefill() ->
             "jailbreak": 2,
             "certainty": 1,
         }
+
+
+def rollout(only_new: str = "") -> tuple[list[FakePrefill], list[FakeWorker]]:
+    """Base prefills and workers of two models; of one adapter, only the new model has a version."""
+    workers = [knowing("jailbreak", "certainty", "plain") for _ in range(2)]
+    for worker, name in zip(workers, ("old", "new"), strict=True):
+        adapters = tuple(a for a in worker.status.adapters if name == "new" or a.name != only_new)
+        worker.report(model=model(name), adapters=adapters)
+    return [FakePrefill(EndpointStatus(worker.status.model)) for worker in workers], workers
+
+
+async def test_during_a_rollout_instructions_are_rendered_by_the_model_that_has_the_conversation() -> None:
+    prefills, workers = rollout()
+
+    async def all_at_once() -> None:
+        await until(lambda: sum(len(prefill.requests) for prefill in prefills) in (1, 4))
+
+    for prefill in prefills:
+        prefill.before = all_at_once  # three at once are more than a base prefill gets where another would do
+    async with deployment(prefills, workers) as (router, _):
+        results = await results_of(router.stub.RunIntrinsics(ask_all("jailbreak", "certainty", "plain")))
+        assert [results[index].result.raw_text for index in range(3)] == ['"yes"'] * 3
+        for worker in workers:
+            models = {bytes(request.handle.model_digest) for request in worker.requests}
+            assert models <= {worker.status.model.model_digest}
+
+
+async def test_during_a_rollout_a_conversation_is_prefilled_for_the_model_that_serves_all_who_share_it() -> None:
+    prefills, workers = rollout(only_new="certainty")
+    async with deployment(prefills, workers) as (router, _):
+        for content in "abcdefgh":
+            prompt = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content=content)])
+            results = await results_of(router.stub.RunIntrinsics(ask_all("jailbreak", "certainty", prompt=prompt)))
+            assert [results[index].result.raw_text for index in range(2)] == ['"yes"'] * 2
+        assert [len(worker.requests) for worker in workers] == [0, 16]
 
 
 async def test_one_that_rewrites_the_conversation_has_a_prefill_of_its_own() -> None:

@@ -161,6 +161,23 @@ async def test_a_score_that_is_given_up_is_charged_its_prompt_and_a_guess_at_its
     assert (quotas.tokens, quotas.stored_bytes) == (prompt_tokens + 40 // 4, PREFILL_BYTES)
 
 
+async def test_a_score_that_no_worker_could_take_is_charged_its_prefill_alone() -> None:
+    quotas = Ledger()
+    request = alora_pb2.ScoreRequest(prompt=HELLO, adapter="jailbreak", continuations=["d" * 4000])
+    async with deployment([FakePrefill()], [FakeWorker()], quotas=quotas) as (router, [_, worker]):
+        await worker.kill()
+        await until(lambda: router.metric("alora_router_endpoints", role="adapter_decode", state="healthy") == 0)
+        for timeout_seconds in (0.5, None):
+            call = router.stub.Score(request, timeout=timeout_seconds)
+            if timeout_seconds is None:
+                await asyncio.sleep(0.3)
+                call.cancel()
+            with suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+                await call
+            await until(lambda: router.metric("alora_router_in_flight") == 0)
+    assert quotas.tokens == 2 * PREFILL_TOKENS
+
+
 LONG = types_pb2.Prompt(messages=[types_pb2.Message(role="user", content="Hi " * 400)])
 
 

@@ -72,6 +72,12 @@ class Endpoint(Generic[StubT]):
     def healthy(self, healthy: bool) -> None:
         self._healthy, self._snapshot = healthy, None
 
+    def succeed(self, before: Endpoint[StubT]) -> None:
+        """Take for true what the same address said over an earlier connection, until it speaks over this one."""
+        if before.status is not None:
+            self.report(before.status)
+            self.healthy = before.healthy
+
     @property
     def state(self) -> EndpointState:
         """As metrics name it."""

@@ -175,7 +175,7 @@ class EndpointSet(Generic[StubT]):
                 self._log.warning("name not resolved", target=target, error=str(error))
         wanted = frozenset[str]().union(*self._known.values())
         for address in self._members.keys() - wanted:
-            self._retire(address)
+            self._retire(self._members.pop(address))
         for address in sorted(wanted - self._members.keys()):
             self._admit(address, self._connect(address))
 
@@ -220,26 +220,27 @@ class EndpointSet(Generic[StubT]):
         certificates = self._certificates()
         if certificates == self._connected_with:
             return
-        for address in tuple(self._members):
-            channel = self._connect(address)
-            self._retire(address)
-            self._admit(address, channel)
+        for address, before in tuple(self._members.items()):
+            self._admit(address, self._connect(address), before)
         self._connected_with = certificates
         self._log.info("certificates changed, connected anew")
 
-    def _admit(self, address: str, channel: aio.Channel) -> None:
+    def _admit(self, address: str, channel: aio.Channel, before: Endpoint[StubT] | None = None) -> None:
+        """Let it take requests once it is healthy: at once if it takes the place of one that is."""
         endpoint = Endpoint(address, channel, self._make_stub(channel))
         self._members[address] = endpoint
+        if before is not None:
+            endpoint.succeed(before)
+            self._retire(before)
         self._watches[endpoint] = asyncio.create_task(self._watch_forever(endpoint), name=f"watch {address}")
         self._log.info("endpoint added", address=address)
         self._announce()
 
-    def _retire(self, address: str) -> None:
-        """Take nothing new; running requests keep the channel, and the watch that sees it hang, until the last ends."""
-        endpoint = self._members.pop(address)
+    def _retire(self, endpoint: Endpoint[StubT]) -> None:
+        """No member now; running requests keep the channel, and the watch that sees it hang, until the last ends."""
         endpoint.retired = True
         self._close_if_idle(endpoint)
-        self._log.info("endpoint removed", address=address, in_flight=endpoint.in_flight)
+        self._log.info("endpoint removed", address=endpoint.address, in_flight=endpoint.in_flight)
         self._announce()
 
     def _close_if_idle(self, endpoint: Endpoint[StubT]) -> None:

@@ -39,7 +39,7 @@ async def resolve_target(target: str) -> frozenset[str]:
     """Every address ``target`` stands for now, as ``1.2.3.4:port`` or ``[v6]:port``.
 
     Raises:
-        ConfigError: ``target`` is not ``host:port``.
+        ConfigError: ``target`` is not ``host:port``, or its host cannot be a name.
         UnavailableError: the name has no address now, or the resolver does not answer.
     """
     host, port = split_target(target)
@@ -47,6 +47,8 @@ async def resolve_target(target: str) -> frozenset[str]:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UnavailableError(f"{target}: {error}") from error
+    except UnicodeError as error:  # of the codec that names are asked for in
+        raise ConfigError(f"endpoint {target!r} has a host that is no name: {error}") from error
     return frozenset(_format(family, address[0], port) for family, _, _, _, address in found)
 
 

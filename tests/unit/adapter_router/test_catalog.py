@@ -111,8 +111,21 @@ def test_endpoints_that_take_nothing_make_no_live_model(why: str) -> None:
 
 
 def test_a_models_workers_must_serve_the_adapter() -> None:
-    assert live_models([endpoint()], [endpoint(adapter("a", problem="no"))], "a") == frozenset()
-    assert live_models([endpoint()], [endpoint(adapter("a"))], "a") == {model().model_digest}
+    assert live_models([endpoint()], [endpoint(adapter("a", problem="no"))], ["a"]) == frozenset()
+    assert live_models([endpoint()], [endpoint(adapter("a"))], ["a"]) == {model().model_digest}
+
+
+def test_of_models_those_whose_workers_serve_the_most_of_what_is_asked_will_do() -> None:
+    prefills = [endpoint(name="m"), endpoint(name="n")]
+    workers = [endpoint(adapter("a")), endpoint(adapter("b")), endpoint(adapter("b"), adapter("c"), name="n")]
+    m, n = model("m").model_digest, model("n").model_digest
+    assert live_models(prefills, workers, ["", "a", "b"]) == {m}, "between its workers"
+    assert live_models(prefills, workers, ["b", "c"]) == {n}
+    assert live_models(prefills, workers, ["a", "c"]) == {m, n}, "neither serves both"
+    assert live_models(prefills, workers, ["b", "c", "c", "a", "a", "a"]) == {n, m}, "asked twice is served once"
+    gone = [dataclasses.replace(worker, healthy=worker.model_digest == m) for worker in workers]
+    assert paired_models(prefills, gone, ["b", "c"]) == {m}, "some of them now rather than all of them later"
+    assert paired_models(prefills, gone, ["c"]) == {n}
 
 
 def test_the_model_of_most_workers_prevails() -> None:

@@ -47,6 +47,18 @@ def test_a_report_is_what_a_pick_sees(endpoint: Endpoint[Any]) -> None:
     assert seen.resident_tokens(PREFIX[::-1]) == STRIDE_TOKENS
 
 
+def test_a_new_connection_to_it_goes_on_from_what_it_said_over_the_old_one(endpoint: Endpoint[Any]) -> None:
+    anew = Endpoint[Any](endpoint.address, None, None)  # type: ignore[arg-type]
+    anew.succeed(endpoint)
+    assert not anew.snapshot().healthy, "it has not reported yet"
+    endpoint.report(STATUS)
+    anew.succeed(endpoint)
+    assert anew.snapshot() == endpoint.snapshot()
+    endpoint.healthy = False
+    anew.succeed(endpoint)
+    assert not anew.snapshot().healthy
+
+
 def test_an_adapter_that_is_listed_twice_is_what_the_first_listing_says(endpoint: Endpoint[Any]) -> None:
     hidden = adapter("a", problem="/late/a is hidden by /early/a, of the same name")
     endpoint.report(replace(STATUS, adapters=(adapter("a"), hidden)))

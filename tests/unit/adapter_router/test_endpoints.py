@@ -306,6 +306,34 @@ async def test_certificates_that_are_gone_for_a_moment_cost_no_endpoint() -> Non
         await server.kill()
 
 
+async def test_new_certificates_make_no_endpoint_unfit_for_a_moment() -> None:
+    version, seen = 1, list[int]()
+    worker = FakeWorker()
+    server = await start_worker(worker)
+    workers = worker_set(
+        server.address,
+        internal_channel,
+        certificates=lambda: version,
+        on_change=lambda: seen.append(healthy(workers)),
+    )
+    async with workers:
+        await until(lambda: healthy(workers) == 1)
+        (before,) = workers.members()
+        seen.clear()
+        version = 2
+        await until(lambda: before.retired)
+        async with workers.lease(BASE, wait_seconds=0) as lease:
+            assert lease.endpoint is not before
+        await until(lambda: worker.watches == 2)
+        assert set(seen) == {1}
+        workers.mark_unreachable(lease.endpoint)
+        version = 3
+        await until(lambda: lease.endpoint.retired)
+        assert seen[-1] == 0, "what was unhealthy is so until it speaks"
+        await until(lambda: healthy(workers) == 1)
+    await server.kill()
+
+
 async def test_a_set_that_cannot_connect_is_not_entered() -> None:
     def connect(address: str) -> Any:
         raise ConfigError("peer_tls_ca_file ca.crt: No such file or directory")

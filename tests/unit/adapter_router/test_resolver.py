@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 
 import grpc
@@ -46,6 +47,12 @@ async def test_a_name_gives_its_addresses() -> None:
 async def test_a_name_without_addresses_is_unavailable() -> None:
     with pytest.raises(UnavailableError, match=r"nowhere\.invalid:5"):
         await resolve_target("nowhere.invalid:5")
+
+
+@pytest.mark.parametrize("host", ["decode..svc", "d" * 64])
+async def test_a_host_that_cannot_be_a_name_is_refused_by_name(host: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{re.escape(host)}:5' has a host that is no name"):
+        await resolve_target(f"{host}:5")
 
 
 async def test_an_ipv6_address_can_be_connected_to() -> None:

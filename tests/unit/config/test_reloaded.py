@@ -32,6 +32,15 @@ def read(files: tuple[Path, Path]) -> Callable[[], int]:
     return numbers
 
 
+class Clock:
+    """Stands still until it is told to move."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
 def replace(path: Path, content: str) -> None:
     """As a mounted secret is: in one step."""
     path.with_suffix(".next").write_text(content)
@@ -77,9 +86,40 @@ def test_what_could_not_be_read_for_a_moment_is_tried_again_unchanged(files: tup
             raise answer
         return answer
 
-    reloaded = Reloaded(files, read)
+    clock = Clock()
+    reloaded = Reloaded(files, read, clock=clock)
     replace(files[0], "2")
-    assert [reloaded.content, reloaded.content, reloaded.content] == [1, 2, 2]
+    assert reloaded.content == 1
+    clock.seconds = 1.0
+    assert [reloaded.content, reloaded.content] == [2, 2]
+
+
+def test_what_makes_no_sense_is_tried_again_ever_more_seldom_until_it_changes(files: tuple[Path, Path]) -> None:
+    tried: list[float] = []
+    clock = Clock()
+
+    def read() -> str:
+        tried.append(clock.seconds)
+        if files[0].read_text() == "nonsense":
+            raise ConfigError("nonsense")
+        return files[0].read_text()
+
+    reloaded = Reloaded(files, read, look_seconds=1.0, clock=clock)
+    tried.clear()
+    replace(files[0], "nonsense")
+    for second in range(1, 200):
+        clock.seconds = float(second)
+        assert reloaded.content == "1"
+    assert tried == [1, 2, 4, 8, 16, 32, 64, 124, 184]
+    replace(files[0], "other")
+    clock.seconds = 200.0
+    assert reloaded.content == "other", "what has changed is not waited for"
+    replace(files[0], "nonsense")
+    tried.clear()
+    for second in range(201, 204):
+        clock.seconds = float(second)
+        assert reloaded.content == "other"
+    assert tried == [201, 202], "it begins anew"
 
 
 def test_what_a_reader_did_not_foresee_changes_nothing_and_is_not_quoted(files: tuple[Path, Path]) -> None:
@@ -91,10 +131,13 @@ def test_what_a_reader_did_not_foresee_changes_nothing_and_is_not_quoted(files: 
             raise answer
         return answer
 
-    reloaded = Reloaded(files, read)
+    clock = Clock()
+    reloaded = Reloaded(files, read, clock=clock)
     replace(files[0], "2")
     with capture_logs() as logs:
-        assert [reloaded.content, reloaded.content, reloaded.content] == [1, 1, 2]
+        for seconds, content in ((0.0, 1), (1.0, 1), (3.0, 2)):
+            clock.seconds = seconds
+            assert reloaded.content == content
     assert [(line["log_level"], line.get("error")) for line in logs] == [("error", "OverflowError"), ("info", None)]
 
 
