@@ -62,9 +62,8 @@ def test_a_certificate_that_is_not_there_is_told_by_the_variable_that_names_it(
 
 def test_who_mistyped_an_address_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     slept = list[float]()
-    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: 1000.0 + sum(slept))
-    monkeypatch.setattr("alora_serve.client.synchronous.time", clock)
-    monkeypatch.setattr("alora_serve.client.retry.time", clock)
-    with connected("127.0.0.1:1") as client, pytest.raises(UnavailableError):
+    monkeypatch.setattr("alora_serve.client.retry.time", SimpleNamespace(monotonic=lambda: 1000.0 + sum(slept)))
+    with connected("127.0.0.1:1") as client, monkeypatch.context() as pauses, pytest.raises(UnavailableError):
+        pauses.setattr(client, "_closed", SimpleNamespace(wait=slept.append))
         client.get_model()
     assert 1 < sum(slept) < 6
