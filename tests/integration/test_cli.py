@@ -243,7 +243,9 @@ def test_adapters_are_listed_loaded_and_unloaded(run, ask) -> None:
     assert run("adapters", "unload", ADAPTER).stdout == f"{ADAPTER}: unloaded; its next use reads it again\n"
     listed = run("adapters", "list", columns=40)
     assert listed.exit_code == 0
-    assert re.search(f"^{LORA_TWIN}  lora, rank 8,( in memory,)? digest {lora['digest'][:12]}$", listed.stdout, re.MULTILINE)
+    assert re.search(
+        f"^{LORA_TWIN}  lora, rank 8,( in memory,)? digest {lora['digest'][:12]}$", listed.stdout, re.MULTILINE
+    )
     assert "    invoked by '<|im_start|>jailbreak<|im_end|>'\n    adapts q_proj, v_proj\n" in listed.stdout
 
 
