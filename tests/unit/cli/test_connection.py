@@ -63,7 +63,8 @@ def test_a_certificate_that_is_not_there_is_told_by_the_variable_that_names_it(
 def test_who_mistyped_an_address_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     slept = list[float]()
     monkeypatch.setattr("alora_serve.client.retry.time", SimpleNamespace(monotonic=lambda: 1000.0 + sum(slept)))
-    with connected("127.0.0.1:1") as client, monkeypatch.context() as pauses, pytest.raises(UnavailableError):
+    with connected("127.0.0.1:1") as client, monkeypatch.context() as pauses:
         pauses.setattr(client, "_closed", SimpleNamespace(wait=slept.append))
-        client.get_model()
+        with pytest.raises(UnavailableError):
+            client.get_model()
     assert 1 < sum(slept) < 6
