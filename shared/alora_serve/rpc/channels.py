@@ -31,6 +31,8 @@ KEEPALIVE_TIMEOUT_MILLISECONDS: Final = 5_000
 PUBLIC_KEEPALIVE_TIMEOUT_MILLISECONDS: Final = 10_000
 SERVER_KEEPALIVE_MILLISECONDS: Final = 30_000
 
+UNREQUESTED_SECONDS: Final = 10 * 60
+
 CONNECTION_AGE_MILLISECONDS: Final = 10 * 60_000
 CONNECTION_GRACE_MILLISECONDS: Final = 60 * 60_000
 
@@ -59,6 +61,9 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[Option]:
         # Notices clients that vanished without closing, so that their streams stop taking places in the batch.
         ("grpc.keepalive_time_ms", SERVER_KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
+        # Ours to refuse, with a reason and a time to retry: by default, gRPC ends calls that a busy server did not come
+        # to within 30 s in a bare CANCELLED. Those whose clients gave up meanwhile are dropped all the same.
+        ("grpc.server_max_unrequested_time_in_server", UNREQUESTED_SECONDS),
         # Old connections are asked to leave, so that clients behind a name or a balancer find new servers ...
         ("grpc.max_connection_age_ms", CONNECTION_AGE_MILLISECONDS),
         # ... but never in the middle of a stream: the grace is longer than the longest generation.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -120,6 +122,40 @@ async def test_a_users_calls_go_to_all_routers_of_a_name_and_then_to_those_that_
     finally:
         for server in servers:
             await server.stop(0)
+
+
+async def _codes_of_a_server_that_stands_still(seconds: float, options: list[tuple[str, int | str]]) -> set[str]:
+    server = grpc.aio.server(options=options)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer([]), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    def code_of_one_call(_: int) -> str:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            try:
+                stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
+            except grpc.RpcError as error:
+                call: Any = error
+                return str(call.code().name)
+            return "OK"
+
+    with ThreadPoolExecutor(4) as threads:
+        codes = [asyncio.wrap_future(threads.submit(code_of_one_call, number)) for number in range(4)]
+        # gRPC's own threads receive the calls; this one, which would take them up, does not run.
+        time.sleep(seconds)  # noqa: ASYNC251
+        try:
+            return set(await asyncio.gather(*codes))
+        finally:
+            await server.stop(0)
+
+
+async def test_grpc_does_not_cancel_calls_that_a_busy_server_comes_to_late() -> None:
+    name = "grpc.server_max_unrequested_time_in_server"
+    # Where the limit is shorter than the server's standstill, the calls that wait are cancelled: gRPC knows the name.
+    impatient = list({**dict(server_options()), name: 1}.items())
+    assert "CANCELLED" in await _codes_of_a_server_that_stands_still(2.5, impatient)
+    assert await _codes_of_a_server_that_stands_still(2.5, server_options()) == {"OK"}
 
 
 @pytest.mark.parametrize("client", [internal_options(), public_options("router:50051")], ids=["internal", "public"])
