@@ -205,9 +205,11 @@ class Intrinsics:
                 async for event in events:
                     transcript.add(event_from_proto(event))
         except InvalidRequestError as error:
-            if any(violation.field.startswith("sampling.structured_output") for violation in error.violations):
+            # Its caller said nothing of sampling.
+            if any(violation.field.startswith("sampling.") for violation in error.violations):
                 raise AdapterRefusedError(
-                    f"adapter {asked.adapter.name!r} cannot be asked: response_format of its io.yaml: {error}"
+                    f"adapter {asked.adapter.name!r} cannot be asked: response_format or parameters of its io.yaml:"
+                    f" {error}"
                 ) from error
             raise
         yield _concluded(asked, transcript.result())

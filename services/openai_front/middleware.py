@@ -16,10 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alora_serve.errors import AloraServeError
 from alora_serve.metrics import HttpMetrics
+from alora_serve.rpc.channels import MAX_MESSAGE_BYTES
 from alora_serve.rpc.in_flight import InFlightCalls
 from alora_serve.rpc.status import REQUEST_ID_KEY, internal_error
 from alora_serve.rpc.tracing import end_http_server_span, http_server_span
 from openai_front.caller import Caller
+from openai_front.completion_request import MAX_PROMPTS
 from openai_front.event_stream import LEFT
 from openai_front.failures import failure_of
 from openai_front.router import Router
@@ -32,6 +34,7 @@ UNASKED_BYTES: Final = 64 * 1024
 """What is read of a body for anybody: times ``http_max_requests`` it still fits, and an HTTP server buffers as much."""
 CLIENT_LEFT: Final = 499
 INTERNAL: Final = 500
+COMPLETIONS: Final = "/v1/completions"
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -80,7 +83,7 @@ class RequestMiddleware:
         ):
             try:
                 with self._in_flight.call() if counted else nullcontext():
-                    limit = await self._most_bytes(headers, caller) if counted else UNASKED_BYTES
+                    limit = await self._most_bytes(scope["path"], headers, caller) if counted else UNASKED_BYTES
                     await self._app(scope, Bounded(receive, limit, self._read_timeout_seconds), send_on)
             except HTTPException as error:
                 await answer_unrouted(error)(scope, receive, send_on)
@@ -98,7 +101,7 @@ class RequestMiddleware:
                 self._metrics.handled(route, status, seconds)
                 end_http_server_span(span, route, status)
 
-    async def _most_bytes(self, headers: Mapping[str, str], caller: Caller) -> int:
+    async def _most_bytes(self, path: str, headers: Mapping[str, str], caller: Caller) -> int:
         """The longest body that is read; more than a little only for a caller whose key the router knows.
 
         Raises:
@@ -109,6 +112,8 @@ class RequestMiddleware:
         if length.isdecimal() and int(length) <= UNASKED_BYTES and "transfer-encoding" not in headers:
             return UNASKED_BYTES
         limit = await self._router.most_bytes(self._router.as_caller(caller.api_key, caller.request_id))
+        if path == COMPLETIONS:
+            limit = min(MAX_PROMPTS * limit, MAX_MESSAGE_BYTES)  # each prompt may fill the context
         if not length.isdecimal() or int(length) > limit:
             raise _too_long(limit)
         return limit

@@ -30,6 +30,8 @@ NAME: Final = "openai-front"
 SERVICE: Final = "openai_front"
 """What probes ask for: it serves until the drain begins, whatever becomes of the router."""
 
+LONGEST_TCP_TIMEOUT_MILLISECONDS: Final = 2**31 - 1
+
 log = structlog.stdlib.get_logger(__name__)
 
 
@@ -111,7 +113,7 @@ def bound_socket(settings: Settings) -> Iterator[socket.socket]:
         if sys.platform == "linux":
             # Connections inherit it. A server that closes one waits until the client has taken what was written, which
             # a client that stopped reading never does; the kernel gives up that wait.
-            milliseconds = math.ceil(settings.write_timeout_seconds * 1000)
+            milliseconds = math.ceil(min(settings.write_timeout_seconds * 1000, LONGEST_TCP_TIMEOUT_MILLISECONDS))
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         yield bound
 

@@ -61,6 +61,7 @@ DEFINITIONS = {
     "cut": f"{YES_OR_NO}parameters: {{max_completion_tokens: 2}}\n",
     "broken": f"{YES_OR_NO}colour: red\n",
     "unfit": YES_OR_NO.replace('"enum": ["yes", "no"]', '"pattern": "("'),
+    "extreme": f"{YES_OR_NO}parameters: {{repetition_penalty: 200}}\n",
 }
 OLD_INVOCATION = "<|guard|>certainty<|guard|>"
 DOCUMENTS = [Document("", "The sea is deep. It is salt.", "sea"), Document("", "Ships go over it.")]
@@ -157,7 +158,7 @@ async def test_intrinsics_share_one_prefill_and_compute_only_what_follows_the_co
 
 
 async def test_results_come_by_index_and_one_failure_disturbs_no_other(serving: Deployed) -> None:
-    names = ["judging", "unknown", "guard", "broken", "cut", "asked", "plain", "unfit", "also"]
+    names = ["judging", "unknown", "guard", "broken", "cut", "asked", "plain", "unfit", "extreme", "also"]
     stream = serving.client.run_intrinsics(conversation("failing sea"), names)
     seen = [index async for index, _ in stream]
     assert sorted(seen) == list(range(len(names)))
@@ -171,6 +172,7 @@ async def test_results_come_by_index_and_one_failure_disturbs_no_other(serving: 
         InvalidRequestError,
         IntrinsicResult,
         AdapterRefusedError,
+        AdapterRefusedError,
         IntrinsicResult,
     ]
     assert [type(outcome) for outcome in outcomes] == expected
@@ -178,7 +180,8 @@ async def test_results_come_by_index_and_one_failure_disturbs_no_other(serving: 
     assert "io.yaml has colour" in problems[3]
     assert "cut off after 2 tokens; raise parameters.max_completion_tokens" in problems[4]
     assert "parameters.what is missing" in problems[5]
-    assert "response_format of its io.yaml" in problems[7]
+    assert "response_format or parameters of its io.yaml" in problems[7]
+    assert "io.yaml: sampling.repetition_penalty: 200" in problems[8]
 
 
 async def test_a_conversation_that_cannot_be_prefilled_fails_the_call(serving: Deployed) -> None:

@@ -166,7 +166,7 @@ class EndpointSet(Generic[StubT]):
     async def refresh(self) -> None:
         """Look every target up once; add what is new, retire what is gone. A failed look-up keeps what was known.
 
-        Raises ConfigError when a file that connections are made with cannot be read.
+        Raises ConfigError when a file that connections are made with cannot be read, or a target is not ``host:port``.
         """
         for target in self._targets:
             try:

@@ -118,7 +118,7 @@ def _from_file(file: Path) -> Mapping[str, Any]:
         raise InvalidRequestError.of("file", f"{file} is not UTF-8 text: {error}") from error
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if file != STANDARD_INPUT:
             raise InvalidRequestError.of("file", f"{file} is not JSON ({error}); it must hold {FORMAT}") from error
         value = text

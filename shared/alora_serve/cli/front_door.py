@@ -13,7 +13,7 @@ from alora_serve.cli.options import (
     TLS_KEY_FILE_VARIABLE,
     TLS_SERVER_NAME_VARIABLE,
 )
-from alora_serve.config import env_name, flag_name
+from alora_serve.config import FrontDoorSettings, ServerSettings, flag_name, load_settings
 from alora_serve.errors import ConfigError
 
 _TLS_SETTINGS = {
@@ -25,24 +25,25 @@ _TLS_SETTINGS = {
 """How the command line reaches a router is how the front door does, unless its own settings say otherwise."""
 
 
+class _Settings(ServerSettings, FrontDoorSettings):
+    """What a front door can be told."""
+
+
 def become_front_door(address: str | None, listen: str | None, *, log_format: str | None) -> NoReturn:
     """Replace this process by a front door at ``listen`` before the router at ``address``.
 
     None leaves a setting to the environment, the settings file and the default; logs are then for people.
 
     Raises:
-        ConfigError: what it needs is not installed.
+        ConfigError: what it needs is not installed, or its settings are wrong.
     """
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("fastapi") is None:
         raise ConfigError("the HTTP front door is not installed: pip install 'alora-serve[http]'")
-    if log_format is None and env_name("log_format") not in os.environ:
-        log_format = "console"
+    otherwise = {setting: os.environ.get(variable) for variable, setting in _TLS_SETTINGS.items()}
+    otherwise |= {"log_format": "console"}
+    said = load_settings(_Settings, []).model_fields_set
     named = {"router_address": address, "listen": listen, "log_format": log_format}
     given = {name: value for name, value in named.items() if value is not None}
-    given |= {
-        setting: os.environ[variable]
-        for variable, setting in _TLS_SETTINGS.items()
-        if os.environ.get(variable) and env_name(setting) not in os.environ
-    }
+    given |= {name: value for name, value in otherwise.items() if value and name not in said | given.keys()}
     flags = [part for name, value in given.items() for part in (flag_name(name), value)]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "openai_front", *flags])

@@ -32,12 +32,14 @@ from alora_serve.rpc.convert import (
     Target,
     adapter_from_proto,
     intrinsic_result_from_proto,
+    load_adapter_to_proto,
     model_from_proto,
     prefill_result_from_proto,
     run_intrinsic_to_proto,
     run_intrinsics_to_proto,
     score_result_from_proto,
     tokenized_from_proto,
+    unload_adapter_to_proto,
 )
 from alora_serve.rpc.tracing import (
     trace_metadata,
@@ -281,12 +283,12 @@ class Client:
 
     def load_adapter(self, name: str, *, timeout_seconds: float | None = None) -> AdapterInfo:
         """Read an adapter's weights into the memory of the worker that will serve it."""
-        response = self._call(self._stub.LoadAdapter, alora_pb2.LoadAdapterRequest(name=name), timeout_seconds)
+        response = self._call(self._stub.LoadAdapter, load_adapter_to_proto(name), timeout_seconds)
         return adapter_from_proto(response.adapter)
 
     def unload_adapter(self, name: str, *, timeout_seconds: float | None = None) -> bool:
         """Drop an adapter's weights from every worker's memory once running requests are done; whether one had them."""
-        request = alora_pb2.UnloadAdapterRequest(name=name)
+        request = unload_adapter_to_proto(name)
         return self._call(self._stub.UnloadAdapter, request, timeout_seconds).was_resident
 
     def get_model(self, *, timeout_seconds: float | None = None) -> ModelInfo:

@@ -114,6 +114,9 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"\xff\xfe")
     with pytest.raises(InvalidRequestError, match="latin is not UTF-8 text"):
         read_prompt(file=tmp_path / "latin")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with pytest.raises(InvalidRequestError, match=r"deep is not JSON \(maximum recursion depth"):
+        read_prompt(file=tmp_path / "deep")
 
 
 def test_a_handle_comes_back_from_its_file_and_new_turns_follow_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,18 @@ def test_what_nobody_said_is_left_to_the_settings(
     with pytest.raises(Became):
         become_front_door(None, None, log_format=None)
     assert flags(became) == told
+
+
+def test_what_the_settings_file_says_is_left_to_it(
+    became: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("log_format: json\nrouter_tls_ca_file: file.pem\n")
+    monkeypatch.setenv("ALORA_CONFIG", str(file))
+    monkeypatch.setenv("ALORA_CLIENT_TLS_CA_FILE", "ca.pem")
+    with pytest.raises(Became):
+        become_front_door("router:50051", None, log_format=None)
+    assert flags(became) == {"--router-address": "router:50051"}
 
 
 def test_it_reaches_the_router_as_the_command_line_does_unless_told_otherwise(

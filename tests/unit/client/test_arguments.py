@@ -184,6 +184,8 @@ HALF = "caf\udce9"
         (lambda: fan_out_request("Hi", ["a", HALF], {}), "targets"),
         (lambda: score_request("Hi", ["a", HALF], None, {}), "continuations"),
         (lambda: score_request("Hi", ["a"], HALF, {}), "adapter"),
+        (lambda: convert.load_adapter_to_proto(HALF), "name"),
+        (lambda: convert.unload_adapter_to_proto(HALF), "name"),
         (lambda: convert.run_intrinsics_to_proto(intrinsic_run("Hi", [HALF], None, {})), "intrinsics"),
         (lambda: convert.run_intrinsic_to_proto(intrinsic_run("Hi", [HALF], None, {})), "intrinsic"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,7 +26,7 @@ from alora_serve.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from alora_serve.rpc.channels import message_bytes_for_context
+from alora_serve.rpc.channels import MAX_MESSAGE_BYTES, message_bytes_for_context
 from alora_serve.types import (
     AdapterDigest,
     Finished,
@@ -41,6 +42,7 @@ from alora_serve.types import (
 )
 from fake_services import FakePrefill, FakeWorker, Script, answer, deployment, model, until
 from front_door import OpenDoor, open_door
+from openai_front.completion_request import MAX_PROMPTS
 from openai_front.middleware import UNASKED_BYTES
 from tenants import key_of, write_access
 
@@ -167,6 +169,11 @@ async def test_a_client_that_stops_reading_is_cut_off() -> None:
         stream = await door.openai.chat.completions.create(**CHAT, stream=True)
         await until(lambda: worker.cancelled == 1)
         await stream.close()
+
+
+async def test_a_client_may_stop_reading_for_ever() -> None:
+    async with behind(write_timeout_seconds=math.inf) as (door, _):
+        assert (await door.http.post("/v1/chat/completions", json=CHAT)).status_code == 200
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="TCP_USER_TIMEOUT is Linux's")
@@ -364,6 +371,17 @@ async def test_a_body_longer_than_the_model_can_need_is_not_read(announced: bool
         assert refused.status_code == 413
         assert "longer" in refused.json()["error"]["message"]
         assert not worker.requests
+
+
+async def test_each_of_many_prompts_may_fill_the_context() -> None:
+    most_bytes = message_bytes_for_context(model().context_tokens)
+    async with behind() as (door, _):
+        asked = {"model": "m", "prompt": ["x"] * MAX_PROMPTS, "max_tokens": 1, "user": "x" * most_bytes}
+        answered = await door.http.post("/v1/completions", json=asked)
+        assert answered.status_code == 200
+        longest = min(MAX_MESSAGE_BYTES, MAX_PROMPTS * most_bytes)
+        refused = await door.http.post("/v1/completions", json={**asked, "user": "x" * longest})
+        assert refused.status_code == 413
 
 
 @pytest.mark.parametrize("length", [f"content-length: {UNASKED_BYTES + 1}", "transfer-encoding: chunked"])

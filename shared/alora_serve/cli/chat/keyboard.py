@@ -31,6 +31,7 @@ class Keyboard(Protocol):
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed instead.
+            InvalidRequestError: what is read is not UTF-8.
         """
         ...
 
@@ -44,11 +45,7 @@ class LineReader:
         self._as_json = as_json
 
     def read(self) -> str | None:
-        """See :class:`Keyboard`.
-
-        Raises:
-            InvalidRequestError: the line is not UTF-8.
-        """
+        """See :class:`Keyboard`."""
         try:
             line = self._lines.readline()
         except UnicodeDecodeError as error:

@@ -53,10 +53,12 @@ from alora_serve.rpc.convert.requests import (
     fan_out_to_proto,
     generate_from_proto,
     generate_to_proto,
+    load_adapter_to_proto,
     prefill_from_proto,
     prefill_result_from_proto,
     prefill_result_to_internal_proto,
     prefill_result_to_proto,
+    unload_adapter_to_proto,
 )
 from alora_serve.rpc.convert.sampling import (
     MAX_SAMPLES,
@@ -89,6 +91,7 @@ __all__ = [
     "handle_to_proto",
     "intrinsic_result_from_proto",
     "intrinsic_result_to_proto",
+    "load_adapter_to_proto",
     "model_from_proto",
     "model_to_proto",
     "pack_token_ids",
@@ -117,6 +120,7 @@ __all__ = [
     "tokenize_to_proto",
     "tokenized_from_proto",
     "tokenized_to_proto",
+    "unload_adapter_to_proto",
     "unpack_token_ids",
     "usage_from_proto",
     "usage_to_proto",

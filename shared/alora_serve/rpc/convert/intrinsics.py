@@ -21,10 +21,8 @@ from alora_serve.types import IntrinsicResult, IntrinsicRun
 from alora_serve.v1 import alora_pb2
 
 MAX_INTRINSICS: Final = 256
-MAX_RESULT_NESTING: Final = 30
-"""Lists and objects within one another: each is three messages, and protobuf reads a hundred."""
-MAX_PARAMETER_NESTING: Final = 30
-"""The same of a request's parameters."""
+MAX_NESTING: Final = 30
+"""Lists and objects of a parameter or a result within one another: each is three messages, protobuf reads a hundred."""
 
 _EXACT_INTEGERS: Final = 2.0**53
 """Below this a double holds every integer exactly."""
@@ -128,8 +126,8 @@ def _struct_to_proto(values: Mapping[str, Any], field: str) -> struct_pb2.Struct
     Raises:
         InvalidRequestError: it holds a value that is not JSON, or is nested too deep for protobuf's readers.
     """
-    if max(depths(values)) > MAX_PARAMETER_NESTING + 1:
-        raise InvalidRequestError.of(field, f"has more than {MAX_PARAMETER_NESTING} lists and objects in one another")
+    if max(depths(values)) > MAX_NESTING + 1:
+        raise InvalidRequestError.of(field, f"has more than {MAX_NESTING} lists and objects in one another")
     struct = struct_pb2.Struct()
     try:
         struct.update(values)
@@ -145,7 +143,7 @@ def intrinsic_result_to_proto(result: IntrinsicResult) -> alora_pb2.RunIntrinsic
         IntrinsicOutputError: the result cannot be sent: nested too deep, or not of JSON's values.
     """
     return alora_pb2.RunIntrinsicResponse(
-        result=_value_to_proto(result.result, MAX_RESULT_NESTING),
+        result=_value_to_proto(result.result, MAX_NESTING),
         raw_text=result.raw_text,
         usage=usage_to_proto(result.usage),
         timings=timings_to_proto(result.timings),
@@ -176,7 +174,7 @@ def intrinsic_result_from_proto(message: alora_pb2.RunIntrinsicResponse) -> Intr
 
 def _value_to_proto(value: Any, levels: int) -> struct_pb2.Value:
     if levels < 0:
-        raise IntrinsicOutputError(f"the result has more than {MAX_RESULT_NESTING} lists and objects in one another")
+        raise IntrinsicOutputError(f"the result has more than {MAX_NESTING} lists and objects in one another")
     match value:
         case None:
             return struct_pb2.Value(null_value=struct_pb2.NULL_VALUE)

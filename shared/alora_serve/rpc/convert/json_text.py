@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from alora_serve.errors import InvalidRequestError
-from alora_serve.rpc.convert.structure import depths
+from alora_serve.rpc.convert.structure import depths, refuse_constant
 from alora_serve.rpc.convert.violations import Violations
 
 MAX_JSON_NESTING: Final = 30
@@ -53,7 +53,7 @@ def _plain(value: object) -> dict[Any, Any]:
 def _parsed(text: str) -> dict[str, Any]:
     """Raises ValueError with what the caller is told."""
     try:
-        found = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_integer)
+        found = json.loads(text, parse_constant=refuse_constant, parse_float=_finite, parse_int=_integer)
         json.dumps(found, ensure_ascii=False).encode()  # An escape may spell half of a surrogate pair.
         nesting = max(depths(found))
     except RecursionError as error:
@@ -65,10 +65,6 @@ def _parsed(text: str) -> dict[str, Any]:
     if nesting > MAX_JSON_NESTING + 1:
         raise ValueError(_TOO_DEEP)
     return found
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of it")
 
 
 def _finite(digits: str) -> float:

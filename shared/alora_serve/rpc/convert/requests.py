@@ -168,6 +168,18 @@ def check_turn_to_answer(prompt: Prompt, adapters: Sequence[str], violations: Vi
         violations.add(path, "the base model can't answer an assistant's turn: name an adapter, or add a turn")
 
 
+@sendable_texts("name")
+def load_adapter_to_proto(name: str) -> alora_pb2.LoadAdapterRequest:
+    """What asks for an adapter to be loaded."""
+    return alora_pb2.LoadAdapterRequest(name=name)
+
+
+@sendable_texts("name")
+def unload_adapter_to_proto(name: str) -> alora_pb2.UnloadAdapterRequest:
+    """What asks for an adapter to be dropped."""
+    return alora_pb2.UnloadAdapterRequest(name=name)
+
+
 def adapter_name_from_proto(
     request: alora_pb2.LoadAdapterRequest
     | alora_pb2.UnloadAdapterRequest

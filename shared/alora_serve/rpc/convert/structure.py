@@ -66,7 +66,7 @@ def _check_size(size_bytes: int, violations: Violations, field: str) -> None:
 
 def _check_schema(text: str, violations: Violations, field: str) -> None:
     try:
-        schema = json.loads(text, parse_constant=_refuse_constant)
+        schema = json.loads(text, parse_constant=refuse_constant)
         nesting = max(depths(schema))
     except (ValueError, RecursionError) as error:
         too_deep = isinstance(error, RecursionError)
@@ -88,7 +88,8 @@ def depths(value: Any) -> Iterator[int]:
             left += [(item, depth + 1) for item in (inner.values() if isinstance(inner, dict) else inner)]
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """Raises ValueError: NaN and the infinities, which Python reads, are no JSON."""
     raise ValueError(f"{name} is no JSON")
 
 

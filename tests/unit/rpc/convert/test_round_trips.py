@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from alora_serve.errors import AloraServeError, IntrinsicOutputError, InvalidRequestError
 from alora_serve.rpc import convert
-from alora_serve.rpc.convert.intrinsics import MAX_RESULT_NESTING
+from alora_serve.rpc.convert.intrinsics import MAX_NESTING
 from alora_serve.rpc.convert.json_text import MAX_JSON_NESTING
 from alora_serve.types import (
     AdapterDigest,
@@ -467,11 +467,11 @@ def test_json_is_asked_with_only_if_everybody_can_read_it() -> None:
 
 
 def test_a_result_is_sent_only_if_everybody_can_read_it() -> None:
-    deep = IntrinsicResult(_nested(MAX_RESULT_NESTING), "", Usage(), Timings())
+    deep = IntrinsicResult(_nested(MAX_NESTING), "", Usage(), Timings())
     message = alora_pb2.RunIntrinsicsResponse(result=convert.intrinsic_result_to_proto(deep))
     assert alora_pb2.RunIntrinsicsResponse.FromString(message.SerializeToString()) == message
     for value, problem in (
-        (_nested(MAX_RESULT_NESTING + 1), "in one another"),
+        (_nested(MAX_NESTING + 1), "in one another"),
         ({"a": 10**400}, "number beyond"),
         (["\ud800"], "surrogate"),
         ({"\ud800": 1}, "surrogate"),
