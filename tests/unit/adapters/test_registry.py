@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from alora_serve.adapters import catalog, registry
@@ -397,6 +398,17 @@ def test_an_unforeseen_failure_does_not_pass_the_old_version_for_the_new_files(
             opened.registry.acquire("certainty")
     monkeypatch.undo()
     assert opened.registry.acquire("certainty").adapter.digest != old.digest
+
+
+def test_a_lack_of_memory_fails_the_request_and_refuses_no_adapter(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors.torch, "load", lambda content: torch.empty(1 << 60))
+    with pytest.raises(MemoryError):
+        opened.registry.acquire("certainty")
+    assert (opened.info("certainty").problem, opened.events) == ("", [])
+    monkeypatch.undo()
+    opened.registry.acquire("certainty").release()
 
 
 def test_concurrent_first_uses_read_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
