@@ -42,6 +42,7 @@ class CatalogEntry:
     lock: threading.Lock = field(default_factory=threading.Lock)
     info: AdapterInfo | None = None
     _signature: Signature | None = None
+    _judged: bool = False
 
     @property
     def refused(self) -> tuple[str, Signature | None] | None:
@@ -54,6 +55,10 @@ class CatalogEntry:
             return self.info is not None and self._signature == self._find_files().signature()
         except Exception:  # noqa: BLE001 - reading will say why
             return False
+
+    def is_settled(self) -> bool:
+        """Whether reading the files again would say what ``info`` does: unless it is that reading them went wrong."""
+        return self._judged and self.is_current()
 
     def read(self, reader: Callable[[AdapterFiles], T]) -> T:
         """Run ``reader`` on files that stay the same meanwhile. A refusal is kept as ``info``, with its files.
@@ -71,7 +76,7 @@ class CatalogEntry:
                 result = reader(files)
                 # A file overwritten in place while it is read can mix two versions, all shapes right.
                 if files.signature() == signature:
-                    self._signature = signature
+                    self._signature, self._judged = signature, True
                     return result
             raise AdapterRefusedError("its files keep changing while they are read")
         except MemoryError:
@@ -79,6 +84,7 @@ class CatalogEntry:
         except Exception as error:  # whatever it is: one adapter may cost no other its place, now or at the next start
             problem = self._problem(error)
             self._signature, self.info = signature, refused_info(self.name, problem)
+            self._judged = isinstance(error, AdapterRefusedError)  # by what the files hold
             raise self.refusal(problem) from error
 
     def read_definition(self) -> bytes | None:

@@ -192,7 +192,7 @@ class AdapterRegistry:
         return lease
 
     def _inspect(self, entry: CatalogEntry) -> None:
-        if entry.info is not None and not entry.info.problem and entry.is_current():
+        if entry.is_settled():  # perhaps by a refusal that the weights brought, which are not looked at here
             return
         try:
             entry.info = self._read(entry, lambda files: inspect_adapter(files, name=entry.name, base=self._base))

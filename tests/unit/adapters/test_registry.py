@@ -116,10 +116,18 @@ def test_what_only_loading_can_see_becomes_the_problem(
         opened.registry.acquire("certainty")
     assert opened.kinds() == ["refuse"]
     assert "holds infinities or NaNs" in opened.info("certainty").problem
-    # Asked again, it is not read again.
-    monkeypatch.setattr(registry, "load_adapter", None)
-    with pytest.raises(AdapterRefusedError, match="holds infinities or NaNs"):
-        opened.registry.acquire("certainty")
+    # Asked and looked at again, it is not read again, and nothing more is told.
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "load_adapter", None)
+        for _ in range(2):
+            opened.registry.refresh()
+            assert "holds infinities or NaNs" in opened.info("certainty").problem
+            with pytest.raises(AdapterRefusedError, match="holds infinities or NaNs"):
+                opened.registry.acquire("certainty")
+    assert opened.kinds() == ["refuse"]
+    save_adapter(root / "certainty", seed=3)
+    opened.registry.refresh()
+    assert opened.info("certainty").problem == ""
 
 
 def test_a_refused_adapter_is_served_once_it_is_repaired(root: Path, opened: Opened, save_adapter: SaveAdapter) -> None:
