@@ -86,11 +86,13 @@ class AdapterRegistry:
     def refresh(self) -> None:
         """Look at the roots again: what is new or changed is inspected and listed, what is gone is dropped.
 
+        What cannot be looked at keeps its place, and what of it is in memory; it is listed as refused meanwhile.
+
         Raises:
             ConfigError: a root is not a readable directory; the catalog stays as it was.
         """
         with self._refresh_lock:
-            seen = scan(self._roots)
+            seen = scan(self._roots, {entry.directory for entry in self._entries.values()})
             for directory in seen.unknown.keys() - self._unknown:
                 _log.warning("folder in an adapter root left out", folder=str(directory), error=seen.unknown[directory])
             entries = {}
@@ -167,7 +169,7 @@ class AdapterRegistry:
 
     def _entry(self, name: str) -> CatalogEntry:
         entry = self._entries.get(name)
-        if entry is None or not entry.directory.is_dir():
+        if entry is None or entry.is_gone():
             nearest = difflib.get_close_matches(name, self._entries.keys() - {name}, n=_NEAREST_NAMES)
             hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
             raise AdapterNotFoundError(
