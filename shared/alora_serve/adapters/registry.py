@@ -118,6 +118,7 @@ class AdapterRegistry:
         Raises:
             AdapterNotFoundError: no such adapter; lists the nearest names.
             AdapterRefusedError: it cannot be served, or its digest is another.
+            MemoryError: there is too little for its weights now, which is held against no adapter.
         """
         if digest is not None and (lease := self._residency.lease(name, digest)):
             return lease
