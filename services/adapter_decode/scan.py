@@ -51,7 +51,11 @@ def open_registry(
 
 
 async def scan_forever(registry: AdapterRegistry, interval_seconds: float) -> None:
-    """Look at the roots again and again. Whatever goes wrong leaves the catalogue as it was, until the next time."""
+    """Look at the roots again and again.
+
+    A look that fails leaves the catalogue as it was, until the next time. What cannot be read of one adapter refuses
+    that one, which keeps its place and what of it is in memory.
+    """
     while True:
         await asyncio.sleep(interval_seconds)
         try:

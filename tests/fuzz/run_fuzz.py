@@ -26,7 +26,9 @@ else:
     from fuzz_targets import TARGETS
 
 OUTPUT: Final = Path(__file__).resolve().parent.parent.parent / "build" / "fuzz"
-HANG_SECONDS: Final = 10
+HANG_SECONDS: Final = 20
+"""Twice what the patterns of an adapter may take."""
+
 MEMORY_MB: Final = 3072
 INPUT_BYTES: Final = 4096
 

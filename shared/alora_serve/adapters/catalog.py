@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
@@ -42,6 +42,7 @@ class CatalogEntry:
     lock: threading.Lock = field(default_factory=threading.Lock)
     info: AdapterInfo | None = None
     _signature: Signature | None = None
+    _judged: bool = False
 
     @property
     def refused(self) -> tuple[str, Signature | None] | None:
@@ -54,6 +55,17 @@ class CatalogEntry:
             return self.info is not None and self._signature == self._find_files().signature()
         except Exception:  # noqa: BLE001 - reading will say why
             return False
+
+    def is_gone(self) -> bool:
+        """Whether there is no such folder. Where that cannot be known now, there is: reading will say why."""
+        try:
+            return not _exists(self.directory)
+        except OSError:
+            return False
+
+    def is_settled(self) -> bool:
+        """Whether reading the files again would say what ``info`` does: unless it is that reading them went wrong."""
+        return self._judged and self.is_current()
 
     def read(self, reader: Callable[[AdapterFiles], T]) -> T:
         """Run ``reader`` on files that stay the same meanwhile. A refusal is kept as ``info``, with its files.
@@ -71,7 +83,7 @@ class CatalogEntry:
                 result = reader(files)
                 # A file overwritten in place while it is read can mix two versions, all shapes right.
                 if files.signature() == signature:
-                    self._signature = signature
+                    self._signature, self._judged = signature, True
                     return result
             raise AdapterRefusedError("its files keep changing while they are read")
         except MemoryError:
@@ -79,6 +91,7 @@ class CatalogEntry:
         except Exception as error:  # whatever it is: one adapter may cost no other its place, now or at the next start
             problem = self._problem(error)
             self._signature, self.info = signature, refused_info(self.name, problem)
+            self._judged = isinstance(error, AdapterRefusedError)  # by what the files hold
             raise self.refusal(problem) from error
 
     def read_definition(self) -> bytes | None:
@@ -117,7 +130,7 @@ class Scan:
     Attributes:
         found: directory and root by name.
         refused: listings of those that go by no name: an earlier root has one of it, or no request can say it.
-        unknown: what nobody here may look into, such as ``lost+found``, and why.
+        unknown: what was no adapter before and cannot be looked into, such as ``lost+found``, and why.
     """
 
     found: Mapping[str, tuple[Path, Path]]
@@ -125,8 +138,10 @@ class Scan:
     unknown: Mapping[Path, str]
 
 
-def scan(roots: Sequence[Path]) -> Scan:
+def scan(roots: Sequence[Path], known: Collection[Path] = ()) -> Scan:
     """Find every direct subdirectory with an ``adapter_config.json``. Of two with one name, the first root's counts.
+
+    One of the ``known`` is found also where that file cannot be looked at: a moment's error takes no adapter's place.
 
     Raises:
         ConfigError: a root is not a readable directory.
@@ -138,11 +153,12 @@ def scan(roots: Sequence[Path]) -> Scan:
         for directory in _listed_in(root):
             name = directory.name
             try:
-                if not _is_adapter(directory):
+                if not _exists(directory / CONFIG_NAME):
                     continue
             except OSError as error:
-                unknown[directory] = str(error)
-                continue
+                if directory not in known:
+                    unknown[directory] = str(error)
+                    continue
             if name != sendable(name):
                 refused.append(refused_info(name, "the folder's name is not UTF-8, so no request has it; rename it"))
             elif name in found:
@@ -160,10 +176,10 @@ def _listed_in(root: Path) -> list[Path]:
         raise ConfigError(f"adapter root {root} cannot be listed: {error}") from error
 
 
-def _is_adapter(path: Path) -> bool:
-    """Whether it is a directory with an ``adapter_config.json``. Raises OSError where that cannot be known."""
+def _exists(path: Path) -> bool:
+    """Raises OSError where that cannot be known."""
     try:
-        (path / CONFIG_NAME).stat()
+        path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True

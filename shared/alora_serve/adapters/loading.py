@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -34,6 +35,9 @@ _FOREIGN_TENSORS: Mapping[str, str] = {
     "embed_tokens": "trained or resized embeddings are not served",
 }
 """Parts of tensor names that say why a tensor has no place here."""
+
+_NO_MEMORY: Final = re.compile(r"(?:can't allocate|not enough|out of) memory")
+"""A failed allocation of torch's is a RuntimeError like any other on CPUs, but for what it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ def load_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Loaded
     Raises:
         AdapterRefusedError: as :func:`inspect_adapter`, or a weight is not finite.
         OSError: a file cannot be read.
+        MemoryError: there is too little for it now.
     """
     plan = _Plan.read(files, name, base)
     content = files.weights.read()
@@ -92,16 +97,20 @@ def load_adapter(files: AdapterFiles, *, name: str, base: AdapterHost) -> Loaded
     info = plan.info(digest_of(plan.raw_config, [content]))
     try:
         tensors = safetensors.torch.load(content)
+        pairs = {
+            module: LoraPair(
+                a=_finite_float32(tensors, _tensor_name(module, "A")),
+                b=_finite_float32(tensors, _tensor_name(module, "B")),
+                scaling=target.scaling,
+            )
+            for module, target in plan.targets.items()
+        }
     except safetensors.SafetensorError as error:
         raise AdapterRefusedError(f"the weights file is not valid safetensors: {error}") from error
-    pairs = {
-        module: LoraPair(
-            a=_finite_float32(tensors, _tensor_name(module, "A")),
-            b=_finite_float32(tensors, _tensor_name(module, "B")),
-            scaling=target.scaling,
-        )
-        for module, target in plan.targets.items()
-    }
+    except RuntimeError as error:
+        if _NO_MEMORY.search(str(error)):
+            raise MemoryError(str(error)) from error
+        raise
     return LoadedAdapter(info=info, pairs=pairs, lead_tokens=plan.lead_tokens)
 
 

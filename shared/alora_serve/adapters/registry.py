@@ -86,11 +86,13 @@ class AdapterRegistry:
     def refresh(self) -> None:
         """Look at the roots again: what is new or changed is inspected and listed, what is gone is dropped.
 
+        What cannot be looked at keeps its place, and what of it is in memory; it is listed as refused meanwhile.
+
         Raises:
             ConfigError: a root is not a readable directory; the catalog stays as it was.
         """
         with self._refresh_lock:
-            seen = scan(self._roots)
+            seen = scan(self._roots, {entry.directory for entry in self._entries.values()})
             for directory in seen.unknown.keys() - self._unknown:
                 _log.warning("folder in an adapter root left out", folder=str(directory), error=seen.unknown[directory])
             entries = {}
@@ -116,6 +118,7 @@ class AdapterRegistry:
         Raises:
             AdapterNotFoundError: no such adapter; lists the nearest names.
             AdapterRefusedError: it cannot be served, or its digest is another.
+            MemoryError: there is too little for its weights now, which is held against no adapter.
         """
         if digest is not None and (lease := self._residency.lease(name, digest)):
             return lease
@@ -167,7 +170,7 @@ class AdapterRegistry:
 
     def _entry(self, name: str) -> CatalogEntry:
         entry = self._entries.get(name)
-        if entry is None or not entry.directory.is_dir():
+        if entry is None or entry.is_gone():
             nearest = difflib.get_close_matches(name, self._entries.keys() - {name}, n=_NEAREST_NAMES)
             hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
             raise AdapterNotFoundError(
@@ -192,7 +195,7 @@ class AdapterRegistry:
         return lease
 
     def _inspect(self, entry: CatalogEntry) -> None:
-        if entry.info is not None and not entry.info.problem and entry.is_current():
+        if entry.is_settled():  # perhaps by a refusal that the weights brought, which are not looked at here
             return
         try:
             entry.info = self._read(entry, lambda files: inspect_adapter(files, name=entry.name, base=self._base))

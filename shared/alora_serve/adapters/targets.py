@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final, TypeVar
 
 from alora_serve.adapters.config import ALL_LINEAR, AdapterConfig, Names
 from alora_serve.adapters.patterns import Patterns
 from alora_serve.errors import AdapterRefusedError
+
+T = TypeVar("T")
+
+_LITERAL_END: Final = re.compile(r"(?:[\w.^]*[.^])?(\w+)", re.ASCII)
+"""Of a key that is a name, what the names that it matches end in: a dot stands for any character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,9 @@ def resolve_targets(config: AdapterConfig, module_shapes: Mapping[str, ModuleSha
     """
     patterns = Patterns()
     names = _matching_names(config, module_shapes, patterns)
-    targets = {name: _resolve(config, name, patterns) for name in names}
+    ranks = _values(config.rank_pattern, names, config.rank, patterns)
+    alphas = _values(config.alpha_pattern, names, config.alpha, patterns)
+    targets = {name: _resolved(config, ranks[name], alphas[name]) for name in names}
     for name in names:
         if module_shapes[name].is_output_layer:
             raise AdapterRefusedError(
@@ -95,12 +104,18 @@ def _in_layers(config: AdapterConfig, targets: Names, module_name: str, patterns
     return False
 
 
-def _resolve(config: AdapterConfig, module_name: str, patterns: Patterns) -> ResolvedTarget:
-    rank = config.rank_pattern.get(_pattern_key(config.rank_pattern, module_name, patterns), config.rank)
-    alpha = config.alpha_pattern.get(_pattern_key(config.alpha_pattern, module_name, patterns), config.alpha)
+def _values(by_key: Mapping[str, T], names: Sequence[str], default: T, patterns: Patterns) -> dict[str, T]:
+    """What PEFT takes for each of the modules ``names``: the value of the first key that matches."""
+    # Of hundreds of keys, one for each module, most end in what the name at hand does not.
+    endings = {key: found[1] if (found := _LITERAL_END.fullmatch(key)) else "" for key in by_key}
+
+    def matches(key: str, name: str) -> bool:
+        # `{key}$` inside the group and `re.match`, as PEFT does: a key matches at any dot, and `a|b` stays one
+        # alternative.
+        return name.endswith(endings[key]) and patterns.match(rf"(.*\.)?({key})$", name) is not None
+
+    return {name: by_key.get(next((key for key in by_key if matches(key, name)), name), default) for name in names}
+
+
+def _resolved(config: AdapterConfig, rank: int, alpha: float) -> ResolvedTarget:
     return ResolvedTarget(rank=rank, scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank))
-
-
-def _pattern_key(keys: Mapping[str, object], module_name: str, patterns: Patterns) -> str:
-    # `{key}$` inside the group and `re.match`, as PEFT does: a key matches at any dot, and `a|b` stays one alternative.
-    return next((key for key in keys if patterns.match(rf"(.*\.)?({key})$", module_name) is not None), module_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,9 +14,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from alora_serve.adapters import registry
-from alora_serve.adapters.files import WEIGHTS_NAME
+from alora_serve.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from alora_serve.adapters.loading import AdapterHost
 from alora_serve.adapters.registry import AdapterRegistry
+from alora_serve.adapters.residency import AdapterEvent
 from alora_serve.errors import AdapterNotFoundError, AdapterRefusedError
 from alora_serve.rpc.convert import adapter_from_proto, adapter_to_proto
 from alora_serve.types import AdapterInfo
@@ -106,6 +108,46 @@ def test_a_folder_that_cannot_be_looked_into_is_left_out_and_told_once(
     assert [(line["log_level"], line["folder"]) for line in logs] == [("warning", str(root / "lost+found"))]
     assert [listed.name for listed in adapters.list_adapters()] == ["certainty", "jailbreak"]
     adapters.acquire("certainty").release()
+
+
+def test_an_adapter_that_cannot_be_looked_at_for_a_while_is_refused_and_keeps_its_place(
+    root: Path, llama: AdapterHost
+) -> None:
+    events: list[AdapterEvent] = []
+    adapters = AdapterRegistry([root], base=llama, max_resident_bytes=1 << 20, on_event=events.append)
+    before = adapters.load("certainty")
+    (root / "certainty").rename(root.with_name("aside"))
+    (root / "certainty").symlink_to("x" * 300)
+    with capture_logs() as logs:
+        adapters.refresh()
+    assert logs == [], "it is not left out"
+    assert "File name too long" in info(adapters, "certainty").problem
+    with pytest.raises(AdapterRefusedError, match="File name too long"):
+        adapters.acquire("certainty")
+    adapters.acquire("certainty", digest=before.digest).release()
+    (root / "certainty").unlink()
+    root.with_name("aside").rename(root / "certainty")
+    adapters.refresh()
+    assert info(adapters, "certainty") == before
+    adapters.acquire("certainty").release()
+    assert [event.kind for event in events] == ["load", "refuse", "hit", "hit"]
+
+
+def test_one_failed_look_at_an_adapter_changes_nothing(
+    root: Path, llama: AdapterHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = opened(root, llama)
+    before, failures, real = adapters.load("certainty"), [OSError(errno.ESTALE, "Stale file handle")], Path.stat
+
+    def stat(path: Path, **options: Any) -> os.stat_result:
+        if path == root / "certainty" / CONFIG_NAME and failures:
+            raise failures.pop()
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    adapters.refresh()
+    assert not failures
+    assert info(adapters, "certainty") == before
 
 
 @pytest.mark.parametrize(("name", "quoted"), [("\ud800", "\\ud800 is not described"), ("x" * 1_000_000, "…")])

@@ -179,6 +179,17 @@ def test_peft_accepts_what_we_accept(
     assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
 
 
+def test_an_allocation_that_fails_is_a_lack_of_memory_and_another_fault_is_not(
+    adapter: Path, llama: AdapterHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors.torch, "load", lambda content: torch.empty(1 << 60))
+    with pytest.raises(MemoryError, match="you tried to allocate"):
+        load_adapter(files_of(adapter), name="x", base=llama)
+    monkeypatch.setattr(safetensors.torch, "load", lambda content: torch.ones(2).view(3))
+    with pytest.raises(RuntimeError, match="shape"):
+        load_adapter(files_of(adapter), name="x", base=llama)
+
+
 def test_ibms_old_format_turns_on_after_its_strings_first_token(
     adapter: Path, llama: AdapterHost, edit_config: Callable[..., None]
 ) -> None:

@@ -46,6 +46,8 @@ def test_what_is_read_matches_as_re_does(parts: list[str]) -> None:
     [
         "q_proj{e}",
         "(?:q_proj){i<=1}",
+        "(?:a{999})(?#){999}",
+        "(?x)(?:a{999}) {999}",
         "a{4294967295}",
         f"a{{{'9' * 5_000}}}",
         "[[:alpha:]]+",
@@ -79,13 +81,36 @@ def test_what_re_does_not_read_is_refused(pattern: str) -> None:
         Patterns().fullmatch(pattern, "q_proj")
 
 
-def test_a_pattern_is_only_so_long() -> None:
-    longest = "|".join(["q_proj"] * MAX_CHARACTERS)[: MAX_CHARACTERS - 6].rstrip("|")
-    assert Patterns(60).fullmatch(longest, "q_proj")
-    assert Patterns().fullmatch("(?:q_{1,9}proj){1,}", "q_proj")
-    for pattern in ("a" * (MAX_CHARACTERS + 1), "(?:a{999}){999}", "(?:(?:a{,99}){99,}){99}", longest + "{2}"):
-        with pytest.raises(AdapterRefusedError, match="repeats written out"):
-            Patterns().fullmatch(pattern, "q_proj")
+LONGEST = "|".join(["q_proj"] * MAX_CHARACTERS)[: MAX_CHARACTERS - 6].rstrip("|")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a" * (MAX_CHARACTERS + 1),
+        f"(?:{LONGEST}){{2}}",
+        "(?:a{999}){999}",
+        "(?:(?:a{,99}){99,}){99}",
+        r"(?:a{999}\\){999}",
+        r"(?:[)]{999}\)){999}",
+        "(?:[]a-z]{4}b){999}",
+        f"(?:{'{}' * 99}){{99}}",
+        "(?x)(?:a{999}){999}#)",
+    ],
+    ids=lambda pattern: pattern[-24:],
+)
+def test_a_pattern_is_only_so_long(pattern: str) -> None:
+    with pytest.raises(AdapterRefusedError, match=f"more than {MAX_CHARACTERS} characters with its repeats"):
+        Patterns(60).fullmatch(pattern, "q_proj")
+
+
+BY_LAYER = "|".join(rf"model\.layers\.\d{{1,2}}\.(?:\w{{1,9}}\.){{1,2}}{name}_proj" for name in "qkvogud")
+
+
+@pytest.mark.parametrize("pattern", [LONGEST, "(?:q_{1,9}proj){1,}", "[qk]{1,99}_proj", BY_LAYER])
+def test_repeats_side_by_side_add_up(pattern: str) -> None:
+    name = "model.layers.10.self_attn.q_proj" if pattern is BY_LAYER else "q_proj"
+    assert Patterns(60).fullmatch(pattern, name)
 
 
 SLOW, LONG_NAME = r"(?:.|..|...)+(?!.)\d", "model.layers.0.self_attn.q_proj" * 3

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from alora_serve.adapters import catalog, registry
@@ -115,10 +116,18 @@ def test_what_only_loading_can_see_becomes_the_problem(
         opened.registry.acquire("certainty")
     assert opened.kinds() == ["refuse"]
     assert "holds infinities or NaNs" in opened.info("certainty").problem
-    # Asked again, it is not read again.
-    monkeypatch.setattr(registry, "load_adapter", None)
-    with pytest.raises(AdapterRefusedError, match="holds infinities or NaNs"):
-        opened.registry.acquire("certainty")
+    # Asked and looked at again, it is not read again, and nothing more is told.
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "load_adapter", None)
+        for _ in range(2):
+            opened.registry.refresh()
+            assert "holds infinities or NaNs" in opened.info("certainty").problem
+            with pytest.raises(AdapterRefusedError, match="holds infinities or NaNs"):
+                opened.registry.acquire("certainty")
+    assert opened.kinds() == ["refuse"]
+    save_adapter(root / "certainty", seed=3)
+    opened.registry.refresh()
+    assert opened.info("certainty").problem == ""
 
 
 def test_a_refused_adapter_is_served_once_it_is_repaired(root: Path, opened: Opened, save_adapter: SaveAdapter) -> None:
@@ -397,6 +406,17 @@ def test_an_unforeseen_failure_does_not_pass_the_old_version_for_the_new_files(
             opened.registry.acquire("certainty")
     monkeypatch.undo()
     assert opened.registry.acquire("certainty").adapter.digest != old.digest
+
+
+def test_a_lack_of_memory_fails_the_request_and_refuses_no_adapter(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors.torch, "load", lambda content: torch.empty(1 << 60))
+    with pytest.raises(MemoryError):
+        opened.registry.acquire("certainty")
+    assert (opened.info("certainty").problem, opened.events) == ("", [])
+    monkeypatch.undo()
+    opened.registry.acquire("certainty").release()
 
 
 def test_concurrent_first_uses_read_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

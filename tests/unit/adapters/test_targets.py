@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
 from alora_serve.adapters import targets
@@ -82,6 +87,48 @@ def test_targets_ranks_and_scalings_are_pefts(
             resolve(llama, **fields)
     else:
         assert resolve(llama, **fields) == injected_by_peft(fresh_model("llama"), **fields)
+
+
+NAMES = ["a", "h.1.a", "h.10.ba", "h.1.b.a", "layers.1.q_a", "h.layers.1.q_a"]
+PIECES = ["a", "b", "q_", "1", "h", "layers", ".", ".", r"\.", "^", "$", "|", "(", ")", ".*", r"\d", "_"]
+
+
+@given(st.dictionaries(st.lists(st.sampled_from(PIECES), max_size=6).map("".join), st.integers(1, 99), max_size=6))
+def test_the_key_of_a_module_is_the_one_that_peft_takes(by_key: dict[str, int]) -> None:
+    base = AdapterHost(dict.fromkeys(NAMES, ModuleShape(4, 4)), 10, str, lambda text: ())
+    try:
+        ranks = {name: by_key.get(get_pattern_key(by_key, name), 100) for name in NAMES}
+    except re.error:
+        with pytest.raises(AdapterRefusedError, match="is not a regular expression"):
+            resolve(base, target_modules="all-linear", r=100, rank_pattern=by_key)
+        return
+    found = resolve(base, target_modules="all-linear", r=100, rank_pattern=by_key, alpha_pattern=by_key, lora_alpha=100)
+    assert found == {name: ResolvedTarget(rank, 1.0) for name, rank in ranks.items()}
+
+
+class Counted(Patterns):
+    """Patterns that count what they match."""
+
+    matches = 0
+
+    def match(self, pattern: str, text: str) -> Mapping[str, str | None] | None:
+        type(self).matches += 1
+        return super().match(pattern, text)
+
+
+@pytest.mark.parametrize("mark", ["", "^"])
+def test_a_rank_for_each_module_of_a_large_model_is_quick_to_find(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    layer += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    ranks = {f"model.layers.{number}.{name}": 1 + number for number in range(80) for name in layer}
+    base = AdapterHost(dict.fromkeys(ranks, ModuleShape(4, 4)), 10, str, lambda text: ())
+    monkeypatch.setattr(Counted, "matches", 0)
+    monkeypatch.setattr(targets, "Patterns", Counted)
+    monkeypatch.setattr(regex, "compile", None)  # which gives away Python's lock whenever it matches
+    rank_pattern = {mark + name: rank for name, rank in ranks.items()}
+    found = resolve(base, target_modules="all-linear", rank_pattern=rank_pattern)
+    assert {name: target.rank for name, target in found.items()} == ranks
+    assert Counted.matches < len(ranks) ** 2 / 10
 
 
 @pytest.mark.parametrize("architecture", ALL)
