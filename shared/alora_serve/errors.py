@@ -1,7 +1,8 @@
-"""Every failure this project raises on purpose, and the one gRPC status each maps to.
+"""The failures this project raises on purpose, and the one gRPC status each maps to.
 
-The list is closed: a service turns an :class:`AloraServeError` into a ``google.rpc.Status`` by the attributes below;
-anything else is a bug that becomes ``INTERNAL``. This module imports nothing of the project and nothing of gRPC.
+A service turns an :class:`AloraServeError` into a ``google.rpc.Status`` by the attributes below; anything else is a bug
+that becomes ``INTERNAL``. Subclasses stand elsewhere only for what a peer or gRPC itself may answer (``rpc/status.py``)
+and for what no caller of a service ever sees. This module imports nothing of the project and nothing of gRPC.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from alora_serve.errors import (
     ContextExceededError,
     HandleInvalidError,
     InvalidRequestError,
+    StepFailedError,
 )
 from alora_serve.model.loader import BaseModel, load_base_model
 from alora_serve.types import ChatMessage, PrefixHandle, Prompt, ScoreRequest, ScoreResult
@@ -84,6 +85,27 @@ async def test_scores_run_beside_answers_and_change_neither(model: BaseModel, ad
     for beside, before in zip(told[2:], alone, strict=True):
         for one, other in zip(beside.scores, before.scores, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+async def test_an_adapter_whose_numbers_overflow_has_no_scores_and_leaves_others_theirs(
+    model: BaseModel, model_directory: Path, tmp_path: Path
+) -> None:
+    targets = TARGETS.get(model_directory.name, ["q_proj", "k_proj"])
+    for name, alpha in (("guard", 32), ("overflows", 1e38)):
+        lora = {"target_modules": targets, "lora_alpha": alpha, "alora_invocation_tokens": list(GUARD)}
+        save_adapter(model_directory, tmp_path / name, seed=1, **lora)
+    async with open_stack(model, MemoryStore(), tmp_path, options=OPTIONS) as stack:
+        handle = (await stack.prefill(Prompt(token_ids=CONVERSATION))).handle
+        alone = await score(stack, handle, "guard")
+        failed, beside = await asyncio.gather(
+            score(stack, handle, "overflows"), score(stack, handle, "guard"), return_exceptions=True
+        )
+    assert isinstance(failed, AloraServeError)
+    assert not isinstance(failed, StepFailedError), "no other endpoint would fare better"
+    assert "no token can be chosen or scored" in str(failed)
+    assert isinstance(beside, ScoreResult)
+    for one, other in zip(beside.scores, alone.scores, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 async def test_a_generated_answer_scores_as_it_was_generated(model: BaseModel, adapters: Path) -> None:

@@ -19,8 +19,8 @@ import structlog
 import torch
 
 from alora_serve.engine.engine_metrics import EngineMetrics
-from alora_serve.engine.events import SequenceDone, SequenceFailed, SequenceStats, Sink
-from alora_serve.engine.load import EngineLoad, adapters_of, prefill_tokens
+from alora_serve.engine.events import SequenceDone, SequenceFailed, Sink
+from alora_serve.engine.load import EngineLoad
 from alora_serve.engine.places import Places
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.pulse import Pulse
@@ -70,7 +70,7 @@ class Engine:
     :meth:`submit` and :meth:`cancel` may be called from any thread; sinks are called on the engine's thread. A sequence
     ends with exactly one ``SequenceDone`` or ``SequenceFailed``, or silently when cancelled; its memory and adapter are
     let go of first. An exception in a step fails the sequences of that step and no others; ``MOST_FAILED_STEPS`` of
-    them in a row, and the engine ends with the last.
+    them in a row, and the engine ends with the last, and fails all others with ``UnavailableError``.
     """
 
     def __init__(self, model: BaseModel, cache: PrefixCache, *, limits: EngineLimits, metrics: EngineMetrics) -> None:
@@ -95,7 +95,7 @@ class Engine:
         self._closed = False
         metrics.queued_prefill_tokens(lambda: self.load.pending_prefill_tokens)
         self.ended: Future[None] = Future()
-        """Done when the engine's thread is: after :meth:`close`, or with the error that broke it."""
+        """Done when the engine's thread is, and all are told: after :meth:`close`, or with the error that broke it."""
         self._thread = threading.Thread(target=carry_thread_count(self._guarded_run), name="engine", daemon=True)
         self._thread.start()
 
@@ -107,17 +107,8 @@ class Engine:
     @property
     def load(self) -> EngineLoad:
         """How busy the engine is; approximate while it runs."""
-        running, waiting = list(self._running), list(self._waiting)
-        return EngineLoad(
-            running=len(running),
-            waiting=len(waiting),
-            requests=self._places.taken,
-            pending_prefill_tokens=prefill_tokens(running + waiting),
-            tail_bytes=self._tail_bytes,
-            running_adapters=adapters_of(running),
-            waiting_adapters=adapters_of(waiting),
-            rates=replace(self.rates),
-        )
+        running, waiting, rates = list(self._running), list(self._waiting), replace(self.rates)
+        return EngineLoad.of(running, waiting, requests=self._places.taken, tail_bytes=self._tail_bytes, rates=rates)
 
     def submit(self, request: SequenceRequest, sink: Sink) -> SequenceId:
         """Queue a sequence; the caller holds a :meth:`place`. The pin on ``request.prefix`` passes to the engine.
@@ -149,11 +140,15 @@ class Engine:
 
     def close(self) -> None:
         """Fail what is left with ``UnavailableError`` and end the thread. Idempotent."""
+        self._refuse()
+        self._inbox.put(_Close())
+        self._thread.join()
+
+    def _refuse(self) -> None:
+        """Take nothing more."""
         self._places.close()
         with self._state_lock:
             self._closed = True
-        self._inbox.put(_Close())
-        self._thread.join()
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -163,21 +158,28 @@ class Engine:
         except BaseException as error:
             # Only a defect or a lost device gets here; whoever watches ``ended`` ends the process, and a supervisor
             # starts a new one.
-            with self._state_lock:
-                self._closed = True
             self.ended.set_exception(error)
             raise
         self.ended.set_result(None)
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._receive():
-            self._admit()
-            if self._running:
-                self._step()
-            self._beat()
-            self._tail_bytes = self._tails.used_bytes
-            self._metrics.load(len(self._running), len(self._waiting), self._tail_bytes)
+        try:
+            while self._receive():
+                self._admit()
+                if self._running:
+                    self._step()
+                self._beat()
+                self._tail_bytes = self._tails.used_bytes
+                self._metrics.load(len(self._running), len(self._waiting), self._tail_bytes)
+        finally:
+            self._fail_all()
+
+    def _fail_all(self) -> None:
+        """Fail what is left, also what has come since the last step began."""
+        self._refuse()
+        while not self._inbox.empty():
+            self._take(self._inbox.get_nowait())
         self._stepper.close()
         for sequence in [*self._running, *self._waiting]:
             self._fail(sequence, UnavailableError("the engine is shutting down; ask another endpoint"))
@@ -282,18 +284,9 @@ class Engine:
             return
         if sequence.in_base_phase or sequence.request.sampling is None:
             sequence.tell_published(tail=True)
-        now = monotonic()
-        first = sequence.first_token_at or now
-        stats = SequenceStats(
-            queue_seconds=sequence.started_at - sequence.submitted_at,
-            prefill_seconds=first - sequence.started_at,
-            first_token_seconds=first - sequence.submitted_at,
-            decode_seconds=now - first,
-            computed_tokens=len(sequence.request.prompt) - sequence.loaded_tokens,
-            generated_tokens=len(sequence.generated),
-        )
+        done = SequenceDone(ended.ending, ended.held_back, tuple(sequence.generated), sequence.stats(monotonic()))
         self._leave(sequence)
-        sequence.sink(SequenceDone(ended.ending, ended.held_back, tuple(sequence.generated), stats))
+        sequence.sink(done)
 
     def _fail(self, sequence: Sequence, error: AloraServeError) -> None:
         self._leave(sequence)
@@ -301,7 +294,10 @@ class Engine:
 
     def _leave(self, sequence: Sequence) -> None:
         self._stepper.renewals.drop(sequence)
-        sequence.release()
+        try:
+            sequence.release()
+        except Exception:  # noqa: BLE001 - on a lost device; who waits for it, and all others, are told all the same
+            _log.exception("memory of a sequence not given back", request_ids=[sequence.request_id])
         for group in (self._running, self._waiting):
             if sequence in group:
                 group.remove(sequence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 
@@ -34,14 +33,26 @@ class EngineLoad:
     waiting_adapters: tuple[str, ...]
     rates: StepRates
 
+    @classmethod
+    def of(
+        cls, running: Listed[Sequence], waiting: Listed[Sequence], *, requests: int, tail_bytes: int, rates: StepRates
+    ) -> EngineLoad:
+        """Of an engine with these sequences; approximate while it runs them."""
+        # One pending token is a decode step.
+        pending = [count for sequence in (*running, *waiting) if (count := sequence.pending_tokens) > 1]
+        return cls(
+            running=len(running),
+            waiting=len(waiting),
+            requests=requests,
+            pending_prefill_tokens=sum(pending),
+            tail_bytes=tail_bytes,
+            running_adapters=_adapters_of(running),
+            waiting_adapters=_adapters_of(waiting),
+            rates=rates,
+        )
 
-def prefill_tokens(sequences: Iterable[Sequence]) -> int:
-    """Prompt tokens to run; approximate while the engine does."""
-    # One pending token is a decode step.
-    return sum(count for sequence in sequences if (count := sequence.pending_tokens) > 1)
 
-
-def adapters_of(sequences: Listed[Sequence]) -> tuple[str, ...]:
-    """Names of the adapters of these sequences, sorted."""
+def _adapters_of(sequences: Listed[Sequence]) -> tuple[str, ...]:
+    """Their names, sorted."""
     adapters = [sequence.request.adapter for sequence in sequences]
     return tuple(sorted({adapter.info.name for adapter in adapters if adapter is not None}))

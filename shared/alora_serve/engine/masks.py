@@ -18,6 +18,8 @@ class MaskWorker:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        # Begun here: at a limit of threads it is the engine that does not start, and no step that fails.
+        self._thread.submit(lambda: None)
 
     def start(self, constraints: Sequence[Constraint | None]) -> Future[list[Mask | AloraServeError]]:
         """The masks to come, or the error of an answer that cannot go on. Leave the constraints alone until then."""

@@ -34,7 +34,7 @@ class PrefixCacheMetrics(Protocol):
     """Counts hits and evictions; implemented in ``metrics/``."""
 
     def prefix_lookup(self, hit_tokens: int, dropped_tokens: int, missed_tokens: int) -> None:
-        """One look-up: tokens found resident, those that were until they were dropped for space, and all others."""
+        """One look-up: tokens found resident, those of whole blocks that were until they made room, and all others."""
 
     def prefix_evicted(self, segments: int) -> None:
         """Segments dropped for space."""
@@ -96,9 +96,10 @@ class PrefixCache:
         """The longest resident prefix of the chain, cut to ``limit`` positions, pinned until :meth:`release`."""
         with self._lock:
             prefix = self._longest(chain).take(limit)
-            known_tokens = min(limit, _end_of(chain, self._index, self._dropped))
+            known_tokens = _known_blocks(chain, self._index, self._dropped) * chain.block_tokens
             self._pin(prefix)
-        self._metrics.prefix_lookup(prefix.tokens, known_tokens - prefix.tokens, limit - known_tokens)
+        dropped_tokens = max(0, min(limit, known_tokens) - prefix.tokens)
+        self._metrics.prefix_lookup(prefix.tokens, dropped_tokens, limit - prefix.tokens - dropped_tokens)
         return prefix
 
     def longer(self, chain: BlockChain, limit: int, than_tokens: int) -> Prefix | None:
@@ -264,13 +265,15 @@ class PrefixCache:
                         raise RuntimeError(f"block {name.hex()[:12]} reads beyond what was written")
 
 
-def _end_of(chain: BlockChain, *known: Container[BlockHash]) -> int:
-    """Where the last of the chain's blocks ends that is known to any of these: full ones, then the tail of the next."""
+def _known_blocks(chain: BlockChain, *known: Container[BlockHash]) -> int:
+    """How many full blocks the chain has up to the last that is known to any of these."""
+    blocks = range(len(chain.full), 0, -1)
+    return next((block for block in blocks if any(chain.full[block - 1] in names for names in known)), 0)
 
-    def is_known(name: BlockHash) -> bool:
-        return any(name in names for names in known)
 
-    blocks = next((block for block in range(len(chain.full), 0, -1) if is_known(chain.full[block - 1])), 0)
+def _end_of(chain: BlockChain, index: Container[BlockHash]) -> int:
+    """Where the last of the chain's blocks ends that is in the index: full ones, then the tail of the next."""
+    blocks = _known_blocks(chain, index)
     start = blocks * chain.block_tokens
     longest = min(chain.block_tokens - 1, len(chain) - start)
-    return start + next((count for count in range(longest, 0, -1) if is_known(chain.tail(blocks, count))), 0)
+    return start + next((count for count in range(longest, 0, -1) if chain.tail(blocks, count) in index), 0)

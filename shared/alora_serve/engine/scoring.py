@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ def wanted_rows(sequence: Sequence, span: Span) -> int:
     return int(request.sampling is not None and span.end == sequence.known_tokens)
 
 
-def tell_scores(batch: Batch, wanted: Listed[int], logits: Tensor) -> Tensor | None:
-    """Tell those whose tokens are given how likely these were.
+def tell_scores(batch: Batch, wanted: Listed[int], logits: Tensor) -> tuple[Tensor | None, list[Sequence]]:
+    """Tell those whose tokens are given how likely these were; of one that is impossible, ``-inf``.
 
     Args:
         batch: as it ran.
@@ -57,11 +58,13 @@ def tell_scores(batch: Batch, wanted: Listed[int], logits: Tensor) -> Tensor | N
         logits: ``[sum of wanted, vocabulary]`` float32.
 
     Returns:
-        The rows of all others, in order; None if there are none.
+        The rows of all others, in order, None if there are none; and those who were told nothing, as there is a row in
+        which no token has a probability: its largest logit is not finite.
     """
     if not any(isinstance(sequence.request, ScoringRequest) for sequence, _ in batch):
-        return logits
+        return logits, []
     others: list[int] = []
+    untold: list[Sequence] = []
     first = 0
     for (sequence, span), rows in zip(batch, wanted, strict=True):
         request = sequence.request
@@ -70,7 +73,11 @@ def tell_scores(batch: Batch, wanted: Listed[int], logits: Tensor) -> Tensor | N
         elif rows:
             start = span.end - rows - request.first_row
             given = torch.tensor(request.given[start : start + rows], device=logits.device)
-            scores = torch.log_softmax(logits[first : first + rows], dim=-1).gather(1, given.unsqueeze(1))
-            sequence.sink(TokensScored(tuple(scores.flatten().tolist())))
+            logprobs = torch.log_softmax(logits[first : first + rows], dim=-1).gather(1, given.unsqueeze(1))
+            scores: list[float] = logprobs.flatten().tolist()
+            if any(map(isnan, scores)):
+                untold.append(sequence)
+            else:
+                sequence.sink(TokensScored(tuple(scores)))
         first += rows
-    return logits[others] if others else None
+    return logits[others] if others else None, untold

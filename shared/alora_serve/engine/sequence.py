@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from alora_serve.engine.events import BaseComputed, Sink
+from alora_serve.engine.events import BaseComputed, SequenceStats, Sink
 from alora_serve.engine.penalties import History
 from alora_serve.engine.prefix_cache import PrefixCache
 from alora_serve.engine.sequence_request import SequenceId, SequenceRequest
@@ -258,6 +258,18 @@ class Sequence:
         computed = self.publish(tail=tail)
         if computed is not None:
             self.sink(computed)
+
+    def stats(self, now: float) -> SequenceStats:
+        """What it cost, if it ends now."""
+        first = self.first_token_at or now
+        return SequenceStats(
+            queue_seconds=self.started_at - self.submitted_at,
+            prefill_seconds=first - self.started_at,
+            first_token_seconds=first - self.submitted_at,
+            decode_seconds=now - first,
+            computed_tokens=len(self.request.prompt) - self.loaded_tokens,
+            generated_tokens=len(self.generated),
+        )
 
     def release(self) -> None:
         """Give back every pin and what was reserved but not written. Idempotent."""

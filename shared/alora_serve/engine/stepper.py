@@ -68,8 +68,8 @@ class Ended:
 Share = tuple[Sequence, int]
 
 _NOT_FINITE: Final = (
-    "no next token can be chosen: the model's logits are infinite or not a number. Weights of the adapter, or of the "
-    "model, that come to numbers too large for its dtype do this: train the adapter anew, or serve a wider dtype"
+    "no token can be chosen or scored: the model's logits are infinite or not a number. Weights of the adapter, or of "
+    "the model, that come to numbers too large for its dtype do this: train the adapter anew, or serve a wider dtype"
 )
 
 
@@ -127,11 +127,13 @@ class Stepper:
             sequence.commit(span)
             if was_base:
                 sequence.tell_published(tail=sequence.names_tail and sequence.computed >= sequence.prompt_base_end)
-        logits = None if logits is None else tell_scores(batch, wanted, logits)
+        logits, unscored = (None, []) if logits is None else tell_scores(batch, wanted, logits)
         if logits is not None:
             self._sample(ready, logits, masks.result(), finish)
         for sequence, _ in batch:
-            if sequence.request.sampling is None and not sequence.pending_tokens:
+            if sequence in unscored:
+                finish(Ended(sequence, error=AloraServeError(_NOT_FINITE)))
+            elif sequence.request.sampling is None and not sequence.pending_tokens:
                 finish(Ended(sequence))
         return batch
 

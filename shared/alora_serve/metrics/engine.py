@@ -67,7 +67,7 @@ class EngineMetrics:
         self._queued_tokens.set_function(tokens)
 
     def prefix_lookup(self, hit_tokens: int, dropped_tokens: int, missed_tokens: int) -> None:
-        """Tokens found resident, those that were until they were dropped for space, and all others."""
+        """Tokens found resident, those of whole blocks that were until they made room, and all others."""
         self._prefix_tokens.labels("hit").inc(hit_tokens)
         self._prefix_tokens.labels("dropped").inc(dropped_tokens)
         self._prefix_tokens.labels("miss").inc(missed_tokens)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from typing import Final
 
@@ -30,17 +31,35 @@ def lanes() -> int:
 def run_in_lanes(parts: Iterable[Callable[[], None]], count: int) -> None:
     """Run all parts, in any order, in ``count`` lanes, of which the calling thread is one.
 
+    Where the system has no thread for a lane, the others do its share.
+
     Raises:
         Exception: what a part raised, after all lanes have stopped; parts that were not begun are left out.
     """
     left = deque(parts)
-    others: list[Future[None]] = [_pool().submit(_drain, left) for _ in range(min(count, len(left)) - 1)]
+    others = [Future[None]() for _ in range(min(count, len(left)) - 1)]
+    with suppress(RuntimeError):  # of a thread that cannot be started
+        for other in others:
+            _pool().submit(_run_lane, other, left)
     try:
         _drain(left)
     finally:
+        # A pool keeps what it had no thread for, and a lane that is there may have taken it, or take it much later.
+        others = [other for other in others if not other.cancel()]
         wait(others)
     for other in others:
         other.result()
+
+
+def _run_lane(lane: Future[None], left: deque[Callable[[], None]]) -> None:
+    if not lane.set_running_or_notify_cancel():
+        return
+    try:
+        _drain(left)
+    except BaseException as error:  # noqa: BLE001  # told once all lanes have stopped
+        lane.set_exception(error)
+    else:
+        lane.set_result(None)
 
 
 def _drain(left: deque[Callable[[], None]]) -> None:

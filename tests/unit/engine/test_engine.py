@@ -630,7 +630,7 @@ def test_an_adapter_whose_numbers_overflow_fails_its_answer_alone(
     gate.open()
     error = overflowing.error()
     assert not isinstance(error, StepFailedError), "no other endpoint would fare better"
-    assert "no next token can be chosen" in str(error)
+    assert "no token can be chosen" in str(error)
     assert overflowing.tokens == ()
     assert neighbour.done().generated == greedy(_prompt(2), 6)
     assert bench.submit(_prompt(1)).done().generated == greedy(_prompt(1), 6)
@@ -776,8 +776,9 @@ def test_a_defect_outside_a_step_is_told_to_whoever_watches(model: BaseModel, mo
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     monkeypatch.setattr(metrics, "load", lambda *_: 1 / 0)
     engine = Engine(model, cache, limits=EngineLimits(), metrics=metrics)
-    Bench(engine, cache, metrics, model).submit(_prompt(1))
+    run = Bench(engine, cache, metrics, model).submit(_prompt(1))
     assert isinstance(engine.ended.exception(PATIENCE_SECONDS), ZeroDivisionError)
+    assert isinstance(run.error(), UnavailableError)
     with pytest.raises(UnavailableError):
         Bench(engine, cache, metrics, model).submit(_prompt(1))
 
@@ -805,6 +806,37 @@ def test_an_engine_whose_every_step_fails_ends_and_one_with_a_step_that_succeeds
     assert "device-side assert" in str(bench.engine.ended.exception(PATIENCE_SECONDS))
     with pytest.raises(UnavailableError):
         bench.submit(_prompt(1))
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_an_engine_that_ends_by_itself_tells_all_it_has_first(
+    model: BaseModel, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    """Those in its batch, in its queue and still unseen; where a lost device gives no memory back, too."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    metrics = CountingMetrics()
+    cache = PrefixCache(model.layout, budget_bytes=1 << 20, device=model.device, metrics=metrics)
+    engine = Engine(model, cache, limits=EngineLimits(max_sequences=1), metrics=metrics)
+    bench, gate, broken = Bench(engine, cache, metrics, model), Gate(engine), RuntimeError("device-side assert")
+
+    def release(*_: object) -> None:
+        raise broken
+
+    if is_lost:
+        monkeypatch.setattr(cache, "release", release)
+    runs = [bench.submit(_prompt(seed)) for seed in range(engine_module.MOST_FAILED_STEPS + 2)]
+    for _ in range(engine_module.MOST_FAILED_STEPS - 1):
+        gate.waiting()
+        gate.let(broken)
+    gate.waiting()
+    runs += [bench.submit(_prompt(20)), bench.submit(_prompt(21))]
+    gate.let(broken)
+    assert engine.ended.exception(PATIENCE_SECONDS) is broken
+    assert [len(run.events) for run in runs] == [1] * len(runs)
+    errors = [type(run.error()) for run in runs]
+    assert errors == [StepFailedError] * engine_module.MOST_FAILED_STEPS + [UnavailableError] * 4
+    with pytest.raises(UnavailableError), engine.place():
+        pass
 
 
 def test_generated_tokens_of_an_earlier_attempt_stay_generated(

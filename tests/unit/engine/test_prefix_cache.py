@@ -341,11 +341,11 @@ def test_what_was_dropped_and_is_looked_up_again_is_told_from_what_never_was_the
     assert looked_up(cache, metrics, (*CONVERSATION, 31, 32)) == (30, 0, 2)
     assert looked_up(cache, metrics, other) == (0, 0, 30)
     cache.release(_add(cache, other))
-    assert looked_up(cache, metrics, (*CONVERSATION, 31, 32)) == (0, 30, 2)
-    assert looked_up(cache, metrics, CONVERSATION[:9]) == (0, 8, 1), "whole blocks of it, and no tail ended there"
+    assert looked_up(cache, metrics, (*CONVERSATION, 31, 32)) == (0, 28, 4), "in whole blocks"
+    assert looked_up(cache, metrics, CONVERSATION[:9]) == (0, 8, 1)
     cache.release(_add(cache, CONVERSATION))
     assert looked_up(cache, metrics, CONVERSATION) == (30, 0, 0)
-    assert looked_up(cache, metrics, other) == (0, 30, 0)
+    assert looked_up(cache, metrics, other) == (0, 28, 2)
     cache.check_integrity()
 
 
@@ -356,6 +356,20 @@ def test_of_a_prefix_that_stayed_only_what_followed_it_counts_as_dropped(metrics
         cache.release(_add(cache, tokens[:end]))
     cache.release(_add(cache, (99,) * 10))
     assert looked_up(cache, metrics, tokens) == (10, 390, 0)
+
+
+def test_a_look_up_hashes_each_tail_once(cache: PrefixCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else uses the cache waits for it."""
+    hashed: list[tuple[int, int]] = []
+    tail = BlockChain.tail
+
+    def note(chain: BlockChain, block: int, count: int) -> BlockHash:
+        hashed.append((block, count))
+        return tail(chain, block, count)
+
+    monkeypatch.setattr(BlockChain, "tail", note)
+    assert cache.acquire(_chain(CONVERSATION), 30).tokens == 0
+    assert hashed == [(0, 3), (0, 2), (0, 1)]
 
 
 def test_no_more_names_of_dropped_blocks_are_kept_than_is_said(

@@ -25,6 +25,11 @@ def new_lanes() -> Iterator[None]:
     _pool.cache_clear()
 
 
+def _refuse(_: threading.Thread) -> None:
+    """As at a container's limit of threads."""
+    raise RuntimeError("can't start new thread")
+
+
 @pytest.mark.parametrize("count", [1, 2, MOST_LANES])
 def test_every_part_runs_once_on_one_torch_thread(count: int) -> None:
     ran: list[tuple[int, int, bool]] = []
@@ -60,18 +65,19 @@ def test_a_lane_computes_on_one_torch_thread_whatever_its_own_began_with() -> No
 @pytest.mark.usefixtures("new_lanes")
 def test_a_lane_that_begins_late_leaves_other_threads_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a thread sets is what threads that begin later have: here it sets nothing before its caller is done."""
-    caller, caller_is_done = threading.current_thread(), threading.Event()
+    caller, caller_is_done, lane_has_begun = threading.current_thread(), threading.Event(), threading.Event()
     set_num_threads = torch.set_num_threads
 
     def set_late(count: int) -> None:
         if threading.current_thread() is not caller:
+            lane_has_begun.set()
             assert caller_is_done.wait(30)
         set_num_threads(count)
         if threading.current_thread() is caller and count == 2:
             caller_is_done.set()
 
     monkeypatch.setattr(torch, "set_num_threads", set_late)
-    run_in_lanes([lambda: None] * 2, 2)
+    run_in_lanes([partial(lane_has_begun.wait, 30)] * 2, 2)
     seen: list[int] = []
     later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     later.start()
@@ -82,6 +88,41 @@ def test_a_lane_that_begins_late_leaves_other_threads_theirs(monkeypatch: pytest
 def test_lanes_run_at_the_same_time() -> None:
     meeting = threading.Barrier(2, timeout=30)
     run_in_lanes([meeting.wait, meeting.wait], 2)
+
+
+@pytest.mark.usefixtures("new_lanes")
+def test_the_calling_thread_does_the_share_of_lanes_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", _refuse)
+        run_in_lanes([partial(ran.append, "first")] * 10, 3)
+    assert ran == ["first"] * 10
+    meeting = threading.Barrier(2, timeout=30)
+    run_in_lanes([meeting.wait, meeting.wait], 2)
+    assert ran == ["first"] * 10
+
+
+@pytest.mark.usefixtures("new_lanes")
+def test_a_lane_that_is_there_and_helps_where_none_can_be_started_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has done the last of another call and not yet said so: the pool counts it as busy."""
+    is_free, has_begun = threading.Event(), threading.Event()
+    _pool().submit(is_free.wait, 30)
+    finished: list[bool] = []
+
+    def of_the_caller() -> None:
+        is_free.set()
+        assert has_begun.wait(30)
+
+    def of_the_lane() -> None:
+        has_begun.set()
+        time.sleep(0.1)
+        finished.append(True)
+
+    monkeypatch.setattr(threading.Thread, "start", _refuse)
+    run_in_lanes([of_the_caller, of_the_lane], 2)
+    assert finished == [True]
 
 
 def test_a_part_that_fails_ends_the_work_and_is_told_after_all_lanes_have_stopped() -> None:

@@ -65,12 +65,13 @@ class Constraint:
         """Go on after these tokens.
 
         Raises:
-            InvalidRequestError: they are no beginning of an answer of this form.
+            InvalidRequestError: they are no beginning of an answer of this form, or it has become too complex.
         """
         for token_id in token_ids:
-            if self.has_ended or not (self._consume(token_id) or self._catch_up()):
+            if self.has_ended or not (self._matcher.validate_tokens([token_id]) or self._allows(token_id)):
                 told = "they do not have the form of structured_output"
                 raise InvalidRequestError.of("resume.generated_token_ids", told)
+            self._consume(token_id)
 
     @_contained()
     def push(self, token_id: int) -> None:
@@ -134,16 +135,19 @@ class Constraint:
         matcher = self._with_text((self._text_matcher or self._form.matcher()).deep_copy(), text)
         return matcher.is_accepting() and not matcher.is_error()
 
-    def _consume(self, token_id: int) -> bool:
-        """Whether the form has this token in this place, as a part of the answer or as its end."""
+    def _allows(self, token_id: int) -> bool:
+        """Whether this token may come next, as a part of the answer or as its end, were all limits unused."""
+        return bool(self.patient_mask()[token_id >> 3] >> (token_id & 7) & 1)
+
+    def _consume(self, token_id: int) -> None:
         if token_id in self._end_ids and self._matcher.is_accepting():
             self.has_ended = True
-            return True
+            return
         self._tokens.append(token_id)
-        return self._matcher.consume_tokens([token_id])
+        self._matcher.consume_tokens([token_id])
 
-    def _catch_up(self) -> bool:
-        """Renew the form and follow the answer up to here; whether that goes.
+    def _catch_up(self) -> None:
+        """Renew the form and follow the answer up to here.
 
         What other answers needed is no fault of this one: it shares a form again, and where others use that up as well,
         has one for itself.
@@ -153,8 +157,7 @@ class Constraint:
             self._matcher = self._form.matcher()
             if self._matcher.consume_tokens(self._tokens):
                 self._text_matcher = self._with_text(self._form.matcher(), self._text) if self._text else None
-                return True
-        return False
+                return
 
     def _with_text(self, matcher: LLMatcher, text: str) -> LLMatcher:
         matcher.consume_tokens(self._form.vocabulary.tokens.greedy_tokenize(text))

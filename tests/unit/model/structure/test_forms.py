@@ -407,6 +407,34 @@ def test_answers_that_use_up_each_others_renewed_form_have_one_each(monkeypatch:
     assert 2 <= len(compiled) <= 3 * len(answers)
 
 
+def test_an_answer_taken_up_again_has_its_form_compiled_anew_where_it_is_used_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiling, "_LIMITS", FEW_STATES)
+    compiler = FormCompiler(VOCABULARY)
+    late = Constraint(compiler.compile(BRANCHES), frozenset([END]))
+    for text in ("aj" * 20, "kt" * 20):
+        assert follow(compiler, BRANCHES, text).is_complete
+    compiled = count_compiled(monkeypatch)
+    late.restore(VOCABULARY.tokens.greedy_tokenize("09" * 20))
+    assert late.is_complete
+    assert compiled == [BRANCHES]
+
+
+@pytest.mark.parametrize("text", ["z", "abz", "abcz"])
+def test_tokens_that_do_not_have_the_form_are_refused_without_compiling_it_anew(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """That may take a minute."""
+    compiler, form = FormCompiler(VOCABULARY), Regex("abc")
+    compiled = count_compiled(monkeypatch)
+    constraint = Constraint(compiler.compile(form), frozenset([END]))
+    with pytest.raises(InvalidRequestError, match=r"resume\.generated_token_ids"):
+        constraint.restore(VOCABULARY.tokens.greedy_tokenize(text))
+    Constraint(compiler.compile(form), frozenset([END])).restore([*VOCABULARY.tokens.greedy_tokenize("abc"), END])
+    assert compiled == [form]
+
+
 def test_where_a_stop_string_may_end_an_answer_is_the_same_once_its_form_is_renewed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -436,7 +464,12 @@ def test_whatever_fails_in_llguidance_is_an_error_of_the_answer(monkeypatch: pyt
         raise PanicException("index out of bounds")
 
     matcher = SimpleNamespace(
-        consume_tokens=panic, compute_bitmask=panic, is_stopped=panic, is_accepting=panic, deep_copy=panic
+        consume_tokens=panic,
+        validate_tokens=panic,
+        compute_bitmask=panic,
+        is_stopped=panic,
+        is_accepting=panic,
+        deep_copy=panic,
     )
     monkeypatch.setattr(CompiledForm, "matcher", lambda form: matcher)
     constraint = Constraint(COMPILER.compile(Regex("a")), frozenset([END]))
