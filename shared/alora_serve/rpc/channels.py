@@ -54,8 +54,9 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[Option]:
         # The receiver knows what it can hold. Answers (handles of long prompts) are bounded by what they answer.
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
-        # Half of our clients' interval: pinging a quiet stream must not end in "Too many pings" (the default is 5 min).
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MILLISECONDS // 2),
+        # However many pings come, the connection stays, and its calls with it: gRPC's own clients also ping for data
+        # that they read, to measure bandwidth; one that was busy, and now reads what had come, sends several in a row.
+        ("grpc.http2.max_ping_strikes", 0),
         # Idle channels of a router ping too.
         ("grpc.keepalive_permit_without_calls", 1),
         # Notices clients that vanished without closing, so that their streams stop taking places in the batch.

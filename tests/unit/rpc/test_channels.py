@@ -14,7 +14,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from alora_serve.rpc.channels import (
     DEFAULT_MESSAGE_BYTES,
     internal_channel,
-    internal_options,
     is_this_machine,
     message_bytes_for_context,
     public_options,
@@ -158,10 +157,30 @@ async def test_grpc_does_not_cancel_calls_that_a_busy_server_comes_to_late() -> 
     assert await _codes_of_a_server_that_stands_still(2.5, server_options()) == {"OK"}
 
 
-@pytest.mark.parametrize("client", [internal_options(), public_options("router:50051")], ids=["internal", "public"])
-def test_clients_ping_no_more_often_than_servers_allow(client: list[tuple[str, int | str]]) -> None:
-    allowed = dict(server_options())["grpc.http2.min_recv_ping_interval_without_data_ms"]
-    assert int(dict(client)["grpc.keepalive_time_ms"]) > int(allowed)
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""What a client says first, with an empty SETTINGS frame (RFC 9113, 3.4)."""
+PING, GOAWAY, ACK = 6, 7, 1
+
+
+async def test_a_client_that_pings_many_times_in_a_row_keeps_its_connection() -> None:
+    """As gRPC's own do after they were too busy to read what came."""
+    server = grpc.aio.server(options=server_options())
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(PREFACE)
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            for number in range(20):
+                writer.write(bytes((0, 0, 8, PING, 0, 0, 0, 0, 0)) + number.to_bytes(8))
+                header = b""
+                while header[3:5] != bytes((PING, ACK)):
+                    header = await reader.readexactly(9)
+                    await reader.readexactly(int.from_bytes(header[:3]))
+                    assert header[3] != GOAWAY, f"the server ends the connection, and all its calls, at ping {number}"
+    finally:
+        writer.close()
+        await server.stop(0)
 
 
 def test_a_connection_outlives_every_stream_that_it_began() -> None:
