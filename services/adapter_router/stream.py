@@ -33,6 +33,7 @@ from alora_serve.types import AdapterDigest, GenerateRequest, PrefillResult, Res
 from alora_serve.v1 import types_pb2
 
 if TYPE_CHECKING:
+    from adapter_router.endpoints.endpoint import Endpoint
     from adapter_router.peers import Workers, WorkerStub
     from alora_serve.v1 import adapter_decode_pb2 as decode_pb2
 
@@ -41,12 +42,15 @@ DECODE: Final = "/alora_serve.v1.AdapterDecodeService/Decode"
 HEARTBEAT_SECONDS: Final = 1.0
 """While a stream waits for another worker, its reader hears from the router as often as from an engine."""
 
+SILENT_STEPS: Final = 3.0
+"""An engine says something between steps: one whose longest step takes seconds may be silent for as many of those."""
+
 
 class DecodeStream:
     """Runs one generation on a worker and, when that one is lost, on another from the tokens delivered so far.
 
     Its reader sees one stream without a gap or a repeat. A worker is lost when its call fails, or says nothing for
-    ``silence_seconds``: an engine that is alive says so every second.
+    ``silence_seconds``: an engine that is alive says so every second, or between steps that take longer.
 
     Attributes:
         delivered: tokens forwarded so far, packed, in order: what any continuation elsewhere has to start from.
@@ -76,7 +80,8 @@ class DecodeStream:
             call: the public call.
             prefill: what preparing the conversation cost, if this stream's usage and timings say so.
             max_attempts: workers to try in a row that deliver nothing.
-            silence_seconds: after so long without an event a worker is lost.
+            silence_seconds: after so long without an event a worker is lost; three of its longest steps, if they take
+                longer.
             resume_wait_seconds: longest wait for a worker that can go on with what was begun.
             metrics: told of the first token, and what the finished stream cost.
             charge: told what the stream cost beside the prefill, finished or not; of one that is not, what a prompt
@@ -167,7 +172,7 @@ class DecodeStream:
         responses = aiter(rpc)
         try:
             with peer_errors(self._workers.service, worker.address):
-                while (response := await self._next(responses, worker.address)) is not None:
+                while (response := await self._next(responses, worker)) is not None:
                     event = response.event
                     event.attempt = attempt
                     if waiting and event.HasField("chunk"):
@@ -187,14 +192,16 @@ class DecodeStream:
         raise peer_failure(UnavailableError, self._workers.service, worker.address, cause)
 
     async def _next(
-        self, responses: AsyncIterator[decode_pb2.DecodeResponse], address: str
+        self, responses: AsyncIterator[decode_pb2.DecodeResponse], worker: Endpoint[WorkerStub]
     ) -> decode_pb2.DecodeResponse | None:
+        longest_step_seconds = worker.status.longest_step_seconds if worker.status else 0.0
+        silence_seconds = max(self._silence_seconds, SILENT_STEPS * longest_step_seconds)
         try:
-            async with asyncio.timeout(self._silence_seconds):
+            async with asyncio.timeout(silence_seconds):
                 return await anext(responses, None)
         except TimeoutError:
-            cause = f"no sign of life for {self._silence_seconds:g} s"
-        raise peer_failure(UnavailableError, self._workers.service, address, cause)
+            cause = f"no sign of life for {silence_seconds:g} s"
+        raise peer_failure(UnavailableError, self._workers.service, worker.address, cause)
 
     def _resumed(self) -> GenerateRequest:
         """The request as it goes on from what was delivered. Whoever said that it started had taken it in."""

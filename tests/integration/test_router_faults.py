@@ -233,6 +233,19 @@ async def test_a_slow_worker_that_gives_signs_of_life_keeps_its_stream() -> None
         assert sum(len(worker.requests) for worker in workers) == 1
 
 
+async def test_a_worker_whose_steps_are_long_may_be_silent_for_some_of_them() -> None:
+    async def long_steps(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
+        async for event in answer(request, attempt):
+            await asyncio.sleep(0.6)
+            yield event
+
+    status = EndpointStatus(model(), adapters=ADAPTERS, longest_step_seconds=0.6)
+    workers = [FakeWorker(long_steps, status), FakeWorker(long_steps, status)]
+    async with deployment([FakePrefill()], workers, limits=RouterLimits(silence_seconds=0.3)) as (router, _):
+        assert kinds(await events_of(router.stub.Generate(ASK)))[-1] == "finished"
+        assert sum(len(worker.requests) for worker in workers) == 1
+
+
 async def test_a_worker_that_hangs_once_it_has_said_all_holds_up_nobody() -> None:
     async def hangs_at_the_end(request: GenerateRequest, attempt: int) -> AsyncGenerator[StreamEvent, None]:
         async for event in answer(request, attempt):

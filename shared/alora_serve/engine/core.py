@@ -175,6 +175,7 @@ class ServingCore:
             pending_prefill_tokens=load.pending_prefill_tokens,
             sequence_seconds=self.rates.sequence_seconds.value,
             resident_prefixes=self.resident.digest(),
+            longest_step_seconds=self.engine.pulse.longest_step_seconds,
         )
 
     def is_alive(self) -> bool:

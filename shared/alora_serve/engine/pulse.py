@@ -43,8 +43,13 @@ class Pulse:
     @property
     def lost_seconds(self) -> float:
         """For how long that has been so; 0 where it is not."""
-        turned_at, speed = self._turned_at, self._rates.prefill_tokens_per_second
+        turned_at = self._turned_at
         if turned_at is None:
             return 0.0
-        expected_seconds = self._step_tokens / speed if speed else 0.0
-        return max(0.0, monotonic() - turned_at - max(LEAST_SECONDS, TIMES_EXPECTED * expected_seconds))
+        return max(0.0, monotonic() - turned_at - max(LEAST_SECONDS, TIMES_EXPECTED * self.longest_step_seconds))
+
+    @property
+    def longest_step_seconds(self) -> float:
+        """What the longest step should take, as steps have been lately; 0 before the first was measured."""
+        speed = self._rates.prefill_tokens_per_second
+        return self._step_tokens / speed if speed else 0.0

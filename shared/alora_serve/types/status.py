@@ -87,6 +87,7 @@ class EndpointStatus:
         adapter_load_seconds: measured time to read an adapter's weights into memory.
         sequence_seconds: measured time of a sequence in the batch, from its place to its last token.
         resident_prefixes: base KV in memory.
+        longest_step_seconds: what its longest step should take: its streams may be silent for as long.
     """
 
     model: ModelInfo
@@ -103,6 +104,7 @@ class EndpointStatus:
     adapter_load_seconds: float = 0.0
     sequence_seconds: float = 0.0
     resident_prefixes: PrefixDigest = field(default_factory=PrefixDigest)
+    longest_step_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

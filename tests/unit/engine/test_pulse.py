@@ -45,6 +45,11 @@ def test_who_turns_again_is_found(clock: Clock) -> None:
     assert not beating.is_lost
 
 
+def test_the_longest_step_is_what_its_tokens_have_taken_lately() -> None:
+    assert Pulse(StepRates(), STEP_TOKENS).longest_step_seconds == 0
+    assert Pulse(StepRates(prefill_tokens_per_second=64.0), STEP_TOKENS).longest_step_seconds == 4
+
+
 def test_how_long_it_is_lost_counts_from_when_it_is(clock: Clock) -> None:
     beating = Pulse(StepRates(prefill_tokens_per_second=1e6), STEP_TOKENS)
     assert beating.lost_seconds == 0

@@ -106,6 +106,7 @@ def endpoint_status_to_proto(status: EndpointStatus) -> types_pb2.EndpointStatus
             stride_tokens=status.resident_prefixes.stride_tokens,
             fingerprints=sorted(status.resident_prefixes.fingerprints),
         ),
+        longest_step_seconds=status.longest_step_seconds,
     )
 
 
@@ -132,4 +133,5 @@ def endpoint_status_from_proto(message: types_pb2.EndpointStatus) -> EndpointSta
         resident_prefixes=PrefixDigest(
             message.resident_prefixes.stride_tokens, frozenset(message.resident_prefixes.fingerprints)
         ),
+        longest_step_seconds=message.longest_step_seconds,
     )
