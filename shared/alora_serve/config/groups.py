@@ -249,7 +249,7 @@ class RouterSettings(SettingsGroup):
     bounded_load_factor: float = Field(1.25, ge=1, description="A worker takes at most so many times the mean load.")
     max_attempts: int = Field(3, ge=1, description="Endpoints tried in a row that get a request no further.")
     silence_seconds: float = Field(
-        3.0, gt=0, description="An endpoint silent for longer is lost; a stream, if three steps cannot be as long."
+        3.0, gt=0, description="An endpoint silent for longer is lost; a stream too, unless three steps take longer."
     )
     resume_wait_seconds: float = Field(
         30.0, gt=0, description="Longest wait of a stream that has begun for a worker that can go on with it."
