@@ -356,13 +356,19 @@ def test_what_other_answers_used_up_of_a_forms_limits_is_no_answers_fault(monkey
     assert compiler.compile(BRANCHES) is not first
 
 
-def test_neither_a_token_nor_a_mask_waits_for_a_form_to_be_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are between two tokens of everybody's."""
+def whose_form_others_used_up(monkeypatch: pytest.MonkeyPatch, count: int) -> list[Constraint]:
+    """Answers that have not begun, of one form, whose limits others have used up since."""
     monkeypatch.setattr(compiling, "_LIMITS", FEW_STATES)
     compiler = FormCompiler(VOCABULARY)
-    late = Constraint(compiler.compile(BRANCHES), frozenset([END]))
+    late = [Constraint(compiler.compile(BRANCHES), frozenset([END])) for _ in range(count)]
     for text in ("aj" * 20, "kt" * 20):
         assert follow(compiler, BRANCHES, text).is_complete
+    return late
+
+
+def test_neither_a_token_nor_a_mask_waits_for_a_form_to_be_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are between two tokens of everybody's."""
+    (late,) = whose_form_others_used_up(monkeypatch, 1)
     compiled = count_compiled(monkeypatch)
     tokens = VOCABULARY.tokens.greedy_tokenize("09" * 20)
     for token in tokens[:-1]:
@@ -378,11 +384,7 @@ def test_neither_a_token_nor_a_mask_waits_for_a_form_to_be_compiled_anew(monkeyp
 
 
 def test_a_form_that_many_answers_find_used_up_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_LIMITS", FEW_STATES)
-    compiler = FormCompiler(VOCABULARY)
-    late = [Constraint(compiler.compile(BRANCHES), frozenset([END])) for _ in range(5)]
-    for text in ("aj" * 20, "kt" * 20):
-        assert follow(compiler, BRANCHES, text).is_complete
+    late = whose_form_others_used_up(monkeypatch, 5)
     compiled = count_compiled(monkeypatch)
     tokens = VOCABULARY.tokens.greedy_tokenize("09" * 20)
     for constraint in late:
@@ -410,11 +412,7 @@ def test_answers_that_use_up_each_others_renewed_form_have_one_each(monkeypatch:
 def test_an_answer_taken_up_again_has_its_form_compiled_anew_where_it_is_used_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compiling, "_LIMITS", FEW_STATES)
-    compiler = FormCompiler(VOCABULARY)
-    late = Constraint(compiler.compile(BRANCHES), frozenset([END]))
-    for text in ("aj" * 20, "kt" * 20):
-        assert follow(compiler, BRANCHES, text).is_complete
+    (late,) = whose_form_others_used_up(monkeypatch, 1)
     compiled = count_compiled(monkeypatch)
     late.restore(VOCABULARY.tokens.greedy_tokenize("09" * 20))
     assert late.is_complete
